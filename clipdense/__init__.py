@@ -1,0 +1,1 @@
+"""CLIP per pixel and per region, for Detectron2."""

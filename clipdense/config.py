@@ -1,0 +1,31 @@
+"""Configuration keys: the shared ones here, each room's own in its ``config.py``."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_clipdense_config(cfg: CN) -> None:
+    """Add every clipdense key, with its default, to a Detectron2 config (in place).
+
+    Call it once after ``detectron2.config.get_cfg()``; a config that already has the keys is left as it is.
+    """
+    if "CLIP" in cfg.MODEL:
+        return
+    cfg.MODEL.CLIP = CN()
+    # A model name that `clipdense.clip.load_clip` knows: any open_clip model, or "shapes-rn", "shapes-vit", "shapes-eva".
+    cfg.MODEL.CLIP.NAME = "shapes-rn"
+    # Its weights: an open_clip tag, a hub id, a local file, "random", or "" for the weights shipped with the package.
+    cfg.MODEL.CLIP.PRETRAINED = ""
+    # Whether a pickled weight file may be opened. A pickle can run code: only for files from a source you trust.
+    cfg.MODEL.CLIP.ALLOW_PICKLE = False
+
+    from clipdense.backbone.config import add_backbone_config
+    from clipdense.data.config import add_data_config
+    from clipdense.engine.config import add_engine_config
+    from clipdense.evaluation.config import add_evaluation_config
+    from clipdense.systems import add_systems_config
+
+    add_data_config(cfg)
+    add_backbone_config(cfg)
+    add_engine_config(cfg)
+    add_evaluation_config(cfg)
+    add_systems_config(cfg)

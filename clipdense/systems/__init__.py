@@ -1,0 +1,7 @@
+"""One room a paper, or a family of papers that share a forward."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_systems_config(cfg: CN) -> None:
+    """Add the keys of every system to ``cfg`` (in place)."""
