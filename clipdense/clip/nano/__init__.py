@@ -1,0 +1,64 @@
+"""The nano CLIPs of the embedded `shapes` world: three image towers that share one text tower.
+
+Each is one json file in open_clip's hub format (`model_cfg`, `preprocess_cfg`) and weights in two safetensors files:
+`<name>.safetensors` holds `visual.*`, `shapes-text.safetensors` holds `text.*` and `logit_scale`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from timm.models import register_model
+from timm.models.eva import Eva
+
+__all__ = ["NANO_MODELS", "nano_config", "nano_files"]
+
+NANO_MODELS = ("shapes-rn", "shapes-vit", "shapes-eva")
+_ROOM = Path(__file__).parent
+
+
+@register_model  # open_clip builds an EVA tower by its timm name
+def shapes_eva02_patch8_clip_64(pretrained: bool = False, **kwargs: Any) -> Eva:
+    """EVA02-CLIP (RoPE, SwiGLU, sub-norms) at 64 px: 4 blocks of width 128, patch 8."""
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(key, None)
+    settings: dict[str, Any] = {
+        "img_size": 64,
+        "patch_size": 8,
+        "embed_dim": 128,
+        "depth": 4,
+        "num_heads": 4,
+        "qkv_fused": False,
+        "mlp_ratio": 4 * 2 / 3,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "scale_attn_inner": True,
+        "use_rot_pos_emb": True,
+        "ref_feat_shape": (8, 8),
+        "global_pool": "token",
+        "head_init_scale": 1.0,  # timm's 0.001 is meant for fine-tuning a classifier
+    }
+    return Eva(**{**settings, **kwargs})
+
+
+def nano_config(name: str) -> dict[str, Any]:
+    """The open_clip hub config (`model_cfg`, `preprocess_cfg`) of a nano model."""
+    return cast(dict[str, Any], json.loads((_ROOM / f"{name}.json").read_text()))
+
+
+def nano_files(name: str) -> list[Path]:
+    """The weight files of a nano model: image tower, then text tower.
+
+    Raises:
+        FileNotFoundError: a file is not in the package.
+    """
+    files = [_ROOM / f"{name}.safetensors", _ROOM / "shapes-text.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"the weights of '{name}' are missing: {file}. Reinstall the package, train them with "
+                f"tools/train_net.py --config-file configs/shapes/clip_*.yaml, or pass pretrained='random'."
+            )
+    return files
