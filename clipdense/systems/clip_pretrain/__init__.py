@@ -1,0 +1,7 @@
+"""Contrastive image-text pre-training of a CLIP (Radford et al., 2021; locked text as in LiT, Zhai et al., 2022)."""
+
+from clipdense.systems.clip_pretrain.config import add_clip_pretrain_config
+from clipdense.systems.clip_pretrain.mapper import CropCaptionMapper
+from clipdense.systems.clip_pretrain.meta_arch import ContrastiveCLIP
+
+__all__ = ["ContrastiveCLIP", "CropCaptionMapper", "add_clip_pretrain_config"]

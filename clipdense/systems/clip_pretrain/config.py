@@ -1,0 +1,19 @@
+"""Configuration keys of contrastive pre-training."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_clip_pretrain_config(cfg: CN) -> None:
+    """Add ``MODEL.CONTRASTIVE_CLIP`` and ``INPUT.CROP_CAPTION`` (in place)."""
+    cfg.MODEL.CONTRASTIVE_CLIP = CN()
+    # "" trains the text tower; else the name of a CLIP whose text tower is taken over and stays locked (LiT).
+    cfg.MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT = ""
+    # The temperature exp(logit_scale) is kept at most this large.
+    cfg.MODEL.CONTRASTIVE_CLIP.MAX_LOGIT_SCALE = 100.0
+
+    cfg.INPUT.CROP_CAPTION = CN()
+    # Crops (with a caption each) cut from one scene.
+    cfg.INPUT.CROP_CAPTION.PER_IMAGE = 4
+    # Share of crops that show one thing with context; of windows on several things; the rest are windows on ground alone.
+    cfg.INPUT.CROP_CAPTION.OBJECT_SHARE = 0.6
+    cfg.INPUT.CROP_CAPTION.WINDOW_SHARE = 0.32
