@@ -1,0 +1,78 @@
+"""Starting one process or many: under torchrun (gloo or nccl), by Detectron2's spawning launcher, or alone."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+__all__ = ["launch", "under_torchrun"]
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started by ``torchrun`` (or by anything that sets the same variables)."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def launch(
+    main: Callable[..., Any],
+    num_gpus: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args: tuple[Any, ...] = (),
+) -> Any:
+    """Run ``main(*args)`` in every process of the job.
+
+    Under torchrun the process group comes from the environment: nccl with one GPU a process where GPUs are, gloo
+    on CPU. Else Detectron2's launcher spawns ``num_gpus`` processes on each of ``num_machines`` (CUDA only), or runs
+    ``main`` in this process when that makes one.
+
+    Returns:
+        What ``main`` returned; None from spawned processes.
+
+    Raises:
+        RuntimeError: more processes than GPUs, with the command that does run on this machine.
+    """
+    if under_torchrun():
+        return _run_in_environment_group(main, args)
+    if num_gpus * num_machines > 1:
+        if torch.cuda.device_count() < num_gpus:
+            raise RuntimeError(
+                f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}. "
+                "For several processes on CPU start with: torchrun --nproc-per-node N tools/train_net.py ..."
+            )
+        return detectron2_launch(main, num_gpus, num_machines, machine_rank, dist_url, args=args)
+    return main(*args)
+
+
+def _run_in_environment_group(main: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.device_count() >= local_size
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    try:
+        _create_local_group(local_size)
+        return main(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _create_local_group(local_size: int) -> None:
+    """Tell Detectron2 which ranks share a machine (torchrun numbers them machine by machine)."""
+    if hasattr(comm, "create_local_process_group"):  # detectron2 after v0.6
+        if comm._LOCAL_PROCESS_GROUP is None:
+            comm.create_local_process_group(local_size)
+        return
+    for first in range(0, dist.get_world_size(), local_size):
+        ranks = list(range(first, first + local_size))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
