@@ -1,8 +1,9 @@
 """What detectron2 needs and today's stack no longer gives it.
 
-detectron2 0.6 can be installed without its C++ extension and together with NumPy 2 and a current Pillow. It then misses
-a few names. This module, which runs before any other part of clipdense, supplies exactly those that the *installed* detectron2
-mentions and the installed libraries lack. On a healthy install (the main branch, compiled) it finds nothing to do.
+detectron2 0.6 can be installed without its C++ extension and together with NumPy 2 and a current Pillow. It
+then misses a few names. This module, which runs before any other part of clipdense, supplies exactly those that
+the *installed* detectron2 mentions and the installed libraries lack. On a healthy install (the main branch,
+compiled) it finds nothing to do.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _OPS = (
 
 
 def apply() -> list[str]:
-    """Supply what the installed detectron2 lacks; does nothing without detectron2, and nothing the second time.
+    """Supply what the installed detectron2 lacks; without detectron2, or the second time, there is nothing.
 
     Returns:
         The names that were supplied, e.g. ``["numpy.int", "PIL.Image.LINEAR", "detectron2._C"]``.
@@ -52,6 +53,11 @@ def apply() -> list[str]:
     if "detectron2._C" not in sys.modules and PathFinder.find_spec("_C", [str(root)]) is None:
         supplied += _extension_stub()
     return supplied
+
+
+def has_detectron2() -> bool:
+    """Whether detectron2 is installed (it is not imported to find out)."""
+    return _package_root("detectron2") is not None
 
 
 def _package_root(name: str) -> Path | None:
@@ -83,10 +89,12 @@ def _pillow_constants() -> list[str]:
 
 
 def _extension_stub() -> list[str]:
-    """Stand-in for the C++ extension: importable, printable by detectron2's environment report, and honest when called."""
+    """Stand-in for the C++ extension: detectron2 imports it and its environment report prints it."""
     import torch
 
-    module: Any = ModuleType("detectron2._C", "Stand-in for detectron2's C++ extension, which is not compiled here.")
+    module: Any = ModuleType(
+        "detectron2._C", "Stand-in for detectron2's C++ extension, which is not compiled here."
+    )
     for op in _OPS:
         setattr(module, op, _missing_op(op))
     module.get_compiler_version = lambda: "none (detectron2._C is not compiled)"
@@ -101,9 +109,9 @@ def _extension_stub() -> list[str]:
 def _missing_op(op: str) -> Any:
     def missing(*args: object, **kwargs: object) -> NoReturn:
         raise RuntimeError(
-            f"detectron2._C.{op} needs detectron2's C++ extension, which this installation does not have. "
-            "Compile detectron2 (`make demo DETECTRON2=<path or git URL>` with a C++ compiler at hand), or use a model "
-            "without rotated boxes and deformable convolution, and COCOeval from pycocotools or hotcoco."
+            f"{op} belongs to detectron2's C++ extension, which this installation does not have. Install a "
+            "compiled detectron2 (`make demo DETECTRON2=<path or git URL>`, with a C++ compiler at hand), or do "
+            "without rotated boxes, deformable convolution and COCOeval_opt."
         )
 
     missing.__name__ = missing.__qualname__ = op

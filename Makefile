@@ -1,0 +1,80 @@
+# make demo    installs everything into .venv, then trains, evaluates and draws a Mask R-CNN on a CLIP trunk
+# make test    installs everything into .venv, then lint, types, import layers and the tests
+#
+# DETECTRON2=<path or git URL> uses another detectron2 (official main; needs a C++ compiler). It is kept until changed.
+# PYTHON=<interpreter> chooses the Python (3.10 to 3.13) that .venv is made from.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow lint format lock clean FORCE
+
+BIN := .venv/bin
+PB1 := pb1-detectron2==0.6
+DETECTRON2 ?= $(or $(shell cat .venv/.detectron2 2>/dev/null),$(PB1))
+
+# The first Python of a supported version; looked for only when .venv has to be made.
+PYTHON ?= $(shell for python in python3 python python3.12 python3.11 python3.10 python3.13; do \
+	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+# uv: the one at hand, else the one installed into .venv.
+UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/python -m uv)
+PIP = $(UV) pip install --quiet --python $(BIN)/python --constraint requirements/lock.txt --override requirements/overrides.txt
+
+# pb1-detectron2 ships detectron2 0.6 as source; its C++ extension is skipped (clipdense/compat.py stands in for it).
+SKIP_EXTENSION := --config-settings-package pb1-detectron2:--global-option=build_py \
+	--config-settings-package pb1-detectron2:--build-option=--skip-build
+GIT_URL = $(filter http://% https://% ssh://%,$(DETECTRON2))
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+env: .venv/.installed
+
+demo: env
+	$(BIN)/python tools/train_net.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml OUTPUT_DIR output/demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Choose new versions for everything in requirements/.
+lock: env
+	cd requirements && echo $(PB1) | $(UV) pip compile --quiet --universal --upgrade --no-annotate --no-header --no-emit-index-url \
+		--python ../$(BIN)/python --python-version 3.10 --no-build-isolation --override overrides.txt --output-file lock.txt \
+		base.txt extras.txt detectron2.txt test.txt -
+
+clean:
+	rm -rf .venv output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "clipdense needs Python 3.10 to 3.13; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Making .venv with $(PYTHON) ..."
+	@if uv --version >/dev/null 2>&1; then uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
+	elif $(PYTHON) -m venv .venv >/dev/null 2>&1; then :; \
+	else rm -rf .venv; $(PYTHON) -m pip install --quiet uv && $(PYTHON) -m uv venv --quiet --seed --python $(PYTHON) .venv; fi
+	@uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+# Holds the choice of detectron2, so that another choice installs anew.
+.venv/.detectron2: .venv/bin/python FORCE
+	@echo '$(DETECTRON2)' | cmp -s - $@ || echo '$(DETECTRON2)' > $@
+
+.venv/.installed: .venv/.detectron2 $(wildcard requirements/*.txt) setup.py
+	@echo "Installing into .venv (the first time this downloads about 3 GB) ..."
+	$(PIP) -r requirements/base.txt -r requirements/extras.txt -r requirements/test.txt
+	$(UV) pip uninstall --quiet --python $(BIN)/python detectron2 pb1-detectron2
+	$(PIP) --no-build-isolation $(SKIP_EXTENSION) $(if $(GIT_URL),"git+$(DETECTRON2)","$(DETECTRON2)") -r requirements/detectron2.txt
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,33 @@
+"""Packaging: the library, with `configs/` as `clipdense/configs` and the nano CLIPs' weights."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements(name: str) -> list[str]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+setup(
+    name="clipdense",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "clipdense" / "__init__.py").read_text())[1],
+    description="CLIP per pixel and per region, for Detectron2",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["clipdense", "clipdense.*"]), "clipdense.configs"],
+    package_dir={"clipdense.configs": "configs"},
+    package_data={
+        "clipdense": ["py.typed", "**/*.json", "**/*.safetensors", "**/*.txt"],
+        "clipdense.configs": ["**/*.yaml", "**/*.py"],
+    },
+    install_requires=requirements("base.txt"),
+    extras_require={"efficientnet": requirements("extras.txt"), "test": requirements("test.txt")},
+)
