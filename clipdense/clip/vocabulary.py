@@ -1,0 +1,327 @@
+"""Vocabulary: what a model can name.
+
+Two names are the same when they agree without regard to case, spaces and underscores: "Potted plant",
+`potted_plant` and `pottedplant`. How a name is written in prompts is the template set's business
+(`templates.NAME_RULES`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Vocabulary", "canonical", "near"]
+
+_FORMAT = "clipdense-vocabulary"
+
+
+def canonical(name: str) -> str:
+    """What decides whether two names are the same: no case, no white space, no underscores."""
+    return "".join(name.replace("_", " ").split()).casefold()
+
+
+def near(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """Up to `n` of the known names that look like `name`, best first."""
+    by_key = {canonical(k): k for k in known}
+    return [by_key[key] for key in difflib.get_close_matches(canonical(name), by_key, n=n, cutoff=0.6)]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Classes in order, each with its synonyms; the first synonym is the display name.
+
+    Attributes:
+        synonyms: K tuples of names. A name may belong to several classes (ADE-847 has three "bag"), but no
+            two classes may have all names in common.
+        base: K flags, True for classes known in training; None where base and novel are not told apart.
+        thing: K flags, True for countable things, False for stuff; None where they are not told apart.
+
+    Raises:
+        ValueError: no class, an empty name, two equal classes, a mask of another length.
+    """
+
+    synonyms: tuple[tuple[str, ...], ...]
+    base: tuple[bool, ...] | None = None
+    thing: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.synonyms:
+            raise ValueError("a vocabulary needs at least one class")
+        empty = [i for i, names in enumerate(self.synonyms) if not names or not all(map(canonical, names))]
+        if empty:
+            shown = ", ".join(f"{i} {list(self.synonyms[i])}" for i in empty[:10])
+            raise ValueError(f"empty class names at positions {shown}")
+        seen: dict[frozenset[str], int] = {}
+        for i, names in enumerate(self.synonyms):
+            first = seen.setdefault(frozenset(map(canonical, names)), i)
+            if first != i:
+                raise ValueError(f"classes {first} and {i} are the same: {list(names)}")
+        for mask in ("base", "thing"):
+            flags = getattr(self, mask)
+            if flags is not None and len(flags) != len(self):
+                raise ValueError(f"the {mask} mask has {len(flags)} entries for {len(self)} classes")
+
+    @classmethod
+    def from_names(
+        cls,
+        names: Sequence[str | Sequence[str]],
+        *,
+        separator: str | None = ",",
+        novel: Iterable[int | str] | None = None,
+    ) -> Vocabulary:
+        """From a list of class names.
+
+        Args:
+            names: one entry a class: its names as one string, or as a list.
+            separator: parts the names within a string ("building, edifice" is one class of two names, as in
+                ADE-847); None takes each string as one name (OVSeg).
+            novel: names or positions of the novel classes; all others are base. None: they are not told
+                apart.
+
+        Raises:
+            ValueError: see `Vocabulary`; or a novel name that is no class (near matches are given).
+        """
+        if isinstance(names, str):
+            raise ValueError(
+                "one string is no list of class names; `Vocabulary.parse` takes comma-separated words"
+            )
+        vocabulary = cls(tuple(_unique(_split(entry, separator)) for entry in names))
+        return vocabulary if novel is None else vocabulary.with_novel(novel)
+
+    @classmethod
+    def from_categories(
+        cls,
+        categories: Iterable[Mapping[str, Any]],
+        *,
+        separator: str | None = ",",
+        novel: Iterable[int | str] | None = None,
+    ) -> Vocabulary:
+        """From COCO, LVIS or panoptic category dicts (`name`, optional `id`, `synonyms`, `isthing`), in order
+        of id.
+
+        Raises:
+            ValueError: a category without name; see also `from_names`.
+        """
+        rows = list(categories)
+        if not all("name" in row for row in rows):
+            raise ValueError("every category needs a 'name'")
+        if all("id" in row for row in rows):
+            rows.sort(key=lambda row: int(row["id"]))
+        entries = [[row["name"], *row["synonyms"]] if row.get("synonyms") else row["name"] for row in rows]
+        vocabulary = cls.from_names(entries, separator=separator)
+        if all("isthing" in row for row in rows):
+            vocabulary = replace(vocabulary, thing=tuple(bool(row["isthing"]) for row in rows))
+        return vocabulary if novel is None else vocabulary.with_novel(novel)
+
+    @classmethod
+    def from_metadata(cls, metadata: Any, *, separator: str | None = ",") -> Vocabulary:
+        """From Detectron2 metadata: `thing_classes`, `stuff_classes`; optional `novel_classes` or
+        `base_classes`.
+
+        Where `stuff_classes` holds the things as well (semantic and panoptic data sets), it gives the
+        classes, and `thing_dataset_id_to_contiguous_id` (else the names) says which of them are things. Where
+        it does not (separated panoptic), things come first; the placeholder "things" in front of the stuff is
+        left out.
+
+        Raises:
+            ValueError: neither list is there; see also `from_names`.
+        """
+        things = list(getattr(metadata, "thing_classes", ()))
+        stuff = list(getattr(metadata, "stuff_classes", ()))
+        thing: list[bool] | None
+        if not things and not stuff:
+            name = getattr(metadata, "name", metadata)
+            raise ValueError(
+                f"metadata of '{name}' has no thing_classes and no stuff_classes; is the data set registered?"
+            )
+        if not things:
+            names, thing = stuff, None
+        elif not stuff:
+            names, thing = things, [True] * len(things)
+        elif set(things) <= set(stuff):
+            ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
+            members = set(ids.values()) if ids else {i for i, name in enumerate(stuff) if name in set(things)}
+            names, thing = stuff, [i in members for i in range(len(stuff))]
+        else:
+            stuff = stuff[1:] if stuff[0] == "things" else stuff
+            names, thing = things + stuff, [True] * len(things) + [False] * len(stuff)
+        vocabulary = cls.from_names(
+            names, separator=separator, novel=getattr(metadata, "novel_classes", None)
+        )
+        if (known := getattr(metadata, "base_classes", None)) is not None:
+            base = set(vocabulary._positions(known))
+            vocabulary = replace(vocabulary, base=tuple(i in base for i in range(len(vocabulary))))
+        return vocabulary if thing is None else replace(vocabulary, thing=tuple(thing))
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, separator: str | None = ",") -> Vocabulary:
+        """From a class-list file.
+
+        `.txt`: a class a line, its names parted by commas; `.json`: a list of names, a list of categories, a
+        COCO, LVIS or panoptic annotation file, or what `to_json` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: another suffix or layout, or what `Vocabulary` raises, with the file's name.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no class-list file '{path}'")
+        try:
+            if path.suffix == ".txt":
+                lines = path.read_text(encoding="utf-8").splitlines()
+                return cls.from_names([line for line in lines if line.strip()], separator=separator)
+            if path.suffix != ".json":
+                raise ValueError("neither .json nor .txt")
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and content.get("format") == _FORMAT:
+                return cls._from_content(content)
+            if isinstance(content, dict) and "categories" in content:
+                content = content["categories"]
+            if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
+                return cls.from_categories(content, separator=separator)
+            if isinstance(content, list) and all(isinstance(row, str) for row in content):
+                return cls.from_names(content, separator=separator)
+            raise ValueError(
+                "expected a list of names, a list of categories with 'name', an annotation file with"
+                " 'categories', or a saved vocabulary"
+            )
+        except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+            raise ValueError(f"class-list file '{path}': {error}") from None
+
+    @classmethod
+    def parse(cls, source: Vocabulary | str | Path | Sequence[str | Sequence[str]]) -> Vocabulary:
+        """From what a person writes.
+
+        "cat|kitten, red car" (commas part classes, bars part synonyms), the path of a class-list file
+        (.json or .txt), a list of names as `from_names` takes it, or a vocabulary, returned as it is.
+        """
+        if isinstance(source, Vocabulary):
+            return source
+        if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".json", ".txt"))):
+            return cls.from_file(source)
+        if isinstance(source, str):
+            words = [word for word in source.split(",") if word.strip()]
+            return cls.from_names(words, separator="|")
+        return cls.from_names(source)
+
+    def __len__(self) -> int:
+        return len(self.synonyms)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The K display names."""
+        return tuple(names[0] for names in self.synonyms)
+
+    @cached_property
+    def _classes(self) -> dict[str, list[int]]:
+        """Canonical name -> classes that have it; classes of which it is the display name come first."""
+        classes: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            classes.setdefault(canonical(name), []).append(i)
+        for i, names in enumerate(self.synonyms):
+            for key in map(canonical, names):
+                if i not in classes.setdefault(key, []):
+                    classes[key].append(i)
+        return classes
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and canonical(name) in self._classes
+
+    def index(self, name: str) -> int:
+        """The class of a name; a display name goes before a synonym.
+
+        Raises:
+            KeyError: no class has the name (near matches are given), or several have it equally.
+        """
+        found = self._classes.get(canonical(name), [])
+        display = [i for i in found if canonical(self.names[i]) == canonical(name)] or found
+        if len(display) == 1:
+            return display[0]
+        if display:
+            several = ", ".join(f"{i} {list(self.synonyms[i])}" for i in display)
+            raise KeyError(f"{name!r} names several classes: {several}")
+        similar = " or ".join(map(repr, near(name, [s for names in self.synonyms for s in names])))
+        hint = f"did you mean {similar}?" if similar else "nothing in it looks like that"
+        raise KeyError(f"no class {name!r} among the vocabulary's {len(self)}; {hint}")
+
+    def with_novel(self, novel: Iterable[int | str]) -> Vocabulary:
+        """The same classes; the given ones are novel, all others base. Raises ValueError for what is no
+        class.""" ids = set(self._positions(novel)) return replace(self, base=tuple(i not in ids for i in
+        range(len(self))))
+
+    def with_base_from(self, training: Vocabulary) -> Vocabulary:
+        """The same classes: base where a name is shared with a base class of `training`, else novel."""
+        flags = training.base or (True,) * len(training)
+        known = {
+            canonical(s) for names, base in zip(training.synonyms, flags, strict=True) if base for s in names
+        }
+        return replace(self, base=tuple(any(canonical(s) in known for s in names) for names in self.synonyms))
+
+    def subset(self, classes: Iterable[int | str]) -> Vocabulary:
+        """Some of the classes, by position or name, in the given order, with their flags."""
+        ids = self._positions(classes)
+        return Vocabulary(
+            tuple(self.synonyms[i] for i in ids),
+            None if self.base is None else tuple(self.base[i] for i in ids),
+            None if self.thing is None else tuple(self.thing[i] for i in ids),
+        )
+
+    def _positions(self, classes: Iterable[int | str]) -> list[int]:
+        positions = []
+        for c in classes:
+            try:
+                position = self.index(c) if isinstance(c, str) else range(len(self))[c]
+            except (KeyError, IndexError) as error:
+                raise ValueError(
+                    error.args[0] if isinstance(c, str) else f"no class {c} of {len(self)}"
+                ) from None
+            positions.append(position)
+        return positions
+
+    def to_json(self) -> str:
+        """As text, for a checkpoint or a file; `from_json` and `from_file` read it."""
+        content = {"format": _FORMAT, "synonyms": self.synonyms, "base": self.base, "thing": self.thing}
+        return json.dumps(content, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        """What `to_json` wrote. Raises ValueError for other text."""
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError("this text is no saved vocabulary")
+        return cls._from_content(content)
+
+    @classmethod
+    def _from_content(cls, content: Mapping[str, Any]) -> Vocabulary:
+        base, thing = content["base"], content["thing"]
+        return cls(
+            tuple(tuple(names) for names in content["synonyms"]),
+            None if base is None else tuple(base),
+            None if thing is None else tuple(thing),
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of names, synonyms, order and flags."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def _split(entry: str | Sequence[str], separator: str | None) -> Sequence[str]:
+    if not isinstance(entry, str):
+        return entry
+    # a separator at the end ("sky,") is no empty name, but a class without any name is
+    return [name for name in entry.split(separator) if name.strip()] if separator else [entry]
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    """Names stripped, without repetition (as `canonical` sees it), in order."""
+    return tuple({canonical(name): name.strip() for name in reversed(list(names))}.values())[::-1]
