@@ -255,9 +255,9 @@ class Vocabulary:
         raise KeyError(f"no class {name!r} among the vocabulary's {len(self)}; {hint}")
 
     def with_novel(self, novel: Iterable[int | str]) -> Vocabulary:
-        """The same classes; the given ones are novel, all others base. Raises ValueError for what is no
-        class.""" ids = set(self._positions(novel)) return replace(self, base=tuple(i not in ids for i in
-        range(len(self))))
+        """The same classes: the given ones are novel, all others base. Raises ValueError for an unknown one."""
+        ids = set(self._positions(novel))
+        return replace(self, base=tuple(i not in ids for i in range(len(self))))
 
     def with_base_from(self, training: Vocabulary) -> Vocabulary:
         """The same classes: base where a name is shared with a base class of `training`, else novel."""
