@@ -241,7 +241,7 @@ class Vocabulary:
         """The class of a name; a display name goes before a synonym.
 
         Raises:
-            KeyError: no class has the name (near matches are given), or several have it equally.
+            ValueError: no class has the name (near matches are given), or several have it equally.
         """
         found = self._classes.get(canonical(name), [])
         display = [i for i in found if canonical(self.names[i]) == canonical(name)] or found
@@ -249,22 +249,20 @@ class Vocabulary:
             return display[0]
         if display:
             several = ", ".join(f"{i} {list(self.synonyms[i])}" for i in display)
-            raise KeyError(f"{name!r} names several classes: {several}")
+            raise ValueError(f"{name!r} names several classes: {several}")
         similar = " or ".join(map(repr, near(name, [s for names in self.synonyms for s in names])))
         hint = f"did you mean {similar}?" if similar else "nothing in it looks like that"
-        raise KeyError(f"no class {name!r} among the vocabulary's {len(self)}; {hint}")
+        raise ValueError(f"no class {name!r} among the vocabulary's {len(self)}; {hint}")
 
     def with_novel(self, novel: Iterable[int | str]) -> Vocabulary:
-        """The same classes: the given ones are novel, all others base. Raises ValueError for an unknown one."""
+        """The same classes: the given ones (names or positions) are novel, all others base."""
         ids = set(self._positions(novel))
         return replace(self, base=tuple(i not in ids for i in range(len(self))))
 
     def with_base_from(self, training: Vocabulary) -> Vocabulary:
         """The same classes: base where a name is shared with a base class of `training`, else novel."""
         flags = training.base or (True,) * len(training)
-        known = {
-            canonical(s) for names, base in zip(training.synonyms, flags, strict=True) if base for s in names
-        }
+        known = {canonical(s) for i, names in enumerate(training.synonyms) if flags[i] for s in names}
         return replace(self, base=tuple(any(canonical(s) in known for s in names) for names in self.synonyms))
 
     def subset(self, classes: Iterable[int | str]) -> Vocabulary:
@@ -277,15 +275,9 @@ class Vocabulary:
         )
 
     def _positions(self, classes: Iterable[int | str]) -> list[int]:
-        positions = []
-        for c in classes:
-            try:
-                position = self.index(c) if isinstance(c, str) else range(len(self))[c]
-            except (KeyError, IndexError) as error:
-                raise ValueError(
-                    error.args[0] if isinstance(c, str) else f"no class {c} of {len(self)}"
-                ) from None
-            positions.append(position)
+        positions = [self.index(c) if isinstance(c, str) else c for c in classes]
+        if wrong := [i for i in positions if not 0 <= i < len(self)]:
+            raise ValueError(f"no classes {wrong} in a vocabulary of {len(self)}")
         return positions
 
     def to_json(self) -> str:
@@ -324,4 +316,7 @@ def _split(entry: str | Sequence[str], separator: str | None) -> Sequence[str]:
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
     """Names stripped, without repetition (as `canonical` sees it), in order."""
-    return tuple({canonical(name): name.strip() for name in reversed(list(names))}.values())[::-1]
+    unique: dict[str, str] = {}
+    for name in names:
+        unique.setdefault(canonical(name), name.strip())
+    return tuple(unique.values())
