@@ -1,0 +1,140 @@
+"""Checks before training: data set names, class lists against heads, boxes against images."""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from clipdense.data.datasets.layouts import load_json
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+__all__ = ["HEAD_CLASSES", "check_classes", "check_dataset_names", "clean_annotations"]
+
+logger = logging.getLogger(__name__)
+
+HEAD_CLASSES: dict[str, list[tuple[str, str]]] = {
+    "GeneralizedRCNN": [("MODEL.ROI_HEADS.NUM_CLASSES", "thing")],
+    "RetinaNet": [("MODEL.RETINANET.NUM_CLASSES", "thing")],
+    "SemanticSegmentor": [("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff")],
+    "PanopticFPN": [("MODEL.ROI_HEADS.NUM_CLASSES", "thing"), ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff")],
+}
+"""Meta-architecture -> config keys that count the classes of its closed-vocabulary heads, and which classes each counts.
+
+A system with such heads adds itself; one whose vocabulary changes does not."""
+
+
+def check_dataset_names(names: Sequence[str]) -> None:
+    """Check that every data set is registered.
+
+    Raises:
+        ValueError: no name at all, or an unknown one, with near matches.
+    """
+    if not names:
+        raise ValueError("no data set is named; set DATASETS.TRAIN and DATASETS.TEST")
+    known = DatasetCatalog.list()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+            hint = f"Did you mean {', '.join(near)}?" if near else "No registered name is like it."
+            raise ValueError(
+                f"data set {name!r} is not registered. {hint} Own COCO-format data are registered by DATASETS.COCO_JSON."
+            )
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """Check that the data sets of a config have one class list, and that closed-vocabulary heads have its length.
+
+    Raises:
+        ValueError: class lists that differ, or a head with another number of classes; names both.
+    """
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    check_dataset_names(names)
+    for key, kind in HEAD_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, []):
+        node: Any = cfg
+        for part in key.split("."):
+            node = node[part]
+        lists = {name: _class_names(name, kind) for name in names}
+        for name, classes in lists.items():
+            if classes is None:
+                raise ValueError(
+                    f"data set {name} has no {kind} classes, which {cfg.MODEL.META_ARCHITECTURE} needs"
+                )
+            if len(classes) != node:
+                raise ValueError(
+                    f"{key} = {node}, but data set {name} has {len(classes)} {kind} classes "
+                    f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}). Set {key} {len(classes)}."
+                )
+            first = lists[names[0]] or []
+            if classes != first:
+                at = next(i for i, (a, b) in enumerate(zip(first, classes, strict=True)) if a != b)
+                raise ValueError(
+                    f"data sets {names[0]} and {name} differ in class {at}: {first[at]!r} and {classes[at]!r}. "
+                    f"{cfg.MODEL.META_ARCHITECTURE} has one fixed class list."
+                )
+
+
+def _class_names(name: str, kind: str) -> list[str] | None:
+    """Names of a data set's thing or stuff classes; of own data, from the json file."""
+    metadata = MetadataCatalog.get(name)
+    classes = metadata.get(f"{kind}_classes")
+    if classes is None and kind == "thing" and metadata.get("evaluator_type") == "coco":
+        categories = load_json(metadata.json_file)["categories"]
+        return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+    if classes is None:
+        return None
+    if kind == "thing" and metadata.get("stuff_classes") == classes:
+        # standard panoptic metadata names every class in both lists
+        members = set(metadata.thing_dataset_id_to_contiguous_id.values())
+        return [c for i, c in enumerate(classes) if i in members]
+    return list(classes)
+
+
+def clean_annotations(dataset: Any) -> Any:
+    """Clip boxes to their images and drop those that are empty then; says how many, and where the first one is.
+
+    Args:
+        dataset: dataset dicts, changed in place; anything else is returned as it is.
+    """
+    if not isinstance(dataset, list):
+        return dataset
+    clipped, dropped = [], []
+    for record in dataset:
+        if not record.get("annotations") or "width" not in record:
+            continue
+        kept = []
+        for annotation in record["annotations"]:
+            if annotation["bbox_mode"] not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+                kept.append(annotation)
+                continue
+            x0, y0, x1, y1 = BoxMode.convert(
+                list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
+            )
+            inside = [
+                min(max(x0, 0.0), record["width"]),
+                min(max(y0, 0.0), record["height"]),
+                min(max(x1, 0.0), record["width"]),
+                min(max(y1, 0.0), record["height"]),
+            ]
+            if not (inside[2] > inside[0] and inside[3] > inside[1]):
+                dropped.append(record["file_name"])
+                continue
+            # annotators round: half a pixel beyond the border is no mistake worth a word
+            if max(abs(a - b) for a, b in zip(inside, (x0, y0, x1, y1), strict=True)) > 0.5:
+                clipped.append(record["file_name"])
+            annotation["bbox"], annotation["bbox_mode"] = inside, BoxMode.XYXY_ABS
+            kept.append(annotation)
+        record["annotations"] = kept
+    if clipped:
+        logger.warning(
+            "%d boxes reached out of their images and were clipped (first in %s)", len(clipped), clipped[0]
+        )
+    if dropped:
+        logger.warning(
+            "%d boxes were empty or outside their images and were dropped (first in %s)",
+            len(dropped),
+            dropped[0],
+        )
+    return dataset

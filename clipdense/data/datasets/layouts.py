@@ -1,0 +1,160 @@
+"""Reading the standard annotation layouts where Detectron2's own readers do not serve.
+
+Detectron2 reads COCO instances. It reads COCO panoptic only with .jpg images, LVIS only through the `lvis` package (broken on current
+NumPy) and only with polygons, and captions not at all.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+
+__all__ = ["load_captions", "load_instances", "load_json", "load_lvis", "load_panoptic", "load_sem_seg"]
+
+DatasetDicts = list[dict[str, Any]]
+
+
+def load_json(path: str | Path) -> Any:
+    """A JSON file's content.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, naming the file.
+    """
+    with PathManager.open(str(path), "r", encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def load_instances(
+    json_file: str | Path, image_root: str | Path, ids: dict[int, int], extra: tuple[str, ...] = ()
+) -> DatasetDicts:
+    """COCO instances, with category ids mapped by ``ids`` and the extra annotation keys kept."""
+    content = load_json(json_file)
+    annotations = defaultdict(list)
+    for annotation in content["annotations"]:
+        item = {
+            key: annotation[key] for key in ("bbox", "segmentation", "iscrowd", *extra) if key in annotation
+        }
+        item |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": ids[annotation["category_id"]]}
+        annotations[annotation["image_id"]].append(item)
+    return [
+        _image(image, image_root) | {"annotations": annotations[image["id"]]}
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]
+
+
+def load_panoptic(
+    json_file: str | Path,
+    image_root: str | Path,
+    panoptic_root: str | Path,
+    ids: dict[int, int],
+    things: frozenset[int] | set[int],
+    sem_seg_root: str | Path | None = None,
+) -> DatasetDicts:
+    """COCO panoptic segmentation, from any image type.
+
+    Args:
+        ids: category id -> contiguous id.
+        things: contiguous ids that are things.
+        sem_seg_root: folder of semantic label maps with the names of the panoptic PNGs.
+    """
+    content = load_json(json_file)
+    images = {image["id"]: image for image in content["images"]}
+    dicts = []
+    for annotation in content["annotations"]:
+        segments = [
+            segment
+            | {"category_id": ids[segment["category_id"]], "isthing": ids[segment["category_id"]] in things}
+            for segment in annotation["segments_info"]
+        ]
+        record = _image(images[annotation["image_id"]], image_root) | {
+            "pan_seg_file_name": str(Path(panoptic_root) / annotation["file_name"]),
+            "segments_info": segments,
+        }
+        if sem_seg_root is not None:
+            record["sem_seg_file_name"] = str(Path(sem_seg_root) / annotation["file_name"])
+        dicts.append(record)
+    return dicts
+
+
+def load_sem_seg(
+    label_root: str | Path, image_root: str | Path, image_ext: str = ".jpg", names: list[str] | None = None
+) -> DatasetDicts:
+    """Semantic segmentation: label PNGs and images with equal stems.
+
+    Args:
+        label_root: folder of label maps.
+        image_root: folder of images; images without labels are no part of the data set.
+        image_ext: their ending.
+        names: stems to take (default: every label map).
+
+    Raises:
+        FileNotFoundError: a folder without label maps, or a listed file that is missing.
+    """
+    label_root, image_root = Path(label_root), Path(image_root)
+    if names is None:
+        names = sorted(path.stem for path in label_root.glob("*.png"))
+        if not names:
+            raise FileNotFoundError(f"no label maps (*.png) in {label_root}")
+    dicts = [
+        {
+            "file_name": str(image_root / f"{n}{image_ext}"),
+            "image_id": n,
+            "sem_seg_file_name": str(label_root / f"{n}.png"),
+        }
+        for n in names
+    ]
+    if missing := [r["file_name"] for r in dicts if not Path(r["file_name"]).is_file()]:
+        raise FileNotFoundError(
+            f"{len(missing)} images of the label maps in {label_root} are missing, first {missing[0]}"
+        )
+    return dicts
+
+
+def load_captions(json_file: str | Path, image_root: str | Path) -> DatasetDicts:
+    """COCO captions: ``captions``, a list of strings, for every image that has any."""
+    content = load_json(json_file)
+    captions = defaultdict(list)
+    for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
+        captions[annotation["image_id"]].append(annotation["caption"])
+    return [
+        _image(image, image_root) | {"captions": captions[image["id"]]}
+        for image in sorted(content["images"], key=lambda image: image["id"])
+        if image["id"] in captions
+    ]
+
+
+def load_lvis(json_file: str | Path, image_root: str | Path) -> DatasetDicts:
+    """LVIS instances (polygons or RLE), contiguous class = category id - 1, with the two federated lists.
+
+    Images are found as LVIS does: split folder and file name are the last two parts of ``coco_url``.
+    """
+    content = load_json(json_file)
+    annotations = defaultdict(list)
+    for annotation in content["annotations"]:
+        item = {key: annotation[key] for key in ("bbox", "segmentation", "visible") if key in annotation}
+        item |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": annotation["category_id"] - 1, "iscrowd": 0}
+        annotations[annotation["image_id"]].append(item)
+    dicts = []
+    for image in sorted(content["images"], key=lambda image: image["id"]):
+        name = "/".join(image["coco_url"].split("/")[-2:]) if "coco_url" in image else image["file_name"]
+        record = _image(image | {"file_name": name}, image_root)
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            record[key] = image.get(key, [])
+        dicts.append(record | {"annotations": annotations[image["id"]]})
+    return dicts
+
+
+def _image(image: dict[str, Any], image_root: str | Path) -> dict[str, Any]:
+    return {
+        "file_name": str(Path(image_root) / image["file_name"]),
+        "image_id": image["id"],
+        "height": image["height"],
+        "width": image["width"],
+    }

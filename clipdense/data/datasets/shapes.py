@@ -1,0 +1,187 @@
+"""Registration of the `shapes` world's data sets; each is drawn at its first use."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clipdense.data.datasets.layouts import (
+    DatasetDicts,
+    load_captions,
+    load_instances,
+    load_lvis,
+    load_panoptic,
+)
+from clipdense.data.shapes.layouts import CATEGORIES, class_synonyms, novel_kind
+from clipdense.data.shapes.make import annotation_file, ensure_shapes, shapes_root
+from clipdense.data.shapes.records import IGNORE, png_folders
+from clipdense.data.shapes.splits import FREQUENCY, MINI
+from clipdense.data.shapes.world import BASE, CLASSES, GROUNDS
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+__all__ = ["register_shapes"]
+
+_NOVEL = [name for k, name in enumerate(CLASSES) if novel_kind(k)]
+_NOVEL_KINDS = {
+    kind: [name for k, name in enumerate(CLASSES) if novel_kind(k) == kind]
+    for kind in ("novel_shape", "novel_combination")
+}
+
+
+def register_shapes(root: Path | None = None) -> None:
+    """Register every `shapes_*` data set (nothing is drawn yet).
+
+    | name | annotations | evaluator |
+    | --- | --- | --- |
+    | shapes_closed_{train,val} | instances of all 80 classes | coco |
+    | shapes_ov_{train,val} | instances; train labels the 60 base classes, val all 80 | coco |
+    | shapes_{closed,ov}_panoptic_{train,val} | panoptic, semantic and instances, 88 classes (ov train: 68) | coco_panoptic_seg |
+    | shapes_{closed,ov}_sem_seg_{train,val} | semantic | sem_seg |
+    | shapes_shift_val, shapes_shift_{panoptic,sem_seg}_val | other light, grounds and sizes, all classes | as above |
+    | shapes_lvis_{train,val} | long-tailed, federated | lvis |
+    | shapes_clip_{train,val} | five captions an image, instances and semantic maps | clip_retrieval |
+
+    ``shapes_closed_mini_train`` and the like (closed and ov, every task) are the first 800 training and 200 validation
+    images of the same files. Metadata of ov and shift sets: ``novel_classes`` (names) and ``novel_kinds`` (kind -> names).
+    """
+    root = shapes_root() if root is None else root
+    for split in ("train", "val"):
+        for images, part in ((None, ""), (MINI[split], "mini_")):
+            _register_views(root, "closed", part + split, split, images)
+            _register_views(root, "ov", part + split, split, images)
+        _register_lvis(root, split)
+        _register_clip(root, split)
+    _register_views(root, "shift", "val", "shift_val", None)
+
+
+def _register_views(root: Path, family: str, suffix: str, split: str, images: int | None) -> None:
+    """Instances, panoptic and semantic data sets of one split."""
+    labels = "ov" if family == "ov" and split == "train" else "closed"
+    classes = BASE if labels == "ov" else tuple(range(len(CLASSES)))
+    things = {k + 1: i for i, k in enumerate(classes)}
+    stuff = {len(CLASSES) + g + 1: len(classes) + g for g in range(len(GROUNDS))}
+    names = [CLASSES[k] for k in classes]
+    novel: dict[str, Any] = {}
+    if family != "closed":
+        novel = {"novel_classes": [n for n in _NOVEL if n in names]}
+        novel["novel_kinds"] = _NOVEL_KINDS if novel["novel_classes"] else {}
+    folders = png_folders(root, split)
+    semantic = folders["semantic_ov" if labels == "ov" else "semantic"]
+    instances, panoptic = (
+        annotation_file(root, f"{kind}_{labels}", split, images) for kind in ("instances", "panoptic")
+    )
+
+    def load_detection() -> DatasetDicts:
+        return load_instances(instances, folders["image"], things, ("visible",))
+
+    def load_everything() -> DatasetDicts:
+        dicts = load_panoptic(
+            panoptic, folders["image"], folders["panoptic"], things | stuff, set(things.values()), semantic
+        )
+        annotations = {d["image_id"]: d["annotations"] for d in load_detection()}
+        return [d | {"annotations": annotations[d["image_id"]]} for d in dicts]
+
+    def load_semantic() -> DatasetDicts:
+        kept = ("file_name", "image_id", "height", "width", "sem_seg_file_name")
+        return [{key: d[key] for key in kept} for d in load_everything()]
+
+    ensure = partial(ensure_shapes, split, images, root)
+    shared = {"image_root": str(folders["image"]), "json_file": str(instances), **novel}
+    _register(
+        f"shapes_{family}_{suffix}",
+        load_detection,
+        ensure,
+        evaluator_type="coco",
+        thing_classes=names,
+        thing_dataset_id_to_contiguous_id=things,
+        **shared,
+    )
+    _register(
+        f"shapes_{family}_panoptic_{suffix}",
+        load_everything,
+        ensure,
+        evaluator_type="coco_panoptic_seg",
+        # as in Detectron2's standard COCO panoptic: both lists name every class, the id maps tell things from stuff
+        thing_classes=[*names, *GROUNDS],
+        stuff_classes=[*names, *GROUNDS],
+        thing_dataset_id_to_contiguous_id=things,
+        stuff_dataset_id_to_contiguous_id=stuff,
+        panoptic_root=str(folders["panoptic"]),
+        panoptic_json=str(panoptic),
+        sem_seg_root=str(semantic),
+        ignore_label=IGNORE,
+        label_divisor=1000,
+        **shared,
+    )
+    _register(
+        f"shapes_{family}_sem_seg_{suffix}",
+        load_semantic,
+        ensure,
+        evaluator_type="sem_seg",
+        stuff_classes=[*names, *GROUNDS],
+        stuff_dataset_id_to_contiguous_id=things | stuff,
+        sem_seg_root=str(semantic),
+        ignore_label=IGNORE,
+        image_root=str(folders["image"]),
+        **novel,
+    )
+
+
+def _register_lvis(root: Path, split: str) -> None:
+    name = f"lvis_{split}"
+    json_file = annotation_file(root, "lvis", name)
+    _register(
+        f"shapes_lvis_{split}",
+        partial(load_lvis, json_file, root),
+        partial(ensure_shapes, name, None, root),
+        evaluator_type="lvis",
+        thing_classes=list(CLASSES),
+        thing_dataset_id_to_contiguous_id={k + 1: k for k in range(len(CLASSES))},
+        class_image_count=[{"id": k + 1, "frequency": FREQUENCY[k]} for k in range(len(CLASSES))],
+        json_file=str(json_file),
+        image_root=str(root),
+    )
+
+
+def _register_clip(root: Path, split: str) -> None:
+    name = f"clip_{split}"
+    folders = png_folders(root, name)
+    instances, captions = (annotation_file(root, kind, name) for kind in ("instances_closed", "captions"))
+    things = {c["id"]: c["id"] - 1 for c in CATEGORIES if c["isthing"]}
+
+    def load() -> DatasetDicts:
+        words = {d["image_id"]: d["captions"] for d in load_captions(captions, folders["image"])}
+        return [
+            d
+            | {
+                "captions": words[d["image_id"]],
+                "sem_seg_file_name": str(folders["semantic"] / Path(d["file_name"]).name),
+            }
+            for d in load_instances(instances, folders["image"], things, ("visible",))
+        ]
+
+    _register(
+        f"shapes_clip_{split}",
+        load,
+        partial(ensure_shapes, name, None, root),
+        evaluator_type="clip_retrieval",
+        thing_classes=list(CLASSES),
+        thing_dataset_id_to_contiguous_id=things,
+        class_synonyms=[class_synonyms(k) for k in range(len(CLASSES))],
+        novel_classes=_NOVEL,
+        novel_kinds=_NOVEL_KINDS,
+        json_file=str(captions),
+        image_root=str(folders["image"]),
+    )
+
+
+def _register(
+    name: str, load: Callable[[], DatasetDicts], ensure: Callable[[], Path], **metadata: Any
+) -> None:
+    def draw_and_load() -> DatasetDicts:
+        ensure()
+        return load()
+
+    DatasetCatalog.register(name, draw_and_load)
+    MetadataCatalog.get(name).set(**metadata)

@@ -1,0 +1,182 @@
+"""Training and test loaders: Detectron2's, with our mappers, exact resume, and errors that say what to do."""
+
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from clipdense.data.checks import check_dataset_names, clean_annotations
+from clipdense.data.mappers import build_mapper
+from clipdense.data.samplers import GlobalBatchSampler, RepeatFactorSampler, ResumableTrainingSampler
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+
+__all__ = [
+    "KeyedDataset",
+    "build_test_loader",
+    "build_train_loader",
+    "keyed_randomness",
+    "load_dataset_dicts",
+]
+
+logger = logging.getLogger(__name__)
+
+Mapper = Callable[[dict[str, Any]], Any]
+
+_MAX_SKIPPED = 20
+
+
+def build_train_loader(
+    cfg: CfgNode,
+    start_iter: int = 0,
+    *,
+    seed: int | None = None,
+    mapper: Mapper | None = None,
+    dataset: Any = None,
+) -> DataLoader[Any]:
+    """Infinite loader of this process's share of each global batch.
+
+    The samples of step t and their augmentation depend on the seed and t alone: not on when the run was resumed, on the number
+    of workers, or on how many processes share ``SOLVER.IMS_PER_BATCH``.
+
+    Args:
+        cfg: reads DATASETS.*, DATALOADER.*, SOLVER.IMS_PER_BATCH, INPUT.*.
+        start_iter: number of batches that a resumed run has already seen.
+        seed: of order and augmentation (default: ``cfg.SEED``, or one that all processes draw together if that is negative;
+            such a run cannot be resumed exactly unless the seed is kept).
+        mapper: default: the one that ``INPUT.MAPPER`` names.
+        dataset: dataset dicts, or a map-style dataset of them (default: ``DATASETS.TRAIN``).
+
+    Raises:
+        ValueError: an unknown data set or sampler, or a batch that the processes cannot share evenly.
+        FileNotFoundError: data that are not on disk, with what to do.
+    """
+    mapper = build_mapper(cfg, True) if mapper is None else mapper
+    if dataset is None:
+        dataset = clean_annotations(load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, training=True))
+    if seed is None:
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    rank, world = comm.get_rank(), comm.get_world_size()
+    groups = None
+    if (
+        cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        and isinstance(dataset, list)
+        and all("width" in d for d in dataset)
+    ):
+        groups = [int(d["width"] > d["height"]) for d in dataset]
+    batches = GlobalBatchSampler(
+        _sampler(cfg, dataset, seed), cfg.SOLVER.IMS_PER_BATCH, rank, world, start_iter, groups
+    )
+    items = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
+    return DataLoader(
+        KeyedDataset(items, mapper, seed),
+        batch_sampler=batches,  # type: ignore[arg-type]  # keys are (position, index) pairs
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+    )
+
+
+def build_test_loader(cfg: CfgNode, name: str, *, mapper: Mapper | None = None) -> DataLoader[Any]:
+    """Detectron2's test loader over one data set: batches of one image, shared out among the processes.
+
+    Raises:
+        ValueError: an unknown data set.
+        FileNotFoundError: data that are not on disk, with what to do.
+    """
+    mapper = build_mapper(cfg, False) if mapper is None else mapper
+    return build_detection_test_loader(
+        load_dataset_dicts(cfg, [name], training=False), mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+
+
+def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], training: bool) -> Any:
+    """Dataset dicts of several data sets as one list; in training without images that have no annotations, if
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so.
+
+    Raises:
+        ValueError: an unknown data set.
+        FileNotFoundError: data that are not on disk, with what to do.
+    """
+    check_dataset_names(names)
+    try:
+        return get_detection_dataset_dicts(
+            list(names), filter_empty=training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    except FileNotFoundError as error:
+        root = os.environ.get("DETECTRON2_DATASETS", "datasets (DETECTRON2_DATASETS is not set)")
+        raise FileNotFoundError(
+            f"{', '.join(names)}: {error.filename or error} is not there. Data sets are looked for in {root}; "
+            "datasets/README.md says what goes where."
+        ) from error
+
+
+def _sampler(cfg: CfgNode, dataset: Any, seed: int) -> ResumableTrainingSampler:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return ResumableTrainingSampler(len(dataset), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dataset, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return RepeatFactorSampler(factors, seed=seed)
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN = {name!r}: expected TrainingSampler or RepeatFactorTrainingSampler "
+        "(clipdense runs them in resumable form)"
+    )
+
+
+class KeyedDataset(Dataset[Any]):
+    """Maps samples under randomness that their place in the training stream decides.
+
+    Args:
+        items: dataset dicts.
+        mapper: may return None for a sample that cannot be used; another, drawn by the same key, takes its place.
+        seed: with the position it keys all of Python's, NumPy's and torch's random numbers while the mapper runs.
+    """
+
+    def __init__(self, items: Any, mapper: Mapper, seed: int) -> None:
+        self.items, self.mapper, self.seed = items, mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        position, index = key
+        with keyed_randomness(self.seed, position):
+            for _ in range(_MAX_SKIPPED):
+                if (sample := self.mapper(self.items[index])) is not None:
+                    return sample
+                index = random.randrange(len(self.items))
+        raise RuntimeError(
+            f"{_MAX_SKIPPED} samples in a row could not be used; the warnings above name the files"
+        )
+
+
+@contextmanager
+def keyed_randomness(*key: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's (CPU) global generators by a key; afterwards they are as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.random.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,197 @@
+"""Mappers: from a dataset dict to model input."""
+
+import copy
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.registry import Registry
+
+from clipdense.data.image import BadImageError, read_image, read_labels
+
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances, PolygonMasks
+
+__all__ = ["MAPPER_REGISTRY", "DetectionMapper", "ResizeShortestEdge", "build_mapper", "read_image_or_skip"]
+
+logger = logging.getLogger(__name__)
+
+MAPPER_REGISTRY = Registry("MAPPER")
+MAPPER_REGISTRY.__doc__ = (
+    """Mappers by name (``INPUT.MAPPER``); each is built as ``mapper(cfg, is_train)``."""
+)
+
+_warned: set[str] = set()
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
+    """The mapper that ``INPUT.MAPPER`` names.
+
+    Raises:
+        KeyError: no such mapper, with those that are.
+    """
+    name = cfg.INPUT.MAPPER
+    if name not in MAPPER_REGISTRY:
+        known = ", ".join(sorted(key for key, _ in MAPPER_REGISTRY))
+        raise KeyError(f"INPUT.MAPPER = {name!r} is no mapper; there are {known}")
+    return MAPPER_REGISTRY.get(name)(cfg, is_train)
+
+
+def read_image_or_skip(path: str, image_format: str, skip: bool) -> np.ndarray | None:
+    """`read_image`; with ``skip`` a damaged file gives None and, once a file and process, a warning that names it."""
+    try:
+        return read_image(path, image_format)
+    except BadImageError as error:
+        if not skip:
+            raise
+        if path not in _warned:
+            _warned.add(path)
+            logger.warning("Skipping a damaged image: %s", error)
+        return None
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, for very long images too: a side never becomes shorter than 1 pixel."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Transform for an (H, W, C) image."""
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform
+
+
+@MAPPER_REGISTRY.register()
+class DetectionMapper:
+    """Boxes, masks, semantic and panoptic maps, whichever a data set has.
+
+    Differs from Detectron2's `DatasetMapper` in what it can read (see `read_image`), in taking polygons and RLE side by
+    side, in clipping boxes to the image and dropping empty ones, and in errors that name the file.
+
+    Args:
+        is_train: whether annotations are wanted.
+        augmentations: Detectron2 augmentations or transforms.
+        image_format: "RGB" or "BGR".
+        use_masks: whether instances carry ``gt_masks``.
+        mask_format: "polygon" (images that have RLE masks get bit masks nevertheless) or "bitmask".
+        recompute_boxes: whether boxes are made tight around masks again (after cropping).
+        skip_bad_images: whether a damaged image file gives None, with a warning, instead of an error (training only).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        augmentations: list[Any],
+        image_format: str,
+        use_masks: bool = False,
+        mask_format: str = "polygon",
+        recompute_boxes: bool = False,
+        skip_bad_images: bool = False,
+    ) -> None:
+        if mask_format not in ("polygon", "bitmask"):
+            raise ValueError(f"INPUT.MASK_FORMAT = {mask_format!r}: expected polygon or bitmask")
+        if recompute_boxes and not use_masks:
+            raise ValueError("boxes can be recomputed from masks only; set MODEL.MASK_ON True")
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.use_masks = use_masks
+        self.mask_format = mask_format
+        self.recompute_boxes = recompute_boxes
+        self.skip_bad_images = skip_bad_images and is_train
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Constructor arguments from ``INPUT.*`` and ``MODEL.MASK_ON``."""
+        augmentations = utils.build_augmentation(cfg, is_train)
+        resize = augmentations[0]
+        if type(resize) is T.ResizeShortestEdge:
+            resize.__class__ = ResizeShortestEdge
+        if crop := is_train and cfg.INPUT.CROP.ENABLED:
+            augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+        return {
+            "is_train": is_train,
+            "augmentations": augmentations,
+            "image_format": cfg.INPUT.FORMAT,
+            "use_masks": cfg.MODEL.MASK_ON,
+            "mask_format": cfg.INPUT.MASK_FORMAT,
+            "recompute_boxes": crop and cfg.MODEL.MASK_ON,
+            "skip_bad_images": cfg.INPUT.SKIP_BAD_IMAGES,
+        }
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """Model input of one image.
+
+        Returns:
+            The dict with ``image`` (3, H, W) uint8; in training also, where the data set has them, ``instances``
+            (gt_boxes, gt_classes, gt_masks), ``sem_seg`` (H, W) int64 and ``pan_seg`` (H, W) int64 of the ids in
+            ``segments_info``. None for a damaged image that may be skipped.
+
+        Raises:
+            BadImageError: the image or a label map cannot be decoded.
+            ValueError: annotations that do not fit the image (the message names it).
+        """
+        sample = copy.deepcopy(dataset_dict)
+        image = read_image_or_skip(sample["file_name"], self.image_format, self.skip_bad_images)
+        if image is None:
+            return None
+        utils.check_image_size(sample, image)
+        labels = (
+            read_labels(sample["sem_seg_file_name"])
+            if self.is_train and "sem_seg_file_name" in sample
+            else None
+        )
+        # as doubles: Detectron2's transforms leave uint8 and floats exact, not other integers
+        augmented = T.AugInput(image, sem_seg=None if labels is None else labels.astype(np.float64))
+        transforms = self.augmentations(augmented)
+        height, width = augmented.image.shape[:2]
+        sample["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        if not self.is_train:
+            for key in ("annotations", "sem_seg_file_name", "pan_seg_file_name"):
+                sample.pop(key, None)
+            return sample
+        if labels is not None:
+            sample["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype(np.int64))
+            del sample["sem_seg_file_name"]
+        if "pan_seg_file_name" in sample:
+            segments = read_labels(sample.pop("pan_seg_file_name")).astype(np.float64)
+            sample["pan_seg"] = torch.as_tensor(transforms.apply_segmentation(segments).astype(np.int64))
+        if "annotations" in sample:
+            try:
+                sample["instances"] = self._instances(sample.pop("annotations"), transforms, (height, width))
+            except (ValueError, AssertionError, KeyError, TypeError) as error:
+                raise ValueError(f"annotations of {sample['file_name']} do not fit: {error!r}") from error
+        return sample
+
+    def _instances(
+        self, annotations: list[dict[str, Any]], transforms: Any, size: tuple[int, int]
+    ) -> Instances:
+        """Instances of the transformed image; crowds left out, boxes clipped, empty ones dropped."""
+        objects = []
+        for annotation in annotations:
+            if annotation.get("iscrowd", 0):
+                continue
+            annotation.pop("keypoints", None)
+            if not self.use_masks:
+                annotation.pop("segmentation", None)
+            elif "segmentation" not in annotation:
+                raise ValueError(
+                    "an annotation without a mask; set MODEL.MASK_ON False to train on boxes alone"
+                )
+            objects.append(utils.transform_instance_annotations(annotation, transforms, size))
+        polygons = self.mask_format == "polygon" and all(
+            isinstance(o.get("segmentation"), list) for o in objects
+        )
+        instances = utils.annotations_to_instances(objects, size, "polygon" if polygons else "bitmask")
+        if self.use_masks and not objects:
+            instances.gt_masks = (
+                PolygonMasks([]) if polygons else BitMasks(torch.zeros(0, *size, dtype=torch.bool))
+            )
+        if self.recompute_boxes and objects:
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        return utils.filter_empty_instances(instances, by_mask=self.use_masks)

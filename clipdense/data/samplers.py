@@ -1,0 +1,154 @@
+"""Training order that depends on the seed and the position alone, so that a resumed run continues it exactly.
+
+One global stream of samples is cut into global batches, and each process takes its share of each batch. Two processes with
+batches of b therefore see, step by step, what one process with batches of 2b sees.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data.sampler import Sampler
+
+__all__ = ["GlobalBatchSampler", "RepeatFactorSampler", "ResumableTrainingSampler"]
+
+
+class ResumableTrainingSampler(Sampler[int]):
+    """Infinite stream of dataset indices, reshuffled every epoch.
+
+    Args:
+        size: number of samples in the data set.
+        shuffle: whether each epoch is a new permutation; else 0, 1, 2 ... again and again.
+        seed: with the epoch number it decides the permutation; must be the same in all processes.
+        rank, world: this process takes positions rank, rank + world, ... of the stream.
+        start: global position of the first sample; after t steps of global batches of n samples it is t * n.
+
+    Raises:
+        ValueError: an empty data set, or a rank outside the world.
+    """
+
+    def __init__(
+        self, size: int, shuffle: bool = True, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0
+    ) -> None:
+        if size <= 0:
+            raise ValueError(f"a training sampler needs at least one sample, got a data set of {size}")
+        if not 0 <= rank < world or start < 0:
+            raise ValueError(
+                f"need 0 <= rank < world and start >= 0, got rank {rank}, world {world}, start {start}"
+            )
+        self.size, self.shuffle, self.seed = size, shuffle, seed
+        self.rank, self.world, self.start = rank, world, start
+
+    def __iter__(self) -> Iterator[int]:
+        yield from itertools.islice(self.stream(self.start), self.rank, None, self.world)
+
+    def stream(self, start: int = 0) -> Iterator[int]:
+        """The indices at global positions start, start + 1, ..., whatever the rank."""
+        for epoch in itertools.count(start // self.size):
+            yield from self._epoch(epoch)[start - epoch * self.size if start > epoch * self.size else 0 :]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.size))
+        return torch.randperm(self.size, generator=self._generator(epoch)).tolist()
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        # seeds that differ in one bit give unrelated streams only after mixing: take them far apart
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch * 7_919) % 2**63)
+
+
+class RepeatFactorSampler(ResumableTrainingSampler):
+    """Repeat-factor sampling for long-tailed data (LVIS, Gupta et al., 2019, appendix B.2), resumable.
+
+    An image whose factor is 2.3 appears two times in an epoch, and a third time with probability 0.3.
+
+    Args:
+        repeat_factors: one float >= 1 for each image, as
+            `detectron2.data.samplers.RepeatFactorTrainingSampler.repeat_factors_from_category_frequency` returns them.
+        shuffle, seed, rank, world, start: as in `ResumableTrainingSampler`.
+    """
+
+    def __init__(
+        self,
+        repeat_factors: torch.Tensor,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+    ) -> None:
+        super().__init__(len(repeat_factors), shuffle, seed, rank, world, start)
+        self.repeat_factors = repeat_factors.double()
+
+    def stream(self, start: int = 0) -> Iterator[int]:
+        """The indices at global positions start, start + 1, ...; epochs differ in length and are counted through."""
+        for epoch in itertools.count():
+            indices = self._epoch(epoch)
+            yield from indices[start:]
+            start = max(0, start - len(indices))
+
+    def _epoch(self, epoch: int) -> list[int]:
+        generator = self._generator(epoch)
+        whole = self.repeat_factors.floor()
+        more = torch.rand(self.size, generator=generator, dtype=torch.float64) < self.repeat_factors - whole
+        indices = torch.arange(self.size).repeat_interleave((whole + more).long())
+        if self.shuffle:
+            indices = indices[torch.randperm(len(indices), generator=generator)]
+        return indices.tolist()
+
+
+class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Cuts a sampler's global stream into batches and yields this process's share of each.
+
+    Args:
+        sampler: source of the global stream; its own ``start``, ``rank`` and ``world`` are not used.
+        batch_size: samples of a global batch, over all processes.
+        rank, world: this process takes samples rank, rank + world, ... of each batch.
+        start_batch: number of batches that a resumed run has already seen.
+        groups: one integer for each dataset index; a batch then holds samples of one group only (images of like aspect ratio).
+            A sample waits until its group fills a batch. None: batches follow the stream.
+
+    Yields:
+        list of (position, index): the sample's place in the global stream, which keys its augmentation, and its dataset index.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        sampler: ResumableTrainingSampler,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        start_batch: int = 0,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        if batch_size <= 0 or batch_size % world:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH = {batch_size} must be a positive multiple of the number of processes, {world}"
+            )
+        self.sampler, self.batch_size, self.groups = sampler, batch_size, groups
+        self.rank, self.world, self.start_batch = rank, world, start_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self._batches():
+            yield batch[self.rank :: self.world]
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        if self.groups is None:
+            first = self.start_batch * self.batch_size
+            samples = enumerate(self.sampler.stream(first), first)
+            while True:
+                yield list(itertools.islice(samples, self.batch_size))
+        # which samples wait depends on all before them: replay the stream, integers only
+        waiting: dict[int, list[tuple[int, int]]] = {}
+        done = 0
+        for position, index in enumerate(self.sampler.stream()):
+            bucket = waiting.setdefault(self.groups[index], [])
+            bucket.append((position, index))
+            if len(bucket) == self.batch_size:
+                del waiting[self.groups[index]]
+                done += 1
+                if done > self.start_batch:
+                    yield bucket

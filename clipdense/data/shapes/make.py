@@ -1,0 +1,197 @@
+"""Making splits of the `shapes` world on disk: in several processes, resumable, once for all users of a folder.
+
+```
+<root>/<split>/000000.png ...            images
+<root>/panoptic_<split>/, semantic_<split>/, semantic_ov_<split>/     label maps
+<root>/annotations/instances_closed_<split>.json, panoptic_closed_<split>.json, captions_<split>.json, ...
+<root>/parts/<split>/                    records of finished images: what a killed run continues from
+```
+Annotation files of the full split have plain names; those of its first N images carry the suffix ``_N``.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+from filelock import FileLock
+from tqdm import tqdm
+
+from clipdense.data.shapes.layouts import coco_captions, coco_instances, coco_panoptic, lvis_instances
+from clipdense.data.shapes.records import png_folders, scene_record, write_scene
+from clipdense.data.shapes.splits import find_split
+from clipdense.data.shapes.world import BASE, render
+
+__all__ = ["annotation_file", "ensure_shapes", "shapes_root"]
+
+logger = logging.getLogger(__name__)
+
+_PART = 25
+"""Images whose records share a file; at most these are drawn again after a kill."""
+
+
+def shapes_root() -> Path:
+    """Folder of the world: ``$DETECTRON2_DATASETS/shapes`` if that variable is set and the folder is there or can be written, else
+    ``$CLIPDENSE_CACHE/shapes``, else ``shapes`` in the user's cache folder."""
+    if datasets := os.environ.get("DETECTRON2_DATASETS"):
+        root = Path(datasets).expanduser() / "shapes"
+        if root.is_dir() or os.access(root.parent, os.W_OK):
+            return root
+    cache = os.environ.get("CLIPDENSE_CACHE")
+    return (Path(cache).expanduser() if cache else Path(platformdirs.user_cache_dir("clipdense"))) / "shapes"
+
+
+def annotation_file(root: Path, kind: str, split: str, images: int | None = None) -> Path:
+    """Path of an annotation file.
+
+    Args:
+        root: folder of the world.
+        kind: instances_closed, instances_ov, panoptic_closed, panoptic_ov, captions, or lvis.
+        split: name of a split.
+        images: the file of the first ``images`` images; None: of all.
+    """
+    full = images is None or images == find_split(split).images
+    return root / "annotations" / f"{kind}_{split}{'' if full else f'_{images}'}.json"
+
+
+def ensure_shapes(
+    split: str,
+    images: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Make what is missing of a split, and return its folder.
+
+    Safe to call from several processes: one makes, the others wait. A run that was killed is continued; files that another
+    version of the world made are made again.
+
+    Args:
+        split: name of a split, see `splits.SPLITS`.
+        images: how many images, from the first on (default: the whole split). More than its usual size is fine.
+        root: folder (default: `shapes_root`).
+        workers: processes (default: the number of usable cores, at most 8).
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: no such split, or a number of images below 1.
+        OSError: the folder cannot be written (the message names the file).
+    """
+    settings = find_split(split)
+    images = settings.images if images is None else images
+    if images < 1:
+        raise ValueError(f"shapes {split}: cannot make {images} images")
+    folder = shapes_root() if root is None else Path(root)
+    done = folder / "parts" / split / f"{images}.done"
+    if _read(done) == _fingerprint():
+        return folder
+    done.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "parts" / f"{split}.lock"):
+        if _read(done) != _fingerprint():
+            _draw_missing(folder, split, images, workers or min(_cores(), 8), progress)
+            _write_annotations(folder, split, images)
+            _write(done, _fingerprint())
+    return folder
+
+
+def _draw_missing(root: Path, split: str, images: int, workers: int, progress: bool) -> None:
+    for folder in (*png_folders(root, split).values(), root / "annotations"):
+        folder.mkdir(parents=True, exist_ok=True)
+    wanted = [(start, min(start + _PART, images)) for start in range(0, images, _PART)]
+    missing = [(start, stop) for start, stop in wanted if len(_read_part(root, split, start)) < stop - start]
+    if not missing:
+        return
+    logger.info("Drawing images of shapes %s in %s with %d processes", split, root, workers)
+    draw = partial(_draw_part, root, split)
+    bar = tqdm(total=images, desc=f"shapes {split}", unit="image", disable=not progress, file=sys.stderr)
+    bar.update(images - sum(stop - start for start, stop in missing))
+    with bar:
+        for made in _map(draw, missing, min(workers, len(missing))):
+            bar.update(made)
+
+
+def _map(draw: Any, tasks: list[tuple[int, int]], workers: int) -> Iterator[int]:
+    if workers <= 1 or multiprocessing.current_process().daemon:
+        yield from map(draw, tasks)
+        return
+    # fork where there is one, as torch's loaders do: a fresh interpreter would import for seconds and need a main guard
+    method = (
+        "fork" if "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin" else "spawn"
+    )
+    with multiprocessing.get_context(method).Pool(workers) as pool:
+        yield from pool.imap_unordered(draw, tasks)
+
+
+def _draw_part(root: Path, split: str, span: tuple[int, int]) -> int:
+    """Draw images start..stop; their records are written last, so that a part that can be read is whole."""
+    records = [write_scene(root, split, index) for index in range(*span)]
+    _write(_part_file(root, split, span[0]), json.dumps({"world": _fingerprint(), "records": records}))
+    return len(records)
+
+
+def _part_file(root: Path, split: str, start: int) -> Path:
+    return root / "parts" / split / f"{start:06d}.json"
+
+
+def _read_part(root: Path, split: str, start: int) -> list[dict[str, Any]]:
+    """Records of a finished part; empty when it is not there or another version of the world made it."""
+    text = _read(_part_file(root, split, start))
+    part = json.loads(text) if text else {}
+    return part["records"] if part.get("world") == _fingerprint() else []
+
+
+def _write_annotations(root: Path, split: str, images: int) -> None:
+    records = [r for start in range(0, images, _PART) for r in _read_part(root, split, start)][:images]
+    files = {
+        "instances_closed": coco_instances(records),
+        "panoptic_closed": coco_panoptic(records),
+        "captions": coco_captions(records),
+    }
+    if find_split(split).training:
+        files |= {"instances_ov": coco_instances(records, BASE), "panoptic_ov": coco_panoptic(records, BASE)}
+    if find_split(split).class_weights is not None:
+        files["lvis"] = lvis_instances(records, split)
+    for kind, content in files.items():
+        _write(annotation_file(root, kind, split, images), json.dumps(content))
+
+
+@lru_cache
+def _fingerprint() -> str:
+    """What the installed code draws, in a few letters: equal for equal worlds, whatever the version number says."""
+    digest = hashlib.sha256()
+    for shift, weights in ((False, None), (True, None), (False, [*range(1, 81)])):
+        scene = render(0, 0, shift=shift, class_weights=weights)
+        digest.update(scene.image.tobytes())
+        digest.update(np.ascontiguousarray(scene.ground).tobytes())
+        digest.update(json.dumps(scene_record(scene, "val", 0)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
