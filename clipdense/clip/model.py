@@ -2,56 +2,308 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import logging
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
-from open_clip import get_tokenizer
-from open_clip.model import CustomTextCLIP
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import _build_text_tower, _build_vision_tower
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
-from .nano import NANO_MODELS, nano_config, nano_files
+from clipdense.checkpoint import Checkpoint, DropRule, Layout, detect_layout, load_strict, read_checkpoint, save_checkpoint
+
+from .layouts import JIT_ENTRIES, OPENAI_CLIP, config_from_tensors
+from .sources import Source, resolve
+from .towers import TextTower, Tower, Want, build_tower
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_VOCABULARY = 49408  # of CLIP's own BPE
 
 
 class ClipModel(nn.Module):
     """A CLIP: image tower, text tower, tokenizer and pixel statistics.
 
-    The state dict has open_clip's layout for `custom_text` models: `visual.*`, `text.*`, `logit_scale`.
+    The state dict has open_clip's layout for `custom_text` models: `visual.*`, `text.*`, `logit_scale`, `logit_bias`.
+
+    Attributes:
+        name: model name, or the file's stem.
+        config: open_clip's hub config (`model_cfg`, `preprocess_cfg`); `model_cfg` is empty for a module built elsewhere.
+        embed_dim: D of the joint space.
+        image_size: native (H, W).
+        pixel_mean, pixel_std: RGB, of images in 0 .. 1.
+        visual: the image tower; text: the text tower, or None.
+        logit_scale: logarithm of the temperature's inverse; logit_bias: SigLIP's, else None.
     """
 
-    def __init__(self, name: str, clip: CustomTextCLIP, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        visual: Tower,
+        text: TextTower | None,
+        logit_scale: nn.Parameter,
+        logit_bias: nn.Parameter | None,
+        config: dict[str, Any],
+    ) -> None:
         super().__init__()
-        self.name = name
-        self.embed_dim: int = config["model_cfg"]["embed_dim"]
-        size = config["model_cfg"]["vision_cfg"]["image_size"]
-        self.image_size: tuple[int, int] = (size, size)
-        self.pixel_mean = tuple(config["preprocess_cfg"]["mean"])
-        self.pixel_std = tuple(config["preprocess_cfg"]["std"])
-        self.visual, self.text = clip.visual, clip.text
-        self.logit_scale = clip.logit_scale
-        self.logit_bias = clip.logit_bias
-        self.tokenizer = get_tokenizer("ViT-B-32")
+        if text is not None and text.embed_dim != visual.embed_dim:
+            raise ValueError(f"'{name}': image tower of {visual.embed_dim} and text tower of {text.embed_dim} dimensions")
+        self.name, self.config = name, config
+        self.visual, self.text = visual, text
+        self.logit_scale, self.logit_bias = logit_scale, logit_bias
+        self.embed_dim = visual.embed_dim
+        self.image_size = visual.image_size
+        self.pixel_mean: tuple[float, ...] = tuple(config["preprocess_cfg"]["mean"])
+        self.pixel_std: tuple[float, ...] = tuple(config["preprocess_cfg"]["std"])
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> pooled embeddings (B, D), not L2-normalised."""
-        return cast(Tensor, self.visual(images))
+        """Normalised images (B, 3, H, W) -> embeddings (B, D), not L2-normalised."""
+        return self.visual(images, Want(pooled=True)).pooled  # type: ignore[no-any-return]
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids (n, 77) -> embeddings (n, D), not L2-normalised."""
-        return cast(Tensor, self.text(tokens))
+        """Token ids (n, L) -> embeddings (n, D), not L2-normalised.
+
+        Raises:
+            ValueError: the model was loaded without its text tower, or L does not fit it.
+        """
+        if self.text is None:
+            raise ValueError(f"'{self.name}' was loaded without its text tower: load it with text=True")
+        return self.text(tokens)  # type: ignore[no-any-return]
+
+    @cached_property
+    def tokenizer(self) -> Callable[..., Tensor]:
+        """Texts -> ids (n, context_length), as open_clip's, which cut long texts silently; `tokenize` does not.
+
+        Raises:
+            ValueError: the model's vocabulary is not CLIP's and its config names no tokenizer.
+            ConnectionError, ImportError: a hub tokenizer that cannot be had.
+        """
+        text_cfg = self.config["model_cfg"].get("text_cfg", {})
+        length = text_cfg.get("context_length", 77) if self.text is None else self.text.context_length
+        name = text_cfg.get("hf_tokenizer_name")
+        kwargs = text_cfg.get("tokenizer_kwargs") or {}
+        if name:
+            try:
+                return HFTokenizer(name, length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **kwargs)  # type: ignore[no-any-return]
+            except OSError as e:
+                raise ConnectionError(f"the tokenizer '{name}' of '{self.name}' could not be downloaded: {e}") from e
+            except ImportError as e:
+                raise ImportError(f"the tokenizer '{name}' of '{self.name}' needs the package transformers: {e}") from e
+        vocabulary = self.text.token_embedding.num_embeddings if self.text else text_cfg.get("vocab_size", _VOCABULARY)
+        if vocabulary != _VOCABULARY:
+            raise ValueError(f"'{self.name}' has a vocabulary of {vocabulary} tokens, which is not CLIP's, and names no tokenizer")
+        return SimpleTokenizer(context_length=length, **kwargs)  # type: ignore[no-any-return]
+
+    def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
+        """Texts -> ids (n, L), padded to `context_length` (default: the tower's).
+
+        Raises:
+            ValueError: texts that are longer, by name.
+        """
+        tokenizer: Any = self.tokenizer
+        length = context_length or tokenizer.context_length
+        if isinstance(tokenizer, SimpleTokenizer):
+            sizes = [len(tokenizer.encode(text)) + 2 for text in texts]
+        else:
+            sizes = [len(tokenizer.tokenizer(tokenizer.clean_fn(text))["input_ids"]) for text in texts]
+        long = [f"'{text}' ({size})" for text, size in zip(texts, sizes, strict=True) if size > length]
+        if long:
+            raise ValueError(f"texts longer than {length} tokens: {', '.join(long)}")
+        return tokenizer(list(texts), context_length=length)  # type: ignore[no-any-return]
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors that `load_clip(path)` reads without being told the model.
+
+        Raises:
+            ValueError: the model wraps a module whose config is unknown.
+        """
+        if not self.config["model_cfg"]:
+            raise ValueError(f"'{self.name}' wraps a module of unknown config, so its file could not be read back")
+        options = {"name": self.name, "config": self.config, "text": self.text is not None}
+        save_checkpoint(path, self.state_dict(), {"layout": "open_clip", "options": options})
 
 
-def load_clip(model: str, pretrained: str | None = None) -> ClipModel:
-    """Load a CLIP by name; `pretrained="random"` asks for random weights."""
-    if model not in NANO_MODELS:
-        raise ValueError(f"unknown model '{model}'; known: {NANO_MODELS}")
-    config = nano_config(model)
-    settings = {k: v for k, v in config["model_cfg"].items() if k != "custom_text"}
-    clip = ClipModel(model, CustomTextCLIP(**settings), config)
-    if pretrained != "random":
-        from safetensors.torch import load_file
+def load_clip(
+    model: str | nn.Module = "",
+    pretrained: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    precision: str = "fp32",
+    quick_gelu: bool | None = None,
+    text_heads: int | None = None,
+    head_width: int | None = None,
+    image_size: int | None = None,
+    text: bool = True,
+    position_rule: str = "bicubic",
+    cache_dir: str | None = None,
+) -> ClipModel:
+    """Load a CLIP of any open_clip ResNet, ViT, EVA, SigLIP or ConvNeXt, in eval mode.
 
-        state: dict[str, torch.Tensor] = {}
-        for file in nano_files(model):
-            state.update(load_file(file))
-        clip.load_state_dict(state)
-    return clip
+    Args:
+        model: open_clip model name, "shapes-rn" | "shapes-vit" | "shapes-eva", "hf-hub:organisation/name",
+            "local-dir:folder", a weight file, or "" with a weight file as `pretrained`; or an open_clip module, which the
+            result shares its parameters with.
+        pretrained: tag, "hf-hub:organisation/name", weight file in OpenAI's (also TorchScript), open_clip's or our layout, or
+            "random". None or "": the weights that belong to a nano, hub or local-dir model.
+        allow_pickle: see `clipdense.checkpoint.read_checkpoint`.
+        precision: "fp32", "fp16" or "bf16" for all weights but the logit scale and bias.
+        quick_gelu: x sigmoid(1.702 x) instead of GELU in open_clip's own towers. None: as model name, tag or OpenAI's
+            TorchScript layout say; a file that says nothing, without a model name, needs it.
+        text_heads: heads of the text tower, which no tensor shows. None: the model's config, or 64 wide as OpenAI's.
+        head_width: width of a head of an open_clip image tower. None: the model's config, or OpenAI's 64.
+        image_size: native size in pixels where it is not the config's, e.g. of a file with a larger position table.
+        text: build the text tower.
+        position_rule: for grids other than the native one, see `clipdense.clip.position`.
+        cache_dir: for downloads.
+
+    Raises:
+        ValueError: unknown name, tag, precision or rule; settings that the file does not determine; an unsupported tower.
+        FileNotFoundError, ConnectionError: weights that are not there, or cannot be fetched.
+        CheckpointError: an unreadable file, or keys and shapes that do not fit, with the full lists.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
+    if isinstance(model, nn.Module):
+        if pretrained:
+            raise ValueError("a module brings its own weights: leave pretrained out")
+        return _finish(_wrap(model, text, position_rule), precision)
+    source = resolve(model, pretrained, cache_dir)
+    files = [read_checkpoint(path, allow_pickle=allow_pickle) for path in source.files]
+    states = [(_layout(file), file) for file in files]
+    config = _config(source, states, quick_gelu, text_heads, head_width)
+    if image_size is not None:
+        config["model_cfg"]["vision_cfg"]["image_size"] = image_size
+    clip = _build(source.name, config, text, position_rule)
+    if files:
+        _load(clip, states)
+    return _finish(clip, precision)
+
+
+def _layout(file: Checkpoint) -> Layout | None:
+    """None for a part of a model (the nano files), which has the model's own keys."""
+    part = all(key.startswith("visual.") for key in file.state) or all(key.startswith(("text.", "logit_")) for key in file.state)
+    return None if part else detect_layout(file.state, str(file.path))
+
+
+def _config(
+    source: Source,
+    states: list[tuple[Layout | None, Checkpoint]],
+    quick_gelu: bool | None,
+    text_heads: int | None,
+    head_width: int | None,
+) -> dict[str, Any]:
+    """The model config, with every setting that tensors do not show decided by name, tag, layout or caller."""
+    layout, file = states[0] if states else (None, None)
+    openai = file is not None and layout is OPENAI_CLIP and all(key in file.state for key in JIT_ENTRIES)
+    stored = file.metadata.get("options", {}).get("config") if file is not None else None
+    told = True if openai else source.quick_gelu
+    if source.config is None and stored is None:
+        assert file is not None
+        if layout is None:
+            raise ValueError(f"{file.path} holds a part of a CLIP: name the model")
+        if told is None and quick_gelu is None:
+            raise ValueError(f"{file.path} does not tell its activation: pass quick_gelu (True for OpenAI's weights) or name the model")
+        if head_width is None or text_heads is None:
+            logger.warning("%s: heads of 64 where head_width or text_heads do not say otherwise, as in OpenAI's CLIP", file.path)
+        converted = layout.convert(file.state)
+        model_cfg = config_from_tensors(converted, head_width=head_width or 64, text_heads=text_heads)
+        config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}}
+    else:
+        config = deepcopy(source.config if source.config is not None else stored)
+        assert config is not None
+        if text_heads is not None:
+            config["model_cfg"]["text_cfg"]["heads"] = text_heads
+        if head_width is not None:
+            config["model_cfg"]["vision_cfg"]["head_width"] = head_width
+    named = config["model_cfg"].get("quick_gelu", False)
+    chosen = quick_gelu if quick_gelu is not None else told if told is not None else named
+    if quick_gelu is None and told is not None and told != named:
+        logger.info("'%s': %s as its weights were trained", source.name, "QuickGELU" if told else "exact GELU")
+    if quick_gelu is not None and told is not None and told != quick_gelu:
+        logger.warning("'%s': quick_gelu=%s, but its weights were trained with %s", source.name, quick_gelu, told)
+    config["model_cfg"]["quick_gelu"] = chosen
+    return config
+
+
+def _build(name: str, config: dict[str, Any], text: bool, position_rule: str) -> ClipModel:
+    cfg = deepcopy(config["model_cfg"])
+    if "multimodal_cfg" in cfg:
+        raise ValueError(f"'{name}' is a CoCa, whose pooler leaves no per-patch image-text space: not supported")
+    if text and cfg["text_cfg"].get("hf_model_name"):
+        raise ValueError(
+            f"'{name}' has a Hugging Face text tower, which is not supported: load it with text=False and give its text "
+            f"embeddings as a precomputed table"
+        )
+    cfg["vision_cfg"]["timm_model_pretrained"] = False
+    visual = _build_vision_tower(cfg["embed_dim"], cfg["vision_cfg"], cfg.get("quick_gelu", False))
+    size = cfg["vision_cfg"].get("image_size")
+    if hasattr(visual, "set_input_size") and tuple(_pair(size)) != _trunk_size(visual):
+        visual.set_input_size(size)
+    text_tower = _build_text_tower(cfg["embed_dim"], cfg["text_cfg"], cfg.get("quick_gelu", False)) if text else None
+    bias = cfg.get("init_logit_bias")
+    return ClipModel(
+        name,
+        build_tower(visual, position_rule),
+        None if text_tower is None else TextTower(text_tower),
+        nn.Parameter(torch.tensor(float(cfg.get("init_logit_scale", torch.tensor(1 / 0.07).log())))),
+        None if bias is None else nn.Parameter(torch.tensor(float(bias))),
+        config,
+    )
+
+
+def _wrap(module: nn.Module, text: bool, position_rule: str) -> ClipModel:
+    """An open_clip CLIP or CustomTextCLIP, its parameters shared."""
+    visual: Any = getattr(module, "visual", None)
+    if visual is None or not hasattr(module, "logit_scale"):
+        raise ValueError(f"{type(module).__name__} is not an open_clip model")
+    preprocess = {
+        "mean": getattr(visual, "image_mean", None) or OPENAI_DATASET_MEAN,
+        "std": getattr(visual, "image_std", None) or OPENAI_DATASET_STD,
+    }
+    return ClipModel(
+        type(module).__name__,
+        build_tower(visual, position_rule),
+        TextTower(getattr(module, "text", module)) if text else None,  # type: ignore[arg-type]
+        module.logit_scale,  # type: ignore[arg-type]
+        module.logit_bias,  # type: ignore[arg-type]
+        {"model_cfg": {}, "preprocess_cfg": preprocess},
+    )
+
+
+def _load(clip: ClipModel, states: list[tuple[Layout | None, Checkpoint]]) -> None:
+    state: dict[str, Tensor] = {}
+    drops: list[DropRule] = []
+    optional = None
+    for layout, file in states:
+        state.update(layout.convert(file.state) if layout else file.state)
+        drops.extend(layout.drops if layout else ())
+        optional = layout.optional if layout else optional
+    if clip.text is None:
+        drops.append(DropRule("text tower", r"text\..*", "loaded with text=False"))
+    source = " and ".join(str(file.path) for _, file in states)
+    remedy = "another model, another native size (image_size), or another kind of file"
+    report = load_strict(clip, state, source=source, drops=drops, optional=optional, remedy=remedy)
+    for rule, keys in report.dropped.items():
+        logger.info("%s: left out %d keys (%s)", source, len(keys), rule)
+
+
+def _finish(clip: ClipModel, precision: str) -> ClipModel:
+    clip.visual.to(PRECISIONS[precision])
+    if clip.text is not None:
+        clip.text.to(PRECISIONS[precision])
+    return clip.eval()
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _trunk_size(visual: Any) -> tuple[int, int]:
+    embed = getattr(visual.trunk, "patch_embed", None)
+    return _pair(visual.image_size) if embed is None or embed.img_size is None else tuple(embed.img_size)

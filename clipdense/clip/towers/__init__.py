@@ -1,1 +1,55 @@
+"""Image and text towers: one file a family, one contract (`Tower`)."""
 
+from __future__ import annotations
+
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import nn
+
+from .base import Tower, TowerOutput, Want
+from .convnext import ConvNeXtTower
+from .resnet import ResNetTower
+from .text import TextTower
+from .timm_vit import TimmViTTower
+from .transformer import BlockHook, TransformerTower
+from .vit import ViTTower
+
+__all__ = [
+    "BlockHook",
+    "ConvNeXtTower",
+    "ResNetTower",
+    "TextTower",
+    "TimmViTTower",
+    "Tower",
+    "TowerOutput",
+    "TransformerTower",
+    "ViTTower",
+    "Want",
+    "build_tower",
+]
+
+
+def build_tower(visual: nn.Module, position_rule: str = "bicubic") -> Tower:
+    """The tower that takes over an open_clip image module; parameters are shared, not copied.
+
+    Raises:
+        ValueError: a family without a tower, or a variant that its tower cannot represent.
+    """
+    if isinstance(visual, ModifiedResNet):
+        return ResNetTower(visual, position_rule)
+    if isinstance(visual, VisionTransformer):
+        return ViTTower(visual, position_rule)
+    if isinstance(visual, TimmModel):
+        if isinstance(visual.trunk, Eva | TimmVisionTransformer):
+            return TimmViTTower(visual, position_rule)
+        if isinstance(visual.trunk, ConvNeXt):
+            return ConvNeXtTower(visual, position_rule)
+        visual = visual.trunk
+    raise ValueError(
+        f"no tower for {type(visual).__name__}: the families are ModifiedResNet, open_clip's ViT, timm's EVA and ViT "
+        f"(EVA02-CLIP, SigLIP, Perception Encoder) and timm's ConvNeXt"
+    )

@@ -1,0 +1,59 @@
+"""Key layouts of published checkpoints, told apart by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .accounting import DropRule
+from .io import CheckpointError
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of file names its tensors.
+
+    Attributes:
+        name: e.g. "openai_clip".
+        about: one line for error messages.
+        matches: whether these keys are of this layout.
+        convert: from the file's keys to the model's.
+        drops: converted keys that are left out on purpose.
+        optional: pattern of the model's keys that such a file may lack.
+    """
+
+    name: str
+    about: str
+    matches: Callable[[Mapping[str, Tensor]], bool]
+    convert: Callable[[Mapping[str, Tensor]], State]
+    drops: tuple[DropRule, ...] = ()
+    optional: str | None = None
+
+
+LAYOUTS: dict[str, Layout] = {}
+
+
+def register_layout(layout: Layout) -> Layout:
+    """Add a layout; a room's converter calls this once."""
+    if layout.name in LAYOUTS:
+        raise ValueError(f"layout '{layout.name}' is registered twice")
+    LAYOUTS[layout.name] = layout
+    return layout
+
+
+def detect_layout(state: Mapping[str, Tensor], source: str) -> Layout:
+    """The one layout whose keys these are.
+
+    Raises:
+        CheckpointError: none or several.
+    """
+    found = [layout for layout in LAYOUTS.values() if layout.matches(state)]
+    if len(found) == 1:
+        return found[0]
+    known = "; ".join(f"{layout.name} ({layout.about})" for layout in LAYOUTS.values())
+    verdict = f"fits several layouts ({', '.join(x.name for x in found)})" if found else "is of no known layout"
+    raise CheckpointError(f"{source} {verdict}. Known: {known}. Its first keys: {', '.join(list(state)[:12])}")

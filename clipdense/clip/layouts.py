@@ -1,0 +1,114 @@
+"""Layouts of CLIP weight files, and the model config that their tensors determine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from clipdense.checkpoint import DropRule, Layout, register_layout
+
+# In a TorchScript state dict only; a plain one does not have them.
+JIT_ENTRIES = ("input_resolution", "context_length", "vocab_size")
+_ROOT_TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
+# Early files lack BatchNorm's counters, which matter to nothing but momentum=None.
+_COUNTERS = r".*\.num_batches_tracked"
+_LOGITS = ("logit_scale", "logit_bias")
+
+
+def _scalar_logits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.reshape(()) if k in _LOGITS and v.numel() == 1 else v for k, v in state.items()}
+
+
+def _from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _scalar_logits({f"text.{k}" if k.startswith(_ROOT_TEXT) else k: v for k, v in state.items()})
+
+
+OPENAI_CLIP = register_layout(
+    Layout(
+        name="openai_clip",
+        about="OpenAI CLIP, and open_clip models without custom_text: visual.*, transformer.*, token_embedding.*",
+        matches=lambda state: "token_embedding.weight" in state and any(k.startswith("visual.") for k in state),
+        convert=_from_openai,
+        drops=(DropRule("torchscript scalars", "|".join(JIT_ENTRIES), "sizes that the tensors show anyway"),),
+        optional=_COUNTERS,
+    )
+)
+
+OPEN_CLIP = register_layout(
+    Layout(
+        name="open_clip",
+        about="open_clip models with custom_text, and files that clipdense writes: visual.*, text.*",
+        matches=lambda state: any(k.startswith("visual.") for k in state) and any(k.startswith("text.") for k in state),
+        convert=_scalar_logits,
+        optional=_COUNTERS,
+    )
+)
+
+
+def config_from_tensors(state: Mapping[str, Tensor], *, head_width: int, text_heads: int | None) -> dict[str, Any]:
+    """The open_clip model config of converted OpenAI-style tensors of any size (ModifiedResNet or open_clip ViT).
+
+    What tensors cannot tell is given: `head_width` of the image tower, and `text_heads` (None: `head_width` wide).
+
+    Raises:
+        ValueError: tensors of another family, or a position grid that is not square.
+    """
+    shape = {key: tuple(value.shape) for key, value in state.items()}
+    if "visual.attnpool.positional_embedding" in shape:
+        vision: dict[str, Any] = {
+            "layers": [len(_children(shape, f"visual.layer{i}.")) for i in (1, 2, 3, 4)],
+            "width": shape["visual.layer1.0.conv1.weight"][0],
+            "patch_size": None,
+            "image_size": _side(shape["visual.attnpool.positional_embedding"][0]) * 32,
+        }
+    elif "visual.class_embedding" in shape and "visual.proj" in shape:
+        patch = shape["visual.conv1.weight"][-1]
+        vision = {
+            "layers": len(_children(shape, "visual.transformer.resblocks.")),
+            "width": shape["visual.conv1.weight"][0],
+            "patch_size": patch,
+            "image_size": _side(shape["visual.positional_embedding"][0]) * patch,
+            "mlp_ratio": _mlp_ratio(shape, "visual.transformer"),
+        }
+    else:
+        raise ValueError("the tensors do not determine the image tower: name the model (only CLIP's ResNet and ViT can be read off)")
+    if "text.text_projection" not in shape:
+        raise ValueError("the tensors do not determine the text tower: name the model")
+    width, embed_dim = shape["text.text_projection"]
+    attended = vision["width"] * (32 if vision["patch_size"] is None else 1)
+    heads = text_heads or width // head_width
+    for what, value, parts in (("image", attended, attended // head_width), ("text", width, heads)):
+        if not parts or value % parts:
+            raise ValueError(f"width {value} of the {what} attention cannot be split into heads: pass head_width and text_heads")
+    return {
+        "embed_dim": embed_dim,
+        "custom_text": True,
+        "vision_cfg": {**vision, "head_width": head_width},
+        "text_cfg": {
+            "context_length": shape["text.positional_embedding"][0],
+            "vocab_size": shape["text.token_embedding.weight"][0],
+            "width": width,
+            "heads": heads,
+            "layers": len(_children(shape, "text.transformer.resblocks.")),
+            "mlp_ratio": _mlp_ratio(shape, "text.transformer"),
+        },
+    }
+
+
+def _children(shape: Mapping[str, Any], prefix: str) -> set[str]:
+    return {key.removeprefix(prefix).split(".")[0] for key in shape if key.startswith(prefix)}
+
+
+def _mlp_ratio(shape: Mapping[str, tuple[int, ...]], transformer: str) -> float:
+    hidden, width = shape[f"{transformer}.resblocks.0.mlp.c_fc.weight"]
+    return hidden / width
+
+
+def _side(rows: int) -> int:
+    side = math.isqrt(rows - 1)
+    if side * side != rows - 1:
+        raise ValueError(f"a position table of {rows} rows is not of a square image: name the model and its image_size")
+    return side

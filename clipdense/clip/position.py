@@ -1,0 +1,132 @@
+"""Position tables and RoPE for any grid: every published rule is one named function.
+
+A table is (P + S_h * S_w, C): P prefix rows (class token, mean token) and a row-major grid. No rule antialiases;
+open_clip's and timm's own resizing does, which moves every position even when it only enlarges
+(specs/clipself_fvlm_catseg_odise_fcclip.md section 0, trap 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+PositionRule = Callable[[Tensor, Grid, Grid, int], Tensor]
+
+
+def bilinear(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
+    """Bilinear, align_corners False, prefix rows copied (DenseCLIP, at load and at run time; FC-CLIP's attention pool)."""
+    return _interpolate(table, old, new, prefix, "bilinear")
+
+
+def bicubic(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
+    """Bicubic, align_corners False, prefix rows copied (CLIPSelf, MaskCLIP, SegCLIP)."""
+    return _interpolate(table, old, new, prefix, "bicubic")
+
+
+def crop(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
+    """The top-left window of the grid (DenseCLIP detection).
+
+    Raises:
+        ValueError: the new grid is larger than the table's.
+    """
+    if new[0] > old[0] or new[1] > old[1]:
+        raise ValueError(
+            f"a {new[0]} x {new[1]} feature map is larger than the {old[0]} x {old[1]} position grid, which the rule "
+            f"'crop' only cuts: use smaller images, a larger grid, or the rule 'bilinear' or 'bicubic'"
+        )
+    body = table[prefix:].reshape(*old, -1)[: new[0], : new[1]]
+    return torch.cat([table[:prefix], body.flatten(0, 1)])
+
+
+POSITION_RULES: dict[str, PositionRule] = {"bicubic": bicubic, "bilinear": bilinear, "crop": crop}
+
+
+def resize_table(table: Tensor, old: Grid, new: Grid, rule: str, prefix: int = 1) -> Tensor:
+    """The table for another grid under a named rule; the table itself where the grids are equal.
+
+    DenseCLIP resamples twice: once at load (7 x 7 to S x S) and again at run time, which is not one resampling; call
+    this for the first step and store the result as the tower's table.
+
+    Raises:
+        ValueError: unknown rule, or a table whose rows are not `prefix` plus the old grid.
+    """
+    if rule not in POSITION_RULES:
+        raise ValueError(f"unknown position rule '{rule}'; known: {', '.join(POSITION_RULES)}")
+    if table.shape[0] != prefix + old[0] * old[1]:
+        raise ValueError(f"a position table of {table.shape[0]} rows is not {prefix} + {old[0]} x {old[1]}")
+    return table if old == new else POSITION_RULES[rule](table, old, new, prefix)
+
+
+def truncate_text(table: Tensor, length: int) -> Tensor:
+    """The first `length` rows of a text position table (L, C).
+
+    Raises:
+        ValueError: `length` exceeds the table.
+    """
+    if length > table.shape[0]:
+        raise ValueError(f"{length} tokens exceed the text tower's {table.shape[0]} positions")
+    return table[:length]
+
+
+def square_grid(rows: int, prefix: int = 1) -> Grid:
+    """The grid of a square table from its number of rows.
+
+    Raises:
+        ValueError: the rows are not `prefix` plus a square.
+    """
+    side = math.isqrt(rows - prefix)
+    if side * side != rows - prefix:
+        raise ValueError(f"a position table of {rows} rows is not {prefix} + a square: name the grid")
+    return side, side
+
+
+def rope_table(
+    grid: Grid,
+    head_dim: int,
+    reference: Grid | None,
+    *,
+    temperature: float = 10000.0,
+    offset: float = 0.0,
+    order: str = "ij",
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sine and cosine (h * w, head_dim) of axial RoPE, tokens row-major.
+
+    Each axis fills half of the head: head_dim / 4 frequencies temperature^(-i / (head_dim / 4)), each twice (interleaved
+    pairs). Positions are rescaled to the reference grid (arange(h) / h * reference), so a slice of a larger grid's
+    table is not the table of the smaller one (CLIPSelf's EVA, specs/clipself_fvlm_catseg_odise_fcclip.md 1.1).
+
+    Args:
+        reference: the grid of the pre-training (EVA: pt_hw_seq_len); None leaves positions as they are.
+        offset: added to every position (Perception Encoder: 1).
+        order: "ij" puts the row half first, "xy" the column half.
+    """
+    bands = temperature ** -(torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
+    axes = []
+    for axis, size in enumerate(grid):
+        position = torch.arange(size, device=device, dtype=torch.float32) + offset
+        if reference is not None:
+            position = position / size * reference[axis]
+        axes.append(torch.outer(position, bands).repeat_interleave(2, dim=1))
+    rows = axes[0][:, None].expand(*grid, -1)
+    columns = axes[1][None].expand(*grid, -1)
+    angles = torch.cat([rows, columns] if order == "ij" else [columns, rows], dim=2).flatten(0, 1)
+    return angles.sin(), angles.cos()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the interleaved pairs of x (..., N, head_dim): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    sin, cos = rope
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def _interpolate(table: Tensor, old: Grid, new: Grid, prefix: int, mode: str) -> Tensor:
+    body = table[prefix:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+    body = F.interpolate(body.float(), size=new, mode=mode, align_corners=False, antialias=False)
+    return torch.cat([table[:prefix], body[0].flatten(1).T.to(table.dtype)])

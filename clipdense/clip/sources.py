@@ -1,0 +1,177 @@
+"""From a model name and a weights name to a model config and a weight file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+
+from .nano import NANO_MODELS, nano_config, nano_files
+
+logger = logging.getLogger(__name__)
+
+HUB = "hf-hub:"
+LOCAL = "local-dir:"
+RANDOM = "random"
+
+
+@dataclass
+class Source:
+    """Where a CLIP comes from.
+
+    Attributes:
+        name: for messages and caches.
+        config: open_clip's hub config (`model_cfg`, `preprocess_cfg`); None where the file must tell.
+        files: weight files, whose keys are disjoint; none for random weights.
+        quick_gelu: what the tag says about the activation; None where it says nothing.
+    """
+
+    name: str
+    config: dict[str, Any] | None
+    files: list[Path] = field(default_factory=list)
+    quick_gelu: bool | None = None
+
+
+def resolve(model: str, pretrained: str | None, cache_dir: str | None = None) -> Source:
+    """Find config and weights; nothing is loaded yet, but tags and hub ids are downloaded.
+
+    Raises:
+        ValueError: unknown model or tag (with near matches), or no weights named.
+        FileNotFoundError: a path to nothing.
+        ConnectionError: the hub cannot be reached.
+    """
+    pretrained = pretrained or None
+    if model in NANO_MODELS:
+        files = nano_files(model) if pretrained is None else _file(pretrained)
+        return Source(model, nano_config(model), files)
+    if model.startswith((HUB, LOCAL)):
+        return _from_repository(model, pretrained, cache_dir)
+    name = model if model in open_clip.list_models() else model.replace("/", "-")
+    if name in open_clip.list_models():
+        return _from_open_clip(name, pretrained, cache_dir)
+    if not model or Path(model).is_file():
+        if model and pretrained is not None:
+            raise ValueError(f"'{model}' is a weight file, so pretrained='{pretrained}' has no meaning beside it")
+        file = model or pretrained
+        if file is None or file == RANDOM:
+            raise ValueError("name a model, or a weight file whose tensors tell it")
+        return Source(Path(file).stem, None, _file(file))
+    if _looks_like_path(model):
+        raise FileNotFoundError(f"no weight file {model}")
+    names = [*NANO_MODELS, *open_clip.list_models()]
+    raise ValueError(f"unknown CLIP model '{model}'; {_near(model, names)}")
+
+
+def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) -> Source:
+    source = Source(name, {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": _usual_pixels(name)})
+    if pretrained == RANDOM:
+        return source
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise ValueError(f"no weights named for '{name}': pass a file, 'random', or one of its tags ({', '.join(tags) or 'none'})")
+    if Path(pretrained).is_file():
+        source.files = [Path(pretrained)]
+    elif open_clip.get_pretrained_cfg(name, pretrained):
+        tag = open_clip.get_pretrained_cfg(name, pretrained)
+        source.config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": _pixels(tag)}
+        source.quick_gelu = bool(tag.get("quick_gelu", False))
+        place = tag.get("hf_hub") or tag.get("url") or tag.get("file", "")
+        source.files = [_fetch(f"tag '{pretrained}' of '{name}'", place, lambda: download_pretrained(tag, cache_dir=cache_dir))]
+    elif pretrained.startswith(HUB):
+        source.files = [_hub_weights(pretrained.removeprefix(HUB), cache_dir)]
+    elif _looks_like_path(pretrained):
+        raise FileNotFoundError(f"no weight file {pretrained}")
+    else:
+        raise ValueError(f"'{pretrained}' is neither a file nor a tag of '{name}'; {_near(pretrained, tags)}")
+    return source
+
+
+def _from_repository(model: str, pretrained: str | None, cache_dir: str | None) -> Source:
+    """`hf-hub:organisation/name`, or `local-dir:` with the same files."""
+    if model.startswith(LOCAL):
+        folder = Path(model.removeprefix(LOCAL))
+        if not (folder / "open_clip_config.json").is_file():
+            raise FileNotFoundError(f"no open_clip_config.json in {folder}")
+        config_file: str | Path = folder / "open_clip_config.json"
+    else:
+        identifier = model.removeprefix(HUB)
+        config_file = _fetch(
+            f"'{model}'",
+            identifier,
+            lambda: download_pretrained_from_hf(identifier, filename="open_clip_config.json", cache_dir=cache_dir),
+        )
+    config = json.loads(Path(config_file).read_text())
+    if "model_cfg" not in config:
+        raise ValueError(f"{config_file} has no model_cfg")
+    source = Source(model, {"model_cfg": config["model_cfg"], "preprocess_cfg": _pixels(config.get("preprocess_cfg", {}))})
+    if pretrained is not None:
+        source.files = _file(pretrained)
+    elif model.startswith(HUB):
+        source.files = [_hub_weights(model.removeprefix(HUB), cache_dir)]
+    else:
+        found = [f for suffix in ("safetensors", "bin", "pt", "pth") for f in sorted(folder.glob(f"*.{suffix}"))]
+        preferred = [f for f in found if f.stem.startswith("open_clip")] or found
+        if not preferred:
+            raise FileNotFoundError(f"no weight file in {folder}")
+        source.files = preferred[:1]
+    return source
+
+
+def _file(pretrained: str) -> list[Path]:
+    if pretrained == RANDOM:
+        return []
+    if not Path(pretrained).is_file():
+        raise FileNotFoundError(f"no weight file {pretrained}")
+    return [Path(pretrained)]
+
+
+def _hub_weights(identifier: str, cache_dir: str | None) -> Path:
+    return _fetch(f"'{HUB}{identifier}'", identifier, lambda: download_pretrained_from_hf(identifier, cache_dir=cache_dir))
+
+
+def _fetch(what: str, place: str, download: Callable[[], str]) -> Path:
+    try:
+        return Path(download())
+    except Exception as e:  # the hub's clients raise whatever their transports do
+        raise ConnectionError(
+            f"the weights of {what} ({place}) could not be downloaded: {e}. Fetch the file on a machine with access and pass "
+            f"its path as `pretrained` (MODEL.CLIP.PRETRAINED), or set HF_HOME to a filled cache."
+        ) from e
+
+
+def _pixels(preprocess: dict[str, Any]) -> dict[str, Any]:
+    defaults = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
+    given = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode") if preprocess.get(key) is not None}
+    return {**defaults, **given}
+
+
+def _usual_pixels(name: str) -> dict[str, Any]:
+    """The pixel statistics on which all of a model's tags agree; OpenAI's where they differ or there is none."""
+    known = [_pixels(open_clip.get_pretrained_cfg(name, tag)) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    if known and all((k["mean"], k["std"]) == (known[0]["mean"], known[0]["std"]) for k in known):
+        return known[0]
+    if known:
+        logger.warning("the tags of '%s' use different pixel statistics; taking OpenAI's", name)
+    return _pixels({})
+
+
+def _looks_like_path(name: str) -> bool:
+    return os.sep in name or Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    lowered = {k.lower(): k for k in known}
+    near = [lowered[k] for k in difflib.get_close_matches(name.lower(), lowered, n=5, cutoff=0.5)]
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    return f"known: {', '.join(known) or 'none'}"

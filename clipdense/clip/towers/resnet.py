@@ -1,0 +1,149 @@
+"""CLIP's ModifiedResNet: C2 to C5, and its attention pool for every position, region or mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from ..position import resize_table, square_grid
+from .base import Tower, TowerOutput, Want, to_map
+
+
+class ResNetTower(Tower):
+    """ModifiedResNet (specs/denseclip_maskclip_segclip.md 1.3, 1.4).
+
+    Modes of `dense`: "plain" makes every position a query of the attention pool (DenseCLIP's z), with the mean token among
+    the keys; "value" is c_proj(v_proj(C5)), without positions or attention (MaskCLIP). `pre` is C5, `keys` k_proj(C5).
+    A tower whose `attnpool` is None is the trunk alone.
+    """
+
+    avgpool: nn.AvgPool2d
+    attnpool: AttentionPool2d | None
+    dense_modes = ("plain", "value")
+    has_keys = True
+    stride = 32
+
+    def __init__(self, visual: ModifiedResNet, position_rule: str = "bicubic") -> None:
+        super().__init__(visual, position_rule)
+        self.image_size = (visual.image_size, visual.image_size)
+        self.grid = (visual.image_size // 32, visual.image_size // 32)
+        stages = {2: visual.layer1, 3: visual.layer2, 4: visual.layer3, 5: visual.layer4}
+        self.tap_channels = {tap: stage[0].conv3.out_channels for tap, stage in stages.items()}
+        self.tap_strides = {2: 4, 3: 8, 4: 16, 5: 32}
+        if visual.attnpool is None:
+            self.attnpool, self.dense_modes, self.has_keys = None, (), False
+            self.why_no_dense = "the trunk has no attention pool"
+            self.embed_dim = self.tap_channels[5]
+        else:
+            self.grid = square_grid(visual.attnpool.positional_embedding.shape[0])
+            self.embed_dim = visual.attnpool.c_proj.out_features
+
+    def features(self, images: Tensor, want: Want) -> TowerOutput:
+        """Stem, four stages, then the pool; stages beyond the last one wanted do not run."""
+        if want.pooled and self.attnpool is None:
+            raise self.cannot("pooled", self.why_no_dense)
+        out = TowerOutput()
+        whole = want.pre or want.keys or want.pooled or want.dense is not None
+        stages = self._stages()[: 4 if whole else max(want.taps, default=1) - 1]
+        maps, x = {}, self._stem(images)
+        for tap, stage in enumerate(stages, start=2):
+            maps[tap] = x = stage(x)
+        out.taps = [(maps[tap], self.tap_strides[tap]) for tap in want.taps]
+        if want.pre:
+            out.pre = x
+        if self.attnpool is None:
+            return out
+        if want.keys:
+            out.keys = _pointwise(x, self.attnpool.k_proj)
+        if want.dense == "value":
+            out.dense = _pointwise(_pointwise(x, self.attnpool.v_proj), self.attnpool.c_proj)
+        every = want.dense == "plain"
+        if every or want.pooled:
+            tokens = attention_pool(self.attnpool, x, self._positions(x), every_query=every)
+            if every:
+                out.dense = to_map(tokens[:, 1:], (x.shape[2], x.shape[3]))
+            if want.pooled:
+                out.pooled = tokens[:, 0]
+        return out
+
+    def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """RoIAlign C5 to the pool's native grid (aligned, adaptive sampling), then the attention pool as in training (F-VLM)."""
+        if self.attnpool is None:
+            raise self.cannot("region embeddings", self.why_no_dense)
+        rois = roi_align(
+            features, [b.to(features.dtype) for b in boxes], self.grid, 1 / self.stride, sampling_ratio=-1, aligned=True
+        )
+        return attention_pool(self.attnpool, rois, self._positions(rois))[:, 0]
+
+    def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:
+        """Attention from the mean over the whole map to the positions inside each mask (> 0), the mean token not among them.
+
+        FC-CLIP's pooling of ResNets (specs/clipself_fvlm_catseg_odise_fcclip.md 4.2). An empty mask gives c_proj's bias.
+        """
+        if self.attnpool is None:
+            raise self.cannot("region embeddings", self.why_no_dense)
+        return masked_attention_pool(self.attnpool, features, self._positions(features), masks)
+
+    def _positions(self, features: Tensor) -> Tensor:
+        assert self.attnpool is not None
+        h, w = features.shape[-2:]
+        return resize_table(self.attnpool.positional_embedding, self.grid, (h, w), self.position_rule)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        for i in "123":
+            x = getattr(self, f"act{i}")(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+        return self.avgpool(x)
+
+    def _stages(self) -> list[nn.Module]:
+        return [getattr(self, f"layer{i}") for i in range(1, 5)]
+
+
+def attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, every_query: bool = False) -> Tensor:
+    """[mean; x_1 .. x_hw] + positions through the pool's attention.
+
+    Args:
+        x: (B, C, h, w).
+        positions: (1 + h * w, C).
+        every_query: every token is a query; otherwise the mean token alone.
+
+    Returns:
+        (B, 1 + h * w, D), or (B, 1, D).
+    """
+    tokens = x.flatten(2).transpose(1, 2)
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + positions.to(x.dtype)
+    queries = tokens if every_query else tokens[:, :1]
+    q, k, v = _heads(pool, pool.q_proj(queries)), _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens))
+    y = F.scaled_dot_product_attention(q, k, v)
+    return _linear(pool.c_proj, y.transpose(1, 2).flatten(2))
+
+
+def masked_attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
+    """The pool with one query per mask, keys and values restricted to it: (B, C, h, w), (B, Q, h, w) -> (B, Q, D)."""
+    tokens = x.flatten(2).transpose(1, 2)
+    inside = masks.flatten(2) > 0
+    filled = inside.any(2, keepdim=True)
+    mean = tokens.mean(1, keepdim=True) + positions[:1].to(x.dtype)
+    tokens = tokens + positions[1:].to(x.dtype)
+    q = _heads(pool, pool.q_proj(mean)).expand(-1, -1, masks.shape[1], -1)
+    # An empty mask would be a softmax over nothing: let it attend everywhere, then drop its result.
+    y = F.scaled_dot_product_attention(
+        q, _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens)), attn_mask=(inside | ~filled)[:, None]
+    )
+    return _linear(pool.c_proj, y.transpose(1, 2).flatten(2) * filled)
+
+
+def _heads(pool: AttentionPool2d, x: Tensor) -> Tensor:
+    return x.unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def _pointwise(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)

@@ -1,0 +1,107 @@
+"""The text tower, for any number of tokens up to its context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+from ..attention import TokenStream, plain
+from ..position import truncate_text
+from .base import adopt
+from .vit import ClipBlock
+
+
+class TextTower(nn.Module):
+    """open_clip's TextTransformer, or the text half of its CLIP, under the names of a `custom_text` model.
+
+    Attributes:
+        embed_dim: D of the joint space; `width`: C of the tokens.
+        context_length: positions; a causal tower takes any length up to it, a bidirectional one (SigLIP) exactly it.
+        pool_type: "argmax" (the largest id ends CLIP's texts), "eos", "last", "first".
+    """
+
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    ln_final: nn.Module
+    text_projection: nn.Parameter | nn.Linear | None
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        source: Any = text
+        if isinstance(text, TextTransformer):
+            if text.cls_emb is not None or text.use_pad_mask:
+                raise ValueError("text towers with CoCa's class token or a padding mask are not supported")
+            adopt(self, text)
+            self.causal, pool_type, eos_id = text.attn_mask is not None, text.pool_type, text.eos_id
+        elif hasattr(text, "text_pool_type"):  # open_clip.model.CLIP keeps the text parts itself
+            for name in ("transformer", "token_embedding", "ln_final"):
+                self.add_module(name, getattr(text, name))
+            self.register_parameter("positional_embedding", source.positional_embedding)
+            if isinstance(source.text_projection, nn.Module):
+                self.add_module("text_projection", source.text_projection)
+            else:
+                self.register_parameter("text_projection", source.text_projection)
+            self.causal, pool_type, eos_id = source.attn_mask is not None, source.text_pool_type, source.text_eos_id
+        else:
+            raise ValueError(
+                f"text tower {type(text).__name__} is not supported: load the model with text=False and give its text "
+                f"embeddings as a precomputed table"
+            )
+        self.text_projection = getattr(self, "text_projection", None)
+        self.pool_type: str = pool_type
+        self.eos_id: int = eos_id
+        self.context_length, self.width = self.positional_embedding.shape
+        projection = self.text_projection
+        self.embed_dim: int = (
+            self.width if projection is None else projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (n, L) -> embeddings (n, D), not L2-normalised.
+
+        Where the end of the text is its largest id and attention is causal, padding beyond the longest text is not computed.
+
+        Raises:
+            ValueError: more tokens than the context; fewer, for a bidirectional tower.
+        """
+        if self.pool_type == "argmax" and self.causal and len(tokens):
+            tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
+        return self.encode(self.token_embedding(tokens), self.end(tokens))
+
+    def end(self, tokens: Tensor) -> Tensor:
+        """The position (n,) whose state is the text embedding."""
+        if self.pool_type == "argmax":
+            return tokens.argmax(1)
+        if self.pool_type == "eos":
+            return (tokens == self.eos_id).int().argmax(1)
+        return tokens.new_full((len(tokens),), tokens.shape[1] - 1 if self.pool_type == "last" else 0)
+
+    def encode(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """Token embeddings (n, L, C) without positions, e.g. with learned contexts, and end positions (n,) -> (n, D).
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        states = self.states(embeddings)[-1]
+        pooled = self.ln_final(states[torch.arange(len(states), device=states.device), end])
+        if self.text_projection is None:
+            return pooled  # type: ignore[no-any-return]
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(pooled)
+        return pooled @ self.text_projection  # type: ignore[no-any-return]
+
+    def states(self, embeddings: Tensor) -> list[Tensor]:
+        """Token embeddings (n, L, C) without positions -> the tokens after each block."""
+        length = embeddings.shape[1]
+        if not self.causal and length != self.context_length:
+            raise ValueError(f"a bidirectional text tower takes all its {self.context_length} tokens, not {length}")
+        blocks: Any = self.transformer.resblocks  # type: ignore[union-attr]
+        x = embeddings + truncate_text(self.positional_embedding, length)
+        stream, states = TokenStream(x.to(blocks[0].get_weight_dtype()), (0, 0), causal=self.causal), []
+        for block in blocks:
+            stream.x = plain(ClipBlock(block), stream)
+            states.append(stream.x)
+        return states

@@ -1,0 +1,195 @@
+"""Transformers that open_clip takes from timm: EVA-CLIP (RoPE, sub-norms), SigLIP (MAP head), Perception Encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from timm.layers import PatchEmbed, RotaryEmbeddingCat
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from ..attention import Block, TokenStream
+from ..position import resize_table, rope_table
+from .transformer import BlockHook, TransformerTower
+
+
+class TimmViTTower(TransformerTower):
+    """timm's Eva and VisionTransformer at any grid; RoPE as in specs/clipself_fvlm_catseg_odise_fcclip.md 1.1 and 1.8.
+
+    A tower whose image embedding comes from an attention-pooling head (MAP: SigLIP, Perception Encoder) has no per-patch
+    map in the joint space, so `dense` is an error; that head is its region pooling.
+    """
+
+    trunk: Eva | VisionTransformer
+    head: nn.Module
+    dense_modes = ("plain", "value")
+
+    def __init__(self, visual: TimmModel, position_rule: str = "bicubic") -> None:
+        super().__init__(visual, position_rule)
+        trunk: Any = self.trunk
+        if type(trunk.patch_embed) is not PatchEmbed or trunk.patch_embed.patch_size[0] != trunk.patch_embed.patch_size[1]:
+            raise ValueError("a transformer without one square patch convolution is not supported")
+        if isinstance(trunk.patch_drop, nn.Module) and not isinstance(trunk.patch_drop, nn.Identity):
+            raise ValueError("a ViT with patch dropout has no complete dense map: build it with patch_drop_rate 0")
+        rope = getattr(trunk, "rope", None)
+        if rope is not None and (type(rope) is not RotaryEmbeddingCat or rope.in_pixels or rope.rotate_half):
+            raise ValueError(f"position embedding {type(rope).__name__} of this kind is not supported, only axial interleaved RoPE")
+        self.stride = trunk.patch_embed.patch_size[0]
+        self.grid, self.image_size = tuple(trunk.patch_embed.grid_size), tuple(trunk.patch_embed.img_size)
+        self.prefix = trunk.num_prefix_tokens
+        depth = len(trunk.blocks)
+        self.tap_channels = dict.fromkeys(range(depth), trunk.embed_dim)
+        self.tap_strides = dict.fromkeys(range(depth), self.stride)
+        self.embed_dim = _out_features(self.head) or _out_features(trunk.head) or trunk.embed_dim
+        if trunk.attn_pool is not None:
+            self.dense_modes = ()
+            self.why_no_dense = "its attention-pooling head maps an image, not a patch, into the joint space; pool `pre` by embed_regions"
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        return self.trunk.blocks  # type: ignore[return-value]
+
+    def block(self, index: int) -> Block:
+        """The view of one block."""
+        return TimmBlockView(self.blocks[index])
+
+    def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
+        """norm_pre([class; registers; patches] + positions), and the RoPE table of this grid."""
+        trunk: Any = self.trunk
+        patches = trunk.patch_embed.proj(images)
+        h, w = patches.shape[-2:]
+        stream = TokenStream(trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2)), (h, w), rope=self._rope((h, w)))
+        if hook:
+            stream = hook(-1, stream)
+        x = stream.x
+        tokens = [t.expand(len(x), -1, -1) for t in (trunk.cls_token, trunk.reg_token) if t is not None]
+        if trunk.pos_embed is None:
+            x = torch.cat([*tokens, x], dim=1)
+        else:
+            prefix = 0 if trunk.no_embed_class else self.prefix
+            positions = resize_table(trunk.pos_embed[0], self.grid, (h, w), self.position_rule, prefix)
+            if trunk.no_embed_class:
+                x = torch.cat([*tokens, x + positions], dim=1)
+            else:
+                x = torch.cat([*tokens, x], dim=1) + positions
+        stream.x = trunk.norm_pre(trunk.pos_drop(x))
+        return stream
+
+    def norm_tokens(self, x: Tensor) -> Tensor:
+        """The trunk's final norm."""
+        return self.trunk.norm(x)  # type: ignore[no-any-return, operator]
+
+    def project(self, x: Tensor) -> Tensor:
+        """The classifier head of each token, then open_clip's projection."""
+        trunk: Any = self.trunk
+        return self.head(trunk.head(trunk.head_drop(trunk.fc_norm(x))))  # type: ignore[no-any-return]
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The trunk's own pooling (class token, mean or MAP) and head."""
+        return self.head(self.trunk.forward_head(self.norm_tokens(x)))  # type: ignore[no-any-return, operator]
+
+    def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """MAP head over each box: RoIAlign of `pre` to the native grid (aligned, adaptive sampling)."""
+        if self.trunk.attn_pool is None:
+            return super().embed_boxes(features, boxes)
+        rois = roi_align(
+            features, [b.to(features.dtype) for b in boxes], self.grid, 1 / self.stride, sampling_ratio=-1, aligned=True
+        )
+        return self._map_head(rois.flatten(2).transpose(1, 2), None)
+
+    def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:
+        """MAP head over the patches inside each mask (> 0); an empty mask pools the whole map."""
+        if self.trunk.attn_pool is None:
+            return super().embed_masks(features, masks)
+        inside = masks.flatten(2) > 0
+        inside = (inside | ~inside.any(2, keepdim=True)).flatten(0, 1)[:, None, None]
+        tokens = features.flatten(2).transpose(1, 2).repeat_interleave(masks.shape[1], dim=0)
+        return self._map_head(tokens, inside).unflatten(0, masks.shape[:2])
+
+    def _map_head(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
+        trunk: Any = self.trunk
+        return self.project(trunk.attn_pool(tokens, attn_mask=inside))
+
+    def _rope(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        rope: Any = getattr(self.trunk, "rope", None)
+        if rope is None:
+            return None
+        reference = None if rope.ref_feat_shape is None else tuple(rope.ref_feat_shape)
+        return rope_table(
+            grid,
+            rope.dim,
+            reference,
+            temperature=rope.temperature,
+            offset=rope.grid_offset,
+            order=rope.grid_indexing,
+            device=rope.bands.device,
+        )
+
+
+class TimmBlockView(Block):
+    """View of timm's EvaBlock, EvaBlockPostNorm and ViT Block; fused or separate projections."""
+
+    def __init__(self, block: Any) -> None:
+        attn = getattr(block, "attn", None)
+        if not isinstance(block, EvaBlock | EvaBlockPostNorm | TimmBlock) or getattr(attn, "gate", None) is not None:
+            raise ValueError(f"blocks of type {type(block).__name__} with {type(attn).__name__} are not supported")
+        if getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
+            raise ValueError("grouped-query attention is not supported")
+        self.source, self.attn, self.heads = block, attn, attn.num_heads
+        self.dropout = attn.attn_drop.p if block.training else 0.0
+        self.post_norm = isinstance(block, EvaBlockPostNorm)
+
+    def normed(self, x: Tensor) -> Tensor:
+        return x if self.post_norm else self.source.norm1(x)
+
+    def qkv(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.attn.qkv is None:
+            return self.attn.q_proj(u), self.attn.k_proj(u), self.attn.v_proj(u)
+        q, k, v = F.linear(u, self.attn.qkv.weight, self._bias()).chunk(3, dim=-1)
+        return q, k, v
+
+    def key(self, u: Tensor) -> Tensor:
+        return self.attn.k_proj(u) if self.attn.qkv is None else self._part(u, 1)  # type: ignore[no-any-return]
+
+    def value(self, u: Tensor) -> Tensor:
+        return self.attn.v_proj(u) if self.attn.qkv is None else self._part(u, 2)  # type: ignore[no-any-return]
+
+    def norm_heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attn.q_norm(q), self.attn.k_norm(k)
+
+    def out(self, y: Tensor) -> Tensor:
+        y = self.attn.proj_drop(self.attn.proj(self.attn.norm(y)))
+        return self.source.drop_path1(self.source.norm1(y) if self.post_norm else self._scale(y, 1))  # type: ignore[no-any-return]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        block = self.source
+        y = block.norm2(block.mlp(x)) if self.post_norm else self._scale(block.mlp(block.norm2(x)), 2)
+        return block.drop_path2(y)  # type: ignore[no-any-return]
+
+    def _scale(self, y: Tensor, branch: int) -> Tensor:
+        if isinstance(self.source, TimmBlock):
+            return getattr(self.source, f"ls{branch}")(y)  # type: ignore[no-any-return]
+        gamma = getattr(self.source, f"gamma_{branch}")
+        return y if gamma is None else gamma * y
+
+    def _bias(self) -> Tensor | None:
+        if getattr(self.attn, "q_bias", None) is None:
+            return self.attn.qkv.bias  # type: ignore[no-any-return]
+        return torch.cat([self.attn.q_bias, self.attn.k_bias, self.attn.v_bias])
+
+    def _part(self, u: Tensor, part: int) -> Tensor:
+        bias = self._bias()
+        return F.linear(u, self.attn.qkv.weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part])
+
+
+def _out_features(module: nn.Module) -> int:
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return linears[-1].out_features if linears else 0

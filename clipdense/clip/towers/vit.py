@@ -1,0 +1,110 @@
+"""open_clip's own ViT: OpenAI's, LAION's, DataComp's, MetaCLIP's, CLIPA's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
+from torch import Tensor, nn
+
+from ..attention import Block, TokenStream
+from ..position import resize_table
+from .transformer import BlockHook, TransformerTower
+
+
+class ViTTower(TransformerTower):
+    """open_clip's VisionTransformer with class token, at any grid."""
+
+    conv1: nn.Conv2d
+    class_embedding: nn.Parameter
+    positional_embedding: nn.Parameter
+    ln_pre: nn.Module
+    ln_post: nn.Module
+    transformer: Transformer
+    proj: nn.Parameter
+    dense_modes = ("plain", "value")
+    prefix = 1
+
+    def __init__(self, visual: VisionTransformer, position_rule: str = "bicubic") -> None:
+        super().__init__(visual, position_rule)
+        if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
+            raise ValueError("a ViT with CoCa's attentional pooler has no per-patch image-text space and is not supported")
+        if not isinstance(visual.patch_dropout, nn.Identity):
+            raise ValueError("a ViT with patch dropout has no complete dense map: build it with patch_dropout 0")
+        if visual.patch_size[0] != visual.patch_size[1]:
+            raise ValueError(f"patches of {visual.patch_size} are not square")
+        self.stride = visual.patch_size[0]
+        self.grid, self.image_size = tuple(visual.grid_size), tuple(visual.image_size)
+        self.embed_dim = visual.output_dim
+        self.pool_type, self.pool_first = visual.pool_type, visual.final_ln_after_pool
+        depth = len(visual.transformer.resblocks)
+        self.tap_channels = dict.fromkeys(range(depth), visual.conv1.out_channels)
+        self.tap_strides = dict.fromkeys(range(depth), self.stride)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The residual attention blocks, first to last."""
+        return self.transformer.resblocks
+
+    def block(self, index: int) -> Block:
+        """The view of one block."""
+        return ClipBlock(self.blocks[index])
+
+    def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
+        """ln_pre([class; patches] + positions)."""
+        patches = self.conv1(images)
+        h, w = patches.shape[-2:]
+        stream = TokenStream(patches.flatten(2).transpose(1, 2), (h, w))
+        if hook:
+            stream = hook(-1, stream)
+        cls = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        positions = resize_table(self.positional_embedding, self.grid, (h, w), self.position_rule)
+        stream.x = self.ln_pre(torch.cat([cls, stream.x], dim=1) + positions.to(patches.dtype))
+        return stream
+
+    def norm_tokens(self, x: Tensor) -> Tensor:
+        """ln_post."""
+        return self.ln_post(x)  # type: ignore[no-any-return]
+
+    def project(self, x: Tensor) -> Tensor:
+        """x @ proj."""
+        return x @ self.proj
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The class token, or the mean of the patches (CLIPA), before or after the final norm."""
+        x = x if self.pool_first else self.ln_post(x)
+        x = x[:, 0] if self.pool_type == "tok" else x[:, 1:].mean(1)
+        return self.project(self.ln_post(x) if self.pool_first else x)
+
+
+class ClipBlock(Block):
+    """View of open_clip's ResidualAttentionBlock (image or text)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        if not isinstance(block, ResidualAttentionBlock):
+            raise ValueError(f"blocks of type {type(block).__name__} are not supported, only open_clip's default block")
+        self.source = block
+        self.heads = block.attn.num_heads
+
+    def normed(self, x: Tensor) -> Tensor:
+        return self.source.ln_1(x)
+
+    def qkv(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = F.linear(u, self.source.attn.in_proj_weight, self.source.attn.in_proj_bias).chunk(3, dim=-1)
+        return q, k, v
+
+    def key(self, u: Tensor) -> Tensor:
+        return self._projection(u, 1)
+
+    def value(self, u: Tensor) -> Tensor:
+        return self._projection(u, 2)
+
+    def out(self, y: Tensor) -> Tensor:
+        return self.source.ls_1(self.source.attn.out_proj(y))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.source.ls_2(self.source.mlp(self.source.ln_2(x)))
+
+    def _projection(self, u: Tensor, part: int) -> Tensor:
+        attn = self.source.attn
+        return F.linear(u, attn.in_proj_weight.chunk(3)[part], attn.in_proj_bias.chunk(3)[part])
