@@ -5,3 +5,6 @@ from detectron2.config import CfgNode as CN
 
 def add_systems_config(cfg: CN) -> None:
     """Add the keys of every system to ``cfg`` (in place)."""
+    from clipdense.systems.clip_pretrain import add_clip_pretrain_config
+
+    add_clip_pretrain_config(cfg)

@@ -15,8 +15,8 @@ _COMMON_STEPS, _FREQUENT_STEPS, _RARE_STEPS = 31, 32, 17
 def _lvis_counts() -> tuple[int, ...]:
     """Expected number of training images of each class: log-uniform within each of LVIS's three groups.
 
-    LVIS v1 calls a class rare (r) in 1 to 10 training images, common (c) in 11 to 100, frequent (f) in more; 28% of its classes are
-    r, 38% c, 34% f. Gaps between our groups keep the drawn counts on the right side.
+    LVIS v1 calls a class rare (r) in 1 to 10 training images, common (c) in 11 to 100, frequent (f) in more;
+    28% of its classes are r, 38% c, 34% f. Gaps between our groups keep the drawn counts on the right side.
     """
 
     def steps(low: float, high: float, n: int) -> list[float]:
@@ -58,8 +58,8 @@ SPLITS: dict[str, Split] = {
     "train": Split(101, 3000, training=True),
     "val": Split(102, 500),
     "shift_val": Split(103, 500, shift=True),
-    "clip_train": Split(104, 9000, training=True),
-    "clip_val": Split(105, 500),
+    "clip_train": Split(11, 9000, training=True),
+    "clip_val": Split(12, 500),
     "lvis_train": Split(106, 3000, class_weights=tuple(map(float, LVIS_COUNTS)), training=True),
     # a flatter tail (square root), so that rare classes can be measured at all in 500 images
     "lvis_val": Split(107, 500, class_weights=tuple(n**0.5 for n in LVIS_COUNTS)),

@@ -1,4 +1,4 @@
-"""Contrastive image-text pre-training of a CLIP (Radford et al., 2021; locked text as in LiT, Zhai et al., 2022)."""
+"""Contrastive pre-training of a CLIP (Radford et al., 2021), with locked text if asked (LiT, Zhai et al., 2022)."""
 
 from clipdense.systems.clip_pretrain.config import add_clip_pretrain_config
 from clipdense.systems.clip_pretrain.mapper import CropCaptionMapper

@@ -12,8 +12,10 @@ def add_clip_pretrain_config(cfg: CN) -> None:
     cfg.MODEL.CONTRASTIVE_CLIP.MAX_LOGIT_SCALE = 100.0
 
     cfg.INPUT.CROP_CAPTION = CN()
+    # Side of a crop in pixels: the native size of the CLIP that is trained.
+    cfg.INPUT.CROP_CAPTION.SIZE = 64
     # Crops (with a caption each) cut from one scene.
     cfg.INPUT.CROP_CAPTION.PER_IMAGE = 4
-    # Share of crops that show one thing with context; of windows on several things; the rest are windows on ground alone.
+    # Share of crops of one thing with context, and of windows on several things; the rest shows ground alone.
     cfg.INPUT.CROP_CAPTION.OBJECT_SHARE = 0.6
     cfg.INPUT.CROP_CAPTION.WINDOW_SHARE = 0.32

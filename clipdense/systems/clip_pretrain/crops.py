@@ -41,16 +41,20 @@ class CropSampler:
     Args:
         size: side of a crop in pixels.
         object_share: share of crops around one thing, with context or letterboxed in black.
-        window_share: share of windows on several things; the remainder shows ground alone where there is room.
+        window_share: share of windows on several things; the rest shows ground alone where there is room.
     """
 
     def __init__(self, size: int, object_share: float, window_share: float) -> None:
         self.size, self.object_share, self.window_share = size, object_share, window_share
 
     def __call__(
-        self, image: npt.NDArray[np.uint8], ground: npt.NDArray[np.uint8], things: list[AnnotatedThing], rng: Rng
+        self,
+        image: npt.NDArray[np.uint8],
+        ground: npt.NDArray[np.uint8],
+        things: list[AnnotatedThing],
+        rng: Rng,
     ) -> CaptionedCrop:
-        """One crop of a scene: ``image`` (H, W, 3) RGB, ``ground`` (H, W) ground ids (255: covered, unknown)."""
+        """One crop of a scene: ``image`` (H, W, 3) RGB, ``ground`` (H, W) ground ids, 255 where covered."""
         kind = rng.uniform(0, 1)
         clear = [t for t in things if t.visible >= _MIN_VISIBLE]
         if kind < self.object_share and clear:
@@ -74,7 +78,11 @@ class CropSampler:
         return self._finish(image, ground, window, [thing.category], rng)
 
     def _window(
-        self, image: npt.NDArray[np.uint8], ground: npt.NDArray[np.uint8], things: list[AnnotatedThing], rng: Rng
+        self,
+        image: npt.NDArray[np.uint8],
+        ground: npt.NDArray[np.uint8],
+        things: list[AnnotatedThing],
+        rng: Rng,
     ) -> CaptionedCrop:
         side = rng.uniform(0.3, 1.0) * min(image.shape[:2])
         # a window at a thing, not anywhere: most of the scene is ground
@@ -95,7 +103,11 @@ class CropSampler:
         return self._finish(image, ground, window, [named[i] for i in rng.permutation(len(named))], rng)
 
     def _ground(
-        self, image: npt.NDArray[np.uint8], ground: npt.NDArray[np.uint8], things: list[AnnotatedThing], rng: Rng
+        self,
+        image: npt.NDArray[np.uint8],
+        ground: npt.NDArray[np.uint8],
+        things: list[AnnotatedThing],
+        rng: Rng,
     ) -> CaptionedCrop:
         for _ in range(10):
             side = rng.uniform(0.12, 0.5) * min(image.shape[:2])

@@ -6,22 +6,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from clipdense.clip import ClipModel, load_clip
 from clipdense.data.shapes.world import CLASSES, GROUNDS
 
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+
 
 @META_ARCH_REGISTRY.register()
 class ContrastiveCLIP(nn.Module):
     """Image-text contrast in which every pair with equal content counts as positive.
 
-    With unit embeddings u_i of crops and v_j of captions, temperature s and the positives P_i of crop i, the loss is
-    the cross-entropy of softmax_j(s u_i.v_j) against the uniform distribution over P_i, averaged with its transpose.
-    A caption is a positive of a crop if it names the same things and only grounds that the crop shows.
+    With unit embeddings u_i of crops and v_j of captions, temperature s and the positives P_i of crop i, the
+    loss is the cross-entropy of softmax_j(s u_i.v_j) against the uniform distribution over P_i, averaged with
+    its transpose. A caption is a positive of a crop if it names the same things and only grounds that the
+    crop shows.
 
     Args:
         clip: the model to train.
@@ -38,13 +40,17 @@ class ContrastiveCLIP(nn.Module):
         self.locked_text = locked_text
         self.max_logit_scale = math.log(max_logit_scale)
         self.clip.text.requires_grad_(not locked_text)
-        self.register_buffer("pixel_mean", torch.tensor(clip.pixel_mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(clip.pixel_mean).view(3, 1, 1) * 255, persistent=False
+        )
         self.register_buffer("pixel_std", torch.tensor(clip.pixel_std).view(3, 1, 1) * 255, persistent=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Constructor arguments from ``MODEL.CLIP`` and ``MODEL.CONTRASTIVE_CLIP``."""
-        clip = load_clip(cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED, allow_pickle=cfg.MODEL.CLIP.ALLOW_PICKLE)
+        clip = load_clip(
+            cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED, allow_pickle=cfg.MODEL.CLIP.ALLOW_PICKLE
+        )
         teacher = cfg.MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT
         if teacher:
             text = load_clip(teacher, allow_pickle=cfg.MODEL.CLIP.ALLOW_PICKLE).text
@@ -87,7 +93,7 @@ class ContrastiveCLIP(nn.Module):
         return {"loss_contrastive": contrastive_loss(u, v, content, scale)}
 
     def encode_captions(self, captions: list[str]) -> Tensor:
-        """Embeddings (n, D) of captions, not normalised; tokens beyond the longest caption are not computed."""
+        """Embeddings (n, D) of captions, not normalised; padding beyond the longest one is not computed."""
         tokens = self.clip.tokenizer(captions)
         tokens = tokens[:, : int((tokens != 0).sum(1).max())].to(self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked_text):
@@ -95,9 +101,7 @@ class ContrastiveCLIP(nn.Module):
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The CLIP alone, in half precision, with its model name: what `load_clip(name, file)` takes."""
-        state = {
-            k: v.half() if v.is_floating_point() else v for k, v in self.clip.state_dict().items()
-        }
+        state = {k: v.half() if v.is_floating_point() else v for k, v in self.clip.state_dict().items()}
         return state, {"model": self.clip.name}
 
 
@@ -119,16 +123,19 @@ def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Te
 
 
 def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    """Mean cross-entropy of rows of logits (N, M) against the uniform distribution over each row's positives."""
+    """Mean cross-entropy of rows of logits (N, M) against uniform distributions over their positives."""
     return -(positives / positives.sum(1, keepdim=True) * F.log_softmax(logits, dim=1)).sum(1).mean()
 
 
 def _positives(image: Tensor, caption: Tensor) -> Tensor:
-    """(N, M) bool-valued floats: whether caption j (content row) says no more and no other than crop i shows."""
-    k, g = len(CLASSES), len(GROUNDS)
-    same_things = (image[:, None, :k] == caption[None, :, :k]).all(-1)
-    named_not_seen = (caption[None, :, k : k + g] > image[:, None, k + g :]).any(-1)
-    return (same_things & ~named_not_seen).float()
+    """(N, M) zeros and ones: whether caption j (content row) says no more and no other than crop i shows."""
+    (things, _, seen), (told, named, _) = (
+        x.float().split([len(CLASSES), len(GROUNDS), len(GROUNDS)], 1) for x in (image, caption)
+    )
+    # counts are small integers: squared distances through products are exact
+    distance = (things * things).sum(1)[:, None] + (told * told).sum(1)[None] - 2 * things @ told.T
+    unseen = (1 - seen) @ named.T
+    return ((distance == 0) & (unseen == 0)).float()
 
 
 def _gather(x: Tensor) -> Tensor:
