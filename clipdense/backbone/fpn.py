@@ -1,0 +1,100 @@
+"""Feature pyramid network over any trunk."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode as CN
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone.fpn import FPN as _FPN
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+
+
+class FPN(_FPN):
+    """Detectron2's FPN (Lin et al., CVPR 2017), for maps of any size.
+
+    The coarser map is brought to the exact size of the finer one, not to twice its own: a CLIP ResNet pools
+    with floor, so that an odd map is not twice the next. Where it is twice, both are the same computation.
+    """
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) -> maps "p2", "p3" ... of ``out_channels``, from fine to coarse."""
+        bottom_up = self.bottom_up(x)
+        levels: list[Tensor] = []
+        merged: Tensor | None = None
+        for name, lateral, output in zip(
+            self.in_features[::-1], self.lateral_convs, self.output_convs, strict=True
+        ):
+            finer = lateral(bottom_up[name])
+            if merged is not None:
+                finer = finer + F.interpolate(merged, size=finer.shape[-2:], mode="nearest")
+                if self._fuse_type == "avg":
+                    finer = finer / 2
+            merged = finer
+            levels.insert(0, output(merged))
+        if self.top_block is not None:
+            source = self.top_block.in_feature
+            top = bottom_up[source] if source in bottom_up else levels[self._out_features.index(source)]
+            levels.extend(self.top_block(top))
+        return dict(zip(self._out_features, levels, strict=True))
+
+
+def build_top_block(name: str, in_feature: str, in_channels: int, out_channels: int) -> nn.Module | None:
+    """The levels above a pyramid.
+
+    Args:
+        name: "LastLevelMaxPool" (one level, subsampled from the pyramid's last), "LastLevelP6P7" (two levels
+            by strided convolutions, RetinaNet's) or "" for none.
+        in_feature: the map it reads.
+        in_channels: channels of that map.
+        out_channels: channels of the levels it adds.
+    """
+    if not name:
+        return None
+    if name == "LastLevelMaxPool":
+        block = LastLevelMaxPool()
+        block.in_feature = in_feature
+        return block
+    if name == "LastLevelP6P7":
+        return LastLevelP6P7(in_channels, out_channels, in_feature)
+    raise ValueError(f"MODEL.FPN.TOP_BLOCK must be LastLevelMaxPool, LastLevelP6P7 or empty, not {name!r}")
+
+
+def build_trunk(cfg: CN, input_shape: ShapeSpec) -> Backbone:
+    """Build the trunk that MODEL.TRUNK.NAME names in Detectron2's backbone registry."""
+    trunk = BACKBONE_REGISTRY.get(cfg.MODEL.TRUNK.NAME)(cfg, input_shape)
+    assert isinstance(trunk, Backbone)
+    return trunk
+
+
+@BACKBONE_REGISTRY.register()
+def build_trunk_fpn_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
+    """The trunk MODEL.TRUNK.NAME with an FPN over MODEL.FPN.IN_FEATURES (Detectron2's MODEL.FPN keys)."""
+    trunk = build_trunk(cfg, input_shape)
+    shapes = trunk.output_shape()
+    in_features: list[str] = cfg.MODEL.FPN.IN_FEATURES
+    missing = [name for name in in_features if name not in shapes]
+    if missing:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES asks for {missing}; {cfg.MODEL.TRUNK.NAME} gives {sorted(shapes)}. A "
+            "trunk with one map, such as a ViT, needs MODEL.BACKBONE.NAME "
+            "build_trunk_simple_pyramid_backbone."
+        )
+    last = in_features[-1]
+    top_block: str = cfg.MODEL.FPN.TOP_BLOCK
+    return FPN(
+        bottom_up=trunk,
+        in_features=in_features,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        # RetinaNet's extra levels start from the trunk's map, the max pool from the pyramid's.
+        top_block=build_top_block(
+            top_block,
+            last if top_block == "LastLevelP6P7" else last.replace("res", "p"),
+            shapes[last].channels,
+            cfg.MODEL.FPN.OUT_CHANNELS,
+        ),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,142 @@
+"""Simple feature pyramid over a single map (ViTDet)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import fvcore.nn.weight_init as weight_init
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+
+from .fpn import build_top_block, build_trunk
+
+
+def _norm(name: str, channels: int) -> nn.Module | None:
+    """``get_norm`` with "LN", LayerNorm over the channels, which detectron2 0.6 has not."""
+    return LayerNorm2d(channels) if name == "LN" else get_norm(name, channels)
+
+
+def _rescale(scale: float, channels: int, norm: str) -> tuple[list[nn.Module], int]:
+    """Layers that change the size of a map by ``scale``, and the channels that they leave."""
+    layers: list[nn.Module] = []
+    steps = round(math.log2(scale))
+    if 2.0**steps != scale:
+        raise ValueError(f"MODEL.SIMPLE_PYRAMID.SCALE_FACTORS must be powers of two, not {scale}")
+    for step in range(steps):
+        if step:
+            normalisation = _norm(norm, channels)
+            layers += [normalisation] if normalisation else []
+            layers += [nn.GELU()]
+        layers += [nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)]
+        channels //= 2
+    layers += [nn.MaxPool2d(kernel_size=2, stride=2) for _ in range(-steps)]
+    return layers, channels
+
+
+class SimpleFeaturePyramid(Backbone):
+    """Every level of the pyramid from the trunk's last map (Li et al., ViTDet, ECCV 2022, section 3 and
+    appendix A.2).
+
+    A level is reached by stride-2 deconvolutions (norm and GELU between two of them) or max pooling, then a
+    1x1 and a 3x3 convolution, each followed by a norm. Levels are named by their stride as in Detectron2:
+    stride 4 is "p2"; a patch of 14 gives 3.5, 7, 14, 28, which are "p1" to "p4" (floor of the logarithm).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        trunk: Backbone,
+        in_feature: str,
+        *,
+        out_channels: int,
+        scale_factors: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
+        norm: str = "LN",
+        top_block: str = "LastLevelMaxPool",
+    ) -> None:
+        """
+        Args:
+            trunk: any backbone.
+            in_feature: its map that the pyramid grows from.
+            out_channels: channels of every level.
+            scale_factors: size of each level relative to that map, powers of two, from fine to coarse.
+            norm: "LN" or any norm of Detectron2; "" for none.
+            top_block: see :func:`build_top_block`.
+        """
+        super().__init__()
+        shape = trunk.output_shape()[in_feature]
+        strides = [shape.stride / scale for scale in scale_factors]
+        if sorted(strides) != strides:
+            raise ValueError(
+                f"MODEL.SIMPLE_PYRAMID.SCALE_FACTORS must fall, from fine to coarse: {list(scale_factors)}"
+            )
+        self.trunk = trunk
+        self.in_feature = in_feature
+        self.levels = nn.ModuleList()
+        for scale in scale_factors:
+            layers, channels = _rescale(scale, shape.channels, norm)
+            for kernel_size in (1, 3):
+                layers += [
+                    Conv2d(
+                        channels,
+                        out_channels,
+                        kernel_size,
+                        padding=kernel_size // 2,
+                        bias=not norm,
+                        norm=_norm(norm, out_channels),
+                    )
+                ]
+                weight_init.c2_xavier_fill(layers[-1])
+                channels = out_channels
+            self.levels.append(nn.Sequential(*layers))
+        names = [f"p{int(math.log2(stride))}" for stride in strides]
+        self.top_block = build_top_block(top_block, names[-1], out_channels, out_channels)
+        for _ in range(getattr(self.top_block, "num_levels", 0)):
+            strides.append(strides[-1] * 2)
+            names.append(f"p{int(math.log2(strides[-1]))}")
+        # Strides stay integers where they are: anchors and poolers are exact either way.
+        self._shapes = {
+            name: ShapeSpec(channels=out_channels, stride=int(stride) if stride == int(stride) else stride)
+            for name, stride in zip(names, strides, strict=True)
+        }
+        coarsest = shape.stride / min(scale_factors)
+        self._size_divisibility = math.lcm(int(max(coarsest, shape.stride)), max(trunk.size_divisibility, 1))
+
+    @classmethod
+    def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, object]:
+        trunk = build_trunk(cfg, input_shape)
+        return {
+            "trunk": trunk,
+            "in_feature": cfg.MODEL.SIMPLE_PYRAMID.IN_FEATURE or list(trunk.output_shape())[-1],
+            "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+            "scale_factors": cfg.MODEL.SIMPLE_PYRAMID.SCALE_FACTORS,
+            "norm": cfg.MODEL.SIMPLE_PYRAMID.NORM,
+            "top_block": cfg.MODEL.FPN.TOP_BLOCK,
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level, by name; strides of a patch of 14 are not integers."""
+        return dict(self._shapes)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) -> maps (B, out_channels, h, w) by name, from fine to coarse."""
+        features = self.trunk(images)[self.in_feature]
+        levels = [level(features) for level in self.levels]
+        if self.top_block is not None:
+            levels += self.top_block(levels[-1])
+        return dict(zip(self._shapes, levels, strict=True))
+
+
+@BACKBONE_REGISTRY.register()
+def build_trunk_simple_pyramid_backbone(cfg: CN, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
+    """The trunk MODEL.TRUNK.NAME with a simple feature pyramid (keys MODEL.SIMPLE_PYRAMID, MODEL.FPN)."""
+    return SimpleFeaturePyramid(cfg, input_shape)

