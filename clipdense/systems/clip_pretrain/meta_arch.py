@@ -117,8 +117,8 @@ def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Te
         Scalar; averaged over processes it is the loss of the global batch (equal B on every process).
     """
     all_u, all_v, all_content = _gather(u), _gather(v), _gather_constant(content)
-    to_text = _soft_cross_entropy(scale * u @ all_v.T, _positives(content, all_content))
-    to_image = _soft_cross_entropy(scale * v @ all_u.T, _positives(all_content, content).T)
+    to_text = _soft_cross_entropy(scale * u @ all_v.T, positive_pairs(content, all_content))
+    to_image = _soft_cross_entropy(scale * v @ all_u.T, positive_pairs(all_content, content).T)
     return 0.5 * (to_text + to_image)
 
 
@@ -127,7 +127,7 @@ def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
     return -(positives / positives.sum(1, keepdim=True) * F.log_softmax(logits, dim=1)).sum(1).mean()
 
 
-def _positives(image: Tensor, caption: Tensor) -> Tensor:
+def positive_pairs(image: Tensor, caption: Tensor) -> Tensor:
     """(N, M) zeros and ones: whether caption j (content row) says no more and no other than crop i shows."""
     (things, _, seen), (told, named, _) = (
         x.float().split([len(CLASSES), len(GROUNDS), len(GROUNDS)], 1) for x in (image, caption)
