@@ -1,9 +1,9 @@
 """What detectron2 needs and today's stack no longer gives it.
 
 detectron2 0.6 can be installed without its C++ extension and together with NumPy 2 and a current Pillow. It
-then misses a few names. This module, which runs before any other part of clipdense, supplies exactly those that
-the *installed* detectron2 mentions and the installed libraries lack. On a healthy install (the main branch,
-compiled) it finds nothing to do.
+then misses a few names. This module, which runs before any other part of clipdense, supplies exactly those
+that the *installed* detectron2 mentions and the installed libraries lack. On a healthy install (the main
+branch, compiled) it finds nothing to do.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _missing_op(op: str) -> Any:
     def missing(*args: object, **kwargs: object) -> NoReturn:
         raise RuntimeError(
             f"{op} belongs to detectron2's C++ extension, which this installation does not have. Install a "
-            "compiled detectron2 (`make demo DETECTRON2=<path or git URL>`, with a C++ compiler at hand), or do "
+            "compiled detectron2 (`make demo DETECTRON2=<path or git URL>`, with a C++ compiler), or do "
             "without rotated boxes, deformable convolution and COCOeval_opt."
         )
 

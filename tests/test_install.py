@@ -1,0 +1,89 @@
+"""What an installed clipdense holds, and what the requirement files promise."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import clipdense
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "shapes/some/deep.yaml"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of what the package is built from, so that no build folder is left in the checkout."""
+    copy = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("clipdense", "configs", "requirements"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    (copy / "configs" / CONFIG).parent.mkdir(parents=True)
+    (copy / "configs" / CONFIG).write_text("VERSION: 2\n")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(out)], cwd=checkout, check=True, capture_output=True)
+    return next(out.glob("clipdense-*.whl"))
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_wheel_holds_code_weights_and_configs(checkout, wheel):
+    shipped = set(zipfile.ZipFile(wheel).namelist())
+    assert _files(checkout / "clipdense") <= {name.removeprefix("clipdense/") for name in shipped}
+    assert _files(checkout / "configs") <= {name.removeprefix("clipdense/configs/") for name in shipped}
+    assert not any(name.startswith(("configs/", "tests/", "tools/")) for name in shipped)
+
+
+def test_nano_weights_are_small(wheel):
+    weights = [file for file in zipfile.ZipFile(wheel).infolist() if file.filename.endswith(".safetensors")]
+    assert sum(file.file_size for file in weights) <= 25 * 2**20
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["checkout", "wheel"])
+def test_config_path(checkout, wheel, installed, tmp_path, run_python):
+    if installed:
+        zipfile.ZipFile(wheel).extractall(tmp_path)
+    root = tmp_path if installed else checkout
+    source = "import sys, clipdense; print(clipdense.config_path(sys.argv[1]))"
+    # Without detectron2 `import clipdense` takes no time.
+    path = run_python(source, CONFIG, without="detectron2", cwd=tmp_path, PYTHONPATH=str(root)).strip()
+    assert Path(path) == root / ("clipdense/configs" if installed else "configs") / CONFIG
+
+
+def test_config_path_names_what_there_is(checkout, monkeypatch):
+    monkeypatch.setattr(clipdense, "__file__", str(checkout / "clipdense/__init__.py"))
+    with pytest.raises(FileNotFoundError, match=re.escape(CONFIG)):
+        clipdense.config_path(CONFIG.replace("deep", "high"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        clipdense.config_path("no/such.yaml")
+
+
+def _names(file: Path) -> set[str]:
+    lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+    return {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in lines}
+
+
+def test_requirements_are_pinned_and_hold_no_urls():
+    files = sorted((ROOT / "requirements").glob("*.txt"))
+    assert files
+    for file in files:
+        assert "://" not in file.read_text(), file.name
+    lock = ROOT / "requirements/lock.txt"
+    for line in lock.read_text().splitlines():
+        assert re.match(r"[\w.-]+(\[\w+\])?==\S+", line), line
+    for file in files:
+        assert _names(file) <= _names(lock), f"{file.name}: run `make lock`"
