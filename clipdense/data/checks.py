@@ -21,7 +21,8 @@ HEAD_CLASSES: dict[str, list[tuple[str, str]]] = {
     "SemanticSegmentor": [("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff")],
     "PanopticFPN": [("MODEL.ROI_HEADS.NUM_CLASSES", "thing"), ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff")],
 }
-"""Meta-architecture -> config keys that count the classes of its closed-vocabulary heads, and which classes each counts.
+"""Meta-architecture -> config keys that count the classes of its closed-vocabulary heads, and which classes
+each counts.
 
 A system with such heads adds itself; one whose vocabulary changes does not."""
 
@@ -40,12 +41,14 @@ def check_dataset_names(names: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
             hint = f"Did you mean {', '.join(near)}?" if near else "No registered name is like it."
             raise ValueError(
-                f"data set {name!r} is not registered. {hint} Own COCO-format data are registered by DATASETS.COCO_JSON."
+                f"data set {name!r} is not registered. {hint} "
+                "Your own COCO-format data are registered by DATASETS.COCO_JSON."
             )
 
 
 def check_classes(cfg: CfgNode) -> None:
-    """Check that the data sets of a config have one class list, and that closed-vocabulary heads have its length.
+    """Check that the data sets of a config have one class list, and that closed-vocabulary heads have its
+    length.
 
     Raises:
         ValueError: class lists that differ, or a head with another number of classes; names both.
@@ -65,13 +68,14 @@ def check_classes(cfg: CfgNode) -> None:
             if len(classes) != node:
                 raise ValueError(
                     f"{key} = {node}, but data set {name} has {len(classes)} {kind} classes "
-                    f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}). Set {key} {len(classes)}."
+                    f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}). "
+                    f"Set {key} {len(classes)}, or name other data."
                 )
             first = lists[names[0]] or []
             if classes != first:
                 at = next(i for i, (a, b) in enumerate(zip(first, classes, strict=True)) if a != b)
                 raise ValueError(
-                    f"data sets {names[0]} and {name} differ in class {at}: {first[at]!r} and {classes[at]!r}. "
+                    f"data sets {names[0]} and {name} differ in class {at}: {first[at]!r}, {classes[at]!r}. "
                     f"{cfg.MODEL.META_ARCHITECTURE} has one fixed class list."
                 )
 
@@ -93,7 +97,8 @@ def _class_names(name: str, kind: str) -> list[str] | None:
 
 
 def clean_annotations(dataset: Any) -> Any:
-    """Clip boxes to their images and drop those that are empty then; says how many, and where the first one is.
+    """Clip boxes to their images and drop those that are empty then; says how many, and where the first one
+    is.
 
     Args:
         dataset: dataset dicts, changed in place; anything else is returned as it is.

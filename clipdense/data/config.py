@@ -10,6 +10,7 @@ def add_data_config(cfg: CN) -> None:
     # Whether training goes on, with a warning, when an image file is damaged (another image takes its place).
     # Evaluation always stops there: a score over some of the images would be no score.
     cfg.INPUT.SKIP_BAD_IMAGES = False
-    # Your own data: a list of "name:annotations.json:image_folder", each registered under its name as COCO instances.
-    # "~" and environment variables are expanded. The names can then stand in DATASETS.TRAIN and DATASETS.TEST.
+    # Your own data: a list of "name:annotations.json:image_folder", each registered under its name as COCO
+    # instances. "~" and environment variables are expanded. The names can then stand in DATASETS.TRAIN and
+    # DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []

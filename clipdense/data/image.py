@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
@@ -10,8 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["BadImageError", "image_to_array", "read_image", "read_labels"]
+__all__ = ["BadImageError", "ImageFormat", "image_to_array", "read_image", "read_labels"]
 
+ImageFormat = Literal["RGB", "BGR", "L"]
 Uint8 = npt.NDArray[np.uint8]
 
 
@@ -19,12 +21,12 @@ class BadImageError(OSError):
     """A file is there but is no readable image (corrupt, truncated, of an unknown kind). Names the file."""
 
 
-def read_image(path: str | os.PathLike[str], format: Literal["RGB", "BGR", "L"] = "RGB") -> Uint8:
+def read_image(path: str | os.PathLike[str], format: ImageFormat = "RGB") -> Uint8:
     """Read an image of any mode as 8-bit colour, upright.
 
-    The EXIF orientation is applied. Grey and palette images become colour; CMYK is converted; transparent images are
-    laid on white, as viewers show them; 16-bit samples are scaled to 8 bits (v / 257); of an animation the first frame is
-    taken.
+    The EXIF orientation is applied. Grey and palette images become colour; CMYK is converted; transparent
+    images are laid on white, as viewers show them; 16-bit samples are scaled to 8 bits (v / 257); of an
+    animation the first frame is taken.
 
     Returns:
         (H, W, 3) uint8 in the given channel order, or (H, W, 1) for ``"L"``.
@@ -34,14 +36,13 @@ def read_image(path: str | os.PathLike[str], format: Literal["RGB", "BGR", "L"] 
         BadImageError: the file cannot be decoded as an image.
     """
     image = _open(path)
-    try:
+    # a damaged EXIF block says nothing about the pixels: they are taken as stored
+    with suppress(ValueError, TypeError, SyntaxError, KeyError, ZeroDivisionError):
         image = ImageOps.exif_transpose(image)
-    except (ValueError, TypeError, SyntaxError, KeyError, ZeroDivisionError):
-        pass  # a damaged EXIF block says nothing about the pixels: take them as stored
     return image_to_array(image, format)
 
 
-def image_to_array(image: Image.Image, format: Literal["RGB", "BGR", "L"] = "RGB") -> Uint8:
+def image_to_array(image: Image.Image, format: ImageFormat = "RGB") -> Uint8:
     """A PIL image of any mode as `read_image` returns it (the EXIF orientation is not looked at)."""
     if format not in ("RGB", "BGR", "L"):
         raise ValueError(f"image format {format!r}: expected RGB, BGR or L (INPUT.FORMAT)")
@@ -56,7 +57,8 @@ def image_to_array(image: Image.Image, format: Literal["RGB", "BGR", "L"] = "RGB
 
 
 def read_labels(path: str | os.PathLike[str]) -> npt.NDArray[np.int64]:
-    """Read a label map (H, W): grey values of 8, 16 or 32 bits, palette *indices*, or panoptic ids R + 256 G + 65536 B.
+    """Read a label map (H, W): grey values of 8, 16 or 32 bits, palette *indices*, or panoptic ids R + 256 G
+    + 65536 B.
 
     Raises:
         FileNotFoundError: no such file.

@@ -50,14 +50,14 @@ def build_train_loader(
 ) -> DataLoader[Any]:
     """Infinite loader of this process's share of each global batch.
 
-    The samples of step t and their augmentation depend on the seed and t alone: not on when the run was resumed, on the number
-    of workers, or on how many processes share ``SOLVER.IMS_PER_BATCH``.
+    The samples of step t and their augmentation depend on the seed and t alone: not on when the run was
+    resumed, on the number of workers, or on how many processes share ``SOLVER.IMS_PER_BATCH``.
 
     Args:
         cfg: reads DATASETS.*, DATALOADER.*, SOLVER.IMS_PER_BATCH, INPUT.*.
         start_iter: number of batches that a resumed run has already seen.
-        seed: of order and augmentation (default: ``cfg.SEED``, or one that all processes draw together if that is negative;
-            such a run cannot be resumed exactly unless the seed is kept).
+        seed: of order and augmentation (default: ``cfg.SEED``, or one that all processes draw together if
+            that is negative; such a run cannot be resumed exactly unless the seed is kept).
         mapper: default: the one that ``INPUT.MAPPER`` names.
         dataset: dataset dicts, or a map-style dataset of them (default: ``DATASETS.TRAIN``).
 
@@ -84,7 +84,7 @@ def build_train_loader(
     items = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
     return DataLoader(
         KeyedDataset(items, mapper, seed),
-        batch_sampler=batches,  # type: ignore[arg-type]  # keys are (position, index) pairs
+        batch_sampler=batches,  # of keys (position, index)
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
     )
@@ -119,7 +119,7 @@ def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], trainin
     except FileNotFoundError as error:
         root = os.environ.get("DETECTRON2_DATASETS", "datasets (DETECTRON2_DATASETS is not set)")
         raise FileNotFoundError(
-            f"{', '.join(names)}: {error.filename or error} is not there. Data sets are looked for in {root}; "
+            f"{', '.join(names)}: {error.filename or error} is not there. Data sets lie in {root}; "
             "datasets/README.md says what goes where."
         ) from error
 
@@ -144,8 +144,10 @@ class KeyedDataset(Dataset[Any]):
 
     Args:
         items: dataset dicts.
-        mapper: may return None for a sample that cannot be used; another, drawn by the same key, takes its place.
-        seed: with the position it keys all of Python's, NumPy's and torch's random numbers while the mapper runs.
+        mapper: may return None for a sample that cannot be used; another, drawn by the same key, takes its
+            place.
+        seed: with the position it keys all of Python's, NumPy's and torch's random numbers while the mapper
+            runs.
     """
 
     def __init__(self, items: Any, mapper: Mapper, seed: int) -> None:
@@ -168,15 +170,17 @@ class KeyedDataset(Dataset[Any]):
 
 @contextmanager
 def keyed_randomness(*key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's (CPU) global generators by a key; afterwards they are as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Seed Python's, NumPy's and torch's (CPU) global generators by a key; afterwards they are as they
+    were."""
+    # the legacy global generator is the one that Detectron2's augmentations draw from
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     words = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(3)
     random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.random.default_generator.manual_seed(int(words[2]))
+    np.random.seed(int(words[1]))  # noqa: NPY002
+    torch.default_generator.manual_seed(int(words[2]))
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from fvcore.common.registry import Registry
 
-from clipdense.data.image import BadImageError, read_image, read_labels
+from clipdense.data.image import BadImageError, ImageFormat, read_image, read_labels
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils as utils
@@ -40,8 +40,9 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
     return MAPPER_REGISTRY.get(name)(cfg, is_train)
 
 
-def read_image_or_skip(path: str, image_format: str, skip: bool) -> np.ndarray | None:
-    """`read_image`; with ``skip`` a damaged file gives None and, once a file and process, a warning that names it."""
+def read_image_or_skip(path: str, image_format: ImageFormat, skip: bool) -> np.ndarray | None:
+    """`read_image`; with ``skip`` a damaged file gives None and, once a file and process, a warning that
+    names it."""
     try:
         return read_image(path, image_format)
     except BadImageError as error:
@@ -68,8 +69,9 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 class DetectionMapper:
     """Boxes, masks, semantic and panoptic maps, whichever a data set has.
 
-    Differs from Detectron2's `DatasetMapper` in what it can read (see `read_image`), in taking polygons and RLE side by
-    side, in clipping boxes to the image and dropping empty ones, and in errors that name the file.
+    Differs from Detectron2's `DatasetMapper` in what it can read (see `read_image`), in taking polygons and
+    RLE side by side, in clipping boxes to the image and dropping empty ones, and in errors that name the
+    file.
 
     Args:
         is_train: whether annotations are wanted.
@@ -78,7 +80,8 @@ class DetectionMapper:
         use_masks: whether instances carry ``gt_masks``.
         mask_format: "polygon" (images that have RLE masks get bit masks nevertheless) or "bitmask".
         recompute_boxes: whether boxes are made tight around masks again (after cropping).
-        skip_bad_images: whether a damaged image file gives None, with a warning, instead of an error (training only).
+        skip_bad_images: whether a damaged image file gives None, with a warning, instead of an error
+            (training only).
     """
 
     @configurable
@@ -87,7 +90,7 @@ class DetectionMapper:
         is_train: bool,
         *,
         augmentations: list[Any],
-        image_format: str,
+        image_format: ImageFormat,
         use_masks: bool = False,
         mask_format: str = "polygon",
         recompute_boxes: bool = False,
@@ -128,9 +131,9 @@ class DetectionMapper:
         """Model input of one image.
 
         Returns:
-            The dict with ``image`` (3, H, W) uint8; in training also, where the data set has them, ``instances``
-            (gt_boxes, gt_classes, gt_masks), ``sem_seg`` (H, W) int64 and ``pan_seg`` (H, W) int64 of the ids in
-            ``segments_info``. None for a damaged image that may be skipped.
+            The dict with ``image`` (3, H, W) uint8; in training also, where the data set has them,
+            ``instances`` (gt_boxes, gt_classes, gt_masks), ``sem_seg`` (H, W) int64 and ``pan_seg`` (H, W)
+            int64 of the ids in ``segments_info``. None for a damaged image that may be skipped.
 
         Raises:
             BadImageError: the image or a label map cannot be decoded.
@@ -183,7 +186,10 @@ class DetectionMapper:
                 raise ValueError(
                     "an annotation without a mask; set MODEL.MASK_ON False to train on boxes alone"
                 )
-            objects.append(utils.transform_instance_annotations(annotation, transforms, size))
+            moved = utils.transform_instance_annotations(annotation, transforms, size)
+            if isinstance(moved.get("segmentation"), np.ndarray):
+                moved["segmentation"] = moved["segmentation"].copy()  # torch wants to be able to write
+            objects.append(moved)
         polygons = self.mask_format == "polygon" and all(
             isinstance(o.get("segmentation"), list) for o in objects
         )

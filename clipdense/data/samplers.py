@@ -1,7 +1,7 @@
 """Training order that depends on the seed and the position alone, so that a resumed run continues it exactly.
 
-One global stream of samples is cut into global batches, and each process takes its share of each batch. Two processes with
-batches of b therefore see, step by step, what one process with batches of 2b sees.
+One global stream of samples is cut into global batches, and each process takes its share of each batch. Two
+processes with batches of b therefore see, step by step, what one process with batches of 2b sees.
 """
 
 import itertools
@@ -64,7 +64,8 @@ class RepeatFactorSampler(ResumableTrainingSampler):
 
     Args:
         repeat_factors: one float >= 1 for each image, as
-            `detectron2.data.samplers.RepeatFactorTrainingSampler.repeat_factors_from_category_frequency` returns them.
+            `detectron2.data.samplers.RepeatFactorTrainingSampler.repeat_factors_from_category_frequency`
+            returns them.
         shuffle, seed, rank, world, start: as in `ResumableTrainingSampler`.
     """
 
@@ -81,7 +82,8 @@ class RepeatFactorSampler(ResumableTrainingSampler):
         self.repeat_factors = repeat_factors.double()
 
     def stream(self, start: int = 0) -> Iterator[int]:
-        """The indices at global positions start, start + 1, ...; epochs differ in length and are counted through."""
+        """The indices at global positions start, start + 1, ...; epochs differ in length and are counted
+        through."""
         for epoch in itertools.count():
             indices = self._epoch(epoch)
             yield from indices[start:]
@@ -105,11 +107,12 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: samples of a global batch, over all processes.
         rank, world: this process takes samples rank, rank + world, ... of each batch.
         start_batch: number of batches that a resumed run has already seen.
-        groups: one integer for each dataset index; a batch then holds samples of one group only (images of like aspect ratio).
-            A sample waits until its group fills a batch. None: batches follow the stream.
+        groups: one integer for each dataset index; a batch then holds samples of one group only (images of
+            like aspect ratio). A sample waits until its group fills a batch. None: batches follow the stream.
 
     Yields:
-        list of (position, index): the sample's place in the global stream, which keys its augmentation, and its dataset index.
+        list of (position, index): the sample's place in the global stream, which keys its augmentation, and
+        its dataset index.
 
     Raises:
         ValueError: the batch cannot be shared out evenly.
@@ -126,7 +129,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size <= 0 or batch_size % world:
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH = {batch_size} must be a positive multiple of the number of processes, {world}"
+                f"SOLVER.IMS_PER_BATCH = {batch_size} must be a positive multiple of "
+                f"the number of processes, {world}"
             )
         self.sampler, self.batch_size, self.groups = sampler, batch_size, groups
         self.rank, self.world, self.start_batch = rank, world, start_batch

@@ -1,5 +1,10 @@
 """Data sets, registered with Detectron2 when this package is imported."""
 
+from clipdense.data.datasets.own import register_from_config
+from clipdense.data.datasets.real import register_real
 from clipdense.data.datasets.shapes import register_shapes
 
+__all__ = ["register_from_config"]
+
+register_real()
 register_shapes()

@@ -1,7 +1,7 @@
 """Reading the standard annotation layouts where Detectron2's own readers do not serve.
 
-Detectron2 reads COCO instances. It reads COCO panoptic only with .jpg images, LVIS only through the `lvis` package (broken on current
-NumPy) and only with polygons, and captions not at all.
+Detectron2 reads COCO instances. It reads COCO panoptic only with .jpg images, LVIS only through the `lvis`
+package (broken on current NumPy) and only with polygons, and captions not at all.
 """
 
 import json

@@ -36,14 +36,15 @@ def register_shapes(root: Path | None = None) -> None:
     | --- | --- | --- |
     | shapes_closed_{train,val} | instances of all 80 classes | coco |
     | shapes_ov_{train,val} | instances; train labels the 60 base classes, val all 80 | coco |
-    | shapes_{closed,ov}_panoptic_{train,val} | panoptic, semantic and instances, 88 classes (ov train: 68) | coco_panoptic_seg |
-    | shapes_{closed,ov}_sem_seg_{train,val} | semantic | sem_seg |
-    | shapes_shift_val, shapes_shift_{panoptic,sem_seg}_val | other light, grounds and sizes, all classes | as above |
+    | shapes_{closed,ov}_panoptic_{train,val} | all three kinds; 88 classes | coco_panoptic_seg |
+    | shapes_{closed,ov}_sem_seg_{train,val} | semantic; 88 classes (ov train: 68) | sem_seg |
+    | shapes_shift_[panoptic_|sem_seg_]val | other light, grounds and sizes, all classes | as above |
     | shapes_lvis_{train,val} | long-tailed, federated | lvis |
     | shapes_clip_{train,val} | five captions an image, instances and semantic maps | clip_retrieval |
 
-    ``shapes_closed_mini_train`` and the like (closed and ov, every task) are the first 800 training and 200 validation
-    images of the same files. Metadata of ov and shift sets: ``novel_classes`` (names) and ``novel_kinds`` (kind -> names).
+    ``shapes_closed_mini_train`` and the like (closed and ov, every task) are the first 800 training and 200
+    validation images of the same files. Metadata of ov and shift sets: ``novel_classes`` (names) and
+    ``novel_kinds`` (kind -> names).
     """
     root = shapes_root() if root is None else root
     for split in ("train", "val"):
@@ -102,7 +103,8 @@ def _register_views(root: Path, family: str, suffix: str, split: str, images: in
         load_everything,
         ensure,
         evaluator_type="coco_panoptic_seg",
-        # as in Detectron2's standard COCO panoptic: both lists name every class, the id maps tell things from stuff
+        # as in Detectron2's standard COCO panoptic: both lists name every class, the id maps tell things
+        # from stuff
         thing_classes=[*names, *GROUNDS],
         stuff_classes=[*names, *GROUNDS],
         thing_dataset_id_to_contiguous_id=things,

@@ -51,7 +51,8 @@ CATEGORIES: list[dict[str, Any]] = [
 def coco_instances(records: Iterable[Record], categories: Sequence[int] | None = None) -> dict[str, Any]:
     """COCO instances of all classes, or of the given ones; then images that have none of them are left out.
 
-    Each annotation carries ``visible``, the visible share of the whole object (0..1), besides COCO's own fields.
+    Each annotation carries ``visible``, the visible share of the whole object (0..1), besides COCO's own
+    fields.
     """
     kept = set(range(len(CLASSES)) if categories is None else categories)
     images, annotations = [], []
@@ -70,8 +71,8 @@ def coco_instances(records: Iterable[Record], categories: Sequence[int] | None =
 def coco_panoptic(records: Iterable[Record], categories: Sequence[int] | None = None) -> dict[str, Any]:
     """COCO panoptic segments of all things, or of the given thing classes, and of all grounds.
 
-    A segment of another class keeps its pixels in the PNG and has no entry, so that it is void. Images are left out as in
-    `coco_instances`.
+    A segment of another class keeps its pixels in the PNG and has no entry, so that it is void. Images are
+    left out as in `coco_instances`.
     """
     kept = set(range(len(CLASSES)) if categories is None else categories)
     images, annotations = [], []
@@ -106,11 +107,12 @@ def coco_captions(records: Iterable[Record]) -> dict[str, Any]:
 def lvis_instances(records: Iterable[Record], split: str) -> dict[str, Any]:
     """LVIS v1 federated annotations.
 
-    As in LVIS, an image is labelled for some classes only. Of the classes that a scene shows, each frequent or common one is
-    left out with probability 0.1 (it is then neither positive nor negative there); of a class with several
-    instances one is left unlabelled with probability 0.25 and the class listed in ``not_exhaustive_category_ids``; 8 classes
-    that the scene does not show are listed in ``neg_category_ids``. Masks are RLE. ``frequency`` is the group of
-    `splits.FREQUENCY`; ``image_count`` and ``instance_count`` count this very file.
+    As in LVIS, an image is labelled for some classes only. Of the classes that a scene shows, each frequent
+    or common one is left out with probability 0.1 (it is then neither positive nor negative there); of a
+    class with several instances one is left unlabelled with probability 0.25 and the class listed in
+    ``not_exhaustive_category_ids``; 8 classes that the scene does not show are listed in
+    ``neg_category_ids``. Masks are RLE. ``frequency`` is the group of `splits.FREQUENCY`; ``image_count``
+    and ``instance_count`` count this very file.
     """
     images, annotations = [], []
     image_count, instance_count = [0] * len(CLASSES), [0] * len(CLASSES)

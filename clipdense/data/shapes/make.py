@@ -1,4 +1,5 @@
-"""Making splits of the `shapes` world on disk: in several processes, resumable, once for all users of a folder.
+"""Making splits of the `shapes` world on disk: in several processes, resumable, once for all users of a
+folder.
 
 ```
 <root>/<split>/000000.png ...            images
@@ -39,8 +40,8 @@ _PART = 25
 
 
 def shapes_root() -> Path:
-    """Folder of the world: ``$DETECTRON2_DATASETS/shapes`` if that variable is set and the folder is there or can be written, else
-    ``$CLIPDENSE_CACHE/shapes``, else ``shapes`` in the user's cache folder."""
+    """Folder of the world: ``$DETECTRON2_DATASETS/shapes`` if that variable is set and the folder is there
+    or can be written, else ``$CLIPDENSE_CACHE/shapes``, else ``shapes`` in the user's cache folder."""
     if datasets := os.environ.get("DETECTRON2_DATASETS"):
         root = Path(datasets).expanduser() / "shapes"
         if root.is_dir() or os.access(root.parent, os.W_OK):
@@ -72,12 +73,13 @@ def ensure_shapes(
 ) -> Path:
     """Make what is missing of a split, and return its folder.
 
-    Safe to call from several processes: one makes, the others wait. A run that was killed is continued; files that another
-    version of the world made are made again.
+    Safe to call from several processes: one makes, the others wait. A run that was killed is continued;
+    files that another version of the world made are made again.
 
     Args:
         split: name of a split, see `splits.SPLITS`.
-        images: how many images, from the first on (default: the whole split). More than its usual size is fine.
+        images: how many images, from the first on (default: the whole split). More than its usual size is
+            fine.
         root: folder (default: `shapes_root`).
         workers: processes (default: the number of usable cores, at most 8).
         progress: whether to show a progress bar.
@@ -123,7 +125,8 @@ def _map(draw: Any, tasks: list[tuple[int, int]], workers: int) -> Iterator[int]
     if workers <= 1 or multiprocessing.current_process().daemon:
         yield from map(draw, tasks)
         return
-    # fork where there is one, as torch's loaders do: a fresh interpreter would import for seconds and need a main guard
+    # fork where there is one, as torch's loaders do: a fresh interpreter would import for seconds and need a
+    # main guard
     method = (
         "fork" if "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin" else "spawn"
     )
@@ -166,7 +169,8 @@ def _write_annotations(root: Path, split: str, images: int) -> None:
 
 @lru_cache
 def _fingerprint() -> str:
-    """What the installed code draws, in a few letters: equal for equal worlds, whatever the version number says."""
+    """What the installed code draws, in a few letters: equal for equal worlds, whatever the version number
+    says."""
     digest = hashlib.sha256()
     for shift, weights in ((False, None), (True, None), (False, [*range(1, 81)])):
         scene = render(0, 0, shift=shift, class_weights=weights)

@@ -1,4 +1,5 @@
-"""One scene of the `shapes` world as files: its PNGs, and a record from which the annotation files are made."""
+"""One scene of the `shapes` world as files: its PNGs, and a record from which the annotation files are
+made."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def file_name(index: int) -> str:
 
 
 def png_folders(root: Path, split: str) -> dict[str, Path]:
-    """Where a split's PNGs lie: images, and label maps (panoptic, semantic; semantic_ov of training splits)."""
+    """Where a split's PNGs lie: images, and label maps (panoptic, semantic; semantic_ov of training
+    splits)."""
     folders = {
         "image": root / split,
         "panoptic": root / f"panoptic_{split}",
@@ -78,8 +80,9 @@ def scene_record(scene: Scene, split: str, index: int) -> dict[str, Any]:
     """What the annotation files say of one image, as JSON-ready values.
 
     Returns:
-        ``id``, ``width``, ``height``; ``things``: list of ``category`` (0..79), ``bbox`` (x, y, w, h), ``area``,
-        ``rle`` (counts), ``visible``, bottom to top; ``stuff``: list of ``ground``, ``bbox``, ``area``; ``captions``: five strings.
+        ``id``, ``width``, ``height``; ``things``: list of ``category`` (0..79), ``bbox`` (x, y, w, h),
+        ``area``, ``rle`` (counts), ``visible``, bottom to top; ``stuff``: list of ``ground``, ``bbox``,
+        ``area``; ``captions``: five strings.
     """
     height, width = scene.ground.shape
     rles = [mask_util.encode(np.asfortranarray(t.mask, np.uint8)) for t in scene.things]

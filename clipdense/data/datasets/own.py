@@ -1,0 +1,40 @@
+"""A user's own data: COCO-format files named in the config."""
+
+import os
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+__all__ = ["register_from_config"]
+
+
+def register_from_config(cfg: CfgNode) -> None:
+    """Register what ``DATASETS.COCO_JSON`` lists; what is registered already, with the same paths, is left
+    as it is.
+
+    Raises:
+        ValueError: an entry that is not "name:annotations.json:image_folder", or a name that is taken.
+        FileNotFoundError: the json file or the folder is not there.
+    """
+    for entry in cfg.DATASETS.COCO_JSON:
+        parts = [os.path.expandvars(part.strip()) for part in str(entry).split(":")]
+        if len(parts) != 3 or not all(parts):
+            raise ValueError(
+                f"DATASETS.COCO_JSON: {entry!r} does not read name:annotations.json:image_folder "
+                "(example: birds_train:data/birds/train.json:data/birds/images)"
+            )
+        name, json_file, image_root = parts[0], Path(parts[1]).expanduser(), Path(parts[2]).expanduser()
+        if not json_file.is_file():
+            raise FileNotFoundError(f"DATASETS.COCO_JSON: annotations of {name}: no file {json_file}")
+        if not image_root.is_dir():
+            raise FileNotFoundError(f"DATASETS.COCO_JSON: images of {name}: no folder {image_root}")
+        if name in DatasetCatalog.list():
+            taken = MetadataCatalog.get(name)
+            if (taken.get("json_file"), taken.get("image_root")) != (str(json_file), str(image_root)):
+                raise ValueError(
+                    f"DATASETS.COCO_JSON: the name {name} is taken by another data set; choose a new one"
+                )
+            continue
+        register_coco_instances(name, {}, str(json_file), str(image_root))
