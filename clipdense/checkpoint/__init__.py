@@ -1,4 +1,6 @@
-"""Reading checkpoints safely, telling their layouts apart, and accounting for every key. Imports no detectron2."""
+"""Reading checkpoints safely, telling their layouts apart, and accounting for every key. Imports no
+detectron2.
+"""
 
 from .accounting import CheckpointMismatch, DropRule, Report, account, load_strict
 from .io import Checkpoint, CheckpointError, atomic_path, read_checkpoint, save_checkpoint

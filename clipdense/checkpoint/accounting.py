@@ -54,7 +54,9 @@ class Report:
         lines = [f"{len(self.loaded)} keys fit"]
         lines += [f"missing in the file: {key}" for key in self.missing]
         lines += [f"unknown to the model: {key}" for key in self.unexpected]
-        lines += [f"shape of {key}: file {tuple(a)}, model {tuple(b)}" for key, (a, b) in self.mismatched.items()]
+        lines += [
+            f"shape of {key}: file {tuple(a)}, model {tuple(b)}" for key, (a, b) in self.mismatched.items()
+        ]
         return "\n  ".join(lines)
 
 

@@ -22,7 +22,15 @@ from torch import Tensor
 METADATA_KEY = "clipdense"
 
 # What the pickled module tree of an OpenAI CLIP names; no other published TorchScript file has all of it.
-_OPENAI_NAMES = {"visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale"}
+_OPENAI_NAMES = {
+    "visual",
+    "transformer",
+    "token_embedding",
+    "positional_embedding",
+    "ln_final",
+    "text_projection",
+    "logit_scale",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -52,7 +60,8 @@ def read_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> Checkpoi
 
     Args:
         path: safetensors, torch.save (loaded with weights_only), or TorchScript of OpenAI's known layout.
-        allow_pickle: also unpickle arbitrary objects and open any TorchScript file. Only for files that you trust.
+        allow_pickle: also unpickle arbitrary objects and open any TorchScript file. Only for files that you
+            trust.
 
     Raises:
         FileNotFoundError: no such file.
@@ -72,7 +81,8 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Map
     """Write safetensors with JSON metadata; an earlier file survives a failure.
 
     Args:
-        metadata: at least `layout`, the name of the key layout; `options` are the settings that the weights need.
+        metadata: at least `layout`, the name of the key layout; `options` are the settings that the weights
+            need.
     """
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     with atomic_path(path) as partial:
@@ -112,7 +122,9 @@ def _read_safetensors(path: Path) -> Checkpoint:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as e:
         raise CheckpointError(f"{path} is not a complete safetensors file ({e}): fetch it again") from e
-    return Checkpoint(path, _unwrap(state, path)[0], "safetensors", json.loads(stored.get(METADATA_KEY, "{}")))
+    return Checkpoint(
+        path, _unwrap(state, path)[0], "safetensors", json.loads(stored.get(METADATA_KEY, "{}"))
+    )
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -125,8 +137,8 @@ def _is_torchscript(path: Path) -> bool:
 def _read_torchscript(path: Path, allow_pickle: bool) -> Checkpoint:
     if not allow_pickle and not _is_openai_archive(path):
         raise CheckpointError(
-            f"{path} is a TorchScript file of unknown layout, and opening one can run what it holds: pass allow_pickle=True "
-            f"(MODEL.CLIP.ALLOW_PICKLE True) if you trust it"
+            f"{path} is a TorchScript file of unknown layout, and opening one can run what it holds: "
+            f"pass allow_pickle=True (MODEL.CLIP.ALLOW_PICKLE True) if you trust it"
         )
     try:
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
@@ -141,7 +153,11 @@ def _is_openai_archive(path: Path) -> bool:
         trees = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(trees) != 1:
             return False
-        names = {argument for _, argument, _ in pickletools.genops(archive.read(trees[0])) if isinstance(argument, str)}
+        names = {
+            argument
+            for _, argument, _ in pickletools.genops(archive.read(trees[0]))
+            if isinstance(argument, str)
+        }
     return names >= _OPENAI_NAMES
 
 
@@ -152,8 +168,8 @@ def _read_torch(path: Path, allow_pickle: bool) -> Checkpoint:
         if allow_pickle or "weights_only" not in str(e).lower().replace(" ", "_"):
             raise CheckpointError(f"{path} is neither safetensors nor a torch file: {e}") from e
         raise CheckpointError(
-            f"{path} holds pickled objects other than tensors, and unpickling can run code: pass allow_pickle=True "
-            f"(MODEL.CLIP.ALLOW_PICKLE True) if you trust it. {e}"
+            f"{path} holds pickled objects other than tensors, and unpickling can run code: "
+            f"pass allow_pickle=True (MODEL.CLIP.ALLOW_PICKLE True) if you trust it. {e}"
         ) from e
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
         raise CheckpointError(f"{path} is truncated or not a torch file: fetch it again ({e})") from e

@@ -55,5 +55,9 @@ def detect_layout(state: Mapping[str, Tensor], source: str) -> Layout:
     if len(found) == 1:
         return found[0]
     known = "; ".join(f"{layout.name} ({layout.about})" for layout in LAYOUTS.values())
-    verdict = f"fits several layouts ({', '.join(x.name for x in found)})" if found else "is of no known layout"
-    raise CheckpointError(f"{source} {verdict}. Known: {known}. Its first keys: {', '.join(list(state)[:12])}")
+    verdict = (
+        f"fits several layouts ({', '.join(x.name for x in found)})" if found else "is of no known layout"
+    )
+    raise CheckpointError(
+        f"{source} {verdict}. Known: {known}. Its first keys: {', '.join(list(state)[:12])}"
+    )

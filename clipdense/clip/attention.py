@@ -21,11 +21,15 @@ class TokenStream:
     """The tokens between two blocks.
 
     Attributes:
-        x: (B, L, C). Patch tokens are the last h * w, row-major; the class token, if the tower has one, is the first.
+        x: (B, L, C). Patch tokens are the last h * w, row-major; the class token, if the tower has one, is
+            the first.
         grid: (h, w) of the patch tokens.
         rope: sine and cosine (h * w, head_dim) that rotate queries and keys of patch tokens.
-        bias: added to the attention logits, broadcastable to (B, heads, L, L); -inf forbids. None: all attend to all.
+        bias: added to the attention logits, broadcastable to (B, heads, L, L); -inf forbids. None: all
+            attend to all.
         causal: every token attends only to itself and its predecessors (text); excludes a bias.
+        window: side in patches of the windows that patch tokens attend within (and to the tokens before
+            them); 0: the whole grid. Excludes a bias.
     """
 
     x: Tensor
@@ -33,6 +37,7 @@ class TokenStream:
     rope: tuple[Tensor, Tensor] | None = None
     bias: Tensor | None = None
     causal: bool = False
+    window: int = 0
 
     @property
     def patches(self) -> Tensor:
@@ -43,7 +48,8 @@ class TokenStream:
 class Block(ABC):
     """A residual block as x + out(attention(q, k, v)), then x + mlp(x), whatever library built it.
 
-    Norms, layer scales and stochastic depth belong to the methods, so that post-norm blocks have the same view.
+    Norms, layer scales and stochastic depth belong to the methods, so that post-norm blocks have the same
+    view.
     """
 
     heads: int
@@ -67,7 +73,9 @@ class Block(ABC):
 
     @abstractmethod
     def out(self, y: Tensor) -> Tensor:
-        """From the attention's result to what it adds to the residual: inner norm, output projection, layer scale."""
+        """From the attention's result to what it adds to the residual: inner norm, output projection, layer
+        scale.
+        """
 
     @abstractmethod
     def mlp(self, x: Tensor) -> Tensor:
@@ -79,14 +87,17 @@ class Block(ABC):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stream: TokenStream) -> Tensor:
         """Softmax attention (B, L, C) over the stream's tokens."""
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, v))
         q, k = self.norm_heads(q, k)
         if stream.rope is not None:
             q, k = _rotate_patches(q, stream), _rotate_patches(k, stream)
-        bias = None if stream.bias is None else stream.bias.to(q.dtype)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=self.dropout, is_causal=stream.causal
-        )
+        if stream.bias is not None and (stream.causal or stream.window):
+            raise ValueError("an attention bias cannot be combined with causal or windowed attention")
+        if stream.window:
+            y = _attend_in_windows(q, k, v, stream.grid, stream.window, self.dropout)
+        else:
+            bias = None if stream.bias is None else stream.bias.to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, bias, self.dropout, is_causal=stream.causal)
         return y.transpose(1, 2).flatten(2)
 
 
@@ -96,12 +107,41 @@ def _rotate_patches(x: Tensor, stream: TokenStream) -> Tensor:
     return torch.cat([x[:, :, :prefix], rotate(x[:, :, prefix:], stream.rope)], dim=2)
 
 
+def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, grid: Grid, side: int, dropout: float) -> Tensor:
+    """Patches attend to their window and to the prefix tokens; prefix tokens attend to all. Edge windows are
+    cut short.
+    """
+    (h, w), (batch, heads, length, _) = grid, q.shape
+    prefix = length - h * w
+    down, right = -h % side, -w % side
+    rows, columns = (h + down) // side, (w + right) // side
+
+    def windows(x: Tensor) -> Tensor:  # (B, heads, h * w, d) -> (B * rows * columns, heads, side * side, d)
+        x = F.pad(x.reshape(*x.shape[:2], h, w, -1), (0, 0, 0, right, 0, down))
+        x = x.reshape(*x.shape[:2], rows, side, columns, side, -1).permute(0, 2, 4, 1, 3, 5, 6)
+        return x.flatten(4, 5).flatten(0, 2)
+
+    def with_prefix(x: Tensor) -> Tensor:
+        shared = x[:, :, :prefix].repeat_interleave(rows * columns, 0)
+        return torch.cat([shared, windows(x[:, :, prefix:])], dim=2)
+
+    inside = F.pad(windows(q.new_ones(1, 1, h * w, 1)), (0, 0, prefix, 0), value=1.0)
+    mask = (inside > 0).transpose(2, 3).repeat(batch, 1, 1, 1) if down or right else None
+    queries = windows(q[:, :, prefix:])
+    y = F.scaled_dot_product_attention(queries, with_prefix(k), with_prefix(v), mask, dropout)
+    y = y.reshape(batch, rows, columns, heads, side, side, -1).permute(0, 3, 1, 4, 2, 5, 6)
+    y = y.flatten(4, 5).flatten(2, 3)[:, :, :h, :w].flatten(2, 3)
+    return torch.cat([F.scaled_dot_product_attention(q[:, :, :prefix], k, v, None, dropout), y], dim=2)
+
+
 Mode = Callable[[Block, TokenStream], Tensor]
 MODES: dict[str, Mode] = {}
 
 
 def dense_mode(name: str) -> Callable[[Mode], Mode]:
-    """Register a last-block mode: from the stream that enters the last block to the tokens (B, L, C) that leave it."""
+    """Register a last-block mode: from the stream that enters the last block to the tokens (B, L, C) that
+    leave it.
+    """
 
     def register(mode: Mode) -> Mode:
         MODES[name] = mode
@@ -134,7 +174,8 @@ def value(block: Block, stream: TokenStream) -> Tensor:
     """Each token attends to itself alone: x + out(v), then the MLP; residual, inner norm and MLP are kept.
 
     MaskCLIP (specs/denseclip_maskclip_segclip.md 2.1) for CLIP's blocks, CLIPSelf
-    (specs/clipself_fvlm_catseg_odise_fcclip.md 1.2) also for EVA's, whose inner norm stands before the projection.
+    (specs/clipself_fvlm_catseg_odise_fcclip.md 1.2) also for EVA's, whose inner norm stands before the
+    projection.
     """
     x = stream.x
     x = x + block.out(block.value(block.normed(x)))

@@ -29,8 +29,10 @@ def _from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 OPENAI_CLIP = register_layout(
     Layout(
         name="openai_clip",
-        about="OpenAI CLIP, and open_clip models without custom_text: visual.*, transformer.*, token_embedding.*",
-        matches=lambda state: "token_embedding.weight" in state and any(k.startswith("visual.") for k in state),
+        about="OpenAI CLIP, open_clip without custom_text: visual.*, transformer.*, token_embedding.*",
+        matches=lambda state: (
+            "token_embedding.weight" in state and any(k.startswith("visual.") for k in state)
+        ),
         convert=_from_openai,
         drops=(DropRule("torchscript scalars", "|".join(JIT_ENTRIES), "sizes that the tensors show anyway"),),
         optional=_COUNTERS,
@@ -41,17 +43,23 @@ OPEN_CLIP = register_layout(
     Layout(
         name="open_clip",
         about="open_clip models with custom_text, and files that clipdense writes: visual.*, text.*",
-        matches=lambda state: any(k.startswith("visual.") for k in state) and any(k.startswith("text.") for k in state),
+        matches=lambda state: (
+            any(k.startswith("visual.") for k in state) and any(k.startswith("text.") for k in state)
+        ),
         convert=_scalar_logits,
         optional=_COUNTERS,
     )
 )
 
 
-def config_from_tensors(state: Mapping[str, Tensor], *, head_width: int, text_heads: int | None) -> dict[str, Any]:
-    """The open_clip model config of converted OpenAI-style tensors of any size (ModifiedResNet or open_clip ViT).
+def config_from_tensors(
+    state: Mapping[str, Tensor], *, head_width: int, text_heads: int | None
+) -> dict[str, Any]:
+    """The open_clip model config of converted OpenAI-style tensors of any size (ModifiedResNet or open_clip
+    ViT).
 
-    What tensors cannot tell is given: `head_width` of the image tower, and `text_heads` (None: `head_width` wide).
+    What tensors cannot tell is given: `head_width` of the image tower, and `text_heads` (None: `head_width`
+        wide).
 
     Raises:
         ValueError: tensors of another family, or a position grid that is not square.
@@ -74,7 +82,10 @@ def config_from_tensors(state: Mapping[str, Tensor], *, head_width: int, text_he
             "mlp_ratio": _mlp_ratio(shape, "visual.transformer"),
         }
     else:
-        raise ValueError("the tensors do not determine the image tower: name the model (only CLIP's ResNet and ViT can be read off)")
+        raise ValueError(
+            "the tensors do not determine the image tower (only those of CLIP's ResNet and ViT do): "
+            "name the model"
+        )
     if "text.text_projection" not in shape:
         raise ValueError("the tensors do not determine the text tower: name the model")
     width, embed_dim = shape["text.text_projection"]
@@ -82,7 +93,10 @@ def config_from_tensors(state: Mapping[str, Tensor], *, head_width: int, text_he
     heads = text_heads or width // head_width
     for what, value, parts in (("image", attended, attended // head_width), ("text", width, heads)):
         if not parts or value % parts:
-            raise ValueError(f"width {value} of the {what} attention cannot be split into heads: pass head_width and text_heads")
+            raise ValueError(
+                f"width {value} of the {what} attention cannot be split into heads: "
+                f"pass head_width and text_heads"
+            )
     return {
         "embed_dim": embed_dim,
         "custom_text": True,
@@ -110,5 +124,7 @@ def _mlp_ratio(shape: Mapping[str, tuple[int, ...]], transformer: str) -> float:
 def _side(rows: int) -> int:
     side = math.isqrt(rows - 1)
     if side * side != rows - 1:
-        raise ValueError(f"a position table of {rows} rows is not of a square image: name the model and its image_size")
+        raise ValueError(
+            f"a position table of {rows} rows is not of a square image: name the model and its image_size"
+        )
     return side

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -12,29 +12,38 @@ from typing import Any
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import _build_text_tower, _build_vision_tower
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
-from clipdense.checkpoint import Checkpoint, DropRule, Layout, detect_layout, load_strict, read_checkpoint, save_checkpoint
+from clipdense.checkpoint import (
+    Checkpoint,
+    DropRule,
+    Layout,
+    detect_layout,
+    load_strict,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 from .layouts import JIT_ENTRIES, OPENAI_CLIP, config_from_tensors
 from .sources import Source, resolve
-from .towers import TextTower, Tower, Want, build_tower
+from .tokenizer import CLIP_VOCABULARY, build_tokenizer, token_counts
+from .towers import TextTower, Tower, TowerOutput, Want, build_tower
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_VOCABULARY = 49408  # of CLIP's own BPE
 
 
 class ClipModel(nn.Module):
     """A CLIP: image tower, text tower, tokenizer and pixel statistics.
 
-    The state dict has open_clip's layout for `custom_text` models: `visual.*`, `text.*`, `logit_scale`, `logit_bias`.
+    The state dict has open_clip's layout for `custom_text` models: `visual.*`, `text.*`, `logit_scale`,
+    `logit_bias`.
 
     Attributes:
         name: model name, or the file's stem.
-        config: open_clip's hub config (`model_cfg`, `preprocess_cfg`); `model_cfg` is empty for a module built elsewhere.
+        config: open_clip's hub config (`model_cfg`, `preprocess_cfg`); `model_cfg` is empty for a module
+            built elsewhere.
         embed_dim: D of the joint space.
         image_size: native (H, W).
         pixel_mean, pixel_std: RGB, of images in 0 .. 1.
@@ -53,7 +62,9 @@ class ClipModel(nn.Module):
     ) -> None:
         super().__init__()
         if text is not None and text.embed_dim != visual.embed_dim:
-            raise ValueError(f"'{name}': image tower of {visual.embed_dim} and text tower of {text.embed_dim} dimensions")
+            raise ValueError(
+                f"'{name}': image tower of {visual.embed_dim} and text tower of {text.embed_dim} dimensions"
+            )
         self.name, self.config = name, config
         self.visual, self.text = visual, text
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
@@ -64,7 +75,8 @@ class ClipModel(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> embeddings (B, D), not L2-normalised."""
-        return self.visual(images, Want(pooled=True)).pooled  # type: ignore[no-any-return]
+        out: TowerOutput = self.visual(images, Want(pooled=True))
+        return out.pooled
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids (n, L) -> embeddings (n, D), not L2-normalised.
@@ -74,31 +86,22 @@ class ClipModel(nn.Module):
         """
         if self.text is None:
             raise ValueError(f"'{self.name}' was loaded without its text tower: load it with text=True")
-        return self.text(tokens)  # type: ignore[no-any-return]
+        embeddings: Tensor = self.text(tokens)
+        return embeddings
 
     @cached_property
-    def tokenizer(self) -> Callable[..., Tensor]:
-        """Texts -> ids (n, context_length), as open_clip's, which cut long texts silently; `tokenize` does not.
+    def tokenizer(self) -> Any:
+        """Texts -> ids (n, context_length), as open_clip's, which cut long texts silently; `tokenize` does
+        not.
 
         Raises:
-            ValueError: the model's vocabulary is not CLIP's and its config names no tokenizer.
-            ConnectionError, ImportError: a hub tokenizer that cannot be had.
+            ValueError, ConnectionError, ImportError: see `build_tokenizer`.
         """
-        text_cfg = self.config["model_cfg"].get("text_cfg", {})
-        length = text_cfg.get("context_length", 77) if self.text is None else self.text.context_length
-        name = text_cfg.get("hf_tokenizer_name")
-        kwargs = text_cfg.get("tokenizer_kwargs") or {}
-        if name:
-            try:
-                return HFTokenizer(name, length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **kwargs)  # type: ignore[no-any-return]
-            except OSError as e:
-                raise ConnectionError(f"the tokenizer '{name}' of '{self.name}' could not be downloaded: {e}") from e
-            except ImportError as e:
-                raise ImportError(f"the tokenizer '{name}' of '{self.name}' needs the package transformers: {e}") from e
-        vocabulary = self.text.token_embedding.num_embeddings if self.text else text_cfg.get("vocab_size", _VOCABULARY)
-        if vocabulary != _VOCABULARY:
-            raise ValueError(f"'{self.name}' has a vocabulary of {vocabulary} tokens, which is not CLIP's, and names no tokenizer")
-        return SimpleTokenizer(context_length=length, **kwargs)  # type: ignore[no-any-return]
+        text_cfg: dict[str, Any] = self.config["model_cfg"].get("text_cfg", {})
+        vocabulary, length = text_cfg.get("vocab_size", CLIP_VOCABULARY), text_cfg.get("context_length", 77)
+        if self.text is not None:
+            vocabulary, length = self.text.token_embedding.num_embeddings, self.text.context_length
+        return build_tokenizer(self.name, text_cfg, vocabulary, length)
 
     def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
         """Texts -> ids (n, L), padded to `context_length` (default: the tower's).
@@ -108,14 +111,12 @@ class ClipModel(nn.Module):
         """
         tokenizer: Any = self.tokenizer
         length = context_length or tokenizer.context_length
-        if isinstance(tokenizer, SimpleTokenizer):
-            sizes = [len(tokenizer.encode(text)) + 2 for text in texts]
-        else:
-            sizes = [len(tokenizer.tokenizer(tokenizer.clean_fn(text))["input_ids"]) for text in texts]
-        long = [f"'{text}' ({size})" for text, size in zip(texts, sizes, strict=True) if size > length]
+        counts = zip(texts, token_counts(tokenizer, texts), strict=True)
+        long = [f"'{text}' ({count})" for text, count in counts if count > length]
         if long:
             raise ValueError(f"texts longer than {length} tokens: {', '.join(long)}")
-        return tokenizer(list(texts), context_length=length)  # type: ignore[no-any-return]
+        ids: Tensor = tokenizer(list(texts), context_length=length)
+        return ids
 
     def save(self, path: str | Path) -> None:
         """Write safetensors that `load_clip(path)` reads without being told the model.
@@ -124,7 +125,9 @@ class ClipModel(nn.Module):
             ValueError: the model wraps a module whose config is unknown.
         """
         if not self.config["model_cfg"]:
-            raise ValueError(f"'{self.name}' wraps a module of unknown config, so its file could not be read back")
+            raise ValueError(
+                f"'{self.name}' wraps a module of unknown config, so its file could not be read back"
+            )
         options = {"name": self.name, "config": self.config, "text": self.text is not None}
         save_checkpoint(path, self.state_dict(), {"layout": "open_clip", "options": options})
 
@@ -147,23 +150,26 @@ def load_clip(
 
     Args:
         model: open_clip model name, "shapes-rn" | "shapes-vit" | "shapes-eva", "hf-hub:organisation/name",
-            "local-dir:folder", a weight file, or "" with a weight file as `pretrained`; or an open_clip module, which the
-            result shares its parameters with.
-        pretrained: tag, "hf-hub:organisation/name", weight file in OpenAI's (also TorchScript), open_clip's or our layout, or
-            "random". None or "": the weights that belong to a nano, hub or local-dir model.
+            "local-dir:folder", a weight file, or "" with a weight file as `pretrained`; or an open_clip
+            module, which the result shares its parameters with.
+        pretrained: tag, "hf-hub:organisation/name", weight file in OpenAI's (also TorchScript), open_clip's
+            or our layout, or "random". None or "": the weights that belong to a nano, hub or local-dir model.
         allow_pickle: see `clipdense.checkpoint.read_checkpoint`.
         precision: "fp32", "fp16" or "bf16" for all weights but the logit scale and bias.
-        quick_gelu: x sigmoid(1.702 x) instead of GELU in open_clip's own towers. None: as model name, tag or OpenAI's
-            TorchScript layout say; a file that says nothing, without a model name, needs it.
-        text_heads: heads of the text tower, which no tensor shows. None: the model's config, or 64 wide as OpenAI's.
+        quick_gelu: x sigmoid(1.702 x) instead of GELU in open_clip's own towers. None: as model name, tag or
+            OpenAI's TorchScript layout say; a file that says nothing, without a model name, needs it.
+        text_heads: heads of the text tower, which no tensor shows. None: the model's config, or 64 wide as
+            OpenAI's.
         head_width: width of a head of an open_clip image tower. None: the model's config, or OpenAI's 64.
-        image_size: native size in pixels where it is not the config's, e.g. of a file with a larger position table.
+        image_size: native size in pixels where it is not the config's, e.g. of a file with a larger position
+            table.
         text: build the text tower.
         position_rule: for grids other than the native one, see `clipdense.clip.position`.
         cache_dir: for downloads.
 
     Raises:
-        ValueError: unknown name, tag, precision or rule; settings that the file does not determine; an unsupported tower.
+        ValueError: unknown name, tag, precision or rule; settings that the file does not determine; an
+            unsupported tower.
         FileNotFoundError, ConnectionError: weights that are not there, or cannot be fetched.
         CheckpointError: an unreadable file, or keys and shapes that do not fit, with the full lists.
     """
@@ -187,7 +193,9 @@ def load_clip(
 
 def _layout(file: Checkpoint) -> Layout | None:
     """None for a part of a model (the nano files), which has the model's own keys."""
-    part = all(key.startswith("visual.") for key in file.state) or all(key.startswith(("text.", "logit_")) for key in file.state)
+    part = all(key.startswith("visual.") for key in file.state) or all(
+        key.startswith(("text.", "logit_")) for key in file.state
+    )
     return None if part else detect_layout(file.state, str(file.path))
 
 
@@ -198,25 +206,35 @@ def _config(
     text_heads: int | None,
     head_width: int | None,
 ) -> dict[str, Any]:
-    """The model config, with every setting that tensors do not show decided by name, tag, layout or caller."""
+    """The model config, with every setting that tensors do not show decided by name, tag, layout or
+    caller.
+    """
     layout, file = states[0] if states else (None, None)
     openai = file is not None and layout is OPENAI_CLIP and all(key in file.state for key in JIT_ENTRIES)
-    stored = file.metadata.get("options", {}).get("config") if file is not None else None
+    stored: Any = file.metadata.get("options", {}).get("config") if file is not None else None
     told = True if openai else source.quick_gelu
     if source.config is None and stored is None:
         assert file is not None
         if layout is None:
             raise ValueError(f"{file.path} holds a part of a CLIP: name the model")
         if told is None and quick_gelu is None:
-            raise ValueError(f"{file.path} does not tell its activation: pass quick_gelu (True for OpenAI's weights) or name the model")
+            raise ValueError(
+                f"{file.path} does not tell its activation: pass quick_gelu (True for OpenAI's weights), "
+                f"or name the model"
+            )
         if head_width is None or text_heads is None:
-            logger.warning("%s: heads of 64 where head_width or text_heads do not say otherwise, as in OpenAI's CLIP", file.path)
+            logger.warning(
+                "%s: heads of 64 where head_width or text_heads do not say otherwise, as in OpenAI's CLIP",
+                file.path,
+            )
         converted = layout.convert(file.state)
         model_cfg = config_from_tensors(converted, head_width=head_width or 64, text_heads=text_heads)
-        config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}}
+        config = {
+            "model_cfg": model_cfg,
+            "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD},
+        }
     else:
-        config = deepcopy(source.config if source.config is not None else stored)
-        assert config is not None
+        config = deepcopy(stored if source.config is None else source.config)
         if text_heads is not None:
             config["model_cfg"]["text_cfg"]["heads"] = text_heads
         if head_width is not None:
@@ -224,9 +242,13 @@ def _config(
     named = config["model_cfg"].get("quick_gelu", False)
     chosen = quick_gelu if quick_gelu is not None else told if told is not None else named
     if quick_gelu is None and told is not None and told != named:
-        logger.info("'%s': %s as its weights were trained", source.name, "QuickGELU" if told else "exact GELU")
+        logger.info(
+            "'%s': %s as its weights were trained", source.name, "QuickGELU" if told else "exact GELU"
+        )
     if quick_gelu is not None and told is not None and told != quick_gelu:
-        logger.warning("'%s': quick_gelu=%s, but its weights were trained with %s", source.name, quick_gelu, told)
+        logger.warning(
+            "'%s': quick_gelu=%s, but its weights were trained with %s", source.name, quick_gelu, told
+        )
     config["model_cfg"]["quick_gelu"] = chosen
     return config
 
@@ -234,18 +256,22 @@ def _config(
 def _build(name: str, config: dict[str, Any], text: bool, position_rule: str) -> ClipModel:
     cfg = deepcopy(config["model_cfg"])
     if "multimodal_cfg" in cfg:
-        raise ValueError(f"'{name}' is a CoCa, whose pooler leaves no per-patch image-text space: not supported")
+        raise ValueError(
+            f"'{name}' is a CoCa, whose pooler leaves no per-patch image-text space: not supported"
+        )
     if text and cfg["text_cfg"].get("hf_model_name"):
         raise ValueError(
-            f"'{name}' has a Hugging Face text tower, which is not supported: load it with text=False and give its text "
-            f"embeddings as a precomputed table"
+            f"'{name}' has a Hugging Face text tower, which is not supported: load it with text=False and "
+            f"give its text embeddings as a precomputed table"
         )
     cfg["vision_cfg"]["timm_model_pretrained"] = False
     visual = _build_vision_tower(cfg["embed_dim"], cfg["vision_cfg"], cfg.get("quick_gelu", False))
     size = cfg["vision_cfg"].get("image_size")
     if hasattr(visual, "set_input_size") and tuple(_pair(size)) != _trunk_size(visual):
         visual.set_input_size(size)
-    text_tower = _build_text_tower(cfg["embed_dim"], cfg["text_cfg"], cfg.get("quick_gelu", False)) if text else None
+    text_tower = (
+        _build_text_tower(cfg["embed_dim"], cfg["text_cfg"], cfg.get("quick_gelu", False)) if text else None
+    )
     bias = cfg.get("init_logit_bias")
     return ClipModel(
         name,
@@ -269,7 +295,7 @@ def _wrap(module: nn.Module, text: bool, position_rule: str) -> ClipModel:
     return ClipModel(
         type(module).__name__,
         build_tower(visual, position_rule),
-        TextTower(getattr(module, "text", module)) if text else None,  # type: ignore[arg-type]
+        TextTower(getattr(module, "text", module)) if text else None,
         module.logit_scale,  # type: ignore[arg-type]
         module.logit_bias,  # type: ignore[arg-type]
         {"model_cfg": {}, "preprocess_cfg": preprocess},

@@ -1,7 +1,7 @@
 """Position tables and RoPE for any grid: every published rule is one named function.
 
-A table is (P + S_h * S_w, C): P prefix rows (class token, mean token) and a row-major grid. No rule antialiases;
-open_clip's and timm's own resizing does, which moves every position even when it only enlarges
+A table is (P + S_h * S_w, C): P prefix rows (class token, mean token) and a row-major grid. No rule
+antialiases; open_clip's and timm's own resizing does, which moves every position even when it only enlarges
 (specs/clipself_fvlm_catseg_odise_fcclip.md section 0, trap 3).
 """
 
@@ -19,7 +19,9 @@ PositionRule = Callable[[Tensor, Grid, Grid, int], Tensor]
 
 
 def bilinear(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
-    """Bilinear, align_corners False, prefix rows copied (DenseCLIP, at load and at run time; FC-CLIP's attention pool)."""
+    """Bilinear, align_corners False, prefix rows copied (DenseCLIP, at load and at run time; FC-CLIP's
+    attention pool).
+    """
     return _interpolate(table, old, new, prefix, "bilinear")
 
 
@@ -36,7 +38,7 @@ def crop(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
     """
     if new[0] > old[0] or new[1] > old[1]:
         raise ValueError(
-            f"a {new[0]} x {new[1]} feature map is larger than the {old[0]} x {old[1]} position grid, which the rule "
+            f"a {new[0]} x {new[1]} feature map is larger than the {old[0]} x {old[1]} position grid, which "
             f"'crop' only cuts: use smaller images, a larger grid, or the rule 'bilinear' or 'bicubic'"
         )
     body = table[prefix:].reshape(*old, -1)[: new[0], : new[1]]
@@ -49,8 +51,8 @@ POSITION_RULES: dict[str, PositionRule] = {"bicubic": bicubic, "bilinear": bilin
 def resize_table(table: Tensor, old: Grid, new: Grid, rule: str, prefix: int = 1) -> Tensor:
     """The table for another grid under a named rule; the table itself where the grids are equal.
 
-    DenseCLIP resamples twice: once at load (7 x 7 to S x S) and again at run time, which is not one resampling; call
-    this for the first step and store the result as the tower's table.
+    DenseCLIP resamples twice: once at load (7 x 7 to S x S) and again at run time, which is not one
+    resampling; call this for the first step and store the result as the tower's table.
 
     Raises:
         ValueError: unknown rule, or a table whose rows are not `prefix` plus the old grid.
@@ -97,16 +99,18 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Sine and cosine (h * w, head_dim) of axial RoPE, tokens row-major.
 
-    Each axis fills half of the head: head_dim / 4 frequencies temperature^(-i / (head_dim / 4)), each twice (interleaved
-    pairs). Positions are rescaled to the reference grid (arange(h) / h * reference), so a slice of a larger grid's
-    table is not the table of the smaller one (CLIPSelf's EVA, specs/clipself_fvlm_catseg_odise_fcclip.md 1.1).
+    Each axis fills half of the head: head_dim / 4 frequencies temperature^(-i / (head_dim / 4)), each twice
+    (interleaved pairs). Positions are rescaled to the reference grid (arange(h) / h * reference), so a slice
+    of a larger grid's table is not the table of the smaller one (CLIPSelf's EVA,
+    specs/clipself_fvlm_catseg_odise_fcclip.md 1.1).
 
     Args:
         reference: the grid of the pre-training (EVA: pt_hw_seq_len); None leaves positions as they are.
         offset: added to every position (Perception Encoder: 1).
         order: "ij" puts the row half first, "xy" the column half.
     """
-    bands = temperature ** -(torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
+    steps = torch.arange(head_dim // 4, device=device, dtype=torch.float32)
+    bands = temperature ** (-steps / (head_dim // 4))
     axes = []
     for axis, size in enumerate(grid):
         position = torch.arange(size, device=device, dtype=torch.float32) + offset

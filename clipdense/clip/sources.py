@@ -60,7 +60,9 @@ def resolve(model: str, pretrained: str | None, cache_dir: str | None = None) ->
         return _from_open_clip(name, pretrained, cache_dir)
     if not model or Path(model).is_file():
         if model and pretrained is not None:
-            raise ValueError(f"'{model}' is a weight file, so pretrained='{pretrained}' has no meaning beside it")
+            raise ValueError(
+                f"'{model}' is a weight file, so pretrained='{pretrained}' has no meaning beside it"
+            )
         file = model or pretrained
         if file is None or file == RANDOM:
             raise ValueError("name a model, or a weight file whose tensors tell it")
@@ -72,12 +74,17 @@ def resolve(model: str, pretrained: str | None, cache_dir: str | None = None) ->
 
 
 def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) -> Source:
-    source = Source(name, {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": _usual_pixels(name)})
+    source = Source(
+        name, {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": _usual_pixels(name)}
+    )
     if pretrained == RANDOM:
         return source
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        raise ValueError(f"no weights named for '{name}': pass a file, 'random', or one of its tags ({', '.join(tags) or 'none'})")
+        raise ValueError(
+            f"no weights named for '{name}': pass a file, 'random', or one of its tags: "
+            f"{', '.join(tags) or 'it has none'}"
+        )
     if Path(pretrained).is_file():
         source.files = [Path(pretrained)]
     elif open_clip.get_pretrained_cfg(name, pretrained):
@@ -85,7 +92,13 @@ def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) ->
         source.config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": _pixels(tag)}
         source.quick_gelu = bool(tag.get("quick_gelu", False))
         place = tag.get("hf_hub") or tag.get("url") or tag.get("file", "")
-        source.files = [_fetch(f"tag '{pretrained}' of '{name}'", place, lambda: download_pretrained(tag, cache_dir=cache_dir))]
+        source.files = [
+            _fetch(
+                f"tag '{pretrained}' of '{name}'",
+                place,
+                lambda: download_pretrained(tag, cache_dir=cache_dir),
+            )
+        ]
     elif pretrained.startswith(HUB):
         source.files = [_hub_weights(pretrained.removeprefix(HUB), cache_dir)]
     elif _looks_like_path(pretrained):
@@ -107,18 +120,24 @@ def _from_repository(model: str, pretrained: str | None, cache_dir: str | None) 
         config_file = _fetch(
             f"'{model}'",
             identifier,
-            lambda: download_pretrained_from_hf(identifier, filename="open_clip_config.json", cache_dir=cache_dir),
+            lambda: download_pretrained_from_hf(
+                identifier, filename="open_clip_config.json", cache_dir=cache_dir
+            ),
         )
     config = json.loads(Path(config_file).read_text())
     if "model_cfg" not in config:
         raise ValueError(f"{config_file} has no model_cfg")
-    source = Source(model, {"model_cfg": config["model_cfg"], "preprocess_cfg": _pixels(config.get("preprocess_cfg", {}))})
+    source = Source(
+        model, {"model_cfg": config["model_cfg"], "preprocess_cfg": _pixels(config.get("preprocess_cfg", {}))}
+    )
     if pretrained is not None:
         source.files = _file(pretrained)
     elif model.startswith(HUB):
         source.files = [_hub_weights(model.removeprefix(HUB), cache_dir)]
     else:
-        found = [f for suffix in ("safetensors", "bin", "pt", "pth") for f in sorted(folder.glob(f"*.{suffix}"))]
+        found = [
+            f for suffix in ("safetensors", "bin", "pt", "pth") for f in sorted(folder.glob(f"*.{suffix}"))
+        ]
         preferred = [f for f in found if f.stem.startswith("open_clip")] or found
         if not preferred:
             raise FileNotFoundError(f"no weight file in {folder}")
@@ -135,7 +154,11 @@ def _file(pretrained: str) -> list[Path]:
 
 
 def _hub_weights(identifier: str, cache_dir: str | None) -> Path:
-    return _fetch(f"'{HUB}{identifier}'", identifier, lambda: download_pretrained_from_hf(identifier, cache_dir=cache_dir))
+    return _fetch(
+        f"'{HUB}{identifier}'",
+        identifier,
+        lambda: download_pretrained_from_hf(identifier, cache_dir=cache_dir),
+    )
 
 
 def _fetch(what: str, place: str, download: Callable[[], str]) -> Path:
@@ -143,20 +166,30 @@ def _fetch(what: str, place: str, download: Callable[[], str]) -> Path:
         return Path(download())
     except Exception as e:  # the hub's clients raise whatever their transports do
         raise ConnectionError(
-            f"the weights of {what} ({place}) could not be downloaded: {e}. Fetch the file on a machine with access and pass "
-            f"its path as `pretrained` (MODEL.CLIP.PRETRAINED), or set HF_HOME to a filled cache."
+            f"the weights of {what} ({place}) could not be downloaded: {e}. Fetch the file on a machine with "
+            f"access and pass its path as `pretrained` (MODEL.CLIP.PRETRAINED), or point HF_HOME to a filled "
+            f"cache."
         ) from e
 
 
 def _pixels(preprocess: dict[str, Any]) -> dict[str, Any]:
     defaults = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
-    given = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode") if preprocess.get(key) is not None}
+    given = {
+        key: preprocess[key]
+        for key in ("mean", "std", "interpolation", "resize_mode")
+        if preprocess.get(key) is not None
+    }
     return {**defaults, **given}
 
 
 def _usual_pixels(name: str) -> dict[str, Any]:
-    """The pixel statistics on which all of a model's tags agree; OpenAI's where they differ or there is none."""
-    known = [_pixels(open_clip.get_pretrained_cfg(name, tag)) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    """The pixel statistics on which all of a model's tags agree; OpenAI's where they differ or there is
+    none.
+    """
+    known = [
+        _pixels(open_clip.get_pretrained_cfg(name, tag))
+        for tag in open_clip.list_pretrained_tags_by_model(name)
+    ]
     if known and all((k["mean"], k["std"]) == (known[0]["mean"], known[0]["std"]) for k in known):
         return known[0]
     if known:

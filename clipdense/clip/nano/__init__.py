@@ -1,7 +1,8 @@
 """The nano CLIPs of the embedded `shapes` world: three image towers that share one text tower.
 
-Each is one json file in open_clip's hub format (`model_cfg`, `preprocess_cfg`) and weights in two safetensors files:
-`<name>.safetensors` holds `visual.*`, `shapes-text.safetensors` holds `text.*` and `logit_scale`.
+Each is one json file in open_clip's hub format (`model_cfg`, `preprocess_cfg`) and weights in two
+safetensors files: `<name>.safetensors` holds `visual.*`, `shapes-text.safetensors` holds `text.*` and
+    `logit_scale`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ NANO_MODELS = ("shapes-rn", "shapes-vit", "shapes-eva")
 _ROOM = Path(__file__).parent
 
 
-@register_model  # open_clip builds an EVA tower by its timm name
+@register_model  # type: ignore[untyped-decorator]  # open_clip builds an EVA tower by its timm name
 def shapes_eva02_patch8_clip_64(pretrained: bool = False, **kwargs: Any) -> Eva:
     """EVA02-CLIP (RoPE, SwiGLU, sub-norms) at 64 px: 4 blocks of width 128, patch 8."""
     for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):

@@ -50,6 +50,6 @@ def build_tower(visual: nn.Module, position_rule: str = "bicubic") -> Tower:
             return ConvNeXtTower(visual, position_rule)
         visual = visual.trunk
     raise ValueError(
-        f"no tower for {type(visual).__name__}: the families are ModifiedResNet, open_clip's ViT, timm's EVA and ViT "
-        f"(EVA02-CLIP, SigLIP, Perception Encoder) and timm's ConvNeXt"
+        f"no tower for {type(visual).__name__}: the families are ModifiedResNet, open_clip's ViT, timm's EVA "
+        f"and ViT (EVA02-CLIP, SigLIP, Perception Encoder) and timm's ConvNeXt"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
 from ..position import POSITION_RULES, Grid
 
@@ -17,8 +18,10 @@ class Want:
     """What a tower forward shall return.
 
     Attributes:
-        taps: ResNet and ConvNeXt: stages 2 to 5 (C2 to C5); transformers: 0-based block indices (residual stream, no norm).
-        pre: the last map before the projection into the joint space, under the dense mode ("plain" without one).
+        taps: ResNet and ConvNeXt: stages 2 to 5 (C2 to C5); transformers: 0-based block indices (residual
+            stream, no norm).
+        pre: the last map before the projection into the joint space, under the dense mode ("plain" without
+            one).
         dense: last-block mode of the dense map in the joint space, e.g. "plain" or "value".
         keys: key projection of the last attention, un-normalised, heads side by side.
         pooled: the image embedding.
@@ -32,6 +35,7 @@ class Want:
 
 
 POOLED = Want(pooled=True)
+_POOL_DENSE = "its pooling has no weights; pool `dense` with clipdense.regions"
 
 
 class TowerOutput:
@@ -79,6 +83,7 @@ class Tower(nn.Module):
     tap_channels: dict[int, int]
     tap_strides: dict[int, int]
     dense_modes: tuple[str, ...] = ("plain",)
+    why_no_dense: str = ""
     has_keys: bool = False
 
     def __init__(self, visual: nn.Module, position_rule: str = "bicubic") -> None:
@@ -104,7 +109,8 @@ class Tower(nn.Module):
     def embed_regions(
         self, features: Tensor, *, boxes: Sequence[Tensor] | None = None, masks: Tensor | None = None
     ) -> Tensor:
-        """Region embeddings in the joint space by the pooling that the tower has weights for, not L2-normalised.
+        """Region embeddings in the joint space by the pooling that the tower has weights for, not
+        L2-normalised.
 
         Args:
             features: `TowerOutput.pre`, (B, C, h, w).
@@ -123,11 +129,11 @@ class Tower(nn.Module):
 
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """`embed_regions` of boxes."""
-        raise self.cannot("region embeddings of boxes", "its pooling has no weights; pool `dense` with clipdense.regions")
+        raise self.cannot("region embeddings of boxes", _POOL_DENSE)
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:
         """`embed_regions` of masks."""
-        raise self.cannot("region embeddings of masks", "its pooling has no weights; pool `dense` with clipdense.regions")
+        raise self.cannot("region embeddings of masks", _POOL_DENSE)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,18 +144,18 @@ class Tower(nn.Module):
         """Refuse what this tower cannot give."""
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.stride:
             raise ValueError(
-                f"{type(self).__name__} takes images (B, 3, H, W) of at least {self.stride} px a side, not {tuple(images.shape)}"
+                f"{type(self).__name__} takes images (B, 3, H, W) of at least {self.stride} px a side, not "
+                f"{tuple(images.shape)}"
             )
         for tap in want.taps:
             if tap not in self.tap_channels:
                 raise self.cannot(f"tap {tap}", f"its taps are {sorted(self.tap_channels)}")
         if want.dense is not None and want.dense not in self.dense_modes:
             known = ", ".join(self.dense_modes)
-            raise self.cannot(f"dense '{want.dense}'", f"its modes are {known}" if known else self.why_no_dense)
+            why = f"its modes are {known}" if known else self.why_no_dense
+            raise self.cannot(f"dense '{want.dense}'", why)
         if want.keys and not self.has_keys:
             raise self.cannot("keys", "it has no attention")
-
-    why_no_dense: str = ""
 
     def cannot(self, output: str, why: str) -> ValueError:
         """The error for an output that this tower does not have."""
@@ -164,6 +170,13 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
         module.register_parameter(name, parameter)
 
 
+def roi_align_map(features: Tensor, boxes: Sequence[Tensor], size: Grid, stride: int) -> Tensor:
+    """RoIAlign (aligned, adaptive sampling) of a map; boxes in pixels -> (sum n_i, C, *size)."""
+    rois = [b.to(features.dtype) for b in boxes]
+    y: Tensor = roi_align(features, rois, size, 1 / stride, sampling_ratio=-1, aligned=True)
+    return y
+
+
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """(B, h * w, C) -> (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)

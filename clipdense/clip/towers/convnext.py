@@ -8,16 +8,15 @@ from typing import Any
 from open_clip.timm_model import TimmModel
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
-from .base import Tower, TowerOutput, Want, to_map
+from .base import Tower, TowerOutput, Want, roi_align_map, to_map
 
 
 class ConvNeXtTower(Tower):
     """ConvNeXt (specs/clipself_fvlm_catseg_odise_fcclip.md 4.2).
 
-    `pre` is norm_pre(C5), FC-CLIP's dense map; `dense` "plain" sends each position of it through the head as if it were the
-    pooled vector. There are no position tables, so `position_rule` has no effect.
+    `pre` is norm_pre(C5), FC-CLIP's dense map; `dense` "plain" sends each position of it through the head as
+    if it were the pooled vector. There are no position tables, so `position_rule` has no effect.
     """
 
     trunk: ConvNeXt
@@ -57,20 +56,23 @@ class ConvNeXtTower(Tower):
         return out
 
     def project(self, x: Tensor) -> Tensor:
-        """Pooled or single vectors of `pre` (B, N, C) -> joint space (B, N, D): trunk head, then open_clip's head."""
+        """Pooled or single vectors of `pre` (B, N, C) -> joint space (B, N, D): trunk head, then open_clip's
+        head.
+        """
         trunk: Any = self.trunk
         cells = x.flatten(0, 1)[:, :, None, None]
-        return self.head(trunk.head(cells)).unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
+        y: Tensor = self.head(trunk.head(cells))
+        return y.reshape(*x.shape[:2], -1)
 
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """The head of each box's RoIAlign mean (1 x 1, aligned, adaptive sampling)."""
-        rois = roi_align(
-            features, [b.to(features.dtype) for b in boxes], 1, 1 / self.stride, sampling_ratio=-1, aligned=True
-        )
+        rois = roi_align_map(features, boxes, (1, 1), self.stride)
         return self.project(rois.flatten(1)[:, None])[:, 0]
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:
-        """The head of each mask's weighted mean, sum(f m) / (sum m + 1e-8); an empty mask is the head of the zero vector."""
+        """The head of each mask's weighted mean, sum(f m) / (sum m + 1e-8); an empty mask is the head of the
+        zero vector.
+        """
         weights = masks.flatten(2).to(features.dtype)
         pooled = weights @ features.flatten(2).transpose(1, 2) / (weights.sum(2, keepdim=True) + 1e-8)
         return self.project(pooled)

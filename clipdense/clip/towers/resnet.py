@@ -8,23 +8,22 @@ import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from ..position import resize_table, square_grid
-from .base import Tower, TowerOutput, Want, to_map
+from .base import Tower, TowerOutput, Want, roi_align_map, to_map
 
 
 class ResNetTower(Tower):
     """ModifiedResNet (specs/denseclip_maskclip_segclip.md 1.3, 1.4).
 
-    Modes of `dense`: "plain" makes every position a query of the attention pool (DenseCLIP's z), with the mean token among
-    the keys; "value" is c_proj(v_proj(C5)), without positions or attention (MaskCLIP). `pre` is C5, `keys` k_proj(C5).
-    A tower whose `attnpool` is None is the trunk alone.
+    Modes of `dense`: "plain" makes every position a query of the attention pool (DenseCLIP's z), with the
+    mean token among the keys; "value" is c_proj(v_proj(C5)), without positions or attention (MaskCLIP).
+    `pre` is C5, `keys` k_proj(C5). A tower whose `attnpool` is None is the trunk alone.
     """
 
     avgpool: nn.AvgPool2d
     attnpool: AttentionPool2d | None
-    dense_modes = ("plain", "value")
+    dense_modes: tuple[str, ...] = ("plain", "value")
     has_keys = True
     stride = 32
 
@@ -72,18 +71,20 @@ class ResNetTower(Tower):
         return out
 
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """RoIAlign C5 to the pool's native grid (aligned, adaptive sampling), then the attention pool as in training (F-VLM)."""
+        """RoIAlign C5 to the pool's native grid (aligned, adaptive sampling), then the attention pool as in
+        training (F-VLM).
+        """
         if self.attnpool is None:
             raise self.cannot("region embeddings", self.why_no_dense)
-        rois = roi_align(
-            features, [b.to(features.dtype) for b in boxes], self.grid, 1 / self.stride, sampling_ratio=-1, aligned=True
-        )
+        rois = roi_align_map(features, boxes, self.grid, self.stride)
         return attention_pool(self.attnpool, rois, self._positions(rois))[:, 0]
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:
-        """Attention from the mean over the whole map to the positions inside each mask (> 0), the mean token not among them.
+        """Attention from the mean over the whole map to the positions inside each mask (> 0), the mean token
+        not among them.
 
-        FC-CLIP's pooling of ResNets (specs/clipself_fvlm_catseg_odise_fcclip.md 4.2). An empty mask gives c_proj's bias.
+        FC-CLIP's pooling of ResNets (specs/clipself_fvlm_catseg_odise_fcclip.md 4.2). An empty mask gives
+        c_proj's bias.
         """
         if self.attnpool is None:
             raise self.cannot("region embeddings", self.why_no_dense)
@@ -97,7 +98,8 @@ class ResNetTower(Tower):
     def _stem(self, x: Tensor) -> Tensor:
         for i in "123":
             x = getattr(self, f"act{i}")(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
-        return self.avgpool(x)
+        y: Tensor = self.avgpool(x)
+        return y
 
     def _stages(self) -> list[nn.Module]:
         return [getattr(self, f"layer{i}") for i in range(1, 5)]
@@ -117,13 +119,22 @@ def attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, every_qu
     tokens = x.flatten(2).transpose(1, 2)
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + positions.to(x.dtype)
     queries = tokens if every_query else tokens[:, :1]
-    q, k, v = _heads(pool, pool.q_proj(queries)), _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens))
-    y = F.scaled_dot_product_attention(q, k, v)
+    k, v = _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens))
+    y = F.scaled_dot_product_attention(_heads(pool, pool.q_proj(queries)), k, v)
     return _linear(pool.c_proj, y.transpose(1, 2).flatten(2))
 
 
 def masked_attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
-    """The pool with one query per mask, keys and values restricted to it: (B, C, h, w), (B, Q, h, w) -> (B, Q, D)."""
+    """The pool with one query per mask, keys and values restricted to it.
+
+    Args:
+        x: (B, C, h, w).
+        positions: (1 + h * w, C).
+        masks: (B, Q, h, w).
+
+    Returns:
+        (B, Q, D).
+    """
     tokens = x.flatten(2).transpose(1, 2)
     inside = masks.flatten(2) > 0
     filled = inside.any(2, keepdim=True)
@@ -131,14 +142,13 @@ def masked_attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, m
     tokens = tokens + positions[1:].to(x.dtype)
     q = _heads(pool, pool.q_proj(mean)).expand(-1, -1, masks.shape[1], -1)
     # An empty mask would be a softmax over nothing: let it attend everywhere, then drop its result.
-    y = F.scaled_dot_product_attention(
-        q, _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens)), attn_mask=(inside | ~filled)[:, None]
-    )
+    k, v = _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=(inside | ~filled)[:, None])
     return _linear(pool.c_proj, y.transpose(1, 2).flatten(2) * filled)
 
 
 def _heads(pool: AttentionPool2d, x: Tensor) -> Tensor:
-    return x.unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], pool.num_heads, -1).transpose(1, 2)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from open_clip.transformer import TextTransformer
+import torch.nn.functional as F
+from open_clip.transformer import TextTransformer, Transformer
 from torch import Tensor, nn
 
 from ..attention import TokenStream, plain
@@ -19,12 +20,14 @@ class TextTower(nn.Module):
 
     Attributes:
         embed_dim: D of the joint space; `width`: C of the tokens.
-        context_length: positions; a causal tower takes any length up to it, a bidirectional one (SigLIP) exactly it.
+        context_length: positions; a causal tower takes any length up to it, a bidirectional one (SigLIP)
+            exactly it.
         pool_type: "argmax" (the largest id ends CLIP's texts), "eos", "last", "first".
     """
 
     token_embedding: nn.Embedding
     positional_embedding: nn.Parameter
+    transformer: Transformer
     ln_final: nn.Module
     text_projection: nn.Parameter | nn.Linear | None
 
@@ -44,11 +47,12 @@ class TextTower(nn.Module):
                 self.add_module("text_projection", source.text_projection)
             else:
                 self.register_parameter("text_projection", source.text_projection)
-            self.causal, pool_type, eos_id = source.attn_mask is not None, source.text_pool_type, source.text_eos_id
+            self.causal = source.attn_mask is not None
+            pool_type, eos_id = source.text_pool_type, source.text_eos_id
         else:
             raise ValueError(
-                f"text tower {type(text).__name__} is not supported: load the model with text=False and give its text "
-                f"embeddings as a precomputed table"
+                f"text tower {type(text).__name__} is not supported: load the model with text=False and give "
+                f"its text embeddings as a precomputed table"
             )
         self.text_projection = getattr(self, "text_projection", None)
         self.pool_type: str = pool_type
@@ -56,13 +60,18 @@ class TextTower(nn.Module):
         self.context_length, self.width = self.positional_embedding.shape
         projection = self.text_projection
         self.embed_dim: int = (
-            self.width if projection is None else projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+            self.width
+            if projection is None
+            else projection.out_features
+            if isinstance(projection, nn.Linear)
+            else projection.shape[1]
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (n, L) -> embeddings (n, D), not L2-normalised.
 
-        Where the end of the text is its largest id and attention is causal, padding beyond the longest text is not computed.
+        Where the end of the text is its largest id and attention is causal, padding beyond the longest text
+        is not computed.
 
         Raises:
             ValueError: more tokens than the context; fewer, for a bidirectional tower.
@@ -80,25 +89,28 @@ class TextTower(nn.Module):
         return tokens.new_full((len(tokens),), tokens.shape[1] - 1 if self.pool_type == "last" else 0)
 
     def encode(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Token embeddings (n, L, C) without positions, e.g. with learned contexts, and end positions (n,) -> (n, D).
+        """Token embeddings (n, L, C) without positions, e.g. with learned contexts, and end positions (n,)
+        -> (n, D).
 
         Raises:
             ValueError: as `forward`.
         """
         states = self.states(embeddings)[-1]
-        pooled = self.ln_final(states[torch.arange(len(states), device=states.device), end])
+        pooled: Tensor = self.ln_final(states[torch.arange(len(states), device=states.device), end])
         if self.text_projection is None:
-            return pooled  # type: ignore[no-any-return]
+            return pooled
         if isinstance(self.text_projection, nn.Linear):
-            return self.text_projection(pooled)
-        return pooled @ self.text_projection  # type: ignore[no-any-return]
+            return F.linear(pooled, self.text_projection.weight, self.text_projection.bias)
+        return pooled @ self.text_projection
 
     def states(self, embeddings: Tensor) -> list[Tensor]:
         """Token embeddings (n, L, C) without positions -> the tokens after each block."""
         length = embeddings.shape[1]
         if not self.causal and length != self.context_length:
-            raise ValueError(f"a bidirectional text tower takes all its {self.context_length} tokens, not {length}")
-        blocks: Any = self.transformer.resblocks  # type: ignore[union-attr]
+            raise ValueError(
+                f"a bidirectional text tower takes all its {self.context_length} tokens, not {length}"
+            )
+        blocks: Any = self.transformer.resblocks
         x = embeddings + truncate_text(self.positional_embedding, length)
         stream, states = TokenStream(x.to(blocks[0].get_weight_dtype()), (0, 0), causal=self.causal), []
         for block in blocks:

@@ -1,4 +1,4 @@
-"""Transformers that open_clip takes from timm: EVA-CLIP (RoPE, sub-norms), SigLIP (MAP head), Perception Encoder."""
+"""Transformers that open_clip takes from timm: EVA-CLIP, SigLIP, Perception Encoder."""
 
 from __future__ import annotations
 
@@ -9,40 +9,44 @@ import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from timm.layers import PatchEmbed, RotaryEmbeddingCat
-from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from ..attention import Block, TokenStream
 from ..position import resize_table, rope_table
+from .base import roi_align_map
 from .transformer import BlockHook, TransformerTower
 
 
 class TimmViTTower(TransformerTower):
-    """timm's Eva and VisionTransformer at any grid; RoPE as in specs/clipself_fvlm_catseg_odise_fcclip.md 1.1 and 1.8.
+    """timm's Eva and VisionTransformer at any grid; RoPE as in specs/clipself_fvlm_catseg_odise_fcclip.md
+    1.1 and 1.8.
 
-    A tower whose image embedding comes from an attention-pooling head (MAP: SigLIP, Perception Encoder) has no per-patch
-    map in the joint space, so `dense` is an error; that head is its region pooling.
+    A tower whose image embedding comes from an attention-pooling head (MAP: SigLIP, Perception Encoder) has
+    no per-patch map in the joint space, so `dense` is an error; that head is its region pooling.
     """
 
-    trunk: Eva | VisionTransformer
+    trunk: Any  # Eva or VisionTransformer
     head: nn.Module
-    dense_modes = ("plain", "value")
+    dense_modes: tuple[str, ...] = ("plain", "value")
 
     def __init__(self, visual: TimmModel, position_rule: str = "bicubic") -> None:
         super().__init__(visual, position_rule)
-        trunk: Any = self.trunk
-        if type(trunk.patch_embed) is not PatchEmbed or trunk.patch_embed.patch_size[0] != trunk.patch_embed.patch_size[1]:
+        trunk, patches = self.trunk, self.trunk.patch_embed
+        if type(patches) is not PatchEmbed or patches.patch_size[0] != patches.patch_size[1]:
             raise ValueError("a transformer without one square patch convolution is not supported")
         if isinstance(trunk.patch_drop, nn.Module) and not isinstance(trunk.patch_drop, nn.Identity):
-            raise ValueError("a ViT with patch dropout has no complete dense map: build it with patch_drop_rate 0")
+            raise ValueError(
+                "a ViT with patch dropout has no complete dense map: build it with patch_drop_rate 0"
+            )
         rope = getattr(trunk, "rope", None)
         if rope is not None and (type(rope) is not RotaryEmbeddingCat or rope.in_pixels or rope.rotate_half):
-            raise ValueError(f"position embedding {type(rope).__name__} of this kind is not supported, only axial interleaved RoPE")
-        self.stride = trunk.patch_embed.patch_size[0]
-        self.grid, self.image_size = tuple(trunk.patch_embed.grid_size), tuple(trunk.patch_embed.img_size)
+            raise ValueError(
+                f"this {type(rope).__name__} is not supported, only axial RoPE of interleaved pairs"
+            )
+        self.stride = patches.patch_size[0]
+        self.grid, self.image_size = tuple(patches.grid_size), tuple(patches.img_size)
         self.prefix = trunk.num_prefix_tokens
         depth = len(trunk.blocks)
         self.tap_channels = dict.fromkeys(range(depth), trunk.embed_dim)
@@ -50,12 +54,16 @@ class TimmViTTower(TransformerTower):
         self.embed_dim = _out_features(self.head) or _out_features(trunk.head) or trunk.embed_dim
         if trunk.attn_pool is not None:
             self.dense_modes = ()
-            self.why_no_dense = "its attention-pooling head maps an image, not a patch, into the joint space; pool `pre` by embed_regions"
+            self.why_no_dense = (
+                "its attention-pooling head maps an image, not a patch, into the joint space; "
+                "pool `pre` by embed_regions"
+            )
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks, first to last."""
-        return self.trunk.blocks  # type: ignore[return-value]
+        blocks: nn.ModuleList = self.trunk.blocks
+        return blocks
 
     def block(self, index: int) -> Block:
         """The view of one block."""
@@ -63,10 +71,11 @@ class TimmViTTower(TransformerTower):
 
     def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
         """norm_pre([class; registers; patches] + positions), and the RoPE table of this grid."""
-        trunk: Any = self.trunk
+        trunk = self.trunk
         patches = trunk.patch_embed.proj(images)
         h, w = patches.shape[-2:]
-        stream = TokenStream(trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2)), (h, w), rope=self._rope((h, w)))
+        patches = trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+        stream = TokenStream(patches, (h, w), rope=self._rope((h, w)))
         if hook:
             stream = hook(-1, stream)
         x = stream.x
@@ -85,24 +94,24 @@ class TimmViTTower(TransformerTower):
 
     def norm_tokens(self, x: Tensor) -> Tensor:
         """The trunk's final norm."""
-        return self.trunk.norm(x)  # type: ignore[no-any-return, operator]
+        y: Tensor = self.trunk.norm(x)
+        return y
 
     def project(self, x: Tensor) -> Tensor:
         """The classifier head of each token, then open_clip's projection."""
-        trunk: Any = self.trunk
-        return self.head(trunk.head(trunk.head_drop(trunk.fc_norm(x))))  # type: ignore[no-any-return]
+        y: Tensor = self.head(self.trunk.head(self.trunk.head_drop(self.trunk.fc_norm(x))))
+        return y
 
     def pool(self, x: Tensor) -> Tensor:
         """The trunk's own pooling (class token, mean or MAP) and head."""
-        return self.head(self.trunk.forward_head(self.norm_tokens(x)))  # type: ignore[no-any-return, operator]
+        y: Tensor = self.head(self.trunk.forward_head(self.norm_tokens(x)))
+        return y
 
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """MAP head over each box: RoIAlign of `pre` to the native grid (aligned, adaptive sampling)."""
         if self.trunk.attn_pool is None:
             return super().embed_boxes(features, boxes)
-        rois = roi_align(
-            features, [b.to(features.dtype) for b in boxes], self.grid, 1 / self.stride, sampling_ratio=-1, aligned=True
-        )
+        rois = roi_align_map(features, boxes, self.grid, self.stride)
         return self._map_head(rois.flatten(2).transpose(1, 2), None)
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:
@@ -112,11 +121,10 @@ class TimmViTTower(TransformerTower):
         inside = masks.flatten(2) > 0
         inside = (inside | ~inside.any(2, keepdim=True)).flatten(0, 1)[:, None, None]
         tokens = features.flatten(2).transpose(1, 2).repeat_interleave(masks.shape[1], dim=0)
-        return self._map_head(tokens, inside).unflatten(0, masks.shape[:2])
+        return self._map_head(tokens, inside).reshape(*masks.shape[:2], -1)
 
     def _map_head(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
-        trunk: Any = self.trunk
-        return self.project(trunk.attn_pool(tokens, attn_mask=inside))
+        return self.project(self.trunk.attn_pool(tokens, attn_mask=inside))
 
     def _rope(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
         rope: Any = getattr(self.trunk, "rope", None)
@@ -138,12 +146,16 @@ class TimmBlockView(Block):
     """View of timm's EvaBlock, EvaBlockPostNorm and ViT Block; fused or separate projections."""
 
     def __init__(self, block: Any) -> None:
-        attn = getattr(block, "attn", None)
-        if not isinstance(block, EvaBlock | EvaBlockPostNorm | TimmBlock) or getattr(attn, "gate", None) is not None:
-            raise ValueError(f"blocks of type {type(block).__name__} with {type(attn).__name__} are not supported")
-        if getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
-            raise ValueError("grouped-query attention is not supported")
-        self.source, self.attn, self.heads = block, attn, attn.num_heads
+        if not isinstance(block, EvaBlock | EvaBlockPostNorm | TimmBlock):
+            raise ValueError(f"blocks of type {type(block).__name__} are not supported")
+        attn: Any = block.attn
+        if (
+            getattr(attn, "gate", None) is not None
+            or getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads
+        ):
+            raise ValueError("gated and grouped-query attention are not supported")
+        self.source: Any = block
+        self.attn, self.heads = attn, attn.num_heads
         self.dropout = attn.attn_drop.p if block.training else 0.0
         self.post_norm = isinstance(block, EvaBlockPostNorm)
 
@@ -157,10 +169,12 @@ class TimmBlockView(Block):
         return q, k, v
 
     def key(self, u: Tensor) -> Tensor:
-        return self.attn.k_proj(u) if self.attn.qkv is None else self._part(u, 1)  # type: ignore[no-any-return]
+        y: Tensor = self.attn.k_proj(u) if self.attn.qkv is None else self._part(u, 1)
+        return y
 
     def value(self, u: Tensor) -> Tensor:
-        return self.attn.v_proj(u) if self.attn.qkv is None else self._part(u, 2)  # type: ignore[no-any-return]
+        y: Tensor = self.attn.v_proj(u) if self.attn.qkv is None else self._part(u, 2)
+        return y
 
     def norm_heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.attn.q_norm(q), self.attn.k_norm(k)

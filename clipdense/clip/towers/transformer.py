@@ -14,11 +14,14 @@ from .base import POOLED, Tower, TowerOutput, Want, to_map
 
 
 class BlockHook(Protocol):
-    """Sees, and may replace, what flows through a transformer: deep prompts, mask prompts and mask tokens are hooks."""
+    """Sees, and may replace, what flows through a transformer: deep prompts, mask prompts and mask tokens
+    are hooks.
+    """
 
     def __call__(self, index: int, stream: TokenStream) -> TokenStream:
-        """Called with index -1 on the patch embeddings alone (before class token and positions), with 0 .. depth - 1 on
-        what enters that block, and with `depth` on what leaves the last block (in "plain" mode, when that runs).
+        """Called with index -1 on the patch embeddings alone (before class token and positions), with 0 ..
+        depth - 1 on what enters that block, and with `depth` on what leaves the last block (in "plain" mode,
+        when that runs).
 
         Patch tokens must stay the last h * w; extra tokens go between the class token and them.
         """
@@ -56,7 +59,9 @@ class TransformerTower(Tower):
         raise NotImplementedError
 
     def pool(self, x: Tensor) -> Tensor:
-        """Tokens that leave the last block, prefix first (B, prefix + h * w, C) -> image embeddings (B, D)."""
+        """Tokens that leave the last block, prefix first (B, prefix + h * w, C) -> image embeddings (B,
+        D).
+        """
         raise NotImplementedError
 
     def forward(self, images: Tensor, want: Want = POOLED, hook: BlockHook | None = None) -> TowerOutput:
@@ -65,7 +70,9 @@ class TransformerTower(Tower):
         return self.features(images.to(self.dtype), want, hook)
 
     def features(self, images: Tensor, want: Want, hook: BlockHook | None = None) -> TowerOutput:
-        """All blocks but the last once, the last once for each mode that is wanted; no block beyond the last tap."""
+        """All blocks but the last once, the last once for each mode that is wanted; no block beyond the last
+        tap.
+        """
         last = len(self.blocks) - 1
         whole = want.pre or want.keys or want.pooled or want.dense is not None
         stream, taps = self.embed(images, hook), {}
@@ -79,7 +86,9 @@ class TransformerTower(Tower):
         out.taps = [(to_map(taps[i], stream.grid), self.tap_strides[i]) for i in want.taps]
         return out
 
-    def _last_block(self, stream: TokenStream, want: Want, hook: BlockHook | None, out: TowerOutput) -> Tensor:
+    def _last_block(
+        self, stream: TokenStream, want: Want, hook: BlockHook | None, out: TowerOutput
+    ) -> Tensor:
         """Fill `out` from what enters the last block; returns the patch tokens that leave it."""
         last = len(self.blocks) - 1
         final = stream
@@ -94,7 +103,9 @@ class TransformerTower(Tower):
         if want.pooled:
             out.pooled = self.pool(self._without_extra(final))
         if mapped:
-            tokens = self.norm_tokens((final if mode == "plain" else self._run(get_mode(mode), last, stream)).patches)
+            tokens = self.norm_tokens(
+                (final if mode == "plain" else self._run(get_mode(mode), last, stream)).patches
+            )
             if want.pre:
                 out.pre = to_map(tokens, stream.grid)
             if want.dense:

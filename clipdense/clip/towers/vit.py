@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
@@ -28,9 +30,13 @@ class ViTTower(TransformerTower):
     def __init__(self, visual: VisionTransformer, position_rule: str = "bicubic") -> None:
         super().__init__(visual, position_rule)
         if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
-            raise ValueError("a ViT with CoCa's attentional pooler has no per-patch image-text space and is not supported")
+            raise ValueError(
+                "a ViT with CoCa's attentional pooler has no per-patch image-text space and is not supported"
+            )
         if not isinstance(visual.patch_dropout, nn.Identity):
-            raise ValueError("a ViT with patch dropout has no complete dense map: build it with patch_dropout 0")
+            raise ValueError(
+                "a ViT with patch dropout has no complete dense map: build it with patch_dropout 0"
+            )
         if visual.patch_size[0] != visual.patch_size[1]:
             raise ValueError(f"patches of {visual.patch_size} are not square")
         self.stride = visual.patch_size[0]
@@ -44,7 +50,8 @@ class ViTTower(TransformerTower):
     @property
     def blocks(self) -> nn.ModuleList:
         """The residual attention blocks, first to last."""
-        return self.transformer.resblocks
+        blocks: nn.ModuleList = self.transformer.resblocks
+        return blocks
 
     def block(self, index: int) -> Block:
         """The view of one block."""
@@ -64,7 +71,8 @@ class ViTTower(TransformerTower):
 
     def norm_tokens(self, x: Tensor) -> Tensor:
         """ln_post."""
-        return self.ln_post(x)  # type: ignore[no-any-return]
+        y: Tensor = self.ln_post(x)
+        return y
 
     def project(self, x: Tensor) -> Tensor:
         """x @ proj."""
@@ -82,12 +90,15 @@ class ClipBlock(Block):
 
     def __init__(self, block: nn.Module) -> None:
         if not isinstance(block, ResidualAttentionBlock):
-            raise ValueError(f"blocks of type {type(block).__name__} are not supported, only open_clip's default block")
-        self.source = block
+            raise ValueError(
+                f"blocks of type {type(block).__name__} are not supported, only open_clip's default block"
+            )
+        self.source: Any = block
         self.heads = block.attn.num_heads
 
     def normed(self, x: Tensor) -> Tensor:
-        return self.source.ln_1(x)
+        y: Tensor = self.source.ln_1(x)
+        return y
 
     def qkv(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = F.linear(u, self.source.attn.in_proj_weight, self.source.attn.in_proj_bias).chunk(3, dim=-1)
@@ -100,10 +111,12 @@ class ClipBlock(Block):
         return self._projection(u, 2)
 
     def out(self, y: Tensor) -> Tensor:
-        return self.source.ls_1(self.source.attn.out_proj(y))
+        z: Tensor = self.source.ls_1(self.source.attn.out_proj(y))
+        return z
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.source.ls_2(self.source.mlp(self.source.ln_2(x)))
+        y: Tensor = self.source.ls_2(self.source.mlp(self.source.ln_2(x)))
+        return y
 
     def _projection(self, u: Tensor, part: int) -> Tensor:
         attn = self.source.attn
