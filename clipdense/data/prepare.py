@@ -1,0 +1,164 @@
+"""Converting label maps from the layouts in which data sets are published (the work behind
+`datasets/prepare_*.py`).
+
+Files that are there already are not made again, and each is written whole or not at all: a stopped run goes
+on.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pycocotools.mask as mask_util
+from PIL import Image
+from tqdm import tqdm
+
+from clipdense.data.datasets.layouts import load_json
+from clipdense.data.image import read_labels
+
+__all__ = ["ade20k_panoptic", "convert_labels", "panoptic_to_semantic"]
+
+Labels = npt.NDArray[np.int64]
+
+
+def convert_labels(
+    source: Path, target: Path, convert: Callable[[Labels], Labels], names: Sequence[str] | None = None
+) -> int:
+    """Convert every label PNG of a folder.
+
+    Args:
+        source, target: folders.
+        convert: (H, W) labels -> (H, W) labels in 0..255.
+        names: file stems (default: every PNG).
+
+    Returns:
+        The number of files converted now.
+
+    Raises:
+        FileNotFoundError: a folder without PNGs, or a named one that is missing.
+    """
+    paths = sorted(source.glob("*.png")) if names is None else [source / f"{name}.png" for name in names]
+    if not paths:
+        raise FileNotFoundError(f"no label maps (*.png) in {source}")
+    target.mkdir(parents=True, exist_ok=True)
+    missing = [path for path in paths if not (target / path.name).is_file()]
+    for path in tqdm(missing, desc=str(target), unit="file"):
+        _save(Image.fromarray(convert(read_labels(path)).astype(np.uint8)), target / path.name)
+    return len(missing)
+
+
+def panoptic_to_semantic(panoptic_json: Path, panoptic_root: Path, target: Path) -> int:
+    """Semantic label maps from COCO panoptic annotations: classes in order of category id, from 0; 255 where
+    there is none.
+
+    Returns:
+        The number of files written now.
+
+    Raises:
+        FileNotFoundError: the json file or a panoptic PNG is missing.
+        ValueError: more classes than a label byte holds.
+    """
+    content = load_json(panoptic_json)
+    ids = {k: i for i, k in enumerate(sorted(c["id"] for c in content["categories"]))}
+    if len(ids) > 255:
+        raise ValueError(f"{panoptic_json}: {len(ids)} classes do not fit into 8-bit label maps")
+    segments = {
+        Path(a["file_name"]).stem: {s["id"]: ids[s["category_id"]] for s in a["segments_info"]}
+        for a in content["annotations"]
+    }
+    done = 0
+    target.mkdir(parents=True, exist_ok=True)
+    for stem, classes in tqdm(segments.items(), desc=str(target), unit="file"):
+        path = target / f"{stem}.png"
+        if not path.is_file():
+            values, where = np.unique(read_labels(panoptic_root / path.name), return_inverse=True)
+            table = np.array([classes.get(int(v), 255) for v in values], np.uint8)
+            _save(Image.fromarray(table[where].reshape(where.shape)), path)
+            done += 1
+    return done
+
+
+def ade20k_panoptic(root: Path, folder: str, split: str, things: Sequence[int], names: Sequence[str]) -> None:
+    """ADE20K panoptic PNGs with their json, and instances as COCO json, from the two published annotation
+    folders.
+
+    ``annotations/<folder>``: grey value = class + 1, 0 unlabelled. ``annotations_instance/<folder>``: red =
+    number of the thing class (1..100), green = instance. Where an instance is, it is the segment; elsewhere
+    stuff classes are segments, and pixels of thing classes that belong to no instance are void.
+
+    Args:
+        root: ADEChallengeData2016.
+        folder: training or validation.
+        split: train or val, in the names of what is written below ``root``.
+        things: the thing classes, as indices into ``names``, in the order in which the instance folder
+            numbers them.
+        names: all class names.
+    """
+    panoptic_root = root / f"ade20k_panoptic_{split}"
+    panoptic_root.mkdir(parents=True, exist_ok=True)
+    paths = sorted((root / "annotations" / folder).glob("*.png"))
+    if not paths:
+        raise FileNotFoundError(f"no label maps (*.png) in {root / 'annotations' / folder}")
+    images, panoptic, instances = [], [], []
+    for image_id, path in enumerate(tqdm(paths, desc=str(panoptic_root), unit="file"), start=1):
+        semantic = read_labels(path) - 1
+        objects = read_labels(root / "annotations_instance" / folder / path.name)
+        ids = np.zeros_like(semantic)
+        segments = []
+        for value in np.unique(objects & 0xFFFF):
+            number, mask = int(value & 0xFF), (objects & 0xFFFF) == value
+            if number:
+                segments.append(_segment(ids, mask, len(segments) + 1, things[number - 1]))
+                rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+                rle["counts"] = rle["counts"].decode("ascii")
+                instances.append(
+                    segments[-1] | {"id": len(instances) + 1, "image_id": image_id, "segmentation": rle}
+                )
+        for value in np.unique(semantic[ids == 0]):
+            if value >= 0 and value not in things:
+                mask = (semantic == value) & (ids == 0)
+                segments.append(_segment(ids, mask, len(segments) + 1, int(value)))
+        rgb = np.stack([ids & 0xFF, ids >> 8 & 0xFF, ids >> 16], axis=-1).astype(np.uint8)
+        _save(Image.fromarray(rgb), panoptic_root / path.name)
+        height, width = ids.shape
+        images.append({"id": image_id, "file_name": f"{path.stem}.jpg", "height": height, "width": width})
+        panoptic.append({"image_id": image_id, "file_name": path.name, "segments_info": segments})
+    categories = [{"id": i, "name": name, "isthing": int(i in things)} for i, name in enumerate(names)]
+    _save_json(
+        {"images": images, "annotations": panoptic, "categories": categories},
+        root / f"ade20k_panoptic_{split}.json",
+    )
+    _save_json(
+        {"images": images, "annotations": instances, "categories": [c for c in categories if c["isthing"]]},
+        root / f"ade20k_instance_{split}.json",
+    )
+
+
+def _segment(ids: Labels, mask: npt.NDArray[np.bool_], segment_id: int, category: int) -> dict[str, Any]:
+    """Write a segment into the id map and describe it."""
+    ids[mask] = segment_id
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0]) + 1, int(ys[-1] - ys[0]) + 1]
+    return {"id": segment_id, "category_id": category, "area": int(mask.sum()), "bbox": box, "iscrowd": 0}
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, "PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_json(content: Any, path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content), "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
