@@ -14,10 +14,13 @@ from clipdense.data.prepare import ade20k_panoptic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
+        help="default: %(default)s",
     )
-    parser.add_argument("--root", type=Path, default=os.environ.get("DETECTRON2_DATASETS", "datasets"))
     root = parser.parse_args().root / "ADEChallengeData2016"
     for folder, split in (("training", "train"), ("validation", "val")):
         ade20k_panoptic(root, folder, split, ADE20K_THINGS, ADE20K_CLASSES)

@@ -13,10 +13,13 @@ from clipdense.data.prepare import convert_labels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
+        help="default: %(default)s",
     )
-    parser.add_argument("--root", type=Path, default=os.environ.get("DETECTRON2_DATASETS", "datasets"))
     root = parser.parse_args().root / "ADEChallengeData2016"
     for folder in ("training", "validation"):
         source, target = root / "annotations" / folder, root / "annotations_detectron2" / folder

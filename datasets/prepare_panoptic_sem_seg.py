@@ -13,10 +13,13 @@ from clipdense.data.prepare import panoptic_to_semantic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
+        help="default: %(default)s",
     )
-    parser.add_argument("--root", type=Path, default=os.environ.get("DETECTRON2_DATASETS", "datasets"))
     parser.add_argument("--split", nargs="+", default=["train", "val"], help="of COCO 2017")
     parser.add_argument("--json", type=Path, help="other data: the panoptic json file")
     parser.add_argument("--panoptic", type=Path, help="other data: the folder of panoptic PNGs")

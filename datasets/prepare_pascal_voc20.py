@@ -14,10 +14,13 @@ from clipdense.data.prepare import convert_labels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
+        help="default: %(default)s",
     )
-    parser.add_argument("--root", type=Path, default=os.environ.get("DETECTRON2_DATASETS", "datasets"))
     parser.add_argument("--split", nargs="+", default=["train", "val"])
     options = parser.parse_args()
     root = options.root / "VOC2012"

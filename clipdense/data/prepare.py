@@ -75,9 +75,10 @@ def panoptic_to_semantic(panoptic_json: Path, panoptic_root: Path, target: Path)
     for stem, classes in tqdm(segments.items(), desc=str(target), unit="file"):
         path = target / f"{stem}.png"
         if not path.is_file():
-            values, where = np.unique(read_labels(panoptic_root / path.name), return_inverse=True)
+            labels = read_labels(panoptic_root / path.name)
+            values, where = np.unique(labels, return_inverse=True)
             table = np.array([classes.get(int(v), 255) for v in values], np.uint8)
-            _save(Image.fromarray(table[where].reshape(where.shape)), path)
+            _save(Image.fromarray(table[where].reshape(labels.shape)), path)
             done += 1
     return done
 
@@ -128,14 +129,12 @@ def ade20k_panoptic(root: Path, folder: str, split: str, things: Sequence[int], 
         images.append({"id": image_id, "file_name": f"{path.stem}.jpg", "height": height, "width": width})
         panoptic.append({"image_id": image_id, "file_name": path.name, "segments_info": segments})
     categories = [{"id": i, "name": name, "isthing": int(i in things)} for i, name in enumerate(names)]
-    _save_json(
-        {"images": images, "annotations": panoptic, "categories": categories},
-        root / f"ade20k_panoptic_{split}.json",
-    )
-    _save_json(
-        {"images": images, "annotations": instances, "categories": [c for c in categories if c["isthing"]]},
-        root / f"ade20k_instance_{split}.json",
-    )
+    for kind, annotations, kept in (
+        ("panoptic", panoptic, categories),
+        ("instance", instances, [c for c in categories if c["isthing"]]),
+    ):
+        content = {"images": images, "annotations": annotations, "categories": kept}
+        _save_json(content, root / f"ade20k_{kind}_{split}.json")
 
 
 def _segment(ids: Labels, mask: npt.NDArray[np.bool_], segment_id: int, category: int) -> dict[str, Any]:
