@@ -1,32 +1,47 @@
 """Train or evaluate any model of clipdense or Detectron2.
 
-    python tools/train_net.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml SOLVER.MAX_ITER 1000
-    torchrun --nproc-per-node 2 tools/train_net.py --config-file ... MODEL.DEVICE cpu
+python tools/train_net.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml SOLVER.MAX_ITER 1000
+python tools/train_net.py --config-file ... --resume
+python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+torchrun --nproc-per-node 2 tools/train_net.py --config-file ...        # on CPU as well
 """
 
 import argparse
+import sys
 
-import clipdense  # noqa: F401  (registers datasets and models)
-from detectron2.config import get_cfg
-from detectron2.engine import default_argument_parser, default_setup
-
-from clipdense.config import add_clipdense_config
+from clipdense.engine.build import evaluate_weights
+from clipdense.engine.checkpoint import CheckpointError
 from clipdense.engine.launch import launch
+from clipdense.engine.report import print_results, verify
+from clipdense.engine.setup import ConfigError, setup
 from clipdense.engine.trainer import Trainer
 
+from detectron2.engine import default_argument_parser
 
-def main(args: argparse.Namespace) -> None:
-    cfg = get_cfg()
-    add_clipdense_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.freeze()
-    default_setup(cfg, args)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(args.resume)
-    trainer.train()
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    cfg = setup(args)
+    if args.eval_only:
+        results = evaluate_weights(cfg, args.resume)
+        print_results(results)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(args.resume)
+        results = trainer.train()
+    verify(cfg, results)
+    return results
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    arguments = default_argument_parser(__doc__).parse_args()
+    try:
+        launch(
+            main,
+            arguments.num_gpus,
+            arguments.num_machines,
+            arguments.machine_rank,
+            arguments.dist_url,
+            args=(arguments,),
+        )
+    except (CheckpointError, ConfigError, FileNotFoundError, FloatingPointError) as e:
+        sys.exit(f"error: {e}")

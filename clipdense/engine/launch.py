@@ -1,4 +1,4 @@
-"""Starting one process or many: under torchrun (gloo or nccl), by Detectron2's spawning launcher, or alone."""
+"""Starting one process or many: under torchrun (gloo or nccl), by Detectron2's launcher, or alone."""
 
 import os
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
@@ -30,9 +31,9 @@ def launch(
 ) -> Any:
     """Run ``main(*args)`` in every process of the job.
 
-    Under torchrun the process group comes from the environment: nccl with one GPU a process where GPUs are, gloo
-    on CPU. Else Detectron2's launcher spawns ``num_gpus`` processes on each of ``num_machines`` (CUDA only), or runs
-    ``main`` in this process when that makes one.
+    Under torchrun the process group comes from the environment: nccl with one GPU a process where GPUs are,
+    gloo on CPU. Else Detectron2's launcher spawns ``num_gpus`` processes on each of ``num_machines`` (CUDA
+    only), or runs ``main`` in this process when that makes one.
 
     Returns:
         What ``main`` returned; None from spawned processes.

@@ -32,8 +32,9 @@ class Schedule:
     """LR multiplier: ``decay(progress)``, approached from ``warmup_factor`` during the first iterations.
 
     Progress runs from 0 to 1. As long as it is ``iteration / max_iter``, the values are those of Detectron2's
-    ``WarmupParamScheduler``. Under a wall-clock cap (``SOLVER.MAX_SECONDS``) progress may run ahead of the iterations;
-    the LR then still decays to its end, and warm-up is over at a tenth of the progress at the latest.
+    ``WarmupParamScheduler``. Under a wall-clock cap (``SOLVER.MAX_SECONDS``) progress may run ahead of the
+    iterations; the LR then still decays to its end, and warm-up is over at a tenth of the progress at the
+    latest.
     """
 
     decay: Decay
@@ -66,7 +67,9 @@ def build_schedule(cfg: CfgNode) -> Schedule:
     s = cfg.SOLVER
     end = s.BASE_LR_END / s.BASE_LR if s.BASE_LR else 0.0
     decays: dict[str, Callable[[], Decay]] = {
-        "WarmupMultiStepLR": lambda: multi_step([x / s.MAX_ITER for x in s.STEPS if x <= s.MAX_ITER], s.GAMMA),
+        "WarmupMultiStepLR": lambda: multi_step(
+            [x / s.MAX_ITER for x in s.STEPS if x <= s.MAX_ITER], s.GAMMA
+        ),
         "WarmupCosineLR": lambda: cosine(end),
         "WarmupPolyLR": lambda: poly(s.POLY_LR_POWER, end),
     }

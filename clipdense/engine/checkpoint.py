@@ -1,0 +1,226 @@
+"""Checkpoints that survive a full disk and a kill, and weight files that must fit."""
+
+import errno
+import fnmatch
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from detectron2.checkpoint import DetectionCheckpointer
+
+__all__ = ["CheckpointError", "TrainingCheckpointer", "write_atomically"]
+
+_PERIODIC = re.compile(r"model_\d+\.pth")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read, or does not fit the model; the message says what to do."""
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object]) -> None:
+    """Let ``write(binary file)`` fill a temporary file beside ``path``, then put it in place.
+
+    Whatever happens meanwhile (full disk, Ctrl-C, kill), ``path`` holds either its old content or all of the
+    new one.
+
+    Raises:
+        CheckpointError: the file could not be written; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a failed write as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {_reason(e, path.parent)}") from e
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # make the rename itself durable, where folders can be synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < 2**30 or (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
+            reason += f" ({free / 2**20:.0f} MB free in {folder})"
+    return reason
+
+
+class TrainingCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, with atomic writes and strict accounting of keys.
+
+    A checkpoint is complete before its name appears, and `last_checkpoint` names it only then, so that a run
+    can always be resumed. A weight file is read without executing code from it; what it holds in vain or in
+    another shape is an error.
+
+    Args:
+        model: the model, or its DistributedDataParallel wrapper.
+        save_dir: folder of the checkpoints.
+        skip: glob patterns of parameters that a weight file may lack, hold in another shape, or hold in vain.
+        allow_pickle: whether a weight file may be a pickle.
+        keep: number of periodic checkpoints (``model_0001999.pth``) to keep; 0 for all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        skip: Sequence[str] = (),
+        allow_pickle: bool = False,
+        keep: int = 0,
+    ) -> None:
+        super().__init__(model, save_dir)
+        self.skip, self.allow_pickle, self.keep = tuple(skip), allow_pickle, keep
+        self.logger = logging.getLogger(__name__)
+        self._path, self._complete = "", False
+
+    def save(self, name: str, *, tag: bool = True, **data: Any) -> None:
+        """Write ``<name>.pth`` with the model's state (unless ``data`` has a ``model``) and ``data``.
+
+        Args:
+            tag: whether a resumed run starts from it.
+
+        Raises:
+            CheckpointError: it cannot be written; the previous checkpoint is untouched.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        basename = f"{name}.pth"
+        data = {"model": self.model.state_dict(), **data}
+        try:
+            write_atomically(Path(self.save_dir, basename), lambda file: torch.save(data, file))
+            if tag:
+                self.tag_last_checkpoint(basename)
+        except CheckpointError as e:
+            last = self.get_checkpoint_file() if self.has_checkpoint() else "none yet"
+            raise CheckpointError(f"{e}\nThe last good checkpoint is {last}") from e
+        self.logger.info("Saved %s", os.path.join(self.save_dir, basename))
+        if self.keep:
+            periodic = sorted(p for p in Path(self.save_dir).iterdir() if _PERIODIC.fullmatch(p.name))
+            for old in periodic[: -self.keep]:
+                old.unlink()
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Make ``last_checkpoint`` name this file."""
+        write_atomically(
+            Path(self.save_dir, "last_checkpoint"), lambda file: file.write(last_filename_basename.encode())
+        )
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process left half-written."""
+        for path in Path(self.save_dir).glob("*.pth.tmp") if self.save_dir else ():
+            path.unlink(missing_ok=True)
+
+    def load_weights(self, path: str, complete: bool = False) -> dict[str, Any]:
+        """Load the model's weights; returns what else the file holds.
+
+        Args:
+            path: a .pth, .safetensors or model-zoo file, or a URL that Detectron2's path manager knows; ""
+                loads nothing.
+            complete: whether the file must hold every parameter (evaluation, resuming). Otherwise parameters
+                that it lacks keep their initial values, and are listed in the log.
+
+        Raises:
+            FileNotFoundError: no such file.
+            CheckpointError: it cannot be read, or does not fit; with the full list of what does not.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"weight file {path} does not exist (MODEL.WEIGHTS, or the checkpoint to resume from)"
+            )
+        self._path, self._complete = path, complete
+        return self.load(path, checkpointables=[])
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        try:
+            if f.endswith(".safetensors"):
+                return {"model": load_file(f)}
+            if f.endswith((".pkl", ".pyth")):
+                self._require_pickle_allowed(f)
+                return super()._load_file(f)
+            loaded = torch.load(f, map_location="cpu", weights_only=not self.allow_pickle)
+        except pickle.UnpicklingError as e:
+            if "Weights only load failed" not in str(e):
+                raise CheckpointError(f"{f} is truncated or not a weight file: {e}") from e
+            self._require_pickle_allowed(f)
+            raise
+        except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, SafetensorError) as e:
+            if isinstance(e, CheckpointError):
+                raise
+            size = os.path.getsize(f)
+            raise CheckpointError(
+                f"{f} ({size} bytes) is truncated or not a weight file: {str(e).splitlines()[0]}. "
+                "Copy or download it again, or choose an older checkpoint of the run."
+            ) from e
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{f} holds a {type(loaded).__name__}, not a state dict")
+        return loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
+
+    def _require_pickle_allowed(self, path: str) -> None:
+        if not self.allow_pickle:
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code when opened. "
+                "If you trust its source, set MODEL.WEIGHTS_ALLOW_PICKLE True."
+            )
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self._zoo = bool(checkpoint.get("matching_heuristics"))
+        self._offered = len(checkpoint["model"])
+        for key in [k for k in checkpoint["model"] if self._skipped(k)]:
+            own = self.model.state_dict().get(key)
+            value = checkpoint["model"][key]
+            if own is None or tuple(own.shape) != tuple(value.shape):
+                self.logger.warning("Not loaded, as MODEL.WEIGHTS_SKIP says: %s %s", key, tuple(value.shape))
+                del checkpoint["model"][key]
+        return super()._load_model(checkpoint)
+
+    def _skipped(self, key: str) -> bool:
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in self.skip)
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        missing = [k for k in incompatible.missing_keys if not self._skipped(k)]
+        unexpected, shapes = list(incompatible.unexpected_keys), incompatible.incorrect_shapes
+        if self._zoo and len(unexpected) < self._offered:
+            unexpected = []  # a model-zoo trunk comes with the classifier it was trained with
+        problems = [f"  {k}: {tuple(a)} in the file, {tuple(b)} in the model" for k, a, b in shapes]
+        problems += [f"  {k}: not in the model" for k in unexpected]
+        if self._complete:
+            problems += [f"  {k}: not in the file" for k in missing]
+        if problems:
+            raise CheckpointError(
+                f"{self._path} does not fit the model:\n" + "\n".join(problems) + "\n"
+                "Give the config it was made with, or name what may differ in MODEL.WEIGHTS_SKIP, "
+                'e.g. ("roi_heads.box_predictor.*",) for another list of classes.'
+            )
+        if missing:
+            self.logger.warning("Not in %s, left at their initial values:\n%s", self._path, _lines(missing))
+
+
+def _lines(keys: Iterable[str]) -> str:
+    return "\n".join(f"  {key}" for key in keys)

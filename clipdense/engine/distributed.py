@@ -1,0 +1,133 @@
+"""What several processes share so that they train like one: statistics of norms, metrics, random state."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from detectron2.utils import comm
+
+__all__ = [
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
+    "preserved_random_state",
+    "random_state",
+    "set_random_state",
+    "share_rows",
+]
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Batch normalisation over the batches of all processes, on CPU (gloo) as well as on GPU.
+
+    Statistics are weighted by the number of values, so that batches of different sizes (or none at all on
+    some process) give exactly the norm of the global batch. GPU tensors take torch's fused kernels; those
+    refuse CPU tensors.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, ...) -> the same shape."""
+        if input.is_cuda or not self.training or comm.get_world_size() == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        axes = [0, *range(2, x.dim())]
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        count = x.new_tensor([x.numel() // x.shape[1]])
+        sums = all_reduce(torch.cat([x.sum(axes), count]))
+        n = sums[-1].detach()
+        mean = sums[:-1] / n
+        centred = x - mean.view(shape)
+        var = all_reduce(centred.square().sum(axes)) / n
+        self._track(mean.detach(), var.detach() * (n / (n - 1).clamp(min=1)))
+        y = centred * (var + self.eps).rsqrt().view(shape)
+        if self.weight is not None:
+            y = y * self.weight.view(shape)
+        if self.bias is not None:
+            y = y + self.bias.view(shape)
+        return y.to(input.dtype)
+
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var, momentum)
+
+
+class _SyncBatchNormAct(SyncBatchNorm):
+    """Stands in for timm's ``BatchNormAct2d``: norm, then its ``drop`` and ``act``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """``module`` with every BatchNorm in it made a `SyncBatchNorm`; parameters, statistics and mode are kept.
+
+    Raises:
+        ValueError: a BatchNorm whose forward does more than torch's or timm's, by name.
+    """
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        for name, child in module.named_children():
+            setattr(module, name, convert_sync_batchnorm(child))
+        return module
+    if isinstance(module, SyncBatchNorm):
+        return module
+    kind = SyncBatchNorm
+    if hasattr(module, "act") and hasattr(module, "drop"):
+        kind = _SyncBatchNormAct
+    elif not type(module).__module__.startswith(("torch.", "detectron2.")):
+        raise ValueError(
+            f"MODEL.SYNC_BN: {type(module).__qualname__} cannot be turned into a synchronised norm"
+        )
+    new = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+    new._parameters, new._buffers, new._modules = module._parameters, module._buffers, module._modules
+    return new.train(module.training)
+
+
+def share_rows(row: Tensor) -> Tensor:
+    """(n,) of this process -> (processes, n) of all, the same everywhere."""
+    if comm.get_world_size() == 1:
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
+
+
+def random_state() -> dict[str, Any]:
+    """State of every global random generator of this process, in types that load without pickled code."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Return to a state that `random_state` gave, in this process or an earlier one."""
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever is drawn within this context, the random state after it is the one before."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -1,0 +1,81 @@
+"""Evaluation of a model on every test set."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from clipdense.data.loader import build_test_loader
+from clipdense.evaluation import build_evaluator
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.utils import comm
+
+__all__ = ["evaluate_datasets", "run_inference"]
+
+PANEL_IMAGES = 8
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_datasets(cfg: CfgNode, model: nn.Module, final: bool = True) -> dict[str, Any]:
+    """Evaluate on each of ``DATASETS.TEST``; the model is left in evaluation mode.
+
+    A model whose vocabulary can change (``set_vocabulary``) gets each data set's classes.
+
+    Args:
+        final: whether to draw ``predictions_<data set>.png`` as well.
+
+    Returns:
+        task -> metric -> value, under the data set's name where there are several; empty but in the main
+        process.
+    """
+    results = {}
+    for name in cfg.DATASETS.TEST:
+        if hasattr(model, "set_vocabulary"):
+            from clipdense.clip.vocabulary import Vocabulary
+
+            model.set_vocabulary(Vocabulary.from_metadata(MetadataCatalog.get(name)))
+        loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name)
+        results[name], shown = run_inference(model, loader, evaluator, PANEL_IMAGES if final else 0, name)
+    if not comm.is_main_process():
+        return {}
+    return results if len(results) > 1 else next(iter(results.values()))
+
+
+def run_inference(
+    model: nn.Module,
+    loader: Iterable[list[dict[str, Any]]],
+    evaluator: DatasetEvaluator | list[DatasetEvaluator],
+    keep: int = 0,
+    name: str = "",
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Any]]]:
+    """Run ``model`` over ``loader`` in evaluation mode, with a progress bar.
+
+    Args:
+        keep: how many (input, output) pairs to return.
+        name: of the data, for the bar.
+
+    Returns:
+        What the evaluator says (empty but in the main process), and the first pairs.
+    """
+    if not isinstance(evaluator, DatasetEvaluator):
+        evaluator = DatasetEvaluators(evaluator)
+    evaluator.reset()
+    model.eval()
+    pairs: list[tuple[dict[str, Any], Any]] = []
+    bar = tqdm(
+        loader, f"Evaluating {name}".strip(), unit="batch", disable=None if comm.is_main_process() else True
+    )
+    # not inference_mode: what a model caches here (text embeddings, anchors) may serve in training afterwards
+    with torch.no_grad():
+        for batch in bar:
+            outputs = model(batch)
+            evaluator.process(batch, outputs)
+            pairs += list(zip(batch, outputs, strict=True))[: keep - len(pairs)]
+    return evaluator.evaluate() or {}, pairs

@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM as a polite request."""
+
+import logging
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Interrupt"]
+
+
+class Interrupt:
+    """Context that takes the first SIGINT or SIGTERM as the wish to stop; the second acts as it always does.
+
+    Attributes:
+        signal: number of the signal received, 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+        logging.getLogger(__name__).warning(
+            "%s: stopping after this iteration, with a checkpoint. Once more stops at once.",
+            signal.Signals(number).name,
+        )
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,92 @@
+"""Everything a training run is told besides model, optimizer, schedule and data."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from detectron2.config import CfgNode
+
+__all__ = ["TrainerOptions"]
+
+_PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """Options of `Trainer`; the keys of `clipdense.engine.config` and of Detectron2 explain them.
+
+    Attributes:
+        output_dir: everything the run writes goes here.
+        max_iter: iterations; with ``max_seconds`` > 0 at most.
+        precision: "float32", or the autocast type "float16" or "bfloat16".
+        clip_type: "", "value", "norm" or "full_model".
+        seed: of the model's initial weights and the data order; noted in every checkpoint.
+        metadata: noted in every checkpoint (the classes that the model was trained for).
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    output_dir: str
+    max_iter: int
+    max_seconds: float = 0.0
+    precision: str = "float32"
+    accumulation_steps: int = 1
+    clip_type: str = ""
+    clip_value: float = 1.0
+    clip_norm_type: float = 2.0
+    ema_decay: float = 0.0
+    find_unused_parameters: bool = False
+    checkpoint_period: int = 5000
+    checkpoint_keep: int = 0
+    log_period: int = 20
+    eval_period: int = 0
+    best_metric: str = ""
+    best_mode: str = "max"
+    weights: str = ""
+    weights_skip: tuple[str, ...] = ()
+    allow_pickle: bool = False
+    seed: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise ValueError(
+                f"the precision of training is one of {', '.join(_PRECISIONS)}, not {self.precision!r}"
+            )
+        if self.best_mode not in ("max", "min"):
+            raise ValueError(f"TEST.BEST_MODE is 'max' or 'min', not {self.best_mode!r}")
+        for name in ("max_iter", "accumulation_steps", "checkpoint_period", "log_period"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_seconds < 0 or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"need max_seconds >= 0 and 0 <= ema_decay < 1, got {self.max_seconds}, {self.ema_decay}"
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, metadata: dict[str, Any]) -> "TrainerOptions":
+        """The options that a yacs config states."""
+        s, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+        return cls(
+            output_dir=cfg.OUTPUT_DIR,
+            max_iter=s.MAX_ITER,
+            max_seconds=s.MAX_SECONDS,
+            precision=s.AMP.DTYPE if s.AMP.ENABLED else "float32",
+            accumulation_steps=s.ACCUMULATION_STEPS,
+            clip_type=clip.CLIP_TYPE if clip.ENABLED else "",
+            clip_value=clip.CLIP_VALUE,
+            clip_norm_type=clip.NORM_TYPE,
+            ema_decay=s.EMA_DECAY,
+            find_unused_parameters=s.FIND_UNUSED_PARAMETERS,
+            checkpoint_period=s.CHECKPOINT_PERIOD,
+            checkpoint_keep=s.CHECKPOINT_KEEP,
+            log_period=s.LOG_PERIOD,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            best_metric=cfg.TEST.BEST_METRIC,
+            best_mode=cfg.TEST.BEST_MODE,
+            weights=cfg.MODEL.WEIGHTS,
+            weights_skip=tuple(cfg.MODEL.WEIGHTS_SKIP),
+            allow_pickle=cfg.MODEL.WEIGHTS_ALLOW_PICKLE,
+            seed=cfg.SEED,
+            metadata=metadata,
+        )

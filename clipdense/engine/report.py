@@ -1,0 +1,81 @@
+"""What a finished run leaves: the exported model, the curve, and a table."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from tabulate import tabulate
+from torch import nn
+
+from clipdense.engine.checkpoint import write_atomically
+
+from detectron2.config import CfgNode
+from detectron2.evaluation import verify_results
+
+__all__ = ["export", "print_results", "results_table", "verify", "write_report"]
+
+logger = logging.getLogger(__name__)
+
+
+def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -> None:
+    """Export the model, draw the training curve, print the metrics."""
+    export(model, Path(output_dir, "export.safetensors"))
+    print_results(results)
+    files = sorted(
+        p.name for p in Path(output_dir).iterdir() if p.suffix in (".pth", ".png", ".json", ".safetensors")
+    )
+    logger.info("Written to %s: %s", output_dir, ", ".join(files))
+
+
+def print_results(results: dict[str, float]) -> None:
+    """Log flattened metrics as a table."""
+    if results:
+        logger.info("Results:\n%s", results_table(results))
+
+
+def verify(cfg: Any, results: dict[str, float]) -> None:
+    """End the program with an error where metrics are not as ``TEST.EXPECTED_RESULTS`` says."""
+    if results and isinstance(cfg, CfgNode):
+        nested: dict[str, dict[str, float]] = {}
+        for name, value in results.items():
+            task, _, metric = name.rpartition("/")
+            nested.setdefault(task, {})[metric] = value
+        verify_results(cfg, nested)
+
+
+def export(model: nn.Module, path: Path) -> None:
+    """Save ``model.export_state() -> (tensors, metadata)`` as safetensors, if the model has one.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    if not hasattr(model, "export_state"):
+        return
+    state, metadata = model.export_state()
+    content = save({name: value.detach().cpu().contiguous() for name, value in state.items()}, metadata)
+    write_atomically(path, lambda file: file.write(content))
+
+
+def results_table(results: dict[str, float]) -> str:
+    """Flattened metrics ("bbox/AP50", "data set/bbox/AP50") as a table: a row a task, a column a metric.
+
+    Metrics of single classes ("AP-person") are left out.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for name, value in results.items():
+        task, _, metric = name.rpartition("/")
+        if "-" not in metric:
+            rows.setdefault(task or "all", {})[metric] = f"{value:.2f}"
+    blocks: dict[tuple[str, ...], list[list[str]]] = {}
+    for task, metrics in rows.items():
+        blocks.setdefault(tuple(metrics), []).append([task, *metrics.values()])
+    return "\n\n".join(
+        tabulate(
+            block,
+            headers=["task", *metrics],
+            disable_numparse=True,
+            colalign=["left", *["right"] * len(metrics)],
+        )
+        for metrics, block in blocks.items()
+    )

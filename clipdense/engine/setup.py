@@ -1,0 +1,220 @@
+"""The beginning of a run: config, output folder, logs, seed."""
+
+import argparse
+import difflib
+import itertools
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import clipdense
+from clipdense.config import add_clipdense_config
+from clipdense.data.checks import check_classes
+
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+
+__all__ = ["ConfigError", "load_config", "prepare_output_dir", "setup"]
+
+logger = logging.getLogger(__name__)
+
+# What a run writes into its output folder.
+_OWN_FILES = (
+    "*.pth",
+    "*.pth.tmp",
+    "*.safetensors",
+    "config.yaml",
+    "environment.txt",
+    "events.out.tfevents.*",
+    "inference",
+    "last_checkpoint",
+    "log.txt*",
+    "metrics.json",
+    "model_best.json",
+    "predictions_*.png",
+    "curve.png",
+)
+
+
+class ConfigError(ValueError):
+    """A config file or an override is wrong; the message names it and the remedy."""
+
+
+def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
+    """A yacs config (.yaml; ``KEY VALUE`` overrides) or a LazyConfig (.py; ``key=value`` overrides).
+
+    A file that is not there is looked for among the configs of the installed package as well.
+
+    Raises:
+        ConfigError: no such file, an unknown key (with near ones), a value of the wrong type.
+    """
+    overrides = list(overrides)
+    for word in overrides:
+        if word.startswith("--"):
+            raise ConfigError(f"options go before the KEY VALUE pairs, but {word} follows them")
+    path = _find(config_file)
+    if path.suffix == ".py":
+        return LazyConfig.apply_overrides(LazyConfig.load(str(path)), overrides)
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"overrides are KEY VALUE pairs, but there are {len(overrides)} words: {' '.join(overrides)}"
+        )
+    try:
+        source = str(path)
+        cfg.merge_from_file(source)
+        source = "the command line"
+        cfg.merge_from_list(overrides)
+    except (KeyError, AssertionError, ValueError, yaml.YAMLError) as e:
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(e))
+        if unknown is None:
+            raise ConfigError(f"{source}: {e}") from e
+        near = _near_keys(unknown[1], list(_keys(cfg)))
+        hint = f"Did you mean {' or '.join(near)}?" if near else "No known key is like it."
+        raise ConfigError(f"{source}: unknown config key {unknown[1]}. {hint}") from e
+    return cfg
+
+
+def _find(config_file: str) -> Path:
+    if not config_file:
+        raise ConfigError("no config file is named; give one with --config-file")
+    package = Path(clipdense.__file__).parent
+    folders = [
+        Path(),
+        package,
+        package.parent,
+    ]  # configs/ is part of an installed clipdense, and beside it in a checkout
+    for folder in folders:
+        if (folder / config_file).is_file():
+            return folder / config_file
+    known = {str(p.relative_to(f)) for f in folders for p in (f / "configs").rglob("*.yaml")}
+    near = difflib.get_close_matches(config_file, known, n=3)
+    raise ConfigError(
+        f"config file {config_file} does not exist" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _near_keys(key: str, known: list[str]) -> list[str]:
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    last = key.rpartition(".")[2]  # the right name in the wrong place
+    return list(dict.fromkeys([*(k for k in known if k.rpartition(".")[2] == last), *near]))[:4]
+
+
+def setup(args: argparse.Namespace) -> Any:
+    """Everything that comes before the model: config, checks, output folder, logs, random seed.
+
+    ``SEED`` -1 becomes a number here, noted in the run's config.yaml. Without a GPU, ``MODEL.DEVICE`` cuda
+    becomes cpu.
+
+    Args:
+        args: what `detectron2.engine.default_argument_parser` parses.
+
+    Returns:
+        The config, frozen if it is a yacs one.
+
+    Raises:
+        ConfigError: the config, its data sets or their classes are wrong, or OUTPUT_DIR cannot be written.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    yacs = isinstance(cfg, CfgNode)
+    output_dir = cfg.OUTPUT_DIR if yacs else cfg.train.output_dir
+    device = cfg.MODEL.DEVICE if yacs else cfg.train.device
+    seed = cfg.SEED if yacs else cfg.train.get("seed", -1)
+    if yacs and not args.eval_only:
+        try:
+            check_classes(cfg)
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
+
+    if comm.is_main_process():
+        moved = prepare_output_dir(output_dir, keep=args.resume or args.eval_only)
+    comm.synchronize()
+    if seed < 0:
+        seed = _seed_of_earlier_run(output_dir) if args.resume else None
+        seed = comm.shared_random_seed() if seed is None else seed
+    fallback = str(device).startswith("cuda") and not torch.cuda.is_available()
+    device = "cpu" if fallback else device
+    if yacs:
+        cfg.SEED, cfg.MODEL.DEVICE = seed, device
+        cfg.freeze()
+    else:
+        cfg.train.seed, cfg.train.device = seed, device
+
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "clipdense"):
+        setup_logger(output_dir, distributed_rank=rank, name=name)
+    logger.info("Output folder: %s", output_dir)
+    if comm.is_main_process():
+        if moved:
+            logger.info("It held another run, which is now in %s (--resume would have continued it)", moved)
+        if not args.eval_only:
+            _note(cfg, output_dir)
+    if fallback:
+        logger.warning("No GPU here: running on CPU")
+    seed_all_rng(seed + rank)
+    return cfg
+
+
+def prepare_output_dir(output_dir: str, keep: bool) -> Path | None:
+    """Make the folder; move what an earlier run left there into its subfolder ``old_1``, ``old_2``, ...
+
+    Args:
+        keep: leave an earlier run where it is (to resume or evaluate it).
+
+    Returns:
+        Where the earlier run is now, if there was one that was moved.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"OUTPUT_DIR {output_dir} cannot be written: {e.strerror}") from e
+    if keep or not any((folder / name).exists() for name in ("last_checkpoint", "metrics.json")):
+        return None
+    target = next(p for n in itertools.count(1) if not (p := folder / f"old_{n}").exists())
+    target.mkdir()
+    for pattern in _OWN_FILES:
+        for path in folder.glob(pattern):
+            shutil.move(path, target / path.name)
+    return target
+
+
+def _seed_of_earlier_run(output_dir: str) -> int | None:
+    path = Path(output_dir, "config.yaml")
+    if not path.exists():
+        return None
+    noted = yaml.unsafe_load(path.read_text())
+    return noted.get("SEED", noted.get("train", {}).get("seed"))
+
+
+def _note(cfg: Any, output_dir: str) -> None:
+    """Write config.yaml and environment.txt."""
+    if isinstance(cfg, CfgNode):
+        Path(output_dir, "config.yaml").write_text(cfg.dump())
+    else:
+        LazyConfig.save(cfg, str(Path(output_dir, "config.yaml")))
+    Path(output_dir, "environment.txt").write_text(collect_env_info())
