@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import templates as template_sets
 from .cache import RowStore, default_cache_dir, module_fingerprint
+from .tokenizer import token_counts
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class TextEmbedder(ABC):
 
     @abstractmethod
     def rows(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        """One row (S, D) a name, float32 on the CPU, averaged over templates, not normalised; its class (S,)."""
+        """One row a name (S, D), float32 on the CPU, averaged over templates, not normalised; its class (S,)."""
 
     @property
     def device(self) -> torch.device:
@@ -168,12 +169,18 @@ class TextBank(TextEmbedder):
     def rows(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
         """See `TextEmbedder.rows`."""
         pairs = self.names(vocabulary)
-        names = [self.templates.clean(name) for _, name in pairs]
+        return self._rows([name for _, name in pairs]), torch.tensor([i for i, _ in pairs])
+
+    def embed_names(self, names: Sequence[str]) -> Tensor:
+        """Name embeddings (n, D), float32 unit rows, of any names: no vocabulary, so they may repeat."""
+        return F.normalize(self._rows(names).double(), dim=-1).float().to(self.device)
+
+    def _rows(self, names: Sequence[str]) -> Tensor:
+        cleaned = [self.templates.clean(name) for name in names]
         # plain tensors, also when called under inference_mode: a later training step may use the same rows
         with torch.inference_mode(False), torch.no_grad():
-            rows = self._lookup(list(dict.fromkeys(names)))
-            index = torch.tensor([i for i, _ in pairs])
-            return torch.stack([rows[name] for name in names]), index
+            rows = self._lookup(list(dict.fromkeys(cleaned)))
+            return torch.stack([rows[name] for name in cleaned])
 
     def _lookup(self, names: list[str]) -> dict[str, Tensor]:
         key = self.fingerprint()
@@ -269,7 +276,7 @@ class _Prompts:
 
     Attributes:
         tokens: (n, L) int32.
-        lengths: (n,) tokens before the padding, where the tokenizer tells.
+        lengths: (n,) tokens before the padding.
         inverse: (m,) the row in `tokens` of every prompt that was asked for.
         too_long: which of the m prompts are over the limit.
     """
@@ -281,46 +288,31 @@ class _Prompts:
 
 
 class _PromptTokenizer:
-    """A CLIP's tokenizer that never cuts.
-
-    open_clip's own BPE tells the true length of a prompt. Of another tokenizer we ask for four times the
-    context: a prompt fits when that shows the same tokens and then padding alone.
-    """
+    """A CLIP's tokenizer that tells what it would cut."""
 
     def __init__(self, tokenizer: Any, context: int, reserved: int) -> None:
         self.tokenizer = tokenizer
         self.context = context
-        self.limit = self.context - reserved
-        self.bpe = isinstance(self.tokenizer, SimpleTokenizer) and self.tokenizer.reduction_fn is None
+        self.limit = context - reserved
 
     @property
     def fingerprint(self) -> list[Any]:
         """What tells tokenizers apart: kind, cleaning, limit, and what they make of an awkward sentence."""
         clean = getattr(getattr(self.tokenizer, "clean_fn", None), "__qualname__", None)
-        tokens = self._call([_PROBE])[0].tolist()
-        return [type(self.tokenizer).__qualname__, clean, self.limit, tokens]
+        tokens: Tensor = self.tokenizer([_PROBE], context_length=self.context)
+        return [type(self.tokenizer).__qualname__, clean, self.limit, tokens.tolist()]
 
     def __call__(self, prompts: Sequence[str]) -> _Prompts:
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         inverse = [distinct[prompt] for prompt in prompts]
-        if self.bpe:
+        if isinstance(self.tokenizer, SimpleTokenizer):  # its slow half once, for counts and tokens
             start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
             ids = [[start, *self.tokenizer.encode(prompt), end] for prompt in distinct]
             counts = [len(row) for row in ids]
-            tokens = torch.zeros(len(ids), self.context, dtype=torch.int32)
-            for row, values in zip(tokens, ids, strict=True):
-                row[: len(values)] = torch.tensor(values[: self.context])
+            rows = [(row + [0] * self.context)[: self.context] for row in ids]
+            tokens = torch.tensor(rows, dtype=torch.int32)
         else:
-            tokens = self._call(list(distinct)).int()
-            wide = self.tokenizer(list(distinct), context_length=4 * self.context)
-            # the class token of CLIPS stands at the very end, whatever the length
-            kept = self.context - (getattr(self.tokenizer, "tokenizer_mode", "") == "clips")
-            padding = wide[:, -2:-1]
-            fits = (wide[:, :kept] == tokens[:, :kept]).all(1) & (wide[:, self.limit : -1] == padding).all(1)
-            counts = [self.limit + (not fit) for fit in fits.tolist()]
+            counts = token_counts(self.tokenizer, list(distinct))
+            tokens = self.tokenizer(list(distinct), context_length=self.context).int()
         too_long = [i for i, j in enumerate(inverse) if counts[j] > self.limit]
         return _Prompts(tokens, torch.tensor(counts), torch.tensor(inverse), too_long)
-
-    def _call(self, prompts: list[str]) -> Tensor:
-        tokens: Tensor = self.tokenizer(prompts, context_length=self.context)
-        return tokens

@@ -1,0 +1,295 @@
+"""Precomputed text tables: text embeddings without a text tower.
+
+A table file holds one matrix and, where its format can, an index: for every row the class, and optionally the
+synonym and the template that it stands for.
+
+- `.safetensors`: tensor `embeddings` (or the only one); metadata `index` as JSON `{"classes": [...],
+"synonyms": [...],
+  "templates": [...]}`, one entry a row each, the last two optional. `save_table` writes this.
+- `.pt`: a matrix, or a dict with `embeddings` and optionally `index`. Read with `weights_only`.
+- `.npy`: the matrix; `<file>.json` beside it may hold the index.
+
+A file without an index takes its names from the caller, row by row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .text import TextBank, TextEmbedder
+from .vocabulary import Vocabulary, canonical, near
+
+__all__ = ["TableIndex", "TextTable", "save_table"]
+
+_MEANS = "means of unit prompts"
+
+
+@dataclass(frozen=True)
+class TableIndex:
+    """What each of R rows stands for.
+
+    Attributes:
+        classes: R class names, or all names of the class where they are known; the first is the display name.
+        synonyms: R names; None: a row stands for its class whole.
+        templates: R templates; rows that agree but for the template are averaged.
+    """
+
+    classes: tuple[tuple[str, ...], ...]
+    synonyms: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for field in (self.synonyms, self.templates):
+            if field is not None and len(field) != len(self):
+                raise ValueError(f"the index has {len(self)} classes, but {len(field)} synonyms or templates")
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Sequence[str]]) -> TableIndex:
+        """From the JSON layout that the module describes."""
+        fields = {k: tuple(v) for k in ("synonyms", "templates") if (v := content.get(k)) is not None}
+        return cls(tuple((name,) for name in content["classes"]), **fields)
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary, rows: int) -> TableIndex | None:
+        """One row a class, or one row a name, as the count says; None where it says neither."""
+        if rows == len(vocabulary):
+            return cls(vocabulary.synonyms)
+        if rows == sum(map(len, vocabulary.synonyms)):
+            pairs = [(names, name) for names in vocabulary.synonyms for name in names]
+            return cls(tuple(names for names, _ in pairs), tuple(name for _, name in pairs))
+        return None
+
+
+class TextTable(TextEmbedder):
+    """Text embeddings from a table, for every vocabulary whose names it has; called like a `TextBank`.
+
+    Where rows stand for whole classes, a class is found by its display name. Where they stand for names,
+    every name that is asked for must be there.
+
+    Args:
+        embeddings: (R, D), any float type.
+        index: what the rows stand for.
+        synonyms: "mean" or "first", see `TextEmbedder`.
+        unit: L2-normalise every row first; False where rows are means of unit rows already (`save_table`).
+        source: what errors call the table.
+
+    Raises:
+        ValueError: another number of rows than the index has, rows that are zero or not finite.
+    """
+
+    def __init__(
+        self,
+        embeddings: Tensor,
+        index: TableIndex,
+        *,
+        synonyms: str = "mean",
+        unit: bool = True,
+        source: str = "text table",
+    ) -> None:
+        super().__init__(synonyms)
+        embeddings = embeddings.detach().float().cpu()
+        if embeddings.dim() != 2 or len(embeddings) != len(index):
+            raise ValueError(
+                f"{source}: {tuple(embeddings.shape)} embeddings for {len(index)} rows of the index"
+            )
+        bad = ~embeddings.isfinite().all(1) | (embeddings == 0).all(1)
+        if bad.any():
+            raise ValueError(f"{source}: rows {bad.nonzero().flatten().tolist()[:20]} are zero or not finite")
+        self.source = source
+        self.index = index
+        self.embeddings = F.normalize(embeddings, dim=1) if unit else embeddings
+        self.by_class = index.synonyms is None
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for row, names in enumerate(index.classes):
+            rows.setdefault(_key(names, None if index.synonyms is None else index.synonyms[row]), []).append(
+                row
+            )
+        self._vectors = {key: self.embeddings[ids].double().mean(0).float() for key, ids in rows.items()}
+        # for a key that is not there: all that has the display name, or the name whatever its class
+        self._similar: dict[str, list[Tensor]] = {}
+        for key, vector in self._vectors.items():
+            self._similar.setdefault(key[0] if self.by_class else key[-1], []).append(vector)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        names: Vocabulary | str | Path | Sequence[str] | None = None,
+        *,
+        dim: int | None = None,
+        synonyms: str = "mean",
+    ) -> TextTable:
+        """Read a table file.
+
+        Args:
+            path: .safetensors, .pt, .pth or .npy; see the module.
+            names: what the rows stand for, where the file does not say: anything `Vocabulary.parse` takes,
+                with one row a class or one row a name.
+            dim: D, where known (`clip.embed_dim`): tells rows from columns, and is checked.
+            synonyms: "mean" or "first".
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a damaged file, no names, names whose number fits neither side of the matrix or both.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no text table '{path}'")
+        matrix, content = _read(path)
+        shape = tuple(matrix.shape)
+        source = f"text table '{path}'"
+        if matrix.dim() != 2 or not matrix.is_floating_point():
+            raise ValueError(f"{source} holds {matrix.dtype} {shape}, not a matrix of floats")
+        if "index" in content:
+            known = TableIndex.from_content(content["index"])
+            layouts = [(m, known) for m in (matrix, matrix.T) if len(m) == len(known)][:1]
+            expected = f"the {len(known)} rows of its index"
+        elif names is not None:
+            vocabulary = Vocabulary.parse(names)
+            indices = [(m, TableIndex.from_vocabulary(vocabulary, len(m))) for m in (matrix, matrix.T)]
+            layouts = [(m, index) for m, index in indices if index is not None]
+            expected = f"{len(vocabulary)} classes with {sum(map(len, vocabulary.synonyms))} names"
+        else:
+            raise ValueError(f"{source} {shape} does not name its rows: give their class names")
+        layouts = [(m, index) for m, index in layouts if dim in (None, m.shape[1])]
+        if not layouts:
+            raise ValueError(
+                f"{source} is {shape}; that does not fit {expected}" + (f" x {dim}" if dim else "")
+            )
+        if len(layouts) == 2:
+            raise ValueError(
+                f"{source} is {shape}, and both sides fit {expected}: give the embedding dimension, or where it is"
+                " square an index of the rows"
+            )
+        embeddings, index = layouts[0]
+        return cls(embeddings, index, synonyms=synonyms, unit=content.get("rows") != _MEANS, source=source)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.embeddings.shape[1]
+
+    def rows(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+        """See `TextEmbedder.rows`; one row a class where the table has no synonyms.
+
+        Raises:
+            ValueError: names that the table does not have, or has for several classes; near matches are
+                given.
+        """
+        found, classes, missing, several = [], [], [], []
+        for i, name in self._wanted(vocabulary):
+            names = vocabulary.synonyms[i]
+            vector = self._vectors.get(_key(names, None if self.by_class else name))
+            similar = self._similar.get(canonical(name), []) if vector is None else [vector]
+            if not similar:
+                missing.append(name)
+            elif any(not torch.equal(similar[0], other) for other in similar[1:]):
+                several.append(name)
+            else:
+                found.append(similar[0])
+                classes.append(i)
+        if missing:
+            raise ValueError(f"{self.source} has no row for {self._hints(missing)}")
+        if several:
+            raise ValueError(f"{self.source} has several classes of the name {', '.join(map(repr, several))}")
+        return torch.stack(found), torch.tensor(classes)
+
+    def _wanted(self, vocabulary: Vocabulary) -> list[tuple[int, str]]:
+        return list(enumerate(vocabulary.names)) if self.by_class else self.names(vocabulary)
+
+    def _hints(self, missing: list[str]) -> str:
+        known = (
+            {names[0] for names in self.index.classes} if self.by_class else set(self.index.synonyms or ())
+        )
+        hints = []
+        for name in missing[:20]:
+            close = near(name, known)
+            hints.append(f"{name!r} (near: {', '.join(map(repr, close))})" if close else repr(name))
+        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+        return ", ".join(hints) + more
+
+
+def _key(names: Sequence[str], name: str | None) -> tuple[str, ...]:
+    """A class by all its names, or a name of a class by the display name and itself."""
+    return tuple(map(canonical, names if name is None else (names[0], name)))
+
+
+def save_table(path: str | Path, bank: TextBank, vocabulary: Vocabulary) -> None:
+    """Write the rows of a vocabulary, one a name; `TextTable.load` gives exactly what the bank gives.
+
+    The metadata holds the index, the model's name and the template set.
+
+    Raises:
+        ValueError: the file is no .safetensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a text table is written as .safetensors, not '{path.name}'")
+    rows, _ = bank.rows(vocabulary)
+    pairs = bank.names(vocabulary)
+    index = {"classes": [vocabulary.names[i] for i, _ in pairs], "synonyms": [name for _, name in pairs]}
+    metadata = {
+        "index": json.dumps(index, ensure_ascii=False),
+        "rows": _MEANS,
+        "model": bank.clip.name,
+        "template_set": bank.templates.name,
+        "templates": json.dumps(bank.templates.templates, ensure_ascii=False),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        save_file({"embeddings": rows.contiguous()}, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """The matrix, and what the file says about it: `index`, `rows`."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                keys = file.keys()
+                tensors: dict[str, Any] = {key: file.get_tensor(key) for key in keys}
+                metadata: dict[str, Any] = dict(file.metadata() or {})
+            if "index" in metadata:
+                metadata["index"] = json.loads(metadata["index"])
+            return _matrix(tensors), metadata
+        if path.suffix in (".pt", ".pth"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(content, Tensor):
+                return content, {}
+            if not isinstance(content, dict):
+                raise ValueError(f"expected a tensor or a dict, found {type(content).__name__}")
+            return _matrix(content), content
+        if path.suffix == ".npy":
+            sidecar = path.with_name(path.name + ".json")
+            index = {"index": json.loads(sidecar.read_text(encoding="utf-8"))} if sidecar.is_file() else {}
+            return torch.from_numpy(np.load(path, allow_pickle=False)), index
+    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"cannot read text table '{path}': {error}") from None
+    raise ValueError(f"text table '{path}' is none of .safetensors, .pt, .pth, .npy")
+
+
+def _matrix(content: Mapping[str, Any]) -> Tensor:
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if "embeddings" not in tensors and len(tensors) != 1:
+        raise ValueError(f"expected a tensor 'embeddings', found {sorted(content)}")
+    return tensors["embeddings"] if "embeddings" in tensors else next(iter(tensors.values()))
