@@ -193,9 +193,8 @@ def load_clip(
 
 def _layout(file: Checkpoint) -> Layout | None:
     """None for a part of a model (the nano files), which has the model's own keys."""
-    part = all(key.startswith("visual.") for key in file.state) or all(
-        key.startswith(("text.", "logit_")) for key in file.state
-    )
+    towers = {key.split(".")[0] for key in file.state} - {"logit_scale", "logit_bias"}
+    part = towers in ({"visual"}, {"text"})
     return None if part else detect_layout(file.state, str(file.path))
 
 

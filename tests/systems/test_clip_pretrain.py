@@ -128,7 +128,7 @@ def test_retrieval_finds_equal_content():
     u = torch.eye(3)
     v = u[[2, 1, 0]]  # crop 0 finds caption 2: another image's, but of equal content
     evaluator.process([{"contents": contents}], [{"image_embeddings": u, "text_embeddings": v}])
-    assert evaluator.evaluate()["retrieval"]["image-to-text-R@1"] == 100
+    assert evaluator.evaluate()["retrieval"]["image_to_text_R@1"] == 100
     evaluator.reset()
     evaluator.process([{"contents": contents}], [{"image_embeddings": u, "text_embeddings": v[[1, 0, 2]]}])
-    assert evaluator.evaluate()["retrieval"]["image-to-text-R@1"] < 100
+    assert evaluator.evaluate()["retrieval"]["image_to_text_R@1"] < 100

@@ -14,7 +14,7 @@ from typing import Any, cast
 from timm.models import register_model
 from timm.models.eva import Eva
 
-__all__ = ["NANO_MODELS", "nano_config", "nano_files"]
+__all__ = ["NANO_MODELS", "nano_config", "nano_files", "nano_path"]
 
 NANO_MODELS = ("shapes-rn", "shapes-vit", "shapes-eva")
 _ROOM = Path(__file__).parent
@@ -49,13 +49,18 @@ def nano_config(name: str) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads((_ROOM / f"{name}.json").read_text()))
 
 
+def nano_path(name: str) -> Path:
+    """Where the weights of a nano model's image tower, or of "shapes-text", lie in the package."""
+    return _ROOM / f"{name}.safetensors"
+
+
 def nano_files(name: str) -> list[Path]:
     """The weight files of a nano model: image tower, then text tower.
 
     Raises:
         FileNotFoundError: a file is not in the package.
     """
-    files = [_ROOM / f"{name}.safetensors", _ROOM / "shapes-text.safetensors"]
+    files = [nano_path(name), nano_path("shapes-text")]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(

@@ -32,10 +32,10 @@ class CropRetrievalEvaluator(TaskEvaluator):
         positives = positive_pairs(contents, contents) > 0
         similarity = images @ texts.T
         recalls = {
-            f"{name}-R@{k}": _recall(scores, hits, k)
+            f"{name}_R@{k}": _recall(scores, hits, k)
             for name, scores, hits in (
-                ("image-to-text", similarity, positives),
-                ("text-to-image", similarity.T, positives.T),
+                ("image_to_text", similarity, positives),
+                ("text_to_image", similarity.T, positives.T),
             )
             for k in (1, 5)
         }
