@@ -1,9 +1,9 @@
 """Put a pre-trained nano CLIP into the package, from where load_clip takes it.
 
-    python tools/train_net.py --config-file configs/shapes/clip_rn.yaml OUTPUT_DIR output/clip_rn
-    python tools/pack_nano.py output/clip_rn/export.safetensors --with-text
-    python tools/train_net.py --config-file configs/shapes/clip_vit.yaml OUTPUT_DIR output/clip_vit
-    python tools/pack_nano.py output/clip_vit/export.safetensors
+python tools/train_net.py --config-file configs/shapes/clip_rn.yaml OUTPUT_DIR output/clip_rn
+python tools/pack_nano.py output/clip_rn/export.safetensors --with-text
+python tools/train_net.py --config-file configs/shapes/clip_vit.yaml OUTPUT_DIR output/clip_vit
+python tools/pack_nano.py output/clip_vit/export.safetensors
 """
 
 import argparse
@@ -25,9 +25,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     checkpoint = read_checkpoint(arguments.export)
-    name = checkpoint.metadata.get("model")
+    name = checkpoint.metadata.get("options", {}).get("name")
     if name not in NANO_MODELS:
-        parser.error(f"{arguments.export} holds the model {name!r}, which is none of {', '.join(NANO_MODELS)}")
+        parser.error(
+            f"{arguments.export} holds {name!r}, not one of {', '.join(NANO_MODELS)}"
+        )
     text = {key: value for key, value in checkpoint.state.items() if key.startswith("text.")}
     image = {key: value for key, value in checkpoint.state.items() if key not in text}
     metadata = {"layout": "open_clip", "options": {"name": name}}

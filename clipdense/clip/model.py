@@ -124,12 +124,20 @@ class ClipModel(nn.Module):
         Raises:
             ValueError: the model wraps a module whose config is unknown.
         """
+        save_checkpoint(path, self.state_dict(), self.file_metadata())
+
+    def file_metadata(self) -> dict[str, Any]:
+        """What a file of this model's state must say for `load_clip` to need no more (see `save_checkpoint`).
+
+        Raises:
+            ValueError: the model wraps a module whose config is unknown.
+        """
         if not self.config["model_cfg"]:
             raise ValueError(
                 f"'{self.name}' wraps a module of unknown config, so its file could not be read back"
             )
         options = {"name": self.name, "config": self.config, "text": self.text is not None}
-        save_checkpoint(path, self.state_dict(), {"layout": "open_clip", "options": options})
+        return {"layout": "open_clip", "options": options}
 
 
 def load_clip(

@@ -4,11 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from tabulate import tabulate
 from torch import nn
 
-from clipdense.engine.checkpoint import write_atomically
+from clipdense.checkpoint import save_checkpoint
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
@@ -45,16 +44,11 @@ def verify(cfg: Any, results: dict[str, float]) -> None:
 
 
 def export(model: nn.Module, path: Path) -> None:
-    """Save ``model.export_state() -> (tensors, metadata)`` as safetensors, if the model has one.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
+    """Save ``model.export_state() -> (tensors, metadata)`` by `save_checkpoint`, if the model has one."""
     if not hasattr(model, "export_state"):
         return
     state, metadata = model.export_state()
-    content = save({name: value.detach().cpu().contiguous() for name, value in state.items()}, metadata)
-    write_atomically(path, lambda file: file.write(content))
+    save_checkpoint(path, state, metadata)
 
 
 def results_table(results: dict[str, float]) -> str:

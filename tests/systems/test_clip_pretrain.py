@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import clipdense  # noqa: F401
+from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
 from clipdense.data.shapes import world
 from clipdense.data.shapes.captions import SYNONYMS
@@ -108,13 +109,10 @@ def test_short_token_rows_change_nothing():
 
 
 def test_export_loads_again(tmp_path):
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     model = ContrastiveCLIP(clip=load_clip("shapes-rn", "random")).eval()
-    state, metadata = model.export_state()
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "export.safetensors", metadata)
-    again = load_clip(metadata["model"], str(tmp_path / "export.safetensors"))
+    save_checkpoint(tmp_path / "export.safetensors", *model.export_state())
+    again = load_clip(str(tmp_path / "export.safetensors"))
     image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(
         again.encode_image(image), model.clip.encode_image(image), atol=2e-3, rtol=2e-2

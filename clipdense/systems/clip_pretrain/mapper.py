@@ -67,8 +67,8 @@ class CropCaptionMapper:
             things.append(
                 AnnotatedThing(annotation["category_id"], (x, y, x + w, y + h), annotation["visible"])
             )
-        key = int(torch.randint(2**31, ())) if self.is_train else 0
-        rng = Rng(key, int(dataset_dict["image_id"]))
+        seed = int(torch.randint(2**31, ())) if self.is_train else 0
+        rng = Rng(seed, int(dataset_dict["image_id"]))
         crops = [self.sampler(image, ground, things, rng) for _ in range(self.per_image)]
         return {
             "file_name": dataset_dict["file_name"],

@@ -28,18 +28,31 @@ class ContrastiveCLIP(nn.Module):
     Args:
         clip: the model to train.
         locked_text: whether the text tower stays as it is (LiT).
+        init_logit_scale: temperature s at the start; 0 leaves the one of ``clip``.
         max_logit_scale: upper bound of the temperature s.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     @configurable
-    def __init__(self, *, clip: ClipModel, locked_text: bool = False, max_logit_scale: float = 100.0) -> None:
+    def __init__(
+        self,
+        *,
+        clip: ClipModel,
+        locked_text: bool = False,
+        init_logit_scale: float = 0.0,
+        max_logit_scale: float = 100.0,
+    ) -> None:
         super().__init__()
         if clip.text is None:
             raise ValueError(f"contrastive training needs a text tower; {clip.name} was loaded without one")
         self.clip = clip
         self.locked_text = locked_text
         self.max_logit_scale = math.log(max_logit_scale)
-        self.clip.text.requires_grad_(not locked_text)
+        if init_logit_scale:
+            torch.nn.init.constant_(clip.logit_scale, math.log(init_logit_scale))
+        clip.text.requires_grad_(not locked_text)
         self.register_buffer(
             "pixel_mean", torch.tensor(clip.pixel_mean).view(3, 1, 1) * 255, persistent=False
         )
@@ -60,6 +73,7 @@ class ContrastiveCLIP(nn.Module):
         return {
             "clip": clip,
             "locked_text": bool(teacher),
+            "init_logit_scale": cfg.MODEL.CONTRASTIVE_CLIP.INIT_LOGIT_SCALE,
             "max_logit_scale": cfg.MODEL.CONTRASTIVE_CLIP.MAX_LOGIT_SCALE,
         }
 
@@ -99,10 +113,10 @@ class ContrastiveCLIP(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked_text):
             return self.clip.encode_text(tokens)
 
-    def export_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The CLIP alone, in half precision, with its model name: what `load_clip(name, file)` takes."""
+    def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The CLIP alone, in half precision: what `load_clip(file)` takes."""
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.clip.state_dict().items()}
-        return state, {"model": self.clip.name}
+        return state, self.clip.file_metadata()
 
 
 def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Tensor:
