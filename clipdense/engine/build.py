@@ -133,9 +133,9 @@ def _lazy_evaluate(cfg: Any, model: nn.Module, final: bool) -> dict[str, Any]:
 def _lazy_options(cfg: Any) -> TrainerOptions:
     """From the ``train`` node.
 
-    It takes Detectron2's names (output_dir, init_checkpoint, max_iter, amp.enabled, ddp.find_unused_parameters,
-    checkpointer.{period,max_to_keep}, eval_period, log_period, device, seed), ``sync_bn``, and any attribute of
-    `TrainerOptions`.
+    It takes Detectron2's names (output_dir, init_checkpoint, max_iter, amp.enabled, eval_period, log_period,
+    checkpointer.{period,max_to_keep}, ddp.find_unused_parameters, device, seed), ``sync_bn``, and any
+    attribute of `TrainerOptions`.
     """
     train = cfg.train
     own = {name: train[name] for name in TrainerOptions.__dataclass_fields__ if name in train}

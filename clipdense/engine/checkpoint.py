@@ -64,12 +64,16 @@ def _reason(error: Exception, folder: Path) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else _first_line(error)
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
         if free < 2**30 or (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
             reason += f" ({free / 2**20:.0f} MB free in {folder})"
     return reason
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class TrainingCheckpointer(DetectionCheckpointer):
@@ -166,21 +170,21 @@ class TrainingCheckpointer(DetectionCheckpointer):
                 return super()._load_file(f)
             loaded = torch.load(f, map_location="cpu", weights_only=not self.allow_pickle)
         except pickle.UnpicklingError as e:
-            if "Weights only load failed" not in str(e):
-                raise CheckpointError(f"{f} is truncated or not a weight file: {e}") from e
-            self._require_pickle_allowed(f)
-            raise
+            if zipfile.is_zipfile(f) or "Unsupported" in str(e):  # whole, but more than tensors
+                self._require_pickle_allowed(f)
+            raise self._damaged(f, e) from e
         except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, SafetensorError) as e:
-            if isinstance(e, CheckpointError):
-                raise
-            size = os.path.getsize(f)
-            raise CheckpointError(
-                f"{f} ({size} bytes) is truncated or not a weight file: {str(e).splitlines()[0]}. "
-                "Copy or download it again, or choose an older checkpoint of the run."
-            ) from e
+            raise e if isinstance(e, CheckpointError) else self._damaged(f, e) from e
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{f} holds a {type(loaded).__name__}, not a state dict")
         return loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
+
+    @staticmethod
+    def _damaged(path: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{path} ({os.path.getsize(path)} bytes) is truncated or not a weight file: "
+            f"{_first_line(error)}. Copy or download it again, or choose an older checkpoint of the run."
+        )
 
     def _require_pickle_allowed(self, path: str) -> None:
         if not self.allow_pickle:
@@ -198,6 +202,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
             if own is None or tuple(own.shape) != tuple(value.shape):
                 self.logger.warning("Not loaded, as MODEL.WEIGHTS_SKIP says: %s %s", key, tuple(value.shape))
                 del checkpoint["model"][key]
+        if self._offered and not checkpoint["model"]:
+            raise CheckpointError(f"MODEL.WEIGHTS_SKIP leaves nothing of {self._path} to load")
         return super()._load_model(checkpoint)
 
     def _skipped(self, key: str) -> bool:

@@ -1,7 +1,7 @@
 """Configuration keys of `clipdense.engine`.
 
 Detectron2's own ``SOLVER`` and ``TEST`` keys keep their meaning; what follows is added to them. An iteration
-is one optimizer step on ``SOLVER.IMS_PER_BATCH`` images, whatever the number of processes or accumulated parts.
+is one optimizer step on ``SOLVER.IMS_PER_BATCH`` images, however many processes and parts share them.
 """
 
 from detectron2.config import CfgNode as CN

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a polite request."""
 
 import logging
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -12,15 +13,18 @@ __all__ = ["Interrupt"]
 class Interrupt:
     """Context that takes the first SIGINT or SIGTERM as the wish to stop; the second acts as it always does.
 
+    Processes forked within it (data loading) ignore the first one and leave it to their parent.
+
     Attributes:
         signal: number of the signal received, 0 for none.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self._process = 0, 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
+        self.signal, self._process = 0, os.getpid()
         if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
@@ -32,8 +36,10 @@ class Interrupt:
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
         self._restore()
+        if os.getpid() != self._process:
+            return
+        self.signal = number
         logging.getLogger(__name__).warning(
             "%s: stopping after this iteration, with a checkpoint. Once more stops at once.",
             signal.Signals(number).name,

@@ -100,8 +100,8 @@ def freeze(model: nn.Module, rules: Iterable[ParamRule]) -> None:
 def keep_frozen_in_eval(model: nn.Module) -> None:
     """Put norms, dropouts and other leaf layers of wholly frozen modules into evaluation mode.
 
-    Call it after ``model.train()``. A frozen trunk then computes the same features in training as in evaluation:
-    no batch statistics, no dropout.
+    Call it after ``model.train()``. A frozen trunk then computes the same features in training as in
+    evaluation: no batch statistics, no dropout.
     """
     parameters = list(model.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
@@ -177,7 +177,7 @@ def _layer_scales(names: list[str], rate: float) -> dict[str, float]:
     blocks = {name: int(m.group(1)) for name in names if (m := _BLOCK.search(name))}
     if not blocks:
         raise ValueError(
-            "SOLVER.PARAM_GROUPS: LAYER_DECAY needs numbered blocks in names (blocks.N, resblocks.N, layers.N)"
+            "SOLVER.PARAM_GROUPS: LAYER_DECAY needs names with blocks (blocks.N, resblocks.N, layers.N)"
         )
     count = max(blocks.values()) + 1
     depth = {

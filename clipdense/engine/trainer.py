@@ -117,9 +117,9 @@ class Trainer(TrainerBase):
         self.iter = self._done = self._saved = self.start_iter
         with EventStorage(self.start_iter) as self.storage:
             try:
-                self._prepare()
-                self.before_train()
-                with self._interrupt:
+                with self._interrupt:  # before the loader forks its workers, which Ctrl-C reaches as well
+                    self._prepare()
+                    self.before_train()
                     while self.iter < self.max_iter:
                         self.before_step()
                         self.run_step()

@@ -1,0 +1,41 @@
+"""Lets the tests of this folder import the toy world, and run it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import engine_toy
+
+from clipdense.engine.trainer import Trainer
+
+from detectron2.utils.env import seed_all_rng
+
+
+@pytest.fixture
+def build_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """A toy trainer: ``build_trainer(KEY, VALUE, ..., folder="run", resume=False)``."""
+
+    def build(*overrides: Any, folder: str = "run", resume: bool = False) -> Trainer:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        seed_all_rng(0)
+        trainer = Trainer(engine_toy.toy_config(tmp_path / folder, *overrides))
+        trainer.resume_or_load(resume)
+        return trainer
+
+    return build
+
+
+@pytest.fixture
+def lose_signal_handlers() -> Iterator[None]:
+    """Give back SIGINT and SIGTERM as they were."""
+    import signal
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

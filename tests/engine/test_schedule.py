@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from clipdense.config import add_clipdense_config
+from clipdense.engine.schedule import Schedule, build_schedule, cosine, multi_step, poly
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.solver import build_lr_scheduler
+
+
+def config(**solver: object) -> CfgNode:
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    for key, value in {
+        "MAX_ITER": 40,
+        "WARMUP_ITERS": 7,
+        "STEPS": (20, 31),
+        "BASE_LR": 0.3,
+        **solver,
+    }.items():
+        cfg.SOLVER[key] = value
+    return cfg
+
+
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR"])
+@pytest.mark.parametrize("method", ["linear", "constant"])
+def test_equals_detectron2(name: str, method: str) -> None:
+    cfg = config(LR_SCHEDULER_NAME=name, WARMUP_METHOD=method)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), cfg.SOLVER.BASE_LR)
+    theirs = build_lr_scheduler(cfg, optimizer)
+    ours = build_schedule(cfg)
+    for i in range(cfg.SOLVER.MAX_ITER):
+        assert 0.3 * ours(i, i / 40) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), i
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("name", ["WarmupCosineLR", "WarmupPolyLR"])
+def test_decays_to_the_end_value(name: str) -> None:
+    schedule = build_schedule(config(LR_SCHEDULER_NAME=name, BASE_LR_END=0.03))
+    assert schedule(40, 1.0) == pytest.approx(0.1)
+    values = [schedule(i, i / 40) for i in range(7, 41)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_decays() -> None:
+    assert poly(2.0, end=0.2)(0.5) == pytest.approx(0.2 + 0.8 * 0.25)
+    assert cosine(0.2)(0.5) == pytest.approx(0.6)
+    assert [multi_step([0.5, 0.8], 0.1)(p) for p in (0.4, 0.5, 0.8)] == pytest.approx([1, 0.1, 0.01])
+
+
+def test_under_a_time_cap_warmup_is_short_and_the_decay_complete() -> None:
+    # a slow machine: after 10 of 1000 iterations all time is used up
+    schedule = Schedule(cosine(), max_iter=1000, warmup_iters=100, timed=True)
+    values = [schedule(i, i / 10) for i in range(11)]
+    assert values[0] == pytest.approx(0.001)
+    assert values[1] == pytest.approx(cosine()(0.1))  # not a tenth of the way through warm-up
+    assert values[10] == pytest.approx(0.0)
+    # a fast machine: the iterations decide, as without a cap
+    plain = Schedule(cosine(), max_iter=1000, warmup_iters=50)
+    fast = Schedule(cosine(), max_iter=1000, warmup_iters=50, timed=True)
+    assert [fast(i, i / 1000) for i in range(1000)] == [plain(i, i / 1000) for i in range(1000)]
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(ValueError, match="WarmupCosLR.*none of.*WarmupCosineLR"):
+        build_schedule(config(LR_SCHEDULER_NAME="WarmupCosLR"))
+    with pytest.raises(ValueError, match="WARMUP_METHOD 'log'"):
+        build_schedule(config(WARMUP_METHOD="log"))
