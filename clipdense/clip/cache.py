@@ -10,6 +10,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -145,7 +146,8 @@ class RowStore:
         except (OSError, SafetensorError) as error:
             _log.warning("text embeddings are not kept: cannot write %s (%s)", path, error)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[list[str], Tensor]:

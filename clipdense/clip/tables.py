@@ -175,8 +175,8 @@ class TextTable(TextEmbedder):
             )
         if len(layouts) == 2:
             raise ValueError(
-                f"{source} is {shape}, and both sides fit {expected}: give the embedding dimension, or where it is"
-                " square an index of the rows"
+                f"{source} is {shape}, and both sides fit {expected}: give the dimension, or an index of"
+                " the rows where that is the same"
             )
         embeddings, index = layouts[0]
         return cls(embeddings, index, synonyms=synonyms, unit=content.get("rows") != _MEANS, source=source)

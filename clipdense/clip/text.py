@@ -48,7 +48,12 @@ class TextEmbedder(ABC):
 
     @abstractmethod
     def rows(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        """One row a name (S, D), float32 on the CPU, averaged over templates, not normalised; its class (S,)."""
+        """Rows (S, D), one a name, float32 on the CPU, template means, not unit length; their class (S,)."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """D."""
 
     @property
     def device(self) -> torch.device:
@@ -138,12 +143,17 @@ class TextBank(TextEmbedder):
         self.batch_size = batch_size
         self.progress = progress
         self._tokenizer = _PromptTokenizer(
-            clip.tokenizer, clip.text.context_length, prompts.length if prompts else 0
+            clip.tokenizer, clip.text.context_length, 0 if prompts is None else prompts.length
         )
         self._folder = default_cache_dir() / "text" if cache_dir == "auto" else cache_dir and Path(cache_dir)
         self._stores: dict[str, RowStore] = {}
         self._memory: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._memory_size = memory
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.clip.embed_dim
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +172,7 @@ class TextBank(TextEmbedder):
             module_fingerprint(self._text),
             self._tokenizer.fingerprint,
             self.templates.fingerprint(),
-            self.prompts and module_fingerprint(self.prompts),
+            None if self.prompts is None else module_fingerprint(self.prompts),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
@@ -180,7 +190,7 @@ class TextBank(TextEmbedder):
         # plain tensors, also when called under inference_mode: a later training step may use the same rows
         with torch.inference_mode(False), torch.no_grad():
             rows = self._lookup(list(dict.fromkeys(cleaned)))
-            return torch.stack([rows[name] for name in cleaned])
+            return torch.stack([rows[name] for name in cleaned]) if rows else torch.zeros(0, self.dim)
 
     def _lookup(self, names: list[str]) -> dict[str, Tensor]:
         key = self.fingerprint()
@@ -246,7 +256,9 @@ class TextBank(TextEmbedder):
         for chunk in torch.split(order, self.batch_size):
             tokens = prompts.tokens[chunk].to(device, torch.long)
             with torch.autocast(device.type, enabled=False):
-                features = self.prompts(self.clip, tokens) if self.prompts else self.clip.encode_text(tokens)
+                features = (
+                    self.clip.encode_text(tokens) if self.prompts is None else self.prompts(self.clip, tokens)
+                )
             out.append(F.normalize(features.float(), dim=-1))
             bar.update(len(chunk))
         rows = torch.cat(out).cpu()
