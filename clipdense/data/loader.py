@@ -87,6 +87,8 @@ def build_train_loader(
         batch_sampler=batches,  # of keys (position, index)
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
+        # one of its own, or the loader would draw from the generator that the model uses
+        generator=torch.Generator().manual_seed(seed),
     )
 
 

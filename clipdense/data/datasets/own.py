@@ -1,11 +1,14 @@
 """A user's own data: COCO-format files named in the config."""
 
 import os
+from functools import partial
 from pathlib import Path
+
+from clipdense.data.datasets.layouts import DatasetDicts
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 
 __all__ = ["register_from_config"]
 
@@ -37,4 +40,14 @@ def register_from_config(cfg: CfgNode) -> None:
                     f"DATASETS.COCO_JSON: the name {name} is taken by another data set; choose a new one"
                 )
             continue
-        register_coco_instances(name, {}, str(json_file), str(image_root))
+        DatasetCatalog.register(name, partial(_load, str(json_file), str(image_root), name))
+        MetadataCatalog.get(name).set(
+            json_file=str(json_file), image_root=str(image_root), evaluator_type="coco"
+        )
+
+
+def _load(json_file: str, image_root: str, name: str) -> DatasetDicts:
+    try:
+        return load_coco_json(json_file, image_root, name)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"data set {name}: {json_file} holds no COCO instances ({error!r})") from error
