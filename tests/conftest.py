@@ -1,4 +1,4 @@
-"""What every test shares: where golden files and real data lie, and subprocesses that see the checkout."""
+"""What every test shares: where golden files and real data lie, and fresh interpreters."""
 
 import os
 import subprocess
