@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 # Below it, fp16 gradients have overflowed in some thirty iterations on end: they are NaN, not large.
 _LEAST_SCALE = 2.0**-14
 
+# Detectron2's writers take the median of this many values.
+_SMOOTHING = 20
+
 Batch = list[dict[str, Any]]
 
 
@@ -92,6 +95,7 @@ class Trainer(TrainerBase):
         self._train_loader, self._evaluate = train_loader, evaluate
         self._batches: Iterator[Batch]
         self._random_state: dict[str, Any] | None = None
+        self._history: dict[str, list[tuple[float, float]]] = {}
         self._interrupt, self._signal = Interrupt(), 0
         self._consistent = True  # whether model and optimizer are as some iteration left them
         self.register_hooks(default_hooks(options))
@@ -116,6 +120,9 @@ class Trainer(TrainerBase):
         """
         self.iter = self._done = self._saved = self.start_iter
         with EventStorage(self.start_iter) as self.storage:
+            for name, values in self._history.items():
+                for value, iteration in values:
+                    self.storage.histories()[name].update(value, iteration)
             try:
                 with self._interrupt:  # before the loader forks its workers, which Ctrl-C reaches as well
                     self._prepare()
@@ -320,9 +327,15 @@ class Trainer(TrainerBase):
             elapsed=self.elapsed,
             seed=self.options.seed,
             random_states=random_states,
+            history=self._recent_history(),
             metadata=self.options.metadata,
         )
         self._saved = self._done
+
+    def _recent_history(self) -> dict[str, list[tuple[float, float]]]:
+        """What the writers smooth over: the last values of each scalar, with their iterations."""
+        smoothed = [name for name, smooth in self.storage.smoothing_hints().items() if smooth]
+        return {name: self.storage.history(name).values()[-_SMOOTHING:] for name in smoothed}
 
     def save_best(self, metric: str, value: float) -> None:
         """Write the evaluated weights as ``model_best.pth`` (main process)."""
@@ -367,6 +380,7 @@ class Trainer(TrainerBase):
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.start_iter = state["iteration"] + 1
         self.elapsed = self.elapsed_before = state.get("elapsed", 0.0)
+        self._history = state.get("history", {})
         random_states = state.get("random_states", [])
         if len(random_states) == comm.get_world_size():
             self._random_state = random_states[comm.get_rank()]
