@@ -24,7 +24,8 @@ PIP = $(UV) pip install --quiet --python $(BIN)/python --constraint requirements
 # pb1-detectron2 ships detectron2 0.6 as source; its C++ extension is skipped (clipdense/compat.py stands in for it).
 SKIP_EXTENSION := --config-settings-package pb1-detectron2:--global-option=build_py \
 	--config-settings-package pb1-detectron2:--build-option=--skip-build
-GIT_URL = $(filter http://% https://% ssh://%,$(DETECTRON2))
+# A path is made absolute (a bare folder name would read as a package name), a URL is marked as git's.
+CHOICE = $(if $(wildcard $(DETECTRON2)/setup.py),$(abspath $(DETECTRON2)),$(patsubst https://%,git+https://%,$(DETECTRON2)))
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -69,12 +70,12 @@ clean:
 
 # Holds the choice of detectron2, so that another choice installs anew.
 .venv/.detectron2: .venv/bin/python FORCE
-	@echo '$(DETECTRON2)' | cmp -s - $@ || echo '$(DETECTRON2)' > $@
+	@echo '$(CHOICE)' | cmp -s - $@ || echo '$(CHOICE)' > $@
 
 .venv/.installed: .venv/.detectron2 $(wildcard requirements/*.txt) setup.py
 	@echo "Installing into .venv (the first time this downloads about 3 GB) ..."
 	$(PIP) -r requirements/base.txt -r requirements/extras.txt -r requirements/test.txt
 	$(UV) pip uninstall --quiet --python $(BIN)/python detectron2 pb1-detectron2
-	$(PIP) --no-build-isolation $(SKIP_EXTENSION) $(if $(GIT_URL),"git+$(DETECTRON2)","$(DETECTRON2)") -r requirements/detectron2.txt
+	$(PIP) --no-build-isolation $(SKIP_EXTENSION) "$(CHOICE)" -r requirements/detectron2.txt
 	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
