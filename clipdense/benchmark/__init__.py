@@ -1,0 +1,161 @@
+"""Benchmarks: what clipdense costs beside the floor, or beside the library that it stands in for.
+
+A suite is a module of this package. It has ``rows(args)``, which yields a `Row` for each figure, and may have
+``add_arguments(parser)`` for options of its own; ``tools/benchmark.py SUITE`` runs it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from tabulate import tabulate
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["MIN_PAIRS", "Row", "flops", "interleaved", "load_suite", "suites", "table", "wall"]
+
+MIN_PAIRS = 7
+"""Pairs of runs that a wall-clock ratio rests on. A pair of more than half a minute may do with fewer, and
+says so."""
+
+Kind = Literal["cost", "speedup"]
+
+
+@dataclass
+class Row:
+    """One figure of a suite.
+
+    Attributes:
+        name: ``suite/what``.
+        ours, other: the two quantities, in `unit`; for wall time the minimum of the raw times.
+        unit: ``"s"``, ``"GFLOP"`` ...
+        kind: ``"cost"`` (ratio = ours / other; 1 is the floor) or ``"speedup"`` (ratio = other / ours).
+        what: what the two are, in a few words.
+        raw: single times in seconds, ``{"ours": [...], "other": [...]}``; empty for exact quantities.
+        notes: what else a reader must know; printed below the table.
+        values: further numbers, such as metrics that both computed.
+    """
+
+    name: str
+    ours: float
+    other: float
+    unit: str
+    kind: Kind = "cost"
+    what: str = ""
+    raw: dict[str, list[float]] = field(default_factory=dict)
+    notes: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Ours over other for a cost, other over ours for a speed-up."""
+        first, second = (self.ours, self.other) if self.kind == "cost" else (self.other, self.ours)
+        return first / second if second else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, the ratio, and how it is formed."""
+        formed = "ours / other" if self.kind == "cost" else "other / ours"
+        return {**asdict(self), "ratio": self.ratio, "ratio_is": formed}
+
+
+def suites() -> list[str]:
+    """Names of all suites."""
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+def load_suite(name: str) -> ModuleType:
+    """The module of a suite.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    if name not in suites():
+        raise ValueError(f"no benchmark suite {name!r}; there are {', '.join(suites())}")
+    return import_module(f"{__name__}.{name}")
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of one call, exact (multiplications and additions counted apart)."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def interleaved(
+    ours: Callable[[], object], other: Callable[[], object], pairs: int = MIN_PAIRS, *, warm_up: bool = True
+) -> Iterator[tuple[float, float]]:
+    """Wall-clock seconds of both, run in turns so that both see the same load of the machine.
+
+    Args:
+        ours, other: what is timed; on an accelerator the queue is emptied before each reading of the clock.
+        pairs: how often.
+        warm_up: run both once without timing.
+    """
+    for pair in range(-1 if warm_up else 0, pairs):
+        times = []
+        for run in (ours, other):
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            times.append(time.perf_counter() - start)
+        if pair >= 0:
+            yield times[0], times[1]
+
+
+def wall(
+    name: str,
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    *,
+    pairs: int = MIN_PAIRS,
+    kind: Kind = "cost",
+    what: str = "",
+    warm_up: bool = True,
+    **fields: Any,
+) -> Row:
+    """A `Row` of wall-clock time: the minimum of each over interleaved pairs."""
+    times = list(interleaved(ours, other, pairs, warm_up=warm_up))
+    raw = {"ours": [a for a, _ in times], "other": [b for _, b in times]}
+    if pairs < MIN_PAIRS:
+        fields["notes"] = f"{fields.get('notes', '')} {pairs} pairs instead of {MIN_PAIRS}.".strip()
+    return Row(name, min(raw["ours"]), min(raw["other"]), "s", kind, what, raw, **fields)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for the screen, notes below."""
+    cells = [
+        [
+            row.name,
+            _number(row.ours),
+            _number(row.other),
+            row.unit,
+            _number(row.ratio),
+            _RATIO[row.kind],
+            row.what,
+        ]
+        for row in rows
+    ]
+    headers = ["row", "ours", "other", "unit", "ratio", "", "ours | other"]
+    right = ["left", "right", "right", "left", "right", "left", "left"]
+    text = tabulate(cells, headers, "simple_outline", colalign=right, disable_numparse=True)
+    notes = [f"{row.name}: {row.notes}" for row in rows if row.notes]
+    return "\n".join([text, *notes])
+
+
+_RATIO = {"cost": "x the cost", "speedup": "x as fast"}
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

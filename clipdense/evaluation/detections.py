@@ -1,0 +1,164 @@
+"""Detections of a whole data set, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hotcoco.mask
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from detectron2.structures import BitMasks, Instances
+
+__all__ = ["Detections", "encode_masks"]
+
+RLE = dict[str, Any]
+
+
+def encode_masks(masks: torch.Tensor) -> list[RLE]:
+    """COCO run-length encodings of (N, H, W) masks; what is above zero is foreground."""
+    if masks.shape[0] == 0:
+        return []
+    rles = hotcoco.mask.encode((masks > 0).cpu().numpy().transpose(1, 2, 0))
+    return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles]
+
+
+@dataclass
+class Detections:
+    """N detections as columns: little memory, and nothing to convert for the metric.
+
+    Attributes:
+        image_ids, category_ids: (N,) int64, ids of the data set.
+        boxes: (N, 4) float64, x, y, width, height in pixels of the original image.
+        scores: (N,) float64, any finite range.
+        masks: N run-length encodings with text ``counts``, or None for a detector of boxes.
+    """
+
+    image_ids: npt.NDArray[np.int64]
+    category_ids: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float64]
+    masks: list[RLE] | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @classmethod
+    def empty(cls, *, masks: bool = False) -> Detections:
+        """No detections."""
+        ids = np.zeros(0, np.int64)
+        return cls(ids, ids, np.zeros((0, 4)), np.zeros(0), [] if masks else None)
+
+    @classmethod
+    def from_instances(
+        cls, instances: Instances, image_id: int, category_id: Callable[[int], int] = int
+    ) -> Detections:
+        """What a model found in one image.
+
+        Args:
+            instances: with `scores`, `pred_classes` and `pred_boxes` or `pred_masks` ((N, H, W) or BitMasks);
+                boxes that are missing are taken from the masks.
+            image_id: of the data set.
+            category_id: predicted class -> category id of the data set.
+
+        Raises:
+            ValueError: a score or a box is not finite.
+        """
+        masks: Any = instances.pred_masks if instances.has("pred_masks") else None
+        if isinstance(masks, BitMasks):
+            masks = masks.tensor
+        if instances.has("pred_boxes"):
+            boxes = instances.pred_boxes
+        else:
+            boxes = BitMasks(masks > 0).get_bounding_boxes()
+        corners = boxes.tensor.detach().cpu()
+        corners = (corners if corners.dtype == torch.float64 else corners.float()).numpy()
+        scores = instances.scores.detach().cpu().double().numpy()
+        if not (np.isfinite(corners).all() and np.isfinite(scores).all()):
+            raise ValueError(f"image {image_id}: a detection has a score or a box that is NaN or infinite")
+        classes = [category_id(c) for c in instances.pred_classes.tolist()]
+        return cls(
+            np.full(len(scores), image_id, np.int64),
+            np.array(classes, np.int64),
+            # subtracted in their own precision, as Detectron2 does
+            np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float64),
+            scores,
+            None if masks is None else encode_masks(masks.detach()),
+        )
+
+    @classmethod
+    def from_json(cls, results: Sequence[dict[str, Any]]) -> Detections:
+        """From a list in COCO's result format (all with boxes; masks, if any, as run-length encodings)."""
+        if not results:
+            return cls.empty()
+        return cls(
+            np.array([r["image_id"] for r in results], np.int64),
+            np.array([r["category_id"] for r in results], np.int64),
+            np.array([r["bbox"] for r in results], np.float64),
+            np.array([r["score"] for r in results], np.float64),
+            [r["segmentation"] for r in results] if "segmentation" in results[0] else None,
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Detections]) -> Detections:
+        """All parts in order; a part without detections says nothing about masks unless all are so."""
+        parts = list(parts)
+        filled = [part for part in parts if len(part)]
+        if not filled:
+            return cls.empty(masks=any(part.masks is not None for part in parts))
+        masked = [part.masks for part in filled if part.masks is not None]
+        if masked and len(masked) < len(filled):
+            raise ValueError(
+                "some images have masks and others have none: a model predicts masks or it does not"
+            )
+        return cls(
+            np.concatenate([part.image_ids for part in filled]),
+            np.concatenate([part.category_ids for part in filled]),
+            np.concatenate([part.boxes for part in filled]),
+            np.concatenate([part.scores for part in filled]),
+            [mask for masks in masked for mask in masks] if masked else None,
+        )
+
+    def __getitem__(self, keep: npt.NDArray[np.bool_]) -> Detections:
+        """Those where `keep` (N,) is true."""
+        masks = None if self.masks is None else [self.masks[i] for i in np.flatnonzero(keep)]
+        return Detections(
+            self.image_ids[keep], self.category_ids[keep], self.boxes[keep], self.scores[keep], masks
+        )
+
+    def top_per_image(self, k: int) -> Detections:
+        """The `k` highest scores of each image over all classes, in the old order; the earlier wins a tie."""
+        order = np.lexsort((-self.scores, self.image_ids))
+        _, start, count = np.unique(self.image_ids[order], return_index=True, return_counts=True)
+        keep = np.zeros(len(self), bool)
+        keep[order] = np.arange(len(self)) - np.repeat(start, count) < k
+        return self[keep]
+
+    def areas(self, iou_type: str) -> npt.NDArray[np.float64]:
+        """(N,) size in pixels: of the mask for ``"segm"``, else of the box."""
+        if iou_type != "segm":
+            return self.boxes[:, 2] * self.boxes[:, 3]
+        if not self.masks:
+            return np.zeros(0)
+        return np.asarray(hotcoco.mask.area(self.masks), np.float64)
+
+    def to_json(self, *, boxes: bool = True) -> list[dict[str, Any]]:
+        """As a list in COCO's result format."""
+        columns = zip(
+            self.image_ids.tolist(),
+            self.category_ids.tolist(),
+            self.boxes.tolist(),
+            self.scores.tolist(),
+            strict=True,
+        )
+        results: list[dict[str, Any]] = []
+        for image_id, category_id, box, score in columns:
+            results.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
+            if not boxes:
+                del results[-1]["bbox"]
+        for result, mask in zip(results, self.masks or (), strict=self.masks is not None):
+            result["segmentation"] = mask
+        return results

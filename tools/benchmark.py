@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Run a benchmark suite: ours, the other, the ratio.
+
+    tools/benchmark.py evaluation --json output/benchmark.json
+    tools/benchmark.py --list
+    tools/benchmark.py evaluation --help
+
+Wall-clock ratios compare the minimum of each side over at least 7 interleaved pairs; raw times stand in the
+JSON file. FLOPs are exact. A row "x the cost" is ours / other, a row "x as fast" other / ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import clipdense
+from clipdense.benchmark import Row, load_suite, suites, table
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", nargs="?", help=f"one of: {', '.join(suites())}")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write rows, raw times and the machine there"
+    )
+    parser.add_argument("--list", action="store_true", help="name the suites")
+    # a suite adds its own options, so its name is looked up first
+    name = next((word for word in arguments if word in suites()), None)
+    suite = load_suite(name) if name else None
+    if suite and hasattr(suite, "add_arguments"):
+        suite.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    if args.list:
+        for each in suites():
+            print(f"{each:16}{(load_suite(each).__doc__ or '').strip().splitlines()[0]}")
+        return 0
+    if suite is None:
+        parser.error(f"name a suite: {', '.join(suites())}")
+    rows = []
+    for row in suite.rows(args):
+        rows.append(row)
+        if args.json:
+            write(args.json, args.suite, rows)  # after each row: a later one may take long, or fail
+    print(table(rows))
+    return 0
+
+
+def write(path: Path, suite: str, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"suite": suite, "machine": machine(), "rows": [row.to_json() for row in rows]}
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "clipdense": clipdense.__version__,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
