@@ -165,7 +165,8 @@ def _read_torch(path: Path, allow_pickle: bool) -> Checkpoint:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as e:
-        if allow_pickle or "weights_only" not in str(e).lower().replace(" ", "_"):
+        whole = zipfile.is_zipfile(path) or "Unsupported" in str(e)
+        if allow_pickle or not whole:
             raise CheckpointError(f"{path} is neither safetensors nor a torch file: {e}") from e
         raise CheckpointError(
             f"{path} holds pickled objects other than tensors, and unpickling can run code: "

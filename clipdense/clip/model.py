@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
@@ -141,8 +142,8 @@ class ClipModel(nn.Module):
 
 
 def load_clip(
-    model: str | nn.Module = "",
-    pretrained: str | None = None,
+    model: str | Path | nn.Module = "",
+    pretrained: str | Path | None = None,
     *,
     allow_pickle: bool = False,
     precision: str = "fp32",
@@ -187,23 +188,22 @@ def load_clip(
         if pretrained:
             raise ValueError("a module brings its own weights: leave pretrained out")
         return _finish(_wrap(model, text, position_rule), precision)
-    source = resolve(model, pretrained, cache_dir)
+    source = resolve(str(model), str(pretrained or ""), cache_dir)
     files = [read_checkpoint(path, allow_pickle=allow_pickle) for path in source.files]
     states = [(_layout(file), file) for file in files]
     config = _config(source, states, quick_gelu, text_heads, head_width)
     if image_size is not None:
         config["model_cfg"]["vision_cfg"]["image_size"] = image_size
-    clip = _build(source.name, config, text, position_rule)
+    clip = build_clip(source.name, config, text=text, position_rule=position_rule)
     if files:
         _load(clip, states)
     return _finish(clip, precision)
 
 
 def _layout(file: Checkpoint) -> Layout | None:
-    """None for a part of a model (the nano files), which has the model's own keys."""
+    """None for one tower of a model (the nano files), which has the model's own keys."""
     towers = {key.split(".")[0] for key in file.state} - {"logit_scale", "logit_bias"}
-    part = towers in ({"visual"}, {"text"})
-    return None if part else detect_layout(file.state, str(file.path))
+    return None if towers in ({"visual"}, {"text"}) else detect_layout(file.state, str(file.path))
 
 
 def _config(
@@ -223,7 +223,7 @@ def _config(
     if source.config is None and stored is None:
         assert file is not None
         if layout is None:
-            raise ValueError(f"{file.path} holds a part of a CLIP: name the model")
+            raise ValueError(f"{file.path} holds one tower of a CLIP: name the model")
         if told is None and quick_gelu is None:
             raise ValueError(
                 f"{file.path} does not tell its activation: pass quick_gelu (True for OpenAI's weights), "
@@ -260,7 +260,14 @@ def _config(
     return config
 
 
-def _build(name: str, config: dict[str, Any], text: bool, position_rule: str) -> ClipModel:
+def build_clip(
+    name: str, config: dict[str, Any], *, text: bool = True, position_rule: str = "bicubic"
+) -> ClipModel:
+    """A CLIP with random weights from open_clip's hub config (`model_cfg`, `preprocess_cfg`).
+
+    Raises:
+        ValueError: a tower that is not supported.
+    """
     cfg = deepcopy(config["model_cfg"])
     if "multimodal_cfg" in cfg:
         raise ValueError(
@@ -284,7 +291,7 @@ def _build(name: str, config: dict[str, Any], text: bool, position_rule: str) ->
         name,
         build_tower(visual, position_rule),
         None if text_tower is None else TextTower(text_tower),
-        nn.Parameter(torch.tensor(float(cfg.get("init_logit_scale", torch.tensor(1 / 0.07).log())))),
+        nn.Parameter(torch.tensor(cfg.get("init_logit_scale", math.log(1 / 0.07)))),
         None if bias is None else nn.Parameter(torch.tensor(float(bias))),
         config,
     )

@@ -1,8 +1,8 @@
 """The nano CLIPs of the embedded `shapes` world: three image towers that share one text tower.
 
 Each is one json file in open_clip's hub format (`model_cfg`, `preprocess_cfg`) and weights in two
-safetensors files: `<name>.safetensors` holds `visual.*`, `shapes-text.safetensors` holds `text.*` and
-    `logit_scale`.
+safetensors files: `<name>.safetensors` holds `visual.*` and `logit_scale`, `shapes-text.safetensors`
+holds `text.*`.
 """
 
 from __future__ import annotations
