@@ -9,8 +9,8 @@ torchrun --nproc-per-node 2 tools/train_net.py --config-file ...        # on CPU
 import argparse
 import sys
 
+from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import evaluate_weights
-from clipdense.engine.checkpoint import CheckpointError
 from clipdense.engine.launch import launch
 from clipdense.engine.report import print_results, verify
 from clipdense.engine.setup import ConfigError, setup

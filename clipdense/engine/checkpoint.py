@@ -4,29 +4,23 @@ import errno
 import fnmatch
 import logging
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
+
+from clipdense.checkpoint import CheckpointError, atomic_path, read_checkpoint
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-__all__ = ["CheckpointError", "TrainingCheckpointer", "write_atomically"]
+__all__ = ["TrainingCheckpointer", "write_atomically"]
 
 _PERIODIC = re.compile(r"model_\d+\.pth")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read, or does not fit the model; the message says what to do."""
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object]) -> None:
@@ -39,41 +33,23 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object
         CheckpointError: the file could not be written; nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_path(path) as partial, open(partial, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {_reason(e, path.parent)}") from e
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with suppress(OSError):  # make the rename itself durable, where folders can be synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _reason(error: Exception, folder: Path) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else _first_line(error)
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
         if free < 2**30 or (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
             reason += f" ({free / 2**20:.0f} MB free in {folder})"
     return reason
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class TrainingCheckpointer(DetectionCheckpointer):
@@ -138,7 +114,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process left half-written."""
-        for path in Path(self.save_dir).glob("*.pth.tmp") if self.save_dir else ():
+        for path in Path(self.save_dir).glob(".model_*.pth.*") if self.save_dir else ():
             path.unlink(missing_ok=True)
 
     def load_weights(self, path: str, complete: bool = False) -> dict[str, Any]:
@@ -162,36 +138,15 @@ class TrainingCheckpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[])
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        try:
-            if f.endswith(".safetensors"):
-                return {"model": load_file(f)}
-            if f.endswith((".pkl", ".pyth")):
-                self._require_pickle_allowed(f)
-                return super()._load_file(f)
-            loaded = torch.load(f, map_location="cpu", weights_only=not self.allow_pickle)
-        except pickle.UnpicklingError as e:
-            if zipfile.is_zipfile(f) or "Unsupported" in str(e):  # whole, but more than tensors
-                self._require_pickle_allowed(f)
-            raise self._damaged(f, e) from e
-        except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, SafetensorError) as e:
-            raise e if isinstance(e, CheckpointError) else self._damaged(f, e) from e
-        if not isinstance(loaded, dict):
-            raise CheckpointError(f"{f} holds a {type(loaded).__name__}, not a state dict")
-        return loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
-
-    @staticmethod
-    def _damaged(path: str, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{path} ({os.path.getsize(path)} bytes) is truncated or not a weight file: "
-            f"{_first_line(error)}. Copy or download it again, or choose an older checkpoint of the run."
-        )
-
-    def _require_pickle_allowed(self, path: str) -> None:
-        if not self.allow_pickle:
+        if not f.endswith((".pkl", ".pyth")):
+            file = read_checkpoint(f, allow_pickle=self.allow_pickle)
+            return {"model": file.state, **file.extras}
+        if not self.allow_pickle:  # the layouts of Detectron2's model zoo
             raise CheckpointError(
-                f"{path} is a pickle, which can run code when opened. "
-                "If you trust its source, set MODEL.WEIGHTS_ALLOW_PICKLE True."
+                f"{f} is a pickle, which can run code when opened: "
+                "set MODEL.CLIP.ALLOW_PICKLE True if you trust it"
             )
+        return super()._load_file(f)
 
     def _load_model(self, checkpoint: Any) -> Any:
         self._zoo = bool(checkpoint.get("matching_heuristics"))

@@ -60,6 +60,3 @@ def add_engine_config(cfg: CN) -> None:
     # Glob patterns of parameters that MODEL.WEIGHTS may lack, hold in another shape, or hold in vain, e.g.
     # "roi_heads.box_predictor.*" for another class list. Anything else that does not fit is an error.
     cfg.MODEL.WEIGHTS_SKIP = ()
-    # Whether MODEL.WEIGHTS may be a pickle (.pkl, old .pth). A pickle can run code: only for files from a
-    # source you trust.
-    cfg.MODEL.WEIGHTS_ALLOW_PICKLE = False

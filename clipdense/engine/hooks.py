@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from clipdense.engine.checkpoint import CheckpointError, write_atomically
+from clipdense.checkpoint import CheckpointError
+from clipdense.engine.checkpoint import write_atomically
 from clipdense.engine.options import TrainerOptions
 
 from detectron2.engine.hooks import IterationTimer

@@ -4,10 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tabulate import tabulate
 from torch import nn
 
-from clipdense.checkpoint import save_checkpoint
+from clipdense.checkpoint import CheckpointError, save_checkpoint
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
@@ -44,11 +45,16 @@ def verify(cfg: Any, results: dict[str, float]) -> None:
 
 
 def export(model: nn.Module, path: Path) -> None:
-    """Save ``model.export_state() -> (tensors, metadata)`` by `save_checkpoint`, if the model has one."""
-    if not hasattr(model, "export_state"):
-        return
-    state, metadata = model.export_state()
-    save_checkpoint(path, state, metadata)
+    """Save ``model.export_state() -> (tensors, metadata)`` as safetensors, if the model has one.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    if hasattr(model, "export_state"):
+        try:
+            save_checkpoint(path, *model.export_state())
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"cannot write {path}: {e}") from e
 
 
 def results_table(results: dict[str, float]) -> str:

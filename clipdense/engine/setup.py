@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # What a run writes into its output folder.
 _OWN_FILES = (
     "*.pth",
-    "*.pth.tmp",
+    ".model_*.pth.*",
     "*.safetensors",
     "config.yaml",
     "environment.txt",
@@ -88,20 +88,12 @@ def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
 def _find(config_file: str) -> Path:
     if not config_file:
         raise ConfigError("no config file is named; give one with --config-file")
-    package = Path(clipdense.__file__).parent
-    folders = [
-        Path(),
-        package,
-        package.parent,
-    ]  # configs/ is part of an installed clipdense, and beside it in a checkout
-    for folder in folders:
-        if (folder / config_file).is_file():
-            return folder / config_file
-    known = {str(p.relative_to(f)) for f in folders for p in (f / "configs").rglob("*.yaml")}
-    near = difflib.get_close_matches(config_file, known, n=3)
-    raise ConfigError(
-        f"config file {config_file} does not exist" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    )
+    if Path(config_file).is_file():
+        return Path(config_file)
+    try:
+        return Path(clipdense.config_path(config_file.removeprefix("configs/")))
+    except FileNotFoundError as e:
+        raise ConfigError(f"config file {config_file} does not exist, and {e}") from e
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

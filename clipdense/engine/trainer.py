@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import trainer_arguments
-from clipdense.engine.checkpoint import CheckpointError, TrainingCheckpointer, write_atomically
+from clipdense.engine.checkpoint import TrainingCheckpointer, write_atomically
 from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
 from clipdense.engine.ema import ModelEMA
 from clipdense.engine.hooks import default_hooks

@@ -1,7 +1,7 @@
 """Lets the tests of this folder import the toy world, and run it."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,3 @@ def build_trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return trainer
 
     return build
-
-
-@pytest.fixture
-def lose_signal_handlers() -> Iterator[None]:
-    """Give back SIGINT and SIGTERM as they were."""
-    import signal
-
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipdense.engine.checkpoint import CheckpointError, TrainingCheckpointer, write_atomically
+from clipdense.checkpoint import CheckpointError
+from clipdense.engine.checkpoint import TrainingCheckpointer, write_atomically
 
 
 class Model(nn.Module):
@@ -96,9 +97,9 @@ def test_keeps_the_latest(tmp_path: Path) -> None:
     kept = sorted(p.stem for p in tmp_path.glob("*.pth"))
     assert kept == ["model_0000002", "model_0000003", "model_best", "model_final"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-    (tmp_path / "model_0000004.pth.tmp").write_bytes(b"half")
+    (tmp_path / ".model_0000004.pth.x1").write_bytes(b"half")
     checkpointer.remove_leftovers()
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 # ---- reading
@@ -160,7 +161,7 @@ def test_truncated_and_missing_files_are_named(tmp_path: Path, name: str) -> Non
     save_file(weights(), path) if name.endswith("safetensors") else torch.save(weights(), path)
     for size in (path.stat().st_size * 2 // 3, 10, 0):
         os.truncate(path, size)
-        with pytest.raises(CheckpointError, match=f"{name} .*truncated or not a weight file"):
+        with pytest.raises(CheckpointError, match=f"{name} (is|holds) (?!pickle)"):
             TrainingCheckpointer(Model()).load_weights(str(path))
     path.unlink()
     with pytest.raises(FileNotFoundError, match=name):
@@ -178,7 +179,7 @@ def test_no_code_runs_from_a_weight_file(tmp_path: Path, monkeypatch: pytest.Mon
     write(tmp_path / "w.pth", content)
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {}, "extra": _Unsafe()}))
     for name in ("w.pth", "w.pkl"):
-        with pytest.raises(CheckpointError, match=f"{name} is a pickle(.|\n)*WEIGHTS_ALLOW_PICKLE"):
+        with pytest.raises(CheckpointError, match=f"{name} .*pickle(.|\n)*MODEL.CLIP.ALLOW_PICKLE"):
             TrainingCheckpointer(Model()).load_weights(str(tmp_path / name))
         assert not Path("ran-code").exists()
     TrainingCheckpointer(Model(), allow_pickle=True).load_weights(str(tmp_path / "w.pth"), complete=True)

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from clipdense.engine import checkpoint as checkpoint_module
+from clipdense.checkpoint import CheckpointError
 from clipdense.engine import trainer as trainer_module
-from clipdense.engine.checkpoint import CheckpointError
 from clipdense.engine.trainer import Trainer
 
 from detectron2.engine.hooks import CallbackHook
@@ -353,7 +352,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, until: Callable[[], bool] = lambd
         file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_module.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
 
 
 def test_full_disk_during_training(
@@ -364,7 +363,7 @@ def test_full_disk_during_training(
     trainer.train()
     assert files(trainer) == ["model_0000002.pth", "model_final.pth"]
     assert "No space left on device" in caplog.text and "model_0000002.pth" in caplog.text
-    assert not list(Path(trainer.options.output_dir).glob("*.tmp"))
+    assert not list(Path(trainer.options.output_dir).glob(".*"))
 
 
 def test_full_disk_at_the_end(build_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
