@@ -105,9 +105,10 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def _near_keys(key: str, known: list[str]) -> list[str]:
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
-    last = key.rpartition(".")[2]  # the right name in the wrong place
-    return list(dict.fromkeys([*(k for k in known if k.rpartition(".")[2] == last), *near]))[:4]
+    last = key.rpartition(".")[2]  # the right name may stand in the wrong place
+    near = {*difflib.get_close_matches(key, known, n=3, cutoff=0.75)}
+    near |= {k for k in known if k.rpartition(".")[2] == last}
+    return sorted(near, key=lambda k: -difflib.SequenceMatcher(None, key, k).ratio())[:3]
 
 
 def setup(args: argparse.Namespace) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdense.config import add_clipdense_config
+from clipdense.data.loader import build_test_loader, build_train_loader
 from clipdense.data.mappers import MAPPER_REGISTRY
 from clipdense.evaluation import EVALUATOR_REGISTRY
 
@@ -92,8 +93,11 @@ class ToyNet(nn.Module):
 
 
 class ToyEvaluator(DatasetEvaluator):
-    def reset(self) -> None:
+    def __init__(self) -> None:
         self.errors: list[float] = []
+
+    def reset(self) -> None:
+        self.errors = []
 
     def process(self, inputs: Iterable[Any], outputs: Iterable[Any]) -> None:
         self.errors += [abs(o["value"] - i["target"]) for i, o in zip(inputs, outputs, strict=True)]
@@ -134,6 +138,15 @@ def toy_config(output_dir: str | Path, *overrides: Any) -> CfgNode:
     }
     cfg.merge_from_list([word for pair in settings.items() for word in pair] + list(overrides))
     return cfg
+
+
+def lazy_train_loader(batch_size: int, seed: int, start_iter: int = 0) -> Any:
+    cfg = toy_config("", "SOLVER.IMS_PER_BATCH", batch_size)
+    return build_train_loader(cfg, start_iter, seed=seed)
+
+
+def lazy_test_loader() -> Any:
+    return build_test_loader(toy_config(""), "toy")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from clipdense.checkpoint import CheckpointError
+from clipdense.engine.report import export, results_table, verify
+
+from detectron2.config import get_cfg
+
+NAN = math.nan
+
+
+def test_table() -> None:
+    table = results_table(
+        {"bbox/AP": 12.3456, "bbox/AP50": 30.0, "bbox/AP-red star": 1.0, "segm/AP": 11.0, "segm/AP50": NAN}
+    )
+    lines = [line.split() for line in table.splitlines()]
+    assert lines[0] == ["task", "AP", "AP50"]
+    assert lines[2:] == [["bbox", "12.35", "30.00"], ["segm", "11.00", "nan"]]
+    several = results_table({"a/bbox/AP": 1.0, "a/sem_seg/mIoU": 2.0, "b/bbox/AP": 3.0})
+    assert [line.split() for line in several.splitlines() if line][2] == ["a/bbox", "1.00"]
+    assert "mIoU" in several and "red star" not in table
+
+
+class Exported(nn.Linear):
+    def export_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return {"w": self.weight.T}, {"layout": "toy"}
+
+
+def test_export(tmp_path: Path) -> None:
+    model = Exported(2, 3)
+    export(model, tmp_path / "export.safetensors")
+    with safe_open(tmp_path / "export.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("w"), model.weight.T)
+        assert "toy" in str(file.metadata())
+    export(nn.Linear(2, 3), tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write .*export.safetensors"):
+        export(model, tmp_path / "file" / "export.safetensors")
+
+
+def test_expected_results() -> None:
+    cfg = get_cfg()
+    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 12.0, 0.5]]
+    verify(cfg, {"bbox/AP": 12.3})
+    with pytest.raises(SystemExit):
+        verify(cfg, {"bbox/AP": 13.0})
+    verify(cfg, {})  # a process that is not the main one has none
