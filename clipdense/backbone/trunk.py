@@ -114,7 +114,7 @@ def check_pixel_statistics(cfg: CN, name: str, mean: Sequence[float], std: Seque
         advice: dict[str, Any] = {key: [round(x, 3) for x in value] for key, value in wanted.items()}
         logger.warning(
             "THE PIXEL STATISTICS DO NOT FIT THE TRUNK. %s was trained with MODEL.PIXEL_MEAN %s and "
-            "PIXEL_STD %s for INPUT.FORMAT %s; the config has %s and %s for %s. Set them, unless this is meant.",
+            "PIXEL_STD %s for INPUT.FORMAT %s, the config has %s, %s for %s. Set them, unless it is meant.",
             name,
             advice["PIXEL_MEAN"],
             advice["PIXEL_STD"],

@@ -1,0 +1,77 @@
+"""Every shipped config loads, names its keys rightly, and builds a model that trains one step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from clipdense.engine.build import build_model
+from clipdense.engine.setup import load_config
+
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+ROOT = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = sorted(
+    p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.yaml") if not p.name.startswith("Base-")
+)
+MASK_RCNNS = [name for name in CONFIGS if Path(name).name.startswith("mask_rcnn_")]
+
+
+@pytest.mark.parametrize("name", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.yaml")))
+def test_loads(name: str) -> None:
+    load_config(str(ROOT / name))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_says_what_it_is(name: str) -> None:
+    assert (ROOT / name).read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", MASK_RCNNS)
+def test_output_folders_follow_the_names(name: str) -> None:
+    """So that two configs never write into one folder."""
+    folder = f"output/{name.removesuffix('.yaml')}"
+    assert load_config(str(ROOT / name)).OUTPUT_DIR == folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sets_no_key_twice(name: str) -> None:
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, object]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), keys
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct)
+    yaml.load((ROOT / name).read_text(), Loader)
+
+
+@pytest.mark.parametrize("name", MASK_RCNNS)
+def test_mask_rcnn_takes_a_step(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPDENSE_CACHE", str(tmp_path))
+    overrides = ["MODEL.DEVICE", "cpu", "MODEL.CLIP.PRETRAINED", "random", "MODEL.TIMM.PRETRAINED", "random"]
+    overrides += ["MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "5"]
+    cfg = load_config(str(ROOT / name), overrides)
+    if cfg.MODEL.TEXT_RCNN.TABLE:
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(request.getfixturevalue("data_dir")))
+    model = build_model(cfg)
+    assert len(cfg.MODEL.PIXEL_MEAN) == 3 and cfg.INPUT.FORMAT == "RGB"
+    image = {"image": torch.randint(0, 255, (3, 128, 160), dtype=torch.uint8), "height": 128, "width": 160}
+    instances = Instances((128, 160), gt_boxes=Boxes(torch.tensor([[20.0, 20, 90, 100]])))
+    instances.gt_classes = torch.tensor([79])
+    instances.gt_masks = BitMasks(torch.ones(1, 128, 160, dtype=torch.bool))
+    with EventStorage():
+        losses = model([image | {"instances": instances}])
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    assert total.isfinite()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+    with torch.no_grad():
+        assert "instances" in model.eval()([image])[0]
