@@ -8,9 +8,7 @@ import json
 import logging
 import os
 import sys
-import uuid
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from clipdense.checkpoint import atomic_path
 
 __all__ = ["RowStore", "default_cache_dir", "module_fingerprint"]
 
@@ -138,16 +138,11 @@ class RowStore:
         names = json.dumps(list(rows))
         table = torch.stack(list(rows.values()))
         path = self.folder / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.safetensors"
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"rows": table}, temporary, {"names": names, "checksum": _checksum(names, table)})
-            os.replace(temporary, path)
+            with atomic_path(path) as temporary:
+                save_file({"rows": table}, temporary, {"names": names, "checksum": _checksum(names, table)})
         except (OSError, SafetensorError) as error:
             _log.warning("text embeddings are not kept: cannot write %s (%s)", path, error)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[list[str], Tensor]:

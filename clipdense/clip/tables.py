@@ -15,9 +15,7 @@ A file without an index takes its names from the caller, row by row.
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from clipdense.checkpoint import atomic_path
 
 from .text import TextBank, TextEmbedder
 from .vocabulary import Vocabulary, canonical, near
@@ -252,13 +252,8 @@ def save_table(path: str | Path, bank: TextBank, vocabulary: Vocabulary) -> None
         "template_set": bank.templates.name,
         "templates": json.dumps(bank.templates.templates, ensure_ascii=False),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         save_file({"embeddings": rows.contiguous()}, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, Any]]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer
 from safetensors import safe_open
 from torch import nn
@@ -26,6 +27,11 @@ VOCABULARY = Vocabulary.parse("cat|kitten, red_car, ten gallon hat with a feathe
 def clip():
     torch.manual_seed(0)
     return load_clip("shapes-rn", "random")
+
+
+def clone(clip):
+    """A copy with weights of its own; the tokenizer, slow to copy, is shared."""
+    return deepcopy(clip, {id(clip.tokenizer): clip.tokenizer})
 
 
 class Counting:
@@ -157,10 +163,10 @@ def lower_precision(clip):
     "change", [write_data, write_in_place, replace_weight, change_heads, change_activation, lower_precision]
 )
 def test_a_changed_tower_never_meets_kept_text(clip, change, tmp_path):
-    clip = deepcopy(clip)
+    clip = clone(clip)
     bank = TextBank(clip, cache_dir=tmp_path)
     key, before = bank.fingerprint(), bank("cat")
-    assert bank.fingerprint() == key == TextBank(deepcopy(clip), cache_dir=tmp_path).fingerprint()
+    assert bank.fingerprint() == key == TextBank(clone(clip), cache_dir=tmp_path).fingerprint()
     change(clip)
     assert bank.fingerprint() != key
     after = bank("cat")
@@ -177,8 +183,8 @@ def test_fingerprints(clip, tmp_path):
     assert key != bank.fingerprint()
     prompts.shift.data += 1
     assert learned.fingerprint() != key
-    other = deepcopy(clip)
-    other.tokenizer.clean_fn = lambda s: s
+    other = clone(clip)
+    other.tokenizer = SimpleTokenizer(clean="whitespace")
     assert TextBank(other, cache_dir=tmp_path).fingerprint() != bank.fingerprint()
     with torch.inference_mode():  # such tensors count no writes, but their values are probed
         module = nn.Linear(2, 2)
@@ -188,7 +194,7 @@ def test_fingerprints(clip, tmp_path):
 
 
 def test_the_weights_are_read_once(clip, monkeypatch):
-    clip = deepcopy(clip)
+    clip = clone(clip)
     first = module_fingerprint(clip.text)
     monkeypatch.setattr("clipdense.clip.cache._bytes", lambda tensor: pytest.fail("read again"))
     assert module_fingerprint(clip.text) == first
@@ -209,7 +215,7 @@ def test_learned_prompts_stand_in_for_the_text_forward(clip, tmp_path):
 
 
 def test_a_tower_in_training_mode(clip, tmp_path):
-    clip = deepcopy(clip).train()
+    clip = clone(clip).train()
     tower = Counting(clip)
     seen = []
     tower.encode_text = lambda tokens: seen.append(clip.text.training) or clip.encode_text(tokens)
@@ -267,7 +273,7 @@ def test_a_folder_that_cannot_be_written_costs_only_a_warning(clip, tmp_path, ca
 
 def _hammer(folder: Path, worker: int) -> None:
     store = RowStore(folder)
-    for i in range(40):
+    for i in range(12):
         name = f"name {i // 2}"
         store.write({name: torch.full((8,), float(i // 2)), f"own {worker} {i}": torch.zeros(8)})
         store.write({name: torch.full((8,), float(i // 2))})
@@ -285,8 +291,8 @@ def test_processes_share_a_folder(tmp_path, caplog):
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert len(RowStore(tmp_path).read(f"name {i}" for i in range(20))) == 20
-    assert not list(tmp_path.glob("*.tmp")) and "damaged" not in caplog.text
+    assert len(RowStore(tmp_path).read(f"name {i}" for i in range(6))) == 6
+    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir()) and "damaged" not in caplog.text
 
 
 def test_an_interrupted_run_keeps_what_is_done(clip, tmp_path, monkeypatch):
@@ -466,6 +472,6 @@ def test_zegformer_text_features(clip, parity_dir):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(clip):
     expected = TextBank(clip, TEMPLATES, cache_dir=None)(VOCABULARY)
-    bank = TextBank(deepcopy(clip).cuda(), TEMPLATES, cache_dir=None)
+    bank = TextBank(clone(clip).cuda(), TEMPLATES, cache_dir=None)
     assert bank(VOCABULARY).device.type == "cuda" and bank.per_synonym(VOCABULARY)[1].device.type == "cuda"
     torch.testing.assert_close(bank(VOCABULARY).cpu(), expected, atol=1e-4, rtol=0)
