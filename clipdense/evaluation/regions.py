@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from clipdense.clip import ClipModel, Want
 from clipdense.data.image import read_image, read_labels
-from clipdense.regions.pooling import roi_pool
+from clipdense.regions import pool_boxes
 
 __all__ = ["Region", "RegionAccuracy", "crop_region", "evaluate_regions", "regions_of"]
 
@@ -219,7 +219,7 @@ def evaluate_regions(
             whole = (pixels[None, :, :height, :width] - mean) / std
             for mode in modes:
                 dense = clip.visual(whole, Want(dense=mode)).dense
-                pooled = roi_pool(F.normalize(dense, dim=1), [boxes], 1 / stride)
+                pooled = pool_boxes(dense, [boxes], scale=1 / stride, pooling="clipself")
                 count(f"dense/{mode}", pooled, regions)
             yield from ((crop_region(image, r, clip.image_size[0]), r) for r in regions)
 
