@@ -103,7 +103,7 @@ def crop_region(
         y0, y1 = y0 - grow * (y1 - y0), y1 + grow * (y1 - y0)
     height, width = image.shape[:2]
     box = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    crop = Image.fromarray(image).crop(box)  # type: ignore[arg-type]  # PIL rounds fractional boxes
+    crop = Image.fromarray(image).crop(box)  # PIL rounds fractional boxes
     scale = size / max(crop.size)
     sides = max(1, round(crop.width * scale)), max(1, round(crop.height * scale))
     canvas = Image.new("RGB", (size, size))

@@ -44,7 +44,8 @@ def register_shapes(root: Path | None = None) -> None:
 
     ``shapes_closed_mini_train`` and the like (closed and ov, every task) are the first 800 training and 200
     validation images of the same files. Metadata of ov and shift sets: ``novel_classes`` (names) and
-    ``novel_kinds`` (kind -> names).
+    ``novel_kinds`` (kind -> names); of instance and panoptic sets also ``class_attributes`` (colour and shape of
+    each thing class).
     """
     root = shapes_root() if root is None else root
     for split in ("train", "val"):
@@ -88,7 +89,13 @@ def _register_views(root: Path, family: str, suffix: str, split: str, images: in
         return [{key: d[key] for key in kept} for d in load_everything()]
 
     ensure = partial(ensure_shapes, split, images, root)
-    shared = {"image_root": str(folders["image"]), "json_file": str(instances), **novel}
+    attributes = {"color": [n.split()[0] for n in names], "shape": [n.split()[1] for n in names]}
+    shared = {
+        "image_root": str(folders["image"]),
+        "json_file": str(instances),
+        "class_attributes": attributes,
+        **novel,
+    }
     _register(
         f"shapes_{family}_{suffix}",
         load_detection,
