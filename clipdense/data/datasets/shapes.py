@@ -44,8 +44,8 @@ def register_shapes(root: Path | None = None) -> None:
 
     ``shapes_closed_mini_train`` and the like (closed and ov, every task) are the first 800 training and 200
     validation images of the same files. Metadata of ov and shift sets: ``novel_classes`` (names) and
-    ``novel_kinds`` (kind -> names); of instance and panoptic sets also ``class_attributes`` (colour and shape of
-    each thing class).
+    ``novel_kinds`` (kind -> names); of instance and panoptic sets also ``class_attributes`` (colour and
+    shape of each thing class).
     """
     root = shapes_root() if root is None else root
     for split in ("train", "val"):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,9 +44,9 @@ class Rng:
         return self.rotation(180)
 
 
-def wave(t: Array) -> Array:
+def wave(t: npt.NDArray[np.floating[Any]]) -> Array:
     """A smooth periodic function of period 1 with values in 0..1 (a cosine without the library call)."""
-    tent = np.abs((t - np.floor(t)) * np.float32(2) - 1)
+    tent: Array = np.abs((t - np.floor(t)) * np.float32(2) - 1)
     return tent * tent * (3 - 2 * tent)
 
 
@@ -105,11 +106,15 @@ def _noise(rng: Rng, x: Array, y: Array, cell_x: float, cell_y: float | None = N
 
 
 def _grass(rng: Rng, x: Array, y: Array) -> Array:
-    return _shaded((0.42, 0.52, 0.30), 0.55 + 0.6 * _noise(rng, x, y, 2.0, 9.0) + 0.15 * _noise(rng, x, y, 24.0))
+    return _shaded(
+        (0.42, 0.52, 0.30), 0.55 + 0.6 * _noise(rng, x, y, 2.0, 9.0) + 0.15 * _noise(rng, x, y, 24.0)
+    )
 
 
 def _sand(rng: Rng, x: Array, y: Array) -> Array:
-    return _shaded((0.80, 0.71, 0.54), 0.86 + 0.16 * rng.array(y.shape[0], x.shape[1]) + 0.1 * _noise(rng, x, y, 40.0))
+    return _shaded(
+        (0.80, 0.71, 0.54), 0.86 + 0.16 * rng.array(y.shape[0], x.shape[1]) + 0.1 * _noise(rng, x, y, 40.0)
+    )
 
 
 def _water(rng: Rng, x: Array, y: Array) -> Array:
@@ -226,7 +231,15 @@ _CROSS = [
     (-0.3, -0.92), (0.3, -0.92), (0.3, -0.3), (0.92, -0.3), (0.92, 0.3), (0.3, 0.3),
     (0.3, 0.92), (-0.3, 0.92), (-0.3, 0.3), (-0.92, 0.3), (-0.92, -0.3), (-0.3, -0.3),
 ]  # fmt: skip
-_ARROW = [(0.96, 0.0), (0.16, -0.74), (0.16, -0.26), (-0.94, -0.26), (-0.94, 0.26), (0.16, 0.26), (0.16, 0.74)]
+_ARROW = [
+    (0.96, 0.0),
+    (0.16, -0.74),
+    (0.16, -0.26),
+    (-0.94, -0.26),
+    (-0.94, 0.26),
+    (0.16, 0.26),
+    (0.16, 0.74),
+]
 _HOURGLASS = [(-0.72, -0.9), (0.72, -0.9), (0.12, 0.0), (0.72, 0.9), (-0.72, 0.9), (-0.12, 0.0)]
 
 SHAPE_FIELDS: dict[str, tuple[Field, int]] = {

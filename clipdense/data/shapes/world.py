@@ -16,7 +16,15 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from clipdense.data.shapes.draw import COLOR_HUES, GROUND_PAINTERS, SHAPE_FIELDS, Rng, hsv_to_rgb, value_noise, wave
+from clipdense.data.shapes.draw import (
+    COLOR_HUES,
+    GROUND_PAINTERS,
+    SHAPE_FIELDS,
+    Rng,
+    hsv_to_rgb,
+    value_noise,
+    wave,
+)
 
 Array = npt.NDArray[np.float32]
 
@@ -85,7 +93,12 @@ class Scene:
 
 
 def render(
-    seed: int, index: int, *, size: int = 256, shift: bool = False, class_weights: Sequence[float] | None = None
+    seed: int,
+    index: int,
+    *,
+    size: int = 256,
+    shift: bool = False,
+    class_weights: Sequence[float] | None = None,
 ) -> Scene:
     """Draw scene ``index`` of world ``seed``.
 
@@ -105,7 +118,9 @@ def render(
     for _ in range(rng.integer(1, 3)):
         _draw_clutter(rng, canvas)
 
-    cumulative = np.cumsum(np.ones(len(CLASSES)) if class_weights is None else np.asarray(class_weights, np.float64))
+    cumulative = np.cumsum(
+        np.ones(len(CLASSES)) if class_weights is None else np.asarray(class_weights, np.float64)
+    )
     things: list[_Placed] = []
     for _ in range(rng.integer(2, 8)):
         category = min(int(np.searchsorted(cumulative, rng.uniform(0.0, float(cumulative[-1])), "right")), 79)
@@ -143,10 +158,14 @@ def _draw_grounds(rng: Rng, size: int, shift: bool) -> tuple[npt.NDArray[np.uint
     for kind in kinds:
         where = ground == kind
         if where.any():
-            tint = np.array([rng.uniform(-0.1, 0.1) for _ in range(3)], np.float32) if shift else np.float32(0)
+            tint = (
+                np.array([rng.uniform(-0.1, 0.1) for _ in range(3)], np.float32) if shift else np.float32(0)
+            )
             paint = list(GROUND_PAINTERS.values())[kind](rng, x, y) + tint
             canvas[where] = paint[where]
-    canvas *= (1 + np.float32(rng.uniform(0.04, 0.14)) * (value_noise(rng, size, size, 80.0) - 0.5))[..., None]
+    canvas *= (1 + np.float32(rng.uniform(0.04, 0.14)) * (value_noise(rng, size, size, 80.0) - 0.5))[
+        ..., None
+    ]
     return ground, canvas
 
 
@@ -186,7 +205,9 @@ def _place_thing(
         if np.count_nonzero(mask) < max(MIN_VISIBLE_PIXELS, 0.4 * full_pixels):
             continue
         left_over = [np.count_nonzero(t.mask & ~mask) for t in things]
-        if all(n >= max(MIN_VISIBLE_PIXELS, 0.35 * t.full_pixels) for n, t in zip(left_over, things, strict=True)):
+        if all(
+            n >= max(MIN_VISIBLE_PIXELS, 0.35 * t.full_pixels) for n, t in zip(left_over, things, strict=True)
+        ):
             break
     else:
         return
