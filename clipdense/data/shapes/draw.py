@@ -47,7 +47,8 @@ class Rng:
 def wave(t: npt.NDArray[np.floating[Any]]) -> Array:
     """A smooth periodic function of period 1 with values in 0..1 (a cosine without the library call)."""
     tent: Array = np.abs((t - np.floor(t)) * np.float32(2) - 1)
-    return tent * tent * (3 - 2 * tent)
+    smooth: Array = tent * tent * (3 - 2 * tent)
+    return smooth
 
 
 def value_noise(rng: Rng, height: int, width: int, cell_x: float, cell_y: float | None = None) -> Array:
