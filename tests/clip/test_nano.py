@@ -1,0 +1,81 @@
+"""The nano CLIPs: configs in the package, weights beside them."""
+
+import shutil
+
+import pytest
+import torch
+from open_clip.model import CustomTextCLIP
+from safetensors.torch import save_file
+
+from clipdense.checkpoint import CheckpointMismatch
+from clipdense.clip import Want, load_clip, nano
+from clipdense.clip.nano import NANO_MODELS, nano_config
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A package room without weights."""
+    for name in NANO_MODELS:
+        shutil.copy(nano._ROOM / f"{name}.json", tmp_path)
+    monkeypatch.setattr(nano, "_ROOM", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NANO_MODELS)
+def test_random_model(name):
+    clip = load_clip(name, "random")
+    assert (clip.name, clip.embed_dim, clip.image_size) == (name, 128, (64, 64))
+    assert clip.pixel_mean == clip.pixel_std == (0.5, 0.5, 0.5)
+    assert not clip.training and all(p.requires_grad for p in clip.parameters())
+    images, tokens = torch.randn(2, 3, 64, 64), clip.tokenize(["a red star", "blue rings on sand"])
+    logits = clip.logit_scale.exp() * clip.encode_image(images) @ clip.encode_text(tokens).T
+    logits.square().mean().backward()
+    still = [n for n, p in clip.named_parameters() if p.grad is None]
+    assert still == []
+    out = clip.visual(torch.randn(1, 3, 256, 256), Want(dense="value"))
+    assert out.dense.shape == (1, 128, 256 // clip.visual.stride, 256 // clip.visual.stride)
+
+
+@pytest.mark.parametrize("name", NANO_MODELS)
+def test_the_state_dict_is_open_clips(name):
+    config = nano_config(name)["model_cfg"]
+    theirs = CustomTextCLIP(**{k: v for k, v in config.items() if k != "custom_text"}).state_dict()
+    ours = load_clip(name, "random").state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert (config["custom_text"], config["quick_gelu"]) == (True, False)
+
+
+def test_the_text_towers_are_equal():
+    configs = [nano_config(name)["model_cfg"] for name in NANO_MODELS]
+    assert configs[0]["text_cfg"] == configs[1]["text_cfg"] == configs[2]["text_cfg"]
+
+
+@pytest.mark.parametrize("pretrained", [None, ""])
+def test_missing_weights_are_named(room, pretrained):
+    with pytest.raises(
+        FileNotFoundError, match=r"weights of 'shapes-vit' are missing: .*pretrained='random'"
+    ):
+        load_clip("shapes-vit", pretrained)
+
+
+def test_shipped_weights(room):
+    """One file a tower, in half precision."""
+    source = load_clip("shapes-vit", "random")
+    state = {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    save_file({k: v for k, v in state.items() if not k.startswith("text.")}, room / "shapes-vit.safetensors")
+    save_file({k: v for k, v in state.items() if k.startswith("text.")}, room / "shapes-text.safetensors")
+    clip = load_clip("shapes-vit")
+    assert all(torch.equal(v, state[k].float()) for k, v in clip.state_dict().items())
+    assert torch.equal(load_clip("shapes-vit", text=False).visual.proj, clip.visual.proj)
+    with pytest.raises(CheckpointMismatch, match=r"unknown to the model: visual.class_embedding"):
+        shutil.copy(room / "shapes-vit.safetensors", room / "shapes-rn.safetensors")
+        load_clip("shapes-rn")
+
+
+@pytest.mark.parametrize("name", NANO_MODELS)
+def test_weights_in_the_package_load(name):
+    if not nano.nano_path(name).is_file() or not nano.nano_path("shapes-text").is_file():
+        pytest.skip(f"{name} has no weights yet")
+    clip = load_clip(name)
+    assert clip.encode_text(clip.tokenize(["a red star"])).isfinite().all()
+    assert sum(nano.nano_path(n).stat().st_size for n in NANO_MODELS if nano.nano_path(n).is_file()) < 25e6
