@@ -1,10 +1,12 @@
 """What an installed clipdense holds, and what the requirement files promise."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,24 @@ def test_requirements_are_pinned_and_hold_no_urls():
         assert re.match(r"[\w.-]+(\[\w+\])?==\S+", line), line
     for file in files:
         assert _names(file) <= _names(lock), f"{file.name}: run `make lock`"
+
+
+def test_what_the_package_imports_is_required():
+    """Every third-party import of clipdense is in base.txt, or comes with detectron2 and its evaluators."""
+    modules = set()
+    for file in (ROOT / "clipdense").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add((node.module or "").partition(".")[0])
+    modules -= {"clipdense", "detectron2", "fvcore", "iopath", "omegaconf"} | sys.stdlib_module_names
+    distributions = packages_distributions()
+    folder = ROOT / "requirements"
+    known = _names(folder / "base.txt") | _names(folder / "detectron2.txt") | _names(folder / "extras.txt")
+    unknown = {
+        module
+        for module in modules
+        if not any(name.lower().replace("_", "-") in known for name in distributions.get(module, [module]))
+    }
+    assert not unknown, f"add to requirements/base.txt: {sorted(unknown)}"
