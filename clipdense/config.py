@@ -11,11 +11,14 @@ def add_clipdense_config(cfg: CN) -> None:
     if "CLIP" in cfg.MODEL:
         return
     cfg.MODEL.CLIP = CN()
-    # A model name that `clipdense.clip.load_clip` knows: any open_clip model, or "shapes-rn", "shapes-vit", "shapes-eva".
+    # A model name that `clipdense.clip.load_clip` knows: any open_clip model, or "shapes-rn", "shapes-vit",
+    # "shapes-eva".
     cfg.MODEL.CLIP.NAME = "shapes-rn"
-    # Its weights: an open_clip tag, a hub id, a local file, "random", or "" for the weights shipped with the package.
+    # Its weights: an open_clip tag, a hub id, a local file, "random", or "" for the weights shipped with the
+    # package.
     cfg.MODEL.CLIP.PRETRAINED = ""
-    # Whether a pickled weight file may be opened. A pickle can run code: only for files from a source you trust.
+    # Whether a pickled weight file may be opened. A pickle can run code: only for files from a source you
+    # trust.
     cfg.MODEL.CLIP.ALLOW_PICKLE = False
 
     from clipdense.backbone.config import add_backbone_config
