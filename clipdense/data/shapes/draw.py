@@ -57,8 +57,8 @@ def value_noise(rng: Rng, height: int, width: int, cell_x: float, cell_y: float 
     columns, wx = _lattice(width, cell_x)
     knots = rng.array(int(rows[-1]) + 2, int(columns[-1]) + 2)
     lines = knots[rows] * (1 - wy[:, None]) + knots[rows + 1] * wy[:, None]
-    noise: Array = lines[:, columns] * (1 - wx) + lines[:, columns + 1] * wx
-    return noise
+    noise = lines[:, columns] * (1 - wx) + lines[:, columns + 1] * wx
+    return noise.astype(np.float32, copy=False)
 
 
 def _lattice(size: int, cell: float) -> tuple[npt.NDArray[np.int64], Array]:
