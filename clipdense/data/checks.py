@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from clipdense.data.datasets import register_from_config
 from clipdense.data.datasets.layouts import load_json
 
 from detectron2.config import CfgNode
@@ -53,6 +54,7 @@ def check_classes(cfg: CfgNode) -> None:
     Raises:
         ValueError: class lists that differ, or a head with another number of classes; names both.
     """
+    register_from_config(cfg)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     check_dataset_names(names)
     for key, kind in HEAD_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, []):
@@ -111,25 +113,19 @@ def clean_annotations(dataset: Any) -> Any:
             continue
         kept = []
         for annotation in record["annotations"]:
-            if annotation["bbox_mode"] not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-                kept.append(annotation)
-                continue
-            x0, y0, x1, y1 = BoxMode.convert(
-                list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
-            )
-            inside = [
-                min(max(x0, 0.0), record["width"]),
-                min(max(y0, 0.0), record["height"]),
-                min(max(x1, 0.0), record["width"]),
-                min(max(y1, 0.0), record["height"]),
-            ]
-            if not (inside[2] > inside[0] and inside[3] > inside[1]):
-                dropped.append(record["file_name"])
-                continue
-            # annotators round: half a pixel beyond the border is no mistake worth a word
-            if max(abs(a - b) for a, b in zip(inside, (x0, y0, x1, y1), strict=True)) > 0.5:
-                clipped.append(record["file_name"])
-            annotation["bbox"], annotation["bbox_mode"] = inside, BoxMode.XYXY_ABS
+            mode = annotation["bbox_mode"]
+            if mode in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+                box = BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYXY_ABS)
+                limits = (record["width"], record["height"]) * 2
+                inside = [min(max(v, 0.0), limit) for v, limit in zip(box, limits, strict=True)]
+                if not (inside[2] > inside[0] and inside[3] > inside[1]):
+                    dropped.append(record["file_name"])
+                    continue
+                if inside != box:
+                    annotation["bbox"] = BoxMode.convert(inside, BoxMode.XYXY_ABS, mode)
+                    # annotators round: half a pixel beyond the border is no mistake worth a word
+                    if max(abs(a - b) for a, b in zip(inside, box, strict=True)) > 0.5:
+                        clipped.append(record["file_name"])
             kept.append(annotation)
         record["annotations"] = kept
     if clipped:

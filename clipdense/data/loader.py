@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clipdense.data.checks import check_dataset_names, clean_annotations
+from clipdense.data.datasets import register_from_config
 from clipdense.data.mappers import build_mapper
 from clipdense.data.samplers import GlobalBatchSampler, RepeatFactorSampler, ResumableTrainingSampler
 
@@ -113,6 +114,7 @@ def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], trainin
         ValueError: an unknown data set.
         FileNotFoundError: data that are not on disk, with what to do.
     """
+    register_from_config(cfg)
     check_dataset_names(names)
     try:
         return get_detection_dataset_dicts(

@@ -4,7 +4,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from clipdense.data.datasets.layouts import DatasetDicts
+from clipdense.data.datasets.layouts import DatasetDicts, load_json
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,7 +18,8 @@ def register_from_config(cfg: CfgNode) -> None:
     as it is.
 
     Raises:
-        ValueError: an entry that is not "name:annotations.json:image_folder", or a name that is taken.
+        ValueError: an entry that is not "name:annotations.json:image_folder", a name that is taken, or a file
+            without categories.
         FileNotFoundError: the json file or the folder is not there.
     """
     for entry in cfg.DATASETS.COCO_JSON:
@@ -40,10 +41,24 @@ def register_from_config(cfg: CfgNode) -> None:
                     f"DATASETS.COCO_JSON: the name {name} is taken by another data set; choose a new one"
                 )
             continue
+        categories = _categories(json_file)
         DatasetCatalog.register(name, partial(_load, str(json_file), str(image_root), name))
         MetadataCatalog.get(name).set(
-            json_file=str(json_file), image_root=str(image_root), evaluator_type="coco"
+            json_file=str(json_file),
+            image_root=str(image_root),
+            evaluator_type="coco",
+            thing_classes=list(categories.values()),
+            thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(categories)},
         )
+
+
+def _categories(json_file: Path) -> dict[int, str]:
+    """Category id -> name, in order of id."""
+    content = load_json(json_file)
+    try:
+        return {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{json_file}: no list of categories with id and name ({error!r})") from error
 
 
 def _load(json_file: str, image_root: str, name: str) -> DatasetDicts:
