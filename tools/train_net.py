@@ -12,8 +12,9 @@ import sys
 from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import evaluate_weights
 from clipdense.engine.launch import launch
+from clipdense.engine.options import ConfigError
 from clipdense.engine.report import print_results, verify
-from clipdense.engine.setup import ConfigError, setup
+from clipdense.engine.setup import setup
 from clipdense.engine.trainer import Trainer
 
 from detectron2.engine import default_argument_parser

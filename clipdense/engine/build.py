@@ -14,7 +14,7 @@ from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.distributed import convert_sync_batchnorm
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
 from clipdense.engine.optimizer import build_optimizer
-from clipdense.engine.options import TrainerOptions
+from clipdense.engine.options import ConfigError, TrainerOptions
 from clipdense.engine.schedule import build_schedule
 
 from detectron2.config import CfgNode, instantiate
@@ -74,7 +74,7 @@ def _from_yacs(cfg: CfgNode) -> dict[str, Any]:
         cfg.SEED = comm.shared_random_seed()
     cfg.freeze()
     if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ValueError(
+        raise ConfigError(
             "TEST.PRECISE_BN is not supported; SOLVER.EMA_DECAY averages the weights, norms included"
         )
     model = build_model(cfg)

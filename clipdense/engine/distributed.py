@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import timm.layers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from detectron2.utils import comm
 
@@ -23,34 +23,52 @@ __all__ = [
 ]
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch normalisation over the batches of all processes, on CPU (gloo) as well as on GPU.
+class _AllReduce(torch.autograd.Function):
+    """Sum over processes, of values and of gradients."""
 
-    Statistics are weighted by the number of values, so that batches of different sizes (or none at all on
-    some process) give exactly the norm of the global batch. GPU tensors take torch's fused kernels; those
-    refuse CPU tensors.
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation over the batches of all processes, on any device and over inputs (N, C, ...).
+
+    Statistics are weighted by the number of values, so that shares of different sizes (or none at all on
+    some process) give exactly the norm of the global batch, which Detectron2's NaiveSyncBatchNorm does not.
+    torch's own `torch.nn.SyncBatchNorm` is as exact, and faster, but for GPUs only.
     """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"a norm over channels needs (N, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape."""
-        if input.is_cuda or not self.training or comm.get_world_size() == 1:
+        if not self.training or comm.get_world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
         x = input if input.dtype == torch.float64 else input.float()
         axes = [0, *range(2, x.dim())]
         shape = (1, -1) + (1,) * (x.dim() - 2)
         count = x.new_tensor([x.numel() // x.shape[1]])
-        sums = all_reduce(torch.cat([x.sum(axes), count]))
+        sums = _AllReduce.apply(torch.cat([x.sum(axes), count]))
         n = sums[-1].detach()
         mean = sums[:-1] / n
         centred = x - mean.view(shape)
-        var = all_reduce(centred.square().sum(axes)) / n
+        var = _AllReduce.apply(centred.square().sum(axes)) / n
         self._track(mean.detach(), var.detach() * (n / (n - 1).clamp(min=1)))
         y = centred * (var + self.eps).rsqrt().view(shape)
-        if self.weight is not None:
-            y = y * self.weight.view(shape)
-        if self.bias is not None:
-            y = y + self.bias.view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(input.dtype)
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -58,8 +76,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             return
         self.num_batches_tracked.add_(1)
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(var, momentum)
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_(var.to(self.running_var), momentum)
 
 
 class _SyncBatchNormAct(SyncBatchNorm):
@@ -70,7 +88,9 @@ class _SyncBatchNormAct(SyncBatchNorm):
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """``module`` with every BatchNorm in it made a `SyncBatchNorm`; parameters, statistics and mode are kept.
+    """``module`` with every BatchNorm in it synchronised; parameters, statistics and mode are kept.
+
+    On GPUs they become torch's, elsewhere `SyncBatchNorm`.
 
     Raises:
         ValueError: a BatchNorm whose forward does more than torch's or timm's, by name.
@@ -79,8 +99,10 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             setattr(module, name, convert_sync_batchnorm(child))
         return module
-    if isinstance(module, SyncBatchNorm):
+    if isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
         return module
+    if any(tensor.is_cuda for tensor in module.state_dict().values()):
+        return timm.layers.convert_sync_batchnorm(module)
     kind = SyncBatchNorm
     if hasattr(module, "act") and hasattr(module, "drop"):
         kind = _SyncBatchNormAct

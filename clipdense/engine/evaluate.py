@@ -1,6 +1,7 @@
 """Evaluation of a model on every test set."""
 
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,13 +13,14 @@ from clipdense.data.loader import build_test_loader
 from clipdense.evaluation import build_evaluator
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
 __all__ = ["evaluate_datasets", "run_inference"]
 
 PANEL_IMAGES = 8
+_DRAWN = {"instances", "panoptic_seg", "sem_seg", "sem_seg_labels"}
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +45,26 @@ def evaluate_datasets(cfg: CfgNode, model: nn.Module, final: bool = True) -> dic
             model.set_vocabulary(Vocabulary.from_metadata(MetadataCatalog.get(name)))
         loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name)
         results[name], shown = run_inference(model, loader, evaluator, PANEL_IMAGES if final else 0, name)
+        if final and comm.is_main_process():
+            _draw(name, shown, os.path.join(cfg.OUTPUT_DIR, f"predictions_{name}.png"))
     if not comm.is_main_process():
         return {}
     return results if len(results) > 1 else next(iter(results.values()))
+
+
+def _draw(name: str, pairs: list[tuple[dict[str, Any], Any]], path: str) -> None:
+    """Draw the outputs for a few images of a data set beside the truth."""
+    drawable = [(i, o) for i, o in pairs if isinstance(o, dict) and _DRAWN & o.keys() and "image_id" in i]
+    if not drawable:
+        return
+    from clipdense.visualize import draw_panel  # matplotlib takes a second to import
+
+    records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
+    shown = [{**records[sample["image_id"]], "output": output} for sample, output in drawable]
+    try:
+        draw_panel(shown, MetadataCatalog.get(name), path)
+    except Exception:  # whatever it is, a picture must not cost the metrics
+        logger.exception("Cannot draw %s", path)
 
 
 def run_inference(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clipdense.engine.options import ConfigError
+
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
@@ -39,13 +41,13 @@ def launch(
         What ``main`` returned; None from spawned processes.
 
     Raises:
-        RuntimeError: more processes than GPUs, with the command that does run on this machine.
+        ConfigError: more processes than GPUs, with the command that does run on this machine.
     """
     if under_torchrun():
         return _run_in_environment_group(main, args)
     if num_gpus * num_machines > 1:
         if torch.cuda.device_count() < num_gpus:
-            raise RuntimeError(
+            raise ConfigError(
                 f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}. "
                 "For several processes on CPU start with: torchrun --nproc-per-node N tools/train_net.py ..."
             )

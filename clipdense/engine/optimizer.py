@@ -12,6 +12,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from clipdense.engine.options import ConfigError
+
 from detectron2.config import CfgNode
 
 __all__ = ["ParamRule", "build_clipper", "build_optimizer", "freeze", "keep_frozen_in_eval", "param_groups"]
@@ -54,7 +56,7 @@ class ParamRule:
         """From a dict with upper- or lower-case keys.
 
         Raises:
-            ValueError: an unknown key (with near ones), no ``MATCH``, or an invalid regex.
+            ConfigError: an unknown key (with near ones), no ``MATCH``, or an invalid regex.
         """
         known = [f.name for f in dataclasses.fields(cls)]
         values = {str(key).lower(): value for key, value in rule.items()}
@@ -62,20 +64,20 @@ class ParamRule:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
                 hint = f"; did you mean {near[0].upper()}?" if near else ""
-                raise ValueError(f"SOLVER.PARAM_GROUPS: unknown key {key.upper()!r} in {dict(rule)}{hint}")
+                raise ConfigError(f"SOLVER.PARAM_GROUPS: unknown key {key.upper()!r} in {dict(rule)}{hint}")
         if not isinstance(values.get("match"), str):
-            raise ValueError(f"SOLVER.PARAM_GROUPS: {dict(rule)} has no MATCH (a regex for parameter names)")
+            raise ConfigError(f"SOLVER.PARAM_GROUPS: {dict(rule)} has no MATCH (a regex for parameter names)")
         try:
             re.compile(values["match"])
         except re.error as e:
-            raise ValueError(f"SOLVER.PARAM_GROUPS: MATCH {values['match']!r} is not a regex: {e}") from e
+            raise ConfigError(f"SOLVER.PARAM_GROUPS: MATCH {values['match']!r} is not a regex: {e}") from e
         return cls(**values)
 
     def matched(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters it is about.
 
         Raises:
-            ValueError: none is.
+            ConfigError: none is.
         """
         found = False
         for name, parameter in model.named_parameters():
@@ -84,7 +86,7 @@ class ParamRule:
                 yield name, parameter
         if not found:
             tops = ", ".join(sorted({name.split(".")[0] for name, _ in model.named_parameters()}))
-            raise ValueError(
+            raise ConfigError(
                 f"SOLVER.PARAM_GROUPS: MATCH {self.match!r} is in no parameter name; they begin with {tops}"
             )
 
@@ -176,7 +178,7 @@ def _layer_scales(names: list[str], rate: float) -> dict[str, float]:
     """``rate ** depth`` of ViT parameters; depth 0 above the blocks, the number of blocks + 1 below them."""
     blocks = {name: int(m.group(1)) for name in names if (m := _BLOCK.search(name))}
     if not blocks:
-        raise ValueError(
+        raise ConfigError(
             "SOLVER.PARAM_GROUPS: LAYER_DECAY needs names with blocks (blocks.N, resblocks.N, layers.N)"
         )
     count = max(blocks.values()) + 1
@@ -191,7 +193,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that ``SOLVER.OPTIMIZER`` names, over what ``SOLVER.PARAM_GROUPS`` leaves to train.
 
     Raises:
-        ValueError: an unknown optimizer, a bad rule, or nothing to train.
+        ConfigError: an unknown optimizer, a bad rule, or nothing to train.
     """
     s = cfg.SOLVER
     rules = [ParamRule.parse(rule) for rule in s.PARAM_GROUPS]
@@ -207,7 +209,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         rules=rules,
     )
     if not groups:
-        raise ValueError("nothing to train: every parameter of the model is frozen")
+        raise ConfigError("nothing to train: every parameter of the model is frozen")
     logging.getLogger(__name__).info("Parameter groups:\n%s", _describe(groups))
     for group in groups:
         del group["names"]
@@ -215,7 +217,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, s.BASE_LR, momentum=s.MOMENTUM, nesterov=s.NESTEROV)
     if s.OPTIMIZER == "AdamW":
         return torch.optim.AdamW(groups, s.BASE_LR, betas=tuple(s.BETAS), eps=s.EPS)
-    raise ValueError(f"SOLVER.OPTIMIZER {s.OPTIMIZER!r} is none of SGD, AdamW")
+    raise ConfigError(f"SOLVER.OPTIMIZER {s.OPTIMIZER!r} is none of SGD, AdamW")
 
 
 def _describe(groups: list[dict[str, Any]]) -> str:
@@ -260,5 +262,5 @@ def build_clipper(kind: str, value: float = 1.0, norm_type: float = 2.0) -> Grad
         "full_model": full_model,
     }
     if kind not in clippers:
-        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {kind!r} is none of value, norm, full_model")
+        raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {kind!r} is none of value, norm, full_model")
     return clippers[kind]

@@ -5,9 +5,13 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-__all__ = ["TrainerOptions"]
+__all__ = ["ConfigError", "TrainerOptions"]
 
 _PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class TrainerOptions:
         metadata: noted in every checkpoint (the classes that the model was trained for).
 
     Raises:
-        ValueError: a value outside its range.
+        ConfigError: a value outside its range.
     """
 
     output_dir: str
@@ -50,16 +54,16 @@ class TrainerOptions:
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
-            raise ValueError(
+            raise ConfigError(
                 f"the precision of training is one of {', '.join(_PRECISIONS)}, not {self.precision!r}"
             )
         if self.best_mode not in ("max", "min"):
-            raise ValueError(f"TEST.BEST_MODE is 'max' or 'min', not {self.best_mode!r}")
+            raise ConfigError(f"TEST.BEST_MODE is 'max' or 'min', not {self.best_mode!r}")
         for name in ("max_iter", "accumulation_steps", "checkpoint_period", "log_period"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_seconds < 0 or not 0 <= self.ema_decay < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"need max_seconds >= 0 and 0 <= ema_decay < 1, got {self.max_seconds}, {self.ema_decay}"
             )
 

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -> None:
     """Export the model, draw the training curve, print the metrics."""
+    from clipdense.curve import draw_curve  # matplotlib takes a second to import
+
     export(model, Path(output_dir, "export.safetensors"))
+    draw_curve(Path(output_dir, "metrics.json"), Path(output_dir, "curve.png"))
     print_results(results)
     files = sorted(
         p.name for p in Path(output_dir).iterdir() if p.suffix in (".pth", ".png", ".json", ".safetensors")

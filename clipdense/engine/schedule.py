@@ -5,6 +5,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from clipdense.engine.options import ConfigError
+
 from detectron2.config import CfgNode
 
 __all__ = ["Schedule", "build_schedule", "cosine", "multi_step", "poly"]
@@ -62,7 +64,7 @@ def build_schedule(cfg: CfgNode) -> Schedule:
     """The schedule that ``SOLVER.LR_SCHEDULER_NAME`` names.
 
     Raises:
-        ValueError: an unknown schedule or warm-up method, with the known ones.
+        ConfigError: an unknown schedule or warm-up method, with the known ones.
     """
     s = cfg.SOLVER
     end = s.BASE_LR_END / s.BASE_LR if s.BASE_LR else 0.0
@@ -74,9 +76,9 @@ def build_schedule(cfg: CfgNode) -> Schedule:
         "WarmupPolyLR": lambda: poly(s.POLY_LR_POWER, end),
     }
     if s.LR_SCHEDULER_NAME not in decays:
-        raise ValueError(f"SOLVER.LR_SCHEDULER_NAME {s.LR_SCHEDULER_NAME!r} is none of {', '.join(decays)}")
+        raise ConfigError(f"SOLVER.LR_SCHEDULER_NAME {s.LR_SCHEDULER_NAME!r} is none of {', '.join(decays)}")
     if s.WARMUP_METHOD not in ("linear", "constant"):
-        raise ValueError(f"SOLVER.WARMUP_METHOD {s.WARMUP_METHOD!r} is neither 'linear' nor 'constant'")
+        raise ConfigError(f"SOLVER.WARMUP_METHOD {s.WARMUP_METHOD!r} is neither 'linear' nor 'constant'")
     return Schedule(
         decays[s.LR_SCHEDULER_NAME](), s.MAX_ITER, s.WARMUP_ITERS, s.WARMUP_FACTOR, s.WARMUP_METHOD
     )

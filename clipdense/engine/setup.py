@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import yaml
 import clipdense
 from clipdense.config import add_clipdense_config
 from clipdense.data.checks import check_classes
+from clipdense.data.datasets import register_from_config
+from clipdense.engine.options import ConfigError
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils import comm
@@ -23,7 +26,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-__all__ = ["ConfigError", "load_config", "prepare_output_dir", "setup"]
+__all__ = ["load_config", "prepare_output_dir", "setup"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +46,6 @@ _OWN_FILES = (
     "predictions_*.png",
     "curve.png",
 )
-
-
-class ConfigError(ValueError):
-    """A config file or an override is wrong; the message names it and the remedy."""
 
 
 def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
@@ -126,15 +125,19 @@ def setup(args: argparse.Namespace) -> Any:
     Raises:
         ConfigError: the config, its data sets or their classes are wrong, or OUTPUT_DIR cannot be written.
     """
+    # detectron2 0.6 on today's torch
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.meshgrid", UserWarning)
     cfg = load_config(args.config_file, args.opts)
     yacs = isinstance(cfg, CfgNode)
     output_dir = cfg.OUTPUT_DIR if yacs else cfg.train.output_dir
     device = cfg.MODEL.DEVICE if yacs else cfg.train.device
     seed = cfg.SEED if yacs else cfg.train.get("seed", -1)
-    if yacs and not args.eval_only:
+    if yacs:
         try:
-            check_classes(cfg)
-        except ValueError as e:
+            register_from_config(cfg)
+            if not args.eval_only:
+                check_classes(cfg)
+        except (ValueError, FileNotFoundError) as e:
             raise ConfigError(str(e)) from e
 
     if comm.is_main_process():

@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import inspect
 import json
 import logging
 import math
@@ -29,9 +30,10 @@ from detectron2.config import configurable
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "distribute"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class Trainer(TrainerBase):
         self.checkpointer = TrainingCheckpointer(
             model, options.output_dir, options.weights_skip, options.allow_pickle, options.checkpoint_keep
         )
-        self._ddp = _distribute(model, options.find_unused_parameters)
+        self._ddp = distribute(model, options.find_unused_parameters)
         self._clip = build_clipper(options.clip_type, options.clip_value, options.clip_norm_type)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._train_loader, self._evaluate = train_loader, evaluate
@@ -126,8 +128,8 @@ class Trainer(TrainerBase):
                     self.storage.histories()[name].update(value, iteration)
             try:
                 with self._interrupt:  # before the loader forks its workers, which Ctrl-C reaches as well
-                    self._prepare()
                     self.before_train()
+                    self._prepare()
                     while self.iter < self.max_iter:
                         self.before_step()
                         self.run_step()
@@ -165,6 +167,8 @@ class Trainer(TrainerBase):
         self._batches = iter(self._train_loader(self.start_iter))
         if self._random_state is not None:
             set_random_state(self._random_state)
+        else:  # how much was drawn so far depends on what this process has imported
+            seed_all_rng(self.options.seed + comm.get_rank())
         self._started = time.monotonic() - self.elapsed
 
     def run_step(self) -> None:
@@ -395,13 +399,16 @@ class Trainer(TrainerBase):
             logger.warning("%s was trained with SEED %d: the data order changes", path, state["seed"])
 
 
-def _distribute(model: nn.Module, find_unused_parameters: bool) -> nn.Module:
+def distribute(model: nn.Module, find_unused_parameters: bool = False) -> nn.Module:
+    """``model`` itself in a single process, else wrapped so that gradients are averaged over processes."""
     if comm.get_world_size() == 1:
         return model
     device = next(model.parameters()).device
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         find_unused_parameters=find_unused_parameters,
+        **{sync_buffers: False},
     )

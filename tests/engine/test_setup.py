@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 import clipdense
-from clipdense.engine.setup import ConfigError, load_config, prepare_output_dir, setup
+from clipdense.engine.options import ConfigError
+from clipdense.engine.setup import load_config, prepare_output_dir, setup
 
 
 def config_file(tmp_path: Path, text: str = "MODEL: {META_ARCHITECTURE: ToyNet}") -> str:

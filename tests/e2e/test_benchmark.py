@@ -1,0 +1,116 @@
+"""`tools/benchmark.py` and what suites are made of."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipdense import benchmark
+from clipdense.benchmark import Row, flops, interleaved, load_suite, suites, table, wall
+from clipdense.benchmark.evaluation import synthetic_coco
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools" / "benchmark.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_evaluation_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "out" / "benchmark.json"
+    assert tool.main(["evaluation", "--images", "20", "--pairs", "1", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "eval/coco20" in printed and "1 pairs instead of 7" in printed and "x as fast" in printed
+    content = json.loads(path.read_text())
+    (row,) = content["rows"]
+    assert content["suite"] == "evaluation" and content["machine"]["torch"] == torch.__version__
+    assert row["ratio"] == pytest.approx(row["other"] / row["ours"]) and row["ratio_is"] == "other / ours"
+    assert row["ours"] == min(row["raw"]["ours"]) and len(row["raw"]["other"]) == 1
+    # the numbers are those of both, not copies of each other
+    for task in ("bbox", "segm"):
+        assert row["values"]["ours"][task] == pytest.approx(row["values"]["other"][task], abs=1e-9)
+        assert 1 < row["values"]["ours"][task]["AP"] < 99
+        assert f"{row['values']['ours'][task]['AP']:.10f}" in printed
+
+
+def test_the_suite_fails_where_numbers_differ(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = load_suite("evaluation")
+    right = suite.hotcoco_metrics
+
+    def wrong(*args: Any) -> Any:
+        metrics = right(*args)
+        metrics["segm"]["AP75"] += 1e-6
+        return metrics
+
+    monkeypatch.setattr(suite, "hotcoco_metrics", wrong)
+    with pytest.raises(AssertionError, match="segm AP75"):
+        tool.main(["evaluation", "--images", "3", "--pairs", "1"])
+
+
+def test_suites_are_listed_and_others_are_errors(tool: Any, capsys: Any) -> None:
+    assert tool.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "evaluation" in suites() and all(name in printed for name in suites())
+    assert "Suite ``evaluation``" in printed
+    for arguments in ([], ["nonsense"]):
+        with pytest.raises(SystemExit):
+            tool.main(arguments)
+        assert "name a suite: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no benchmark suite 'nonsense'; there are .*evaluation"):
+        load_suite("nonsense")
+
+
+def test_a_module_of_the_package_is_a_suite(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "pooling.py").write_text(
+        '"""Suite ``pooling``: sums."""\n'
+        "from clipdense.benchmark import Row\n"
+        "def add_arguments(parser): parser.add_argument('--size', type=int)\n"
+        "def rows(args): yield Row('pooling/sum', args.size, 4, 'GFLOP', notes='counted')\n"
+    )
+    monkeypatch.setattr(benchmark, "__path__", [*benchmark.__path__, str(tmp_path)])
+    assert tool.main(["pooling", "--size", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "1.25" in printed and "x the cost" in printed and "pooling/sum: counted" in printed
+
+
+def test_ratios() -> None:
+    assert Row("a", 2.0, 4.0, "s").ratio == 0.5
+    assert Row("a", 2.0, 4.0, "s", "speedup").ratio == 2.0
+    assert Row("a", 0.0, 4.0, "s", "speedup").to_json()["ratio"] != 0
+    assert "12,345" in table([Row("a", 12345.0, 0.00012, "GFLOP")])
+
+
+def test_flops_are_exact() -> None:
+    a, b = torch.ones(3, 5), torch.ones(5, 7)
+    assert flops(lambda: a @ b) == 2 * 3 * 5 * 7
+    convolution = torch.nn.Conv2d(3, 4, 3, bias=False)
+    assert flops(lambda: convolution(torch.ones(1, 3, 10, 10))) == 2 * 4 * 8 * 8 * 3 * 9
+
+
+def test_pairs_are_interleaved() -> None:
+    order: list[str] = []
+    times = list(interleaved(lambda: order.append("a"), lambda: order.append("b"), pairs=3))
+    assert order == ["a", "b"] * 4 and len(times) == 3  # the first pair warms up
+    row = wall("x/y", lambda: None, lambda: None, pairs=2)
+    assert row.ours == min(row.raw["ours"]) and "2 pairs instead of 7" in row.notes
+    assert wall("x/y", lambda: None, lambda: None).notes == ""
+
+
+def test_synthetic_data_are_the_same_for_a_seed() -> None:
+    first, second, other = synthetic_coco(3), synthetic_coco(3), synthetic_coco(3, seed=1)
+    assert first == second and first != other
+    dataset, results = synthetic_coco(60)
+    counts = [sum(a["image_id"] == i["id"] for a in dataset["annotations"]) for i in dataset["images"]]
+    assert 5 < sum(counts) / 60 < 10 and 30 < len(results) / 60 < 42
+    assert len({r["score"] for r in results}) < len(results)  # ties occur
+    assert any(a["iscrowd"] for a in dataset["annotations"])

@@ -1,0 +1,166 @@
+"""tools/train_net.py as users start it: alone, killed and resumed, interrupted, under torchrun, wrongly."""
+
+import argparse
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENGINE_TESTS = Path(__file__).resolve().parents[1] / "engine"
+sys.path.insert(0, str(ENGINE_TESTS))
+
+import engine_toy  # noqa: E402
+
+CONFIG = """
+MODEL: {META_ARCHITECTURE: ToyNet, DEVICE: cpu}
+INPUT: {MAPPER: ToyMapper}
+DATASETS:
+  TRAIN: ("toy",)
+  TEST: ("toy",)
+DATALOADER: {NUM_WORKERS: 2, ASPECT_RATIO_GROUPING: False}
+SOLVER:
+  {OPTIMIZER: AdamW, BASE_LR: 0.01, LR_SCHEDULER_NAME: WarmupCosineLR, WARMUP_ITERS: 2, IMS_PER_BATCH: 4,
+  MAX_ITER: 12, CHECKPOINT_PERIOD: 5, EMA_DECAY: 0.9, LOG_PERIOD: 1}
+TEST: {EVAL_PERIOD: 4}
+SEED: 3
+VERSION: 2
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(config: Path) -> Start:
+    """Start train_net with the toy world: ``start(folder, KEY, VALUE, ..., launcher=(), options=())``."""
+
+    def run(
+        folder: Path, *settings: str, launcher: tuple[str, ...] = (), options: tuple[str, ...] = ()
+    ) -> "subprocess.Popen[str]":
+        command = [sys.executable, *launcher, engine_toy.__file__, *options, "--config-file", str(config)]
+        command += ["OUTPUT_DIR", str(folder), *settings]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+    return run
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+    output = process.communicate(timeout=900)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def here(config: Path, folder: Path, *settings: Any, **flags: bool) -> dict[str, float]:
+    """The same in this process."""
+    main = runpy.run_path(str(engine_toy.ROOT / "tools" / "train_net.py"))["main"]
+    flags = {"resume": False, "eval_only": False, **flags}
+    return main(
+        argparse.Namespace(
+            config_file=str(config), opts=["OUTPUT_DIR", str(folder), *map(str, settings)], **flags
+        )
+    )
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "time" not in k} for row in found]
+
+
+def test_killed_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path, start: Start) -> None:
+    whole = here(config, tmp_path / "whole")
+    output = finish(start(tmp_path / "killed", options=("--kill-at", "8")), code=-signal.SIGKILL)
+    assert "iter 8/12" in output and len(rows(tmp_path / "killed")) == 8
+    (tmp_path / "killed" / ".model_0000009.pth.half").write_bytes(b"half")
+    resumed = here(config, tmp_path / "killed", resume=True)
+    assert resumed == pytest.approx(whole, abs=1e-5)
+    assert len(rows(tmp_path / "whole")) == 13  # the last one is the final evaluation
+    for a, b in zip(rows(tmp_path / "killed"), rows(tmp_path / "whole"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    assert not list((tmp_path / "killed").glob(".model*"))
+    evaluated = here(config, tmp_path / "killed", eval_only=True, resume=True)
+    assert evaluated == pytest.approx(whole, abs=1e-5)
+
+
+def test_torchrun_equals_one_process(config: Path, tmp_path: Path, start: Start) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    settings = ("MODEL.SYNC_BN", "True", "SOLVER.OPTIMIZER", "SGD")
+    output = finish(start(tmp_path / "two", *settings, launcher=torchrun))
+    expected = here(config, tmp_path / "one", *settings)
+    assert output.count("iter 12/12") == 1  # one process tells
+    # dropout draws other numbers in each process: only data order, evaluation and bookkeeping can be compared
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["iteration"] for row in two] == [row["iteration"] for row in one]
+    assert [row.get("lr") for row in two] == [row.get("lr") for row in one]
+    assert two[-1]["toy/error"] == pytest.approx(expected["toy/error"], rel=0.2)
+    again = here(config, tmp_path / "two", *settings, eval_only=True, resume=True)
+    assert again["toy/error"] == pytest.approx(two[-1]["toy/error"], abs=1e-6)
+
+
+def test_ctrl_c_saves_and_resumes(config: Path, tmp_path: Path, start: Start) -> None:
+    process = start(tmp_path / "run", "SOLVER.MAX_ITER", "1000000", "TEST.EVAL_PERIOD", "0")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "iter 3/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output = finish(process, code=130)
+    assert "--resume goes on" in output
+    last = (tmp_path / "run" / "last_checkpoint").read_text()
+    done = int(last.removeprefix("model_").removesuffix(".pth")) + 1
+    here(config, tmp_path / "run", "SOLVER.MAX_ITER", done + 2, "TEST.EVAL_PERIOD", 0, resume=True)
+    assert [row["iteration"] for row in rows(tmp_path / "run")] == list(range(done + 2)) + [done + 2]
+
+
+def test_a_second_run_does_not_overwrite_the_first(config: Path, tmp_path: Path) -> None:
+    short = ("SOLVER.MAX_ITER", 2)
+    here(config, tmp_path / "run", *short)
+    first = (tmp_path / "run" / "model_final.pth").read_bytes()
+    here(config, tmp_path / "run", *short, "SEED", 4)
+    assert (tmp_path / "run" / "old_1" / "model_final.pth").read_bytes() == first
+    assert (tmp_path / "run" / "model_final.pth").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (("SOLVER.BASELR", "1"), "unknown config key SOLVER.BASELR. Did you mean SOLVER.BASE_LR"),
+        (("MODEL.WEIGHTS", "none.pth"), "weight file none.pth does not exist"),
+        (("DATASETS.TRAIN", "('toys',)"), "data set 'toys' is not registered"),
+        (("OUTPUT_DIR", "/proc/run"), "OUTPUT_DIR /proc/run cannot be written"),
+        (("DATASETS.TRAIN", "('toy_poisoned',)"), "loss_error = nan"),
+    ],
+)
+def test_errors_are_said_in_a_line(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, str], message: str
+) -> None:
+    script = str(engine_toy.ROOT / "tools" / "train_net.py")
+    command = [script, "--config-file", str(config), "OUTPUT_DIR", str(tmp_path / "run"), *settings]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(script, run_name="__main__")
+    assert str(e.value.code).startswith("error: ") and message in str(e.value.code)
+
+
+def test_more_gpus_than_there_are(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = str(engine_toy.ROOT / "tools" / "train_net.py")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", [script, "--num-gpus", "2", "--config-file", str(config)])
+    with pytest.raises(SystemExit, match="--num-gpus 2, but this machine has 0.(.|\n)*torchrun"):
+        runpy.run_path(script, run_name="__main__")
