@@ -30,7 +30,7 @@ CHOICE = $(if $(wildcard $(DETECTRON2)/setup.py),$(abspath $(DETECTRON2)),$(pats
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
-env: .venv/.installed
+env: .venv/.base .venv/.installed
 
 demo: env
 	$(BIN)/python tools/train_net.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml OUTPUT_DIR output/demo
@@ -72,10 +72,14 @@ clean:
 .venv/.detectron2: .venv/bin/python FORCE
 	@echo '$(CHOICE)' | cmp -s - $@ || echo '$(CHOICE)' > $@
 
-.venv/.installed: .venv/.detectron2 $(wildcard requirements/*.txt) setup.py
+.venv/.base: $(wildcard requirements/*.txt) setup.py | .venv/bin/python
 	@echo "Installing into .venv (the first time this downloads about 3 GB) ..."
 	$(PIP) -r requirements/base.txt -r requirements/extras.txt -r requirements/test.txt
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# Builds against the installed torch, hence after it.
+.venv/.installed: .venv/.detectron2 requirements/detectron2.txt requirements/overrides.txt | .venv/.base
 	$(UV) pip uninstall --quiet --python $(BIN)/python detectron2 pb1-detectron2
 	$(PIP) --no-build-isolation $(SKIP_EXTENSION) "$(CHOICE)" -r requirements/detectron2.txt
-	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
