@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clipdense.checkpoint import CheckpointError, CheckpointMismatch
 from clipdense.clip import ClipModel, load_clip, sources
+from clipdense.clip.model import build_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:FutureWarning")
 
@@ -135,11 +136,39 @@ def test_missing_files_are_named(kwargs):
         load_clip(**kwargs)
 
 
-def test_every_named_model_is_supported_or_refused_by_name():
-    """All of open_clip's ResNet, ViT, EVA, SigLIP and ConvNeXt names resolve."""
+FULL_SIZE = {
+    "RN50": ("ResNetTower", 1024, (7, 7)),
+    "ViT-B-16": ("ViTTower", 512, (14, 14)),
+    "EVA02-B-16": ("TimmViTTower", 512, (14, 14)),
+    "ViT-B-16-SigLIP-384": ("TimmViTTower", 768, (24, 24)),
+    "convnext_base_w_320": ("ConvNeXtTower", 640, (10, 10)),
+}
+NO_TOWER = ("coca", "swin", "MobileCLIP", "ViTamin", "vit_relpos")
+
+
+def _on_meta(name: str) -> ClipModel:
+    source = sources.resolve(name, "random")
+    text = "hf_model_name" not in source.config["model_cfg"]["text_cfg"]
+    with torch.device("meta"):
+        return build_clip(name, source.config, text=text)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_models(name):
+    clip = _on_meta(name)
+    assert (type(clip.visual).__name__, clip.embed_dim, clip.visual.grid) == FULL_SIZE[name]
+
+
+@pytest.mark.slow
+def test_every_name_is_supported_or_refused():
+    """All of open_clip's ResNets, ViTs, EVA-CLIPs, SigLIPs, Perception Encoders, ConvNeXts have a tower."""
     for name in open_clip.list_models():
-        source = sources.resolve(name, "random")
-        assert source.config["model_cfg"]["vision_cfg"] and len(source.config["preprocess_cfg"]["mean"]) == 3
+        if name.startswith(NO_TOWER) and name != "MobileCLIP2-L-14":
+            with pytest.raises(ValueError, match="no tower for|is a CoCa|without one square patch"):
+                _on_meta(name)
+        else:
+            clip = _on_meta(name)
+            assert clip.visual.grid == tuple(side // clip.visual.stride for side in clip.image_size)
 
 
 def test_unsupported_models_are_refused():
@@ -215,13 +244,14 @@ def test_hub_and_local_repositories(monkeypatch, tmp_path):
 
 
 def test_openais_torchscript_needs_nothing_else(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     state = _openai_state()
     path = _torchscript(state, tmp_path / "clip.pt")
     for args in ((path,), ("", path)):
         clip = load_clip(*args)
         assert clip.name == "clip" and _quick(clip) and _same(clip, state, True)
         assert clip.image_size == (32, 32) and clip.tokenize(["a cat"]).shape == (1, 16)
-    assert "heads of 64" in caplog.text
+    assert "heads of 64" in caplog.text and not [r for r in caplog.records if r.levelno > logging.INFO]
     named = load_clip("Tiny-8", path)
     assert _quick(named) and _same(named, state, True)
     wide = load_clip(path, text_heads=2, head_width=32)
@@ -272,6 +302,11 @@ def test_our_own_files_need_nothing_else(tmp_path, name):
     assert torch.equal(back.encode_image(images), clip.encode_image(images))
     tokens = torch.randint(1, 60, (2, 16))
     assert torch.equal(back.encode_text(tokens), clip.encode_text(tokens))
+    plain_name = load_clip(name.removesuffix("-quickgelu"), tmp_path / "mine.safetensors")
+    assert torch.equal(plain_name.encode_image(images), clip.encode_image(images))
+
+    load_clip(name, "random", text=False).save(tmp_path / "image.safetensors")
+    assert load_clip(tmp_path / "image.safetensors").text is None
 
 
 def test_keys_and_shapes_that_do_not_fit_are_listed(tmp_path):

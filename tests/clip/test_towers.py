@@ -1,6 +1,7 @@
 """Every tower family against open_clip's own forward, and the contract that they share."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -218,12 +219,25 @@ def test_gradients_reach_the_weights(family):
 
 
 @torch.no_grad()
+def test_a_copy_is_independent(family):
+    _, tower = _pair(family)
+    images = _images(tower)
+    twin, expected = deepcopy(tower), tower(images).pooled
+    for parameter in tower.parameters():
+        parameter.zero_()
+    assert torch.equal(twin(images).pooled, expected)
+
+
+@torch.no_grad()
 def test_half_precision_and_channels_last(family):
     _, tower = _pair(family)
     images = _images(tower, (96, 80))
     expected = tower(images).pooled
     half = tower(images.to(memory_format=torch.channels_last)).pooled
     torch.testing.assert_close(half, expected, atol=1e-4, rtol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = tower(images).pooled
+    assert torch.nn.functional.cosine_similarity(half.float(), expected).min() > 0.99
     half = tower.bfloat16()(images.to(memory_format=torch.channels_last)).pooled
     assert half.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(half.float(), expected).min() > 0.99
@@ -316,6 +330,11 @@ def test_regions_of_the_resnet():
     boxes = tower.embed_regions(out.pre, boxes=[whole, whole.expand(2, 4)])
     assert boxes.shape == (3, DIM)
     torch.testing.assert_close(boxes, out.pooled[[0, 1, 1]], atol=2e-5, rtol=1e-4)
+
+    half = tower.embed_regions(out.pre.bfloat16().float(), boxes=[whole, whole])
+    low = deepcopy(tower).bfloat16().embed_regions(out.pre.bfloat16(), boxes=[whole, whole])
+    assert low.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(low.float(), half).min() > 0.99
 
     masks = torch.zeros(2, 3, 3, 3)
     masks[:, 0], masks[:, 1, 1, 2] = 1, 1
