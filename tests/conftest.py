@@ -1,13 +1,21 @@
 """What every test shares: where golden files and real data lie, and fresh interpreters."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 # One thread a process: two pytest workers share two cores, and results stay the same on any machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Nothing is read from or left in the user's cache; pytest-xdist's workers inherit the folder.
+if "CLIPDENSE_CACHE" not in os.environ:
+    os.environ["CLIPDENSE_CACHE"] = tempfile.mkdtemp(prefix="clipdense-tests-")
+    atexit.register(shutil.rmtree, os.environ["CLIPDENSE_CACHE"], ignore_errors=True)
 
 import pytest
 
