@@ -83,6 +83,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
 class _SyncBatchNormAct(SyncBatchNorm):
     """Stands in for timm's ``BatchNormAct2d``: norm, then its ``drop`` and ``act``."""
 
+    drop: nn.Module
+    act: nn.Module
+
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))
 
@@ -126,7 +129,8 @@ def share_rows(row: Tensor) -> Tensor:
 
 def random_state() -> dict[str, Any]:
     """State of every global random generator of this process, in types that load without pickled code."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    state: Any = np.random.get_state()  # noqa: NPY002
+    kind, keys, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.loader import build_test_loader
 from clipdense.evaluation import build_evaluator
 
@@ -38,11 +39,10 @@ def evaluate_datasets(cfg: CfgNode, model: nn.Module, final: bool = True) -> dic
         process.
     """
     results = {}
+    set_vocabulary: Any = getattr(model, "set_vocabulary", None)
     for name in cfg.DATASETS.TEST:
-        if hasattr(model, "set_vocabulary"):
-            from clipdense.clip.vocabulary import Vocabulary
-
-            model.set_vocabulary(Vocabulary.from_metadata(MetadataCatalog.get(name)))
+        if set_vocabulary is not None:
+            set_vocabulary(Vocabulary.from_metadata(MetadataCatalog.get(name)))
         loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name)
         results[name], shown = run_inference(model, loader, evaluator, PANEL_IMAGES if final else 0, name)
         if final and comm.is_main_process():

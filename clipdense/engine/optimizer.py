@@ -143,14 +143,13 @@ def param_groups(
             seen.add(parameter)
             full = f"{module_name}.{name}" if module_name else name
             parameters[full] = parameter
+            special: float | None = None
             if name == "bias" and weight_decay_bias is not None:
                 special = weight_decay_bias
             elif isinstance(module, _NORMS):
                 special = weight_decay_norm
             elif parameter.ndim < 2 and name != "bias":
                 special = weight_decay_vectors
-            else:
-                special = None
             settings[full] = {
                 "lr": base_lr * (bias_lr_factor if name == "bias" else 1.0),
                 "weight_decay": weight_decay if special is None else special,

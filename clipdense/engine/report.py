@@ -53,9 +53,10 @@ def export(model: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    if hasattr(model, "export_state"):
+    export_state: Any = getattr(model, "export_state", None)
+    if export_state is not None:
         try:
-            save_checkpoint(path, *model.export_state())
+            save_checkpoint(path, *export_state())
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"cannot write {path}: {e}") from e
 

@@ -405,10 +405,11 @@ def distribute(model: nn.Module, find_unused_parameters: bool = False) -> nn.Mod
         return model
     device = next(model.parameters()).device
     known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    sync_buffers: dict[str, Any] = {name: False}
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         find_unused_parameters=find_unused_parameters,
-        **{sync_buffers: False},
+        **sync_buffers,
     )

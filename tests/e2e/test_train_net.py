@@ -1,4 +1,7 @@
-"""tools/train_net.py as users start it: alone, killed and resumed, interrupted, under torchrun, wrongly."""
+"""tools/train_net.py as users start it: alone, killed and resumed, interrupted, wrongly.
+
+Under torchrun: tests/engine/test_processes.py.
+"""
 
 import argparse
 import json
@@ -46,12 +49,10 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(config: Path) -> Start:
-    """Start train_net with the toy world: ``start(folder, KEY, VALUE, ..., launcher=(), options=())``."""
+    """Start train_net with the toy world: ``start(folder, KEY, VALUE, ..., options=())``."""
 
-    def run(
-        folder: Path, *settings: str, launcher: tuple[str, ...] = (), options: tuple[str, ...] = ()
-    ) -> "subprocess.Popen[str]":
-        command = [sys.executable, *launcher, engine_toy.__file__, *options, "--config-file", str(config)]
+    def run(folder: Path, *settings: str, options: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+        command = [sys.executable, engine_toy.__file__, *options, "--config-file", str(config)]
         command += ["OUTPUT_DIR", str(folder), *settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         return subprocess.Popen(
@@ -96,21 +97,6 @@ def test_killed_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path, s
     assert not list((tmp_path / "killed").glob(".model*"))
     evaluated = here(config, tmp_path / "killed", eval_only=True, resume=True)
     assert evaluated == pytest.approx(whole, abs=1e-5)
-
-
-def test_torchrun_equals_one_process(config: Path, tmp_path: Path, start: Start) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    settings = ("MODEL.SYNC_BN", "True", "SOLVER.OPTIMIZER", "SGD")
-    output = finish(start(tmp_path / "two", *settings, launcher=torchrun))
-    expected = here(config, tmp_path / "one", *settings)
-    assert output.count("iter 12/12") == 1  # one process tells
-    # dropout draws other numbers in each process: only data order, evaluation and bookkeeping can be compared
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [row["iteration"] for row in two] == [row["iteration"] for row in one]
-    assert [row.get("lr") for row in two] == [row.get("lr") for row in one]
-    assert two[-1]["toy/error"] == pytest.approx(expected["toy/error"], rel=0.2)
-    again = here(config, tmp_path / "two", *settings, eval_only=True, resume=True)
-    assert again["toy/error"] == pytest.approx(two[-1]["toy/error"], abs=1e-6)
 
 
 def test_ctrl_c_saves_and_resumes(config: Path, tmp_path: Path, start: Start) -> None:

@@ -17,8 +17,9 @@ from detectron2.utils.env import seed_all_rng
 
 
 @pytest.fixture
-def build_trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """A toy trainer: ``build_trainer(KEY, VALUE, ..., folder="run", resume=False)``."""
+def build_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    """A toy trainer: ``build_trainer(KEY, VALUE, ..., folder="run", resume=False)``; draws no curve."""
+    monkeypatch.setattr("clipdense.curve.draw_curve", lambda *paths: None)
 
     def build(*overrides: Any, folder: str = "run", resume: bool = False) -> Trainer:
         (tmp_path / folder).mkdir(exist_ok=True)

@@ -92,6 +92,12 @@ class ToyNet(nn.Module):
         return {"head": self.head.weight}, {"model": "toy"}
 
 
+@META_ARCH_REGISTRY.register()
+class ToyNetWithoutDropout(ToyNet):
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(dropout=0.0)
+
+
 class ToyEvaluator(DatasetEvaluator):
     def __init__(self) -> None:
         self.errors: list[float] = []

@@ -4,6 +4,8 @@ Run by torchrun, ``shares.py OUT`` writes the results of all processes together;
 those of one process. They must agree.
 """
 
+import argparse
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from detectron2.utils.events import EventStorage
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engine_toy import toy_config
+from engine_toy import ROOT, toy_config
 
 
 def share(batch: Any, uneven: bool = False) -> Any:
@@ -195,10 +197,40 @@ def results(folder: str) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def train_net(folder: str) -> None:
+    """tools/train_net.py with evaluation of two data sets; what it writes is compared."""
+    config = Path(folder, "toy.yaml")
+    if comm.is_main_process():
+        config.write_text(
+            "MODEL: {META_ARCHITECTURE: ToyNetWithoutDropout, SYNC_BN: True}\nINPUT: {MAPPER: ToyMapper}\n"
+            "DATASETS:\n  TRAIN: ('toy',)\n  TEST: ('toy', 'toy_steep')\nVERSION: 2\n"
+        )
+    comm.synchronize()
+    settings = {
+        "SOLVER.IMS_PER_BATCH": 4,
+        "SOLVER.MAX_ITER": 6,
+        "SOLVER.LOG_PERIOD": 1,
+        "SOLVER.EMA_DECAY": 0.5,
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.BASE_LR": 0.01,
+        "SOLVER.CHECKPOINT_PERIOD": 4,
+        "SEED": 5,
+        "TEST.EVAL_PERIOD": 3,
+        "TEST.BEST_METRIC": "toy/toy/error",
+        "TEST.BEST_MODE": "min",
+        "DATALOADER.NUM_WORKERS": 0,
+        "OUTPUT_DIR": f"{folder}/run",
+    }
+    opts = [str(word) for pair in settings.items() for word in pair]
+    main = runpy.run_path(str(ROOT / "tools" / "train_net.py"))["main"]
+    main(argparse.Namespace(config_file=str(config), opts=opts, resume=False, eval_only=False))
+
+
 def main(folder: str) -> None:
     found = results(folder)
     if comm.is_main_process():
         torch.save(found, f"{folder}/shares.pth")
+    train_net(folder)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from clipdense.checkpoint import CheckpointError
-from clipdense.engine.report import export, results_table, verify
+from clipdense.engine.report import export, results_table, verify, write_report
 
 from detectron2.config import get_cfg
 
@@ -42,6 +43,15 @@ def test_export(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write .*export.safetensors"):
         export(model, tmp_path / "file" / "export.safetensors")
+
+
+def test_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"iteration": i, "total_loss": 1.0 / (1 + i), "lr": 0.1} for i in range(5)]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("INFO", "clipdense"):
+        write_report(Exported(2, 3), str(tmp_path), {"bbox/AP": 12.3})
+    assert "12.30" in caplog.text and "curve.png, export.safetensors, metrics.json" in caplog.text
+    assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
 def test_expected_results() -> None:
