@@ -27,9 +27,7 @@ def main() -> None:
     checkpoint = read_checkpoint(arguments.export)
     name = checkpoint.metadata.get("options", {}).get("name")
     if name not in NANO_MODELS:
-        parser.error(
-            f"{arguments.export} holds {name!r}, not one of {', '.join(NANO_MODELS)}"
-        )
+        parser.error(f"{arguments.export} holds {name!r}, not one of {', '.join(NANO_MODELS)}")
     text = {key: value for key, value in checkpoint.state.items() if key.startswith("text.")}
     image = {key: value for key, value in checkpoint.state.items() if key not in text}
     metadata = {"layout": "open_clip", "options": {"name": name}}

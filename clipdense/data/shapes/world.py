@@ -1,11 +1,12 @@
 """The `shapes` world: procedural scenes with exact ground truth.
 
-A scene is drawn from ``(seed, index)`` alone. Only operations that IEEE 754 rounds exactly (+ - * / sqrt, comparisons)
-touch pixels, angles come from a rounded table, and random numbers are raw 53-bit uniforms, so that every machine draws
-the same scene.
+A scene is drawn from ``(seed, index)`` alone. Only operations that IEEE 754 rounds exactly (+ - * /
+sqrt, comparisons) touch pixels, angles come from a rounded table, and random numbers are raw 53-bit
+uniforms, so that every machine draws the same scene.
 
-Things are coloured shapes (8 colours x 10 shapes = 80 classes), stuff is one of 8 textured grounds. Two whole shapes and
-four combinations of known parts are *novel*: captions name them, base-class detection labels do not.
+Things are coloured shapes (8 colours x 10 shapes = 80 classes), stuff is one of 8 textured grounds. Two
+whole shapes and four combinations of known parts are *novel*: captions name them, base-class detection
+labels do not.
 """
 
 import math
@@ -53,7 +54,8 @@ class Thing:
     Attributes:
         category: class id, 0..79.
         mask: (H, W) bool, the visible part.
-        visible: visible pixels over the pixels of the whole shape (occluded and cut-off parts included), 0..1.
+        visible: visible pixels over the pixels of the whole shape (occluded and cut-off parts included),
+            0..1.
     """
 
     category: int
@@ -106,7 +108,8 @@ def render(
         seed: world seed; splits use different ones.
         index: scene number, >= 0.
         size: side of the square scene in pixels. Objects keep their size in pixels.
-        shift: another distribution of the same classes: stronger light, other ground colours, smaller and larger things.
+        shift: another distribution of the same classes: stronger light, other ground colours, smaller
+            and larger things.
         class_weights: relative frequency of each of the 80 classes (default: equal).
 
     Returns:
@@ -221,8 +224,8 @@ def _place_thing(
 
 
 def _thing_field(rng: Rng, shape: str, diameter: float) -> Array:
-    """Signed distance in pixels (negative inside) on a square patch around a rotated, slightly stretched shape."""
-    sdf, max_turn = SHAPE_FIELDS[shape]
+    """Signed distance in pixels (negative inside) on a square patch around a rotated, slightly stretched
+    shape.""" sdf, max_turn = SHAPE_FIELDS[shape]
     half = int(diameter * 0.68) + 8
     y, x = _grid(2 * half + 1)
     radius = diameter / 2
@@ -234,8 +237,8 @@ def _thing_field(rng: Rng, shape: str, diameter: float) -> Array:
 
 
 def _thing_paint(rng: Rng, color: str, field: Array, diameter: float, light: tuple[float, float]) -> Array:
-    """(P, P, 3) colour of a thing: hue within about three degrees, shading, bevel and one of four textures."""
-    hue = COLOR_HUES[color] + (rng.uniform(-3, 3) + rng.uniform(-3, 3)) * 0.75
+    """(P, P, 3) colour of a thing: hue within about three degrees, shading, bevel and one of four
+    textures.""" hue = COLOR_HUES[color] + (rng.uniform(-3, 3) + rng.uniform(-3, 3)) * 0.75
     rgb = np.array(hsv_to_rgb(hue, rng.uniform(0.72, 0.95), rng.uniform(0.78, 0.98)), np.float32)
     patch = field.shape[0]
     y, x = _grid(patch)
