@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -141,7 +142,9 @@ def _read_torchscript(path: Path, allow_pickle: bool) -> Checkpoint:
             f"pass allow_pickle=True (MODEL.CLIP.ALLOW_PICKLE True) if you trust it"
         )
     try:
-        state = torch.jit.load(str(path), map_location="cpu").state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; these files are not
+            state = torch.jit.load(str(path), map_location="cpu").state_dict()
     except RuntimeError as e:
         raise CheckpointError(f"{path} is not a complete TorchScript file: fetch it again ({e})") from e
     return Checkpoint(path, _unwrap(dict(state), path)[0], "torchscript")
@@ -172,7 +175,7 @@ def _read_torch(path: Path, allow_pickle: bool) -> Checkpoint:
             f"{path} holds pickled objects other than tensors, and unpickling can run code: "
             f"pass allow_pickle=True (MODEL.CLIP.ALLOW_PICKLE True) if you trust it. {e}"
         ) from e
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
         raise CheckpointError(f"{path} is truncated or not a torch file: fetch it again ({e})") from e
     if isinstance(payload, torch.nn.Module):
         payload = payload.state_dict()

@@ -172,7 +172,7 @@ def load_clip(
         head_width: width of a head of an open_clip image tower. None: the model's config, or OpenAI's 64.
         image_size: native size in pixels where it is not the config's, e.g. of a file with a larger position
             table.
-        text: build the text tower.
+        text: build the text tower; a file that we wrote without one has none.
         position_rule: for grids other than the native one, see `clipdense.clip.position`.
         cache_dir: for downloads.
 
@@ -194,6 +194,7 @@ def load_clip(
     config = _config(source, states, quick_gelu, text_heads, head_width)
     if image_size is not None:
         config["model_cfg"]["vision_cfg"]["image_size"] = image_size
+    text = text and all(file.metadata.get("options", {}).get("text", True) for file in files)
     clip = build_clip(source.name, config, text=text, position_rule=position_rule)
     if files:
         _load(clip, states)
@@ -213,51 +214,55 @@ def _config(
     text_heads: int | None,
     head_width: int | None,
 ) -> dict[str, Any]:
-    """The model config, with every setting that tensors do not show decided by name, tag, layout or
-    caller.
-    """
+    """The model config; what no tensor shows is decided by caller, else by weights, else by name."""
     layout, file = states[0] if states else (None, None)
-    openai = file is not None and layout is OPENAI_CLIP and all(key in file.state for key in JIT_ENTRIES)
     stored: Any = file.metadata.get("options", {}).get("config") if file is not None else None
-    told = True if openai else source.quick_gelu
+    trained = source.quick_gelu if stored is None else stored["model_cfg"]["quick_gelu"]
+    if file is not None and layout is OPENAI_CLIP and all(key in file.state for key in JIT_ENTRIES):
+        trained = True  # only OpenAI's TorchScript files have these entries
     if source.config is None and stored is None:
         assert file is not None
-        if layout is None:
-            raise ValueError(f"{file.path} holds one tower of a CLIP: name the model")
-        if told is None and quick_gelu is None:
+        if trained is None and quick_gelu is None:
             raise ValueError(
                 f"{file.path} does not tell its activation: pass quick_gelu (True for OpenAI's weights), "
                 f"or name the model"
             )
-        if head_width is None or text_heads is None:
-            logger.warning(
-                "%s: heads of 64 where head_width or text_heads do not say otherwise, as in OpenAI's CLIP",
-                file.path,
-            )
-        converted = layout.convert(file.state)
-        model_cfg = config_from_tensors(converted, head_width=head_width or 64, text_heads=text_heads)
-        config = {
-            "model_cfg": model_cfg,
-            "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD},
-        }
+        config = _config_from_file(file, layout, bool(trained), text_heads, head_width)
     else:
         config = deepcopy(stored if source.config is None else source.config)
-        if text_heads is not None:
-            config["model_cfg"]["text_cfg"]["heads"] = text_heads
-        if head_width is not None:
-            config["model_cfg"]["vision_cfg"]["head_width"] = head_width
+        vision_cfg, text_cfg = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
+        if head_width is not None and vision_cfg.get("timm_model_name"):
+            raise ValueError(
+                f"'{source.name}' has its heads from timm: head_width is for open_clip's own towers"
+            )
+        vision_cfg.update({} if head_width is None else {"head_width": head_width})
+        text_cfg.update({} if text_heads is None else {"heads": text_heads})
     named = config["model_cfg"].get("quick_gelu", False)
-    chosen = quick_gelu if quick_gelu is not None else told if told is not None else named
-    if quick_gelu is None and told is not None and told != named:
-        logger.info(
-            "'%s': %s as its weights were trained", source.name, "QuickGELU" if told else "exact GELU"
-        )
-    if quick_gelu is not None and told is not None and told != quick_gelu:
+    if quick_gelu is None and trained is not None and trained != named:
+        activation = "QuickGELU" if trained else "exact GELU"
+        logger.info("'%s': %s as its weights were trained", source.name, activation)
+    if quick_gelu is not None and trained is not None and trained != quick_gelu:
         logger.warning(
-            "'%s': quick_gelu=%s, but its weights were trained with %s", source.name, quick_gelu, told
+            "'%s': quick_gelu=%s, but its weights were trained with %s", source.name, quick_gelu, trained
         )
-    config["model_cfg"]["quick_gelu"] = chosen
+    decided = [choice for choice in (quick_gelu, trained, named) if choice is not None]
+    config["model_cfg"]["quick_gelu"] = decided[0]
     return config
+
+
+def _config_from_file(
+    file: Checkpoint, layout: Layout | None, openai: bool, text_heads: int | None, head_width: int | None
+) -> dict[str, Any]:
+    """The config that the tensors of a nameless file show."""
+    if layout is None:
+        raise ValueError(f"{file.path} holds one tower of a CLIP: name the model")
+    if head_width is None or text_heads is None:
+        message = "%s: heads of 64 where head_width or text_heads do not say otherwise, as in OpenAI's CLIP"
+        logger.log(logging.INFO if openai else logging.WARNING, message, file.path)
+    converted = layout.convert(file.state)
+    model_cfg = config_from_tensors(converted, head_width=head_width or 64, text_heads=text_heads)
+    pixels = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
+    return {"model_cfg": model_cfg, "preprocess_cfg": pixels}
 
 
 def build_clip(
@@ -280,17 +285,16 @@ def build_clip(
         )
     cfg["vision_cfg"]["timm_model_pretrained"] = False
     visual = _build_vision_tower(cfg["embed_dim"], cfg["vision_cfg"], cfg.get("quick_gelu", False))
-    size = cfg["vision_cfg"].get("image_size")
-    if hasattr(visual, "set_input_size") and tuple(_pair(size)) != _trunk_size(visual):
-        visual.set_input_size(size)
-    text_tower = (
-        _build_text_tower(cfg["embed_dim"], cfg["text_cfg"], cfg.get("quick_gelu", False)) if text else None
-    )
+    _set_native_size(visual, cfg["vision_cfg"]["image_size"])
+    text_tower = None
+    if text:
+        module = _build_text_tower(cfg["embed_dim"], cfg["text_cfg"], cfg.get("quick_gelu", False))
+        text_tower = TextTower(module)
     bias = cfg.get("init_logit_bias")
     return ClipModel(
         name,
         build_tower(visual, position_rule),
-        None if text_tower is None else TextTower(text_tower),
+        text_tower,
         nn.Parameter(torch.tensor(cfg.get("init_logit_scale", math.log(1 / 0.07)))),
         None if bias is None else nn.Parameter(torch.tensor(float(bias))),
         config,
@@ -340,10 +344,9 @@ def _finish(clip: ClipModel, precision: str) -> ClipModel:
     return clip.eval()
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _trunk_size(visual: Any) -> tuple[int, int]:
-    embed = getattr(visual.trunk, "patch_embed", None)
-    return _pair(visual.image_size) if embed is None or embed.img_size is None else tuple(embed.img_size)
+def _set_native_size(visual: Any, size: int | Sequence[int]) -> None:
+    """Give a timm transformer the position table of the config's size; open_clip builds it at timm's own."""
+    wanted = (size, size) if isinstance(size, int) else tuple(size)
+    patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    if patches is not None and patches.img_size is not None and tuple(patches.img_size) != wanted:
+        visual.set_input_size(wanted)

@@ -173,13 +173,11 @@ def _fetch(what: str, place: str, download: Callable[[], str]) -> Path:
 
 
 def _pixels(preprocess: dict[str, Any]) -> dict[str, Any]:
+    """The part of a hub config's preprocessing that crops need, JSON-like; OpenAI's statistics by default."""
     defaults = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
-    given = {
-        key: preprocess[key]
-        for key in ("mean", "std", "interpolation", "resize_mode")
-        if preprocess.get(key) is not None
-    }
-    return {**defaults, **given}
+    known = ("mean", "std", "interpolation", "resize_mode")
+    given = {key: preprocess[key] for key in known if preprocess.get(key) is not None}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **given}.items()}
 
 
 def _usual_pixels(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
+from clipdense.clip import Want, load_clip
 from clipdense.clip.attention import MODES, Block, TokenStream, dense_mode, get_mode, plain
 from clipdense.clip.position import rope_table, rotate
 from clipdense.clip.towers.vit import ClipBlock
@@ -105,5 +106,12 @@ def test_the_table_of_modes_is_open(monkeypatch):
 
     stream = _stream()
     assert get_mode("_")(_block(), stream) is stream.x
+    tower = load_clip("shapes-vit", "random", text=False).visual
+    images = torch.randn(1, 3, 64, 64)
+    assert tower.dense_modes == ("plain", "value", "_")
+    dense = tower(images, Want(dense="_")).dense
+    before = tower(images, Want(taps=(2,))).taps[0][0]
+    projected = tower.project(tower.norm_tokens(before.flatten(2).transpose(1, 2)))
+    torch.testing.assert_close(dense.flatten(2).transpose(1, 2), projected)
     with pytest.raises(ValueError, match="unknown last-block mode 'nope'; known: plain, value"):
         get_mode("nope")

@@ -363,6 +363,8 @@ def test_text_heads_and_image_size_of_a_named_model():
     assert clip.visual.blocks[0].attn.num_heads == 4
     assert clip.visual.grid == (8, 8) and clip.config["model_cfg"]["vision_cfg"]["image_size"] == 64
     assert load_clip("Tiny-SigLIP", "random", image_size=96).visual.grid == (12, 12)
+    with pytest.raises(ValueError, match="has its heads from timm"):
+        load_clip("Tiny-SigLIP", "random", head_width=32)
     assert open_clip.get_model_config("Tiny-8")["text_cfg"]["heads"] == 1  # the registry is untouched
 
 

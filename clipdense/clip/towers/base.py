@@ -72,7 +72,8 @@ class Tower(nn.Module):
         stride: of `dense` and `pre`, in pixels.
         grid: (h, w) of the native dense map; `image_size` is the native (H, W).
         tap_channels, tap_strides: by tap.
-        dense_modes: names that `Want.dense` may carry.
+        dense_modes: names that `Want.dense` may carry; none where there is no dense map, for `why_no_dense`.
+        has_keys: whether there is an attention whose keys `Want.keys` can ask for.
         position_rule: name in `clipdense.clip.position.POSITION_RULES` for grids other than the native one.
     """
 
@@ -82,7 +83,6 @@ class Tower(nn.Module):
     image_size: tuple[int, int]
     tap_channels: dict[int, int]
     tap_strides: dict[int, int]
-    dense_modes: tuple[str, ...] = ("plain",)
     why_no_dense: str = ""
     has_keys: bool = False
 
@@ -92,6 +92,11 @@ class Tower(nn.Module):
             raise ValueError(f"unknown position rule '{position_rule}'; known: {', '.join(POSITION_RULES)}")
         self.position_rule = position_rule
         adopt(self, visual)
+
+    @property
+    def dense_modes(self) -> tuple[str, ...]:
+        """See the class."""
+        return () if self.why_no_dense else ("plain",)
 
     def forward(self, images: Tensor, want: Want = POOLED) -> TowerOutput:
         """Normalised images (B, 3, H, W) of any size from one stride up -> what `want` names.
@@ -172,9 +177,9 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
 
 def roi_align_map(features: Tensor, boxes: Sequence[Tensor], size: Grid, stride: int) -> Tensor:
     """RoIAlign (aligned, adaptive sampling) of a map; boxes in pixels -> (sum n_i, C, *size)."""
-    rois = [b.to(features.dtype) for b in boxes]
-    y: Tensor = roi_align(features, rois, size, 1 / stride, sampling_ratio=-1, aligned=True)
-    return y
+    rois = [b.float() for b in boxes]
+    y: Tensor = roi_align(features.float(), rois, size, 1 / stride, sampling_ratio=-1, aligned=True)
+    return y.to(features.dtype)
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:

@@ -42,7 +42,9 @@ class ConvNeXtTower(Tower):
         whole = want.pre or want.pooled or want.dense is not None
         maps, x = {}, trunk.stem(images)
         for tap in range(2, 6 if whole else max(want.taps, default=1) + 1):
-            maps[tap] = x = trunk.stages[tap - 2](x)
+            x = trunk.stages[tap - 2](x)
+            if tap in want.taps:
+                maps[tap] = x
         out.taps = [(maps[tap], self.tap_strides[tap]) for tap in want.taps]
         if whole:
             x = trunk.norm_pre(x)

@@ -23,7 +23,6 @@ class ResNetTower(Tower):
 
     avgpool: nn.AvgPool2d
     attnpool: AttentionPool2d | None
-    dense_modes: tuple[str, ...] = ("plain", "value")
     has_keys = True
     stride = 32
 
@@ -35,12 +34,17 @@ class ResNetTower(Tower):
         self.tap_channels = {tap: stage[0].conv3.out_channels for tap, stage in stages.items()}
         self.tap_strides = {2: 4, 3: 8, 4: 16, 5: 32}
         if visual.attnpool is None:
-            self.attnpool, self.dense_modes, self.has_keys = None, (), False
+            self.attnpool, self.has_keys = None, False
             self.why_no_dense = "the trunk has no attention pool"
             self.embed_dim = self.tap_channels[5]
         else:
             self.grid = square_grid(visual.attnpool.positional_embedding.shape[0])
             self.embed_dim = visual.attnpool.c_proj.out_features
+
+    @property
+    def dense_modes(self) -> tuple[str, ...]:
+        """See the class."""
+        return () if self.why_no_dense else ("plain", "value")
 
     def features(self, images: Tensor, want: Want) -> TowerOutput:
         """Stem, four stages, then the pool; stages beyond the last one wanted do not run."""
@@ -51,7 +55,9 @@ class ResNetTower(Tower):
         stages = self._stages()[: 4 if whole else max(want.taps, default=1) - 1]
         maps, x = {}, self._stem(images)
         for tap, stage in enumerate(stages, start=2):
-            maps[tap] = x = stage(x)
+            x = stage(x)
+            if tap in want.taps:
+                maps[tap] = x
         out.taps = [(maps[tap], self.tap_strides[tap]) for tap in want.taps]
         if want.pre:
             out.pre = x

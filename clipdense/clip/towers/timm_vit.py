@@ -29,7 +29,6 @@ class TimmViTTower(TransformerTower):
 
     trunk: Any  # Eva or VisionTransformer
     head: nn.Module
-    dense_modes: tuple[str, ...] = ("plain", "value")
 
     def __init__(self, visual: TimmModel, position_rule: str = "bicubic") -> None:
         super().__init__(visual, position_rule)
@@ -53,7 +52,6 @@ class TimmViTTower(TransformerTower):
         self.tap_strides = dict.fromkeys(range(depth), self.stride)
         self.embed_dim = _out_features(self.head) or _out_features(trunk.head) or trunk.embed_dim
         if trunk.attn_pool is not None:
-            self.dense_modes = ()
             self.why_no_dense = (
                 "its attention-pooling head maps an image, not a patch, into the joint space; "
                 "pool `pre` by embed_regions"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import Block, Mode, TokenStream, get_mode, plain
+from ..attention import MODES, Block, Mode, TokenStream, get_mode, plain
 from .base import POOLED, Tower, TowerOutput, Want, to_map
 
 
@@ -36,6 +36,11 @@ class TransformerTower(Tower):
     has_keys = True
     prefix: int
     grad_checkpointing: bool = False
+
+    @property
+    def dense_modes(self) -> tuple[str, ...]:
+        """Every registered last-block mode."""
+        return () if self.why_no_dense else tuple(MODES)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -78,7 +83,8 @@ class TransformerTower(Tower):
         stream, taps = self.embed(images, hook), {}
         for i in range(last if whole or last in want.taps else max(want.taps, default=-1) + 1):
             stream = self._run(plain, i, hook(i, stream) if hook else stream)
-            taps[i] = stream.patches
+            if i in want.taps:
+                taps[i] = stream.patches
         out = TowerOutput()
         if whole or last in want.taps:
             stream = hook(last, stream) if hook else stream
@@ -103,9 +109,8 @@ class TransformerTower(Tower):
         if want.pooled:
             out.pooled = self.pool(self._without_extra(final))
         if mapped:
-            tokens = self.norm_tokens(
-                (final if mode == "plain" else self._run(get_mode(mode), last, stream)).patches
-            )
+            mapped_stream = final if mode == "plain" else self._run(get_mode(mode), last, stream)
+            tokens = self.norm_tokens(mapped_stream.patches)
             if want.pre:
                 out.pre = to_map(tokens, stream.grid)
             if want.dense:

@@ -24,7 +24,6 @@ class ViTTower(TransformerTower):
     ln_post: nn.Module
     transformer: Transformer
     proj: nn.Parameter
-    dense_modes = ("plain", "value")
     prefix = 1
 
     def __init__(self, visual: VisionTransformer, position_rule: str = "bicubic") -> None:
