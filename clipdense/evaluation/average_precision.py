@@ -110,7 +110,7 @@ def _repair(dataset: dict[str, Any], rules: Rules) -> None:
 
 
 def _read_hotcoco(json_file: str) -> hotcoco.COCO:
-    """An annotation file; where hotcoco is stricter than JSON (no nulls), what it does not need is left out."""
+    """An annotation file; nulls, which hotcoco takes for an error, are left out."""
     try:
         return hotcoco.COCO(json_file)
     except ValueError as error:

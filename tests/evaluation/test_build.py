@@ -147,7 +147,8 @@ def test_pascal_voc(cfg: CfgNode, register: Any, tmp_path: Path) -> None:
     for folder in ("Annotations", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "ImageSets/Main/val.txt").write_text("a\nb\n")
-    head = "<annotation><object><name>cat</name><pose>Left</pose><truncated>0</truncated><difficult>0</difficult>"
+    head = "<annotation><object><name>cat</name><pose>Left</pose><truncated>0</truncated>"
+    head += "<difficult>0</difficult>"
     corners = "<xmin>1</xmin><ymin>1</ymin><xmax>50</xmax><ymax>100</ymax>"
     for image in "ab":
         (tmp_path / f"Annotations/{image}.xml").write_text(

@@ -1,0 +1,115 @@
+"""The course of a training, as a picture; and the colours of all pictures."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import math
+import os
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["class_color", "draw_curve", "read_metrics"]
+
+
+def class_color(index: int) -> tuple[float, float, float]:
+    """The colour of a class, RGB 0..1: neighbours on the list lie far apart on the colour circle."""
+    hue = (0.02 + 0.61803398875 * index) % 1
+    return colorsys.hsv_to_rgb(hue, (0.95, 0.7, 0.85)[index % 3], (1.0, 0.95, 0.8)[index // 3 % 3])
+
+
+Series = tuple[list[int], list[float]]
+"""Iterations, ascending, and values."""
+
+_METRICS = ("AP", "AP50", "APr", "AP_novel", "AP50_novel", "AP_base", "PQ", "mIoU", "mIoU_novel", "top1")
+_OTHER = ("lr", "time", "data_time", "eta_seconds", "rank_data_time", "iteration")
+
+
+def draw_curve(metrics_json: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """The course of a training as a PNG: losses, learning rate, and evaluations where there were some.
+
+    Args:
+        metrics_json: what Detectron2's `JSONWriter` wrote: a JSON object a line. A line cut short by a kill
+            is left out; where a resumed run wrote an iteration again, the later line counts.
+        path: file to write.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no numbers over iterations.
+    """
+    series = read_metrics(metrics_json)
+    losses = {n: s for n, s in series.items() if "loss" in n.rpartition("/")[2] and "/" not in n}
+    metrics = {n: s for n, s in series.items() if "/" in n and n.rpartition("/")[2] in _METRICS}
+    rates = {n: s for n, s in series.items() if n == "lr"}
+    parts = [(t, s) for t, s in (("loss", losses), ("learning rate", rates), ("evaluation", metrics)) if s]
+    if not parts:
+        raise ValueError(f"{metrics_json} holds no losses, learning rates or evaluations to draw")
+    figure = Figure(
+        figsize=(10, 1.2 + sum(_HEIGHTS[title] for title, _ in parts)), dpi=110, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(
+        len(parts), 1, sharex=True, squeeze=False, height_ratios=[_HEIGHTS[title] for title, _ in parts]
+    )[:, 0]
+    for ax, (title, lines) in zip(axes, parts, strict=True):
+        _plot(ax, title, lines)
+    axes[-1].set_xlabel("iteration")
+    os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
+    part = f"{os.fspath(path)}.part"
+    figure.savefig(part, format="png")
+    os.replace(part, path)
+
+
+_HEIGHTS = {"loss": 3.2, "learning rate": 1.2, "evaluation": 2.6}
+_CROWDED = 60
+"""Points from which on a loss is drawn faint, with its running mean above it."""
+
+
+def _plot(ax: Axes, title: str, lines: dict[str, Series]) -> None:
+    ordered = sorted(lines.items(), key=lambda item: item[0] != "total_loss")
+    for i, (name, (x, y)) in enumerate(ordered):
+        total = name == "total_loss"
+        color = "black" if total or name == "lr" else class_color(i)
+        if title == "loss" and len(y) > _CROWDED:
+            ax.plot(x, y, color=color, lw=0.8, alpha=0.2)
+            y = _smooth(y).tolist()
+        marker = "o" if title == "evaluation" else None
+        ax.plot(x, y, color=color, lw=2.2 if total else 1.5, marker=marker, ms=3.5, label=name)
+    ax.set_ylabel("evaluation (%)" if title == "evaluation" else title)
+    ax.grid(color="0.9")
+    ax.spines[["top", "right"]].set_visible(False)
+    if title == "loss" and all(value > 0 for _, y in lines.values() for value in y):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.tick_params(axis="y", which="minor", labelsize=7)
+    if title != "learning rate":
+        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
+    """Every scalar of a `JSONWriter` file as (iterations, values), ordered by iteration; see `draw_curve`."""
+    series: dict[str, dict[int, float]] = {}
+    with open(path) as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                iteration = int(row.pop("iteration"))
+            except (ValueError, KeyError, AttributeError, TypeError):
+                continue
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and math.isfinite(value) and name not in _OTHER[1:]:
+                    series.setdefault(name, {})[iteration] = float(value)
+    return {name: (sorted(values), [values[i] for i in sorted(values)]) for name, values in series.items()}
+
+
+def _smooth(values: list[float]) -> npt.NDArray[np.float64]:
+    """Running mean over about a thirtieth of the values; at the ends over fewer."""
+    window = max(3, len(values) // 30) | 1
+    kernel = np.ones(window)
+    count = np.convolve(np.ones(len(values)), kernel, "same")
+    return np.convolve(np.asarray(values), kernel, "same") / count

@@ -1,0 +1,381 @@
+"""Tables of trainings: rows of configs, several seeds each, one run a cell.
+
+A table file (YAML)::
+
+    title: Trunks for Mask R-CNN on shapes
+    output: output/tables/trunks          # folder of the runs; default output/tables/<file name>
+    overrides: {SOLVER.MAX_ITER: 1000}    # the budget: the same config overrides for every row
+    seeds: [1, 2, 3]
+    digits: 1                             # decimals in the table; default 1
+    metrics:                              # column -> where it stands in results.json or metrics.json
+      box AP50: bbox/AP50
+      mask AP50: segm/AP50
+    rows:
+      - name: CLIP ResNet
+        config: configs/shapes/mask_rcnn_clip_rn.yaml
+      - name: CLIP ResNet, frozen
+        config: configs/shapes/mask_rcnn_clip_rn.yaml
+        overrides: {MODEL.BACKBONE.FREEZE_AT: 5}
+        arguments: [--num-gpus, 1]        # for the tool
+
+A metric is a path of keys: in ``results.json`` (``task/metric``, with the data set's name before it or, where
+there is one data set, without), or the last value under that name in ``metrics.json``. Another JSON file of
+the run is named before a colon: ``regions.json:crops/top1``.
+
+Every cell is a process of its own with its folder ``<output>/<row>/seed_<seed>`` and its log. What a finished
+cell gave is written at once and whole (``cell.json``), so that the table goes on after any interruption:
+finished cells stay, a run that was killed resumes from its last checkpoint. A cell whose overrides, arguments
+or config path have changed runs again; a change inside a config file does not count (delete the cell's
+folder).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+__all__ = ["Cell", "Row", "Table", "TableError", "collect", "load_table", "markdown", "run_cells"]
+
+
+class TableError(ValueError):
+    """A table file that cannot be run; names the file and the key."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of a table."""
+
+    name: str
+    config: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Sequence[str] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table file's content; see the module."""
+
+    path: Path
+    title: str
+    output: Path
+    rows: Sequence[Row]
+    seeds: Sequence[int]
+    metrics: Mapping[str, str]
+    overrides: Mapping[str, Any]
+    digits: int
+
+    def cells(self) -> list[Cell]:
+        """All cells: every row with the first seed, then with the second, ..."""
+        return [Cell(self, row, seed) for seed in self.seeds for row in self.rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run: a row with a seed."""
+
+    table: Table
+    row: Row
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.table.output / _slug(self.row.name) / f"seed_{self.seed}"
+
+    def command(self, tool: str) -> list[str]:
+        """The command line of the run, without the interpreter."""
+        values = {**self.table.overrides, **self.row.overrides}
+        lazy = self.row.config.endswith(".py")
+        own = ("train.seed", "train.output_dir") if lazy else ("SEED", "OUTPUT_DIR")
+        values.update(zip(own, (self.seed, str(self.folder)), strict=True))
+        words = [f"{key}={value}" if lazy else (key, str(value)) for key, value in values.items()]
+        options = [word for item in words for word in ([item] if isinstance(item, str) else item)]
+        return [tool, "--config-file", self.row.config, *self.row.arguments, *options]
+
+    def read(self) -> dict[str, Any] | None:
+        """What the finished run left; None where there is none, or one of another command line."""
+        try:
+            content = json.loads((self.folder / "cell.json").read_text())
+        except (OSError, ValueError):
+            return None
+        same = isinstance(content, dict) and content.get("command", [])[1:] == self.command("")[1:]
+        return content if same else None
+
+
+# ---- table files
+# ---------------------------------------------------------------------------------------------------
+
+
+def load_table(path: str | os.PathLike[str]) -> Table:
+    """Read a table file.
+
+    Raises:
+        TableError: it is missing or malformed.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise TableError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise TableError(f"{path} is no valid YAML: {error}") from error
+    top = _checked(content, f"{path}", {"rows": list, "seeds": list, "metrics": dict},
+                   {"title": str, "output": str, "overrides": dict, "digits": int})  # fmt: skip
+    rows = []
+    for i, entry in enumerate(top["rows"], 1):
+        where = f"{path}, row {i}"
+        row = _checked(entry, where, {"name": str, "config": str}, {"overrides": dict, "arguments": list})
+        row["arguments"] = [str(word) for word in row.get("arguments", ())]
+        rows.append(Row(**row))
+    if not (rows and top["seeds"] and top["metrics"]):
+        raise TableError(f"{path}: a table needs at least one row, one seed and one metric")
+    for what, values in (("row names", [_slug(row.name) for row in rows]), ("seeds", top["seeds"])):
+        if len(set(values)) < len(values):
+            raise TableError(f"{path}: two {what} are the same, or name the same folder: {values}")
+    if not all(isinstance(seed, int) and seed >= 0 for seed in top["seeds"]):
+        raise TableError(f"{path}: seeds are whole numbers from 0, got {top['seeds']}")
+    return Table(
+        path,
+        top.get("title", path.stem),
+        Path(top.get("output", f"output/tables/{path.stem}")),
+        rows,
+        top["seeds"],
+        {str(column): str(where) for column, where in top["metrics"].items()},
+        top.get("overrides", {}),
+        top.get("digits", 1),
+    )
+
+
+def _checked(content: Any, where: str, needed: dict[str, type], optional: dict[str, type]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise TableError(f"{where}: expected keys and values, got {type(content).__name__}")
+    known = {**needed, **optional}
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise TableError(
+                f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if not isinstance(value, known[key]):
+            raise TableError(f"{where}: {key} must be a {known[key].__name__}, got {value!r}")
+    if missing := [key for key in needed if key not in content]:
+        raise TableError(f"{where}: {', '.join(missing)} is missing")
+    return dict(content)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_") or "row"
+
+
+# ---- running
+# -------------------------------------------------------------------------------------------------------
+
+
+def run_cells(
+    table: Table,
+    tool: str,
+    *,
+    jobs: int = 1,
+    retry: bool = False,
+    finished: Callable[[], None] = lambda: None,
+) -> list[Cell]:
+    """Run the cells that are missing, some at a time, with a progress bar.
+
+    Args:
+        table: what to run.
+        tool: the Python program to run; it takes ``--config-file``, ``--resume`` and config overrides.
+        jobs: runs at the same time.
+        retry: run failed cells again; otherwise they stay failed.
+        finished: called after each cell.
+
+    Returns:
+        The cells that failed, earlier ones included.
+    """
+    cells = table.cells()
+    states = {cell: cell.read() for cell in cells}
+    todo = [c for c in cells if states[c] is None or (retry and states[c]["status"] == "failed")]  # type: ignore[index]
+    stop = threading.Event()
+    with (
+        tqdm(total=len(cells), initial=len(cells) - len(todo), desc=table.title, unit="run") as bar,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        futures = {pool.submit(_run, cell, tool, stop): cell for cell in todo}
+        try:
+            for future in as_completed(futures):
+                state = future.result()
+                if state is None:
+                    continue
+                bar.update()
+                if state["status"] == "failed":
+                    bar.write(f"failed: {futures[future].name}; see {state['log']}", file=sys.stderr)
+                finished()
+        except BaseException:
+            stop.set()  # the runs end, and go on the next time
+            raise
+    return [cell for cell in cells if (cell.read() or {}).get("status") == "failed"]
+
+
+def _run(cell: Cell, tool: str, stop: threading.Event) -> dict[str, Any] | None:
+    """One cell to its end; None where it was interrupted."""
+    if stop.is_set():
+        return None
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "cell.json").unlink(missing_ok=True)  # of another command line, or failed
+    words = cell.command(tool)
+    unfinished = cell.folder / "command.json"
+    # a checkpoint may be resumed only by the command line that made it
+    resume = (cell.folder / "last_checkpoint").is_file() and _json(unfinished) == words[1:]
+    _write(unfinished, json.dumps(words[1:]))
+    log, start = cell.folder / "run.log", time.time()
+    command = [sys.executable, words[0], *(["--resume"] if resume else []), *words[1:]]
+    with open(log, "ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        while process.poll() is None:
+            if stop.wait(0.2):
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+                return None
+    state = {
+        "status": "failed" if process.returncode else "done",
+        "returncode": process.returncode,
+        "row": asdict(cell.row),
+        "seed": cell.seed,
+        "seconds": round(time.time() - start, 1),
+        "command": words,
+        "log": str(log),
+        "results": _json(cell.folder / "results.json"),
+    }
+    _write(cell.folder / "cell.json", json.dumps(state, indent=1))
+    return state
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+# ---- collecting
+# ----------------------------------------------------------------------------------------------------
+
+
+def collect(table: Table) -> dict[Row, dict[str, list[float]]]:
+    """The metrics of all finished cells: row -> column -> values, in the order of the seeds.
+
+    Raises:
+        TableError: a finished run lacks a metric.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in table.rows:
+        columns = values.setdefault(row.name, {column: [] for column in table.metrics})
+        for cell in (Cell(table, row, seed) for seed in table.seeds):
+            state = cell.read()
+            if state and state["status"] == "done":
+                for column, where in table.metrics.items():
+                    columns[column].append(_look_up(cell, state, where))
+    return {row: values[row.name] for row in table.rows}
+
+
+def _look_up(cell: Cell, state: dict[str, Any], where: str) -> float:
+    file, colon, path = where.rpartition(":")
+    found = list(_at(_json(cell.folder / file) if colon else state["results"], path))
+    if not found and not colon:
+        found = _last(cell.folder / "metrics.json", path)
+    if len(found) != 1:
+        what = "is not there" if not found else f"is there {len(found)} times: name the data set before it"
+        raise TableError(f"{cell.name}: metric {where!r} {what} (the run is in {cell.folder})")
+    return found[0]
+
+
+def _at(content: Any, path: str) -> Iterator[float]:
+    """Numbers under a path of keys, each key of which may hold slashes itself; a data set's key may be
+    left out."""
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if key == path and isinstance(value, (int, float)):
+            yield float(value)
+        elif path.startswith(f"{key}/"):
+            yield from _at(value, path[len(key) + 1 :])
+        elif isinstance(value, dict) and all(isinstance(inner, dict) for inner in value.values()):
+            yield from _at(value, path)
+
+
+def _last(path: Path, name: str) -> list[float]:
+    """The last value of a name in a file with a JSON object a line."""
+    if not path.is_file():
+        return []
+    for line in reversed(path.read_text().splitlines()):
+        try:
+            value = json.loads(line).get(name)
+        except (ValueError, AttributeError):
+            continue
+        if isinstance(value, (int, float)):
+            return [float(value)]
+    return []
+
+
+def markdown(table: Table, command: str) -> str:
+    """The table in Markdown: mean ± sample standard deviation over the seeds, number of seeds, and how it
+    is made."""
+    rows = []
+    for row, columns in collect(table).items():
+        states = [state for seed in table.seeds if (state := Cell(table, row, seed).read())]
+        failed = sum(state["status"] == "failed" for state in states)
+        n = len(states) - failed
+        seeds = f"{n}" if n == len(table.seeds) else f"{n} of {len(table.seeds)}"
+        seeds += f", {failed} failed" if failed else ""
+        rows.append([row.name, *(_mean(values, table.digits) for values in columns.values()), seeds])
+    header = ["", *table.metrics, "seeds"]
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in (max(w, 2) for w in widths[1:]))]
+    cells = [header, rule, *rows]
+    aligned = [
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        for line in cells
+    ]
+    lines = [f"| {' | '.join(line)} |" for line in aligned]
+    budget = ", ".join(f"{key} {value}" for key, value in table.overrides.items())
+    notes = ["Mean ± sample standard deviation over seeds."] if len(table.seeds) > 1 else []
+    notes += [f"For all rows: {budget}."] if budget else []
+    return "\n".join([f"**{table.title}**", "", *lines, "", *notes, f"Made by `{command}`.", ""])
+
+
+def _mean(values: list[float], digits: int) -> str:
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "nan" if values else "–"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean

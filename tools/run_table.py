@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Fill a table of several runs and seeds, cell by cell; call it again to go on after any interruption.
+
+    tools/run_table.py TABLE.yaml --jobs 2 --markdown results.md
+    tools/run_table.py TABLE.yaml --retry          # failed cells once more
+    tools/run_table.py TABLE.yaml --collect        # only what is there
+
+The table file is described in clipdense/run_table.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from clipdense.run_table import TableError, load_table, markdown, run_cells
+
+TRAIN_NET = str(Path(__file__).with_name("train_net.py"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", metavar="TABLE.yaml")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there after each cell")
+    parser.add_argument("--retry", action="store_true", help="run failed cells again")
+    parser.add_argument("--collect", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--tool", default=TRAIN_NET, help="program that runs a cell (default: train_net.py beside this)"
+    )
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    command = shlex.join(["python", "tools/run_table.py", args.table])
+
+    def write() -> None:
+        if args.markdown:
+            args.markdown.parent.mkdir(parents=True, exist_ok=True)
+            part = args.markdown.with_name(args.markdown.name + ".part")
+            part.write_text(markdown(table, command))
+            part.replace(args.markdown)
+
+    def write_early() -> None:
+        try:
+            write()
+        except TableError as error:  # a metric that is not there does not stop the other runs
+            tqdm.write(f"warning: {error}", file=sys.stderr)
+
+    try:
+        table = load_table(args.table)
+        failed = []
+        if not args.collect:
+            failed = run_cells(table, args.tool, jobs=args.jobs, retry=args.retry, finished=write_early)
+        write()
+        print(markdown(table, command))
+    except TableError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished cells are kept; call again to go on")
+    for cell in failed:
+        print(
+            f"failed: {cell.name}; its log: {cell.folder / 'run.log'}; --retry runs it again", file=sys.stderr
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
