@@ -15,7 +15,14 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
-__all__ = ["MAPPER_REGISTRY", "DetectionMapper", "ResizeShortestEdge", "build_mapper", "read_image_or_skip"]
+__all__ = [
+    "MAPPER_REGISTRY",
+    "DetectionMapper",
+    "ResizeShortestEdge",
+    "build_augmentations",
+    "build_mapper",
+    "read_image_or_skip",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +72,17 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return transform
 
 
+def build_augmentations(cfg: CfgNode, is_train: bool) -> list[Any]:
+    """Detectron2's augmentations of ``INPUT.*``: in training cropping if enabled, resizing and flipping."""
+    keys = cfg.INPUT
+    if not is_train:
+        return [ResizeShortestEdge(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST, "choice")]
+    resize = ResizeShortestEdge(keys.MIN_SIZE_TRAIN, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
+    crop = [T.RandomCrop(keys.CROP.TYPE, keys.CROP.SIZE)] if keys.CROP.ENABLED else []
+    # the first of Detectron2's is its own resizing
+    return [*crop, resize, *utils.build_augmentation(cfg, is_train)[1:]]
+
+
 @MAPPER_REGISTRY.register()
 class DetectionMapper:
     """Boxes, masks, semantic and panoptic maps, whichever a data set has.
@@ -111,19 +129,13 @@ class DetectionMapper:
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Constructor arguments from ``INPUT.*`` and ``MODEL.MASK_ON``."""
-        augmentations = utils.build_augmentation(cfg, is_train)
-        resize = augmentations[0]
-        if type(resize) is T.ResizeShortestEdge:
-            resize.__class__ = ResizeShortestEdge
-        if crop := is_train and cfg.INPUT.CROP.ENABLED:
-            augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
         return {
             "is_train": is_train,
-            "augmentations": augmentations,
+            "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
             "use_masks": cfg.MODEL.MASK_ON,
             "mask_format": cfg.INPUT.MASK_FORMAT,
-            "recompute_boxes": crop and cfg.MODEL.MASK_ON,
+            "recompute_boxes": is_train and cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON,
             "skip_bad_images": cfg.INPUT.SKIP_BAD_IMAGES,
         }
 

@@ -104,12 +104,14 @@ def ade20k_panoptic(root: Path, folder: str, split: str, things: Sequence[int], 
     paths = sorted((root / "annotations" / folder).glob("*.png"))
     if not paths:
         raise FileNotFoundError(f"no label maps (*.png) in {root / 'annotations' / folder}")
-    images, panoptic, instances = [], [], []
+    images: list[dict[str, Any]] = []
+    panoptic: list[dict[str, Any]] = []
+    instances: list[dict[str, Any]] = []
     for image_id, path in enumerate(tqdm(paths, desc=str(panoptic_root), unit="file"), start=1):
         semantic = read_labels(path) - 1
         objects = read_labels(root / "annotations_instance" / folder / path.name)
         ids = np.zeros_like(semantic)
-        segments = []
+        segments: list[dict[str, Any]] = []
         for value in np.unique(objects & 0xFFFF):
             number, mask = int(value & 0xFF), (objects & 0xFFFF) == value
             if number:

@@ -265,12 +265,15 @@ def test_not_json(cfg, coco_json, catalogs):
         check_classes(cfg)
 
 
-def test_not_coco(cfg, coco_json, catalogs):
+@pytest.mark.parametrize(("key", "value"), [("image_id", None), ("category_id", 77), ("bbox", [])])
+def test_not_coco(cfg, coco_json, catalogs, key: str, value: Any):
     json_file, images = coco_json()
     content = json.loads(json_file.read_text())
-    del content["annotations"][3]["image_id"]
+    content["annotations"][3][key] = value
+    if value is None:
+        del content["annotations"][3][key]
     json_file.write_text(json.dumps(content))
     cfg.DATASETS.COCO_JSON, cfg.DATASETS.TRAIN = [f"x:{json_file}:{images}"], ("x",)
     register_from_config(cfg)
-    with pytest.raises(ValueError, match=r"data set x: .*image_id"):
+    with pytest.raises(ValueError, match=rf"data set x: .*annotations\.json.*{key}"):
         build_train_loader(cfg)
