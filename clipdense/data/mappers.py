@@ -22,6 +22,7 @@ __all__ = [
     "build_augmentations",
     "build_mapper",
     "read_image_or_skip",
+    "transform_labels",
 ]
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,19 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[Any]:
     return [*crop, resize, *utils.build_augmentation(cfg, is_train)[1:]]
 
 
+def transform_labels(transforms: T.Transform, labels: np.ndarray) -> np.ndarray:
+    """Apply a transform to an (H, W) label map of integers below 2^24; returns int64 labels.
+
+    Detectron2 resizes uint8 maps by Pillow's nearest neighbour, in line with the image, but other types by
+    torch's, which lies half a pixel off. So wide labels travel as three bytes.
+    """
+    if labels.max(initial=0) < 256:
+        return transforms.apply_segmentation(labels.astype(np.uint8)).astype(np.int64)
+    planes = np.stack([labels & 255, labels >> 8 & 255, labels >> 16 & 255], axis=-1).astype(np.uint8)
+    planes = transforms.apply_segmentation(planes).astype(np.int64)
+    return planes[..., 0] + (planes[..., 1] << 8) + (planes[..., 2] << 16)
+
+
 @MAPPER_REGISTRY.register()
 class DetectionMapper:
     """Boxes, masks, semantic and panoptic maps, whichever a data set has.
@@ -128,7 +142,16 @@ class DetectionMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Constructor arguments from ``INPUT.*`` and ``MODEL.MASK_ON``."""
+        """Constructor arguments from ``INPUT.*`` and ``MODEL.MASK_ON``.
+
+        Raises:
+            ValueError: the config wants keypoints or stored proposals, which only Detectron2's mapper reads.
+        """
+        if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+            raise ValueError(
+                "INPUT.MAPPER DetectionMapper reads neither keypoints nor stored proposals: set "
+                "MODEL.KEYPOINT_ON and MODEL.LOAD_PROPOSALS False, or register detectron2's DatasetMapper"
+            )
         return {
             "is_train": is_train,
             "augmentations": build_augmentations(cfg, is_train),
@@ -156,13 +179,10 @@ class DetectionMapper:
         if image is None:
             return None
         utils.check_image_size(sample, image)
-        labels = (
-            read_labels(sample["sem_seg_file_name"])
-            if self.is_train and "sem_seg_file_name" in sample
-            else None
-        )
-        # as doubles: Detectron2's transforms leave uint8 and floats exact, not other integers
-        augmented = T.AugInput(image, sem_seg=None if labels is None else labels.astype(np.float64))
+        labels = None
+        if self.is_train and "sem_seg_file_name" in sample:
+            labels = read_labels(sample.pop("sem_seg_file_name"))
+        augmented = T.AugInput(image, sem_seg=None if labels is None else labels.astype(np.uint8))
         transforms = self.augmentations(augmented)
         height, width = augmented.image.shape[:2]
         sample["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
@@ -171,11 +191,10 @@ class DetectionMapper:
                 sample.pop(key, None)
             return sample
         if labels is not None:
-            sample["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype(np.int64))
-            del sample["sem_seg_file_name"]
+            sample["sem_seg"] = torch.as_tensor(transform_labels(transforms, labels))
         if "pan_seg_file_name" in sample:
-            segments = read_labels(sample.pop("pan_seg_file_name")).astype(np.float64)
-            sample["pan_seg"] = torch.as_tensor(transforms.apply_segmentation(segments).astype(np.int64))
+            segments = read_labels(sample.pop("pan_seg_file_name"))
+            sample["pan_seg"] = torch.as_tensor(transform_labels(transforms, segments))
         if "annotations" in sample:
             try:
                 sample["instances"] = self._instances(sample.pop("annotations"), transforms, (height, width))

@@ -46,8 +46,11 @@ def fixed_size(cfg):
     return cfg
 
 
-def test_equals_detectron2_on_ordinary_input(cfg, record):
-    """The same randomness, the same image, boxes and polygons as Detectron2's own mapper."""
+def test_equals_detectron2_on_ordinary_input(cfg, record, tmp_path: Path):
+    """The same randomness, the same image, boxes, polygons and labels as Detectron2's own mapper."""
+    labels = np.random.default_rng(2).integers(0, 255, (24, 36)).astype(np.uint8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    record["sem_seg_file_name"] = str(tmp_path / "labels.png")
     mine, theirs = build_mapper(cfg, True), DatasetMapper(cfg, True)
     for seed in range(4):
         np.random.seed(seed)  # noqa: NPY002  (what Detectron2's augmentations draw from)
@@ -57,6 +60,7 @@ def test_equals_detectron2_on_ordinary_input(cfg, record):
         assert torch.equal(a["image"], b["image"])
         assert torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
         assert torch.equal(a["instances"].gt_classes, b["instances"].gt_classes)
+        assert torch.equal(a["sem_seg"], b["sem_seg"])
         for p, q in zip(a["instances"].gt_masks.polygons, b["instances"].gt_masks.polygons, strict=True):
             assert all(np.array_equal(x, y) for x, y in zip(p, q, strict=True))
 
@@ -151,7 +155,10 @@ def test_semantic_and_panoptic_maps(cfg, record, tmp_path: Path):
     }
     sample = build_mapper(fixed_size(cfg), True)(record)
     assert np.array_equal(sample["sem_seg"], labels) and np.array_equal(sample["pan_seg"], ids)
-    cfg.INPUT.MIN_SIZE_TRAIN = (48,)  # no label is invented by interpolation
+    cfg.INPUT.MIN_SIZE_TRAIN = (17,)  # wide labels move as narrow ones do, and none is invented
+    sample = build_mapper(cfg, True)(record)
+    assert torch.equal(sample["pan_seg"] // 321 % 256, sample["sem_seg"])
+    cfg.INPUT.MIN_SIZE_TRAIN = (48,)
     sample = build_mapper(cfg, True)(record)
     assert sample["pan_seg"].shape == (48, 72) and set(sample["pan_seg"].unique().tolist()) <= set(
         ids.ravel()
@@ -188,6 +195,12 @@ def test_damaged_image(cfg, record, caplog):
     assert [message for message in caplog.messages if "image.png" in message] == caplog.messages[-1:]
     with pytest.raises(BadImageError, match=r"image\.png"):  # never in evaluation
         build_mapper(cfg, False)(record)
+
+
+def test_what_it_does_not_read(cfg):
+    cfg.MODEL.KEYPOINT_ON = True
+    with pytest.raises(ValueError, match="KEYPOINT_ON"):
+        build_mapper(cfg, True)
 
 
 def test_mapper_names(cfg):
