@@ -102,7 +102,7 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             setattr(module, name, convert_sync_batchnorm(child))
         return module
-    if isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
+    if isinstance(module, SyncBatchNorm):
         return module
     if any(tensor.is_cuda for tensor in module.state_dict().values()):
         return timm.layers.convert_sync_batchnorm(module)

@@ -202,7 +202,7 @@ class Progress(HookBase):
 
     def _line(self) -> str:
         storage: EventStorage = self.trainer.storage
-        latest = storage.latest_with_smoothing_hint(self.period)
+        latest = storage.latest_with_smoothing_hint()
         parts = [f"iter {self.trainer.iter + 1}/{self.trainer.options.max_iter}"]
         if self._bar is None:
             parts.append(f"eta {self._eta()}")

@@ -80,5 +80,10 @@ def build_schedule(cfg: CfgNode) -> Schedule:
     if s.WARMUP_METHOD not in ("linear", "constant"):
         raise ConfigError(f"SOLVER.WARMUP_METHOD {s.WARMUP_METHOD!r} is neither 'linear' nor 'constant'")
     return Schedule(
-        decays[s.LR_SCHEDULER_NAME](), s.MAX_ITER, s.WARMUP_ITERS, s.WARMUP_FACTOR, s.WARMUP_METHOD
+        decays[s.LR_SCHEDULER_NAME](),
+        s.MAX_ITER,
+        s.WARMUP_ITERS,
+        s.WARMUP_FACTOR,
+        s.WARMUP_METHOD,
+        timed=s.MAX_SECONDS > 0,
     )

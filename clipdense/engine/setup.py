@@ -19,8 +19,10 @@ from clipdense.config import add_clipdense_config
 from clipdense.data.checks import check_classes
 from clipdense.data.datasets import register_from_config
 from clipdense.engine.options import ConfigError
+from clipdense.evaluation import EVALUATOR_REGISTRY
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -137,6 +139,7 @@ def setup(args: argparse.Namespace) -> Any:
             register_from_config(cfg)
             if not args.eval_only:
                 check_classes(cfg)
+            _check_evaluators(cfg.DATASETS.TEST)
         except (ValueError, FileNotFoundError) as e:
             raise ConfigError(str(e)) from e
 
@@ -167,6 +170,17 @@ def setup(args: argparse.Namespace) -> Any:
         logger.warning("No GPU here: running on CPU")
     seed_all_rng(seed + rank)
     return cfg
+
+
+def _check_evaluators(names: Iterable[str]) -> None:
+    """Say now, not after hours of training, that a test set cannot be evaluated."""
+    for name in names:
+        kind = MetadataCatalog.get(name).get("evaluator_type")
+        if kind not in EVALUATOR_REGISTRY:
+            known = ", ".join(sorted(key for key, _ in EVALUATOR_REGISTRY))
+            raise ConfigError(
+                f"data set {name} has evaluator_type {kind!r} in its metadata; known are {known}"
+            )
 
 
 def prepare_output_dir(output_dir: str, keep: bool) -> Path | None:

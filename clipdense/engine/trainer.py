@@ -364,7 +364,13 @@ class Trainer(TrainerBase):
             FileNotFoundError, CheckpointError: see `TrainingCheckpointer.load_weights`.
         """
         self.checkpointer.remove_leftovers()
-        if not (resume and self.checkpointer.has_checkpoint()):
+        seen = comm.all_gather(self.checkpointer.has_checkpoint())
+        if resume and len(set(seen)) > 1:
+            raise CheckpointError(
+                f"only some processes see the checkpoint in {self.options.output_dir}: "
+                "resuming needs a folder that all machines share"
+            )
+        if not (resume and seen[0]):
             if resume:
                 logger.info("No checkpoint in %s: training begins at iteration 0", self.options.output_dir)
             self.checkpointer.load_weights(self.options.weights)

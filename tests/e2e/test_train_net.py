@@ -56,7 +56,12 @@ def start(config: Path) -> Start:
         command += ["OUTPUT_DIR", str(folder), *settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
 
     return run
@@ -105,7 +110,7 @@ def test_ctrl_c_saves_and_resumes(config: Path, tmp_path: Path, start: Start) ->
     for line in process.stdout:
         if "iter 3/" in line:
             break
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading processes get it, too
     output = finish(process, code=130)
     assert "--resume goes on" in output
     last = (tmp_path / "run" / "last_checkpoint").read_text()

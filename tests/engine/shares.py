@@ -5,7 +5,9 @@ those of one process. They must agree.
 """
 
 import argparse
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,31 @@ def training(folder: str, *overrides: Any) -> dict[str, Tensor]:
     return found | {k: v.clone() for k, v in trainer.model.state_dict().items()}
 
 
+def fault(folder: str) -> dict[str, Tensor]:
+    """A NaN that one process meets ends all of them, and is explained."""
+    try:
+        training(folder, "DATASETS.TRAIN", ("toy_poisoned",))
+    except FloatingPointError as e:
+        told = [word in str(e) for word in ("loss_error = nan", "loss_size = nan", "toy/07.png")]
+        return {"message": torch.tensor(told)}
+    return {}
+
+
+def interruption(folder: str) -> dict[str, Tensor]:
+    """A signal to the last process ends all of them after the next iteration, with a checkpoint."""
+    trainer = Trainer(toy_config(folder))
+    last = comm.get_rank() == comm.get_world_size() - 1
+    send = lambda t: os.kill(os.getpid(), signal.SIGTERM) if t.iter == 1 and last else None  # noqa: E731
+    trainer.register_hooks([CallbackHook(before_step=send)])
+    try:
+        trainer.resume_or_load(False)
+        trainer.train()
+    except SystemExit as e:
+        state = torch.load(trainer.checkpointer.get_checkpoint_file())
+        return {"code": torch.tensor(e.code), "iteration": torch.tensor(state["iteration"])}
+    return {}
+
+
 @BACKBONE_REGISTRY.register()
 class SmoothNet(Backbone):
     """Without ReLUs, where rounding may decide which side of zero a value is on."""
@@ -192,6 +219,8 @@ def results(folder: str) -> dict[str, dict[str, Tensor]]:
         "training": training(f"{folder}/a", *sync),
         "training in parts": training(f"{folder}/b", "SOLVER.ACCUMULATION_STEPS", 2, "MODEL.TOY.NORM", False),
         "training without sync": training(f"{folder}/c"),
+        "a NaN on one process": fault(f"{folder}/d"),
+        "a signal to one process": interruption(f"{folder}/e"),
         "Mask R-CNN": mask_rcnn(),
         "ContrastiveCLIP": contrastive(),
     }

@@ -52,7 +52,8 @@ def test_decays() -> None:
 
 def test_under_a_time_cap_warmup_is_short_and_the_decay_complete() -> None:
     # a slow machine: after 10 of 1000 iterations all time is used up
-    schedule = Schedule(cosine(), max_iter=1000, warmup_iters=100, timed=True)
+    solver = {"MAX_ITER": 1000, "WARMUP_ITERS": 100, "MAX_SECONDS": 60.0}
+    schedule = build_schedule(config(LR_SCHEDULER_NAME="WarmupCosineLR", **solver))
     values = [schedule(i, i / 10) for i in range(11)]
     assert values[0] == pytest.approx(0.001)
     assert values[1] == pytest.approx(cosine()(0.1))  # not a tenth of the way through warm-up

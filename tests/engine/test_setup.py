@@ -9,6 +9,8 @@ import clipdense
 from clipdense.engine.options import ConfigError
 from clipdense.engine.setup import load_config, prepare_output_dir, setup
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 
 def config_file(tmp_path: Path, text: str = "MODEL: {META_ARCHITECTURE: ToyNet}") -> str:
     path = tmp_path / "config.yaml"
@@ -128,6 +130,11 @@ def test_data_sets_are_checked_before_anything_is_written(tmp_path: Path) -> Non
     head = ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", "5")
     with pytest.raises(ConfigError, match="NUM_CLASSES = 5, but data set toy has 1 thing classes"):
         setup(arguments(tmp_path, *head))
+    MetadataCatalog.get("toy_untold")
+    if "toy_untold" not in DatasetCatalog.list():
+        DatasetCatalog.register("toy_untold", list)
+    with pytest.raises(ConfigError, match="toy_untold has evaluator_type None.*known are .*coco"):
+        setup(arguments(tmp_path, "DATASETS.TEST", "('toy_untold',)"))
     assert not (tmp_path / "out").exists()
 
 

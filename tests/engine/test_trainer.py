@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ def test_frozen_parts_stay(build_trainer: Build) -> None:
     after = weights(trainer)
     for name in before:  # running statistics of the frozen norm included
         assert torch.equal(before[name], after[name]) == name.startswith("trunk"), name
+
+
+def test_progress_bar_on_a_terminal(
+    build_trainer: Build, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    trainer = build_trainer("SOLVER.MAX_ITER", 30)
+    trainer.train()
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert shown.startswith("100%|") and "iter 30/30" in shown
+    assert f"total_loss {losses(trainer)[-1]:.4g}" in shown and "lr" in shown
 
 
 # ---- the wall-clock cap
