@@ -165,6 +165,15 @@ class TestLVIS:
             assert len({k // len(SHAPES) for k in members}) >= len(COLORS) - 1
             assert len({k % len(SHAPES) for k in members}) >= len(SHAPES) - 2
 
+    @pytest.mark.slow
+    def test_what_is_drawn_follows_the_rule_too(self):
+        """Every class occurs among the 3,000 training images, and its count lies in its group."""
+        counts = np.zeros(len(CLASSES), int)
+        for index in range(SPLITS["lvis_train"].images):
+            counts[sorted({t.category for t in draw_scene("lvis_train", index).things})] += 1
+        groups = ["r" if n <= 10 else "c" if n <= 100 else "f" for n in counts]
+        assert counts.min() >= 1 and groups == list(FREQUENCY)
+
     def test_lists(self, root):
         lvis = content(root, "lvis", "lvis_train")
         assert [c["frequency"] for c in lvis["categories"]] == list(FREQUENCY)
