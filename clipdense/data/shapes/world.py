@@ -224,8 +224,8 @@ def _place_thing(
 
 
 def _thing_field(rng: Rng, shape: str, diameter: float) -> Array:
-    """Signed distance in pixels (negative inside) on a square patch around a rotated, slightly stretched
-    shape.""" sdf, max_turn = SHAPE_FIELDS[shape]
+    """Signed distance in pixels (negative inside) on a square patch around a turned, stretched shape."""
+    sdf, max_turn = SHAPE_FIELDS[shape]
     half = int(diameter * 0.68) + 8
     y, x = _grid(2 * half + 1)
     radius = diameter / 2
@@ -237,8 +237,8 @@ def _thing_field(rng: Rng, shape: str, diameter: float) -> Array:
 
 
 def _thing_paint(rng: Rng, color: str, field: Array, diameter: float, light: tuple[float, float]) -> Array:
-    """(P, P, 3) colour of a thing: hue within about three degrees, shading, bevel and one of four
-    textures.""" hue = COLOR_HUES[color] + (rng.uniform(-3, 3) + rng.uniform(-3, 3)) * 0.75
+    """(P, P, 3) colour of a thing: hue within about three degrees, shading, bevel, one of four textures."""
+    hue = COLOR_HUES[color] + (rng.uniform(-3, 3) + rng.uniform(-3, 3)) * 0.75
     rgb = np.array(hsv_to_rgb(hue, rng.uniform(0.72, 0.95), rng.uniform(0.78, 0.98)), np.float32)
     patch = field.shape[0]
     y, x = _grid(patch)
