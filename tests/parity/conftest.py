@@ -139,12 +139,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CLAIMED], config.stash[MODULES] = set(), set()
 
 
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> None:
-    if file_path.parent == HERE:
-        parent.config.stash[MODULES].add(file_path.name)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.config.stash[MODULES].add(metafunc.definition.path.name)
     marker = metafunc.definition.get_closest_marker("golden")
     if marker is None:
         return
