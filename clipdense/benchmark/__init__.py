@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 __all__ = ["MIN_PAIRS", "Row", "flops", "interleaved", "load_suite", "suites", "table", "wall"]
 
@@ -121,7 +122,8 @@ def wall(
     **fields: Any,
 ) -> Row:
     """A `Row` of wall-clock time: the minimum of each over interleaved pairs."""
-    times = list(interleaved(ours, other, pairs, warm_up=warm_up))
+    runs = interleaved(ours, other, pairs, warm_up=warm_up)
+    times = list(tqdm(runs, name, total=pairs, unit="pair", leave=False, disable=None))
     raw = {"ours": [a for a, _ in times], "other": [b for _, b in times]}
     if pairs < MIN_PAIRS:
         fields["notes"] = f"{fields.get('notes', '')} {pairs} pairs instead of {MIN_PAIRS}.".strip()

@@ -137,7 +137,7 @@ def synthetic_coco(images: int, seed: int = 0) -> tuple[dict[str, Any], list[dic
         "annotations": [],
     }
     results = []
-    for image_id in tqdm(range(1, images + 1), "synthetic images", disable=images < 500, leave=False):
+    for image_id in tqdm(range(1, images + 1), "synthetic images", disable=None, leave=False):
         objects = [_blob(rng) for _ in range(rng.poisson(OBJECTS))]
         for blob in objects:
             dataset["annotations"].append(_annotation(rng, blob, image_id, len(dataset["annotations"]) + 1))

@@ -6,6 +6,8 @@ reference library is at fault, both backends here give the right number:
 
 - pycocotools takes the annotation id 0 for "unmatched", so that a ground truth with this id can never be
   found: ids are counted from 1 before it sees them;
+- pycocotools fails on an annotation without an area, hotcoco counts it as small: the area of its box is
+  taken;
 - pycocotools fails on an empty list of results: AP is 0 for classes that occur, NaN where nothing could be
   found;
 - lvis-api drops annotations and detections of no area (an empty mask is no false positive there, with COCO it
@@ -101,9 +103,9 @@ def average_precision_backend(name: str, json_file: str, rules: Rules) -> Backen
 
 def _repair(dataset: dict[str, Any], rules: Rules) -> None:
     """What the module's docstring says of ids and areas, for the annotations of a ground truth (in place)."""
-    annotations = dataset["annotations"]
+    annotations = [{"area": a["bbox"][2] * a["bbox"][3], **a} for a in dataset["annotations"]]
     if rules == "lvis":
-        annotations = [a for a in annotations if a.get("area", 1) > 0]
+        annotations = [a for a in annotations if a["area"] > 0]
     if any(a["id"] == 0 for a in annotations):
         annotations = [{**a, "id": i} for i, a in enumerate(annotations, 1)]
     dataset["annotations"] = annotations
@@ -132,8 +134,10 @@ class HotcocoBackend:
     def __init__(self, json_file: str, rules: Rules) -> None:
         self._rules = rules
         self._ground_truth = _read_hotcoco(json_file)
+        ids = self._ground_truth.get_ann_ids()
+        missing = len(ids) != len(self._ground_truth.get_ann_ids(area_rng=[-np.inf, np.inf]))
         no_area = rules == "lvis" and self._ground_truth.get_ann_ids(area_rng=[-np.inf, 1e-9])
-        if no_area or 0 in self._ground_truth.get_ann_ids():
+        if missing or no_area or 0 in ids:
             dataset: Any = self._ground_truth.dataset
             _repair(dataset, rules)
             self._ground_truth = hotcoco.COCO(dataset)
@@ -180,11 +184,11 @@ class PycocotoolsBackend:
         self._rules = rules
         with open(json_file) as file:
             dataset = json.load(file)
-        dataset.setdefault("annotations", [])
+        dataset["annotations"] = [
+            {"iscrowd": 0, **{key: value for key, value in annotation.items() if value is not None}}
+            for annotation in dataset.get("annotations") or []
+        ]
         _repair(dataset, rules)
-        for annotation in dataset["annotations"]:
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         self._ground_truth = COCO()
         self._ground_truth.dataset = dataset
         with contextlib.redirect_stdout(io.StringIO()):

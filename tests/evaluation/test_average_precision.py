@@ -201,6 +201,13 @@ def test_an_annotation_with_id_0_can_be_found(tmp_path: Path, backend: str) -> N
     assert pycocotools_arrays(file, results, "bbox")[0].max() == 0  # the fault that is worked round
 
 
+def test_an_area_that_is_missing_is_that_of_the_box(tmp_path: Path, backend: str) -> None:
+    file = write(tmp_path, [{k: v for k, v in box(1, 1, 0).items() if k not in ("area", "iscrowd")}])
+    detections = Detections.from_json([box(1, 1, 0, 0.9)])
+    table = average_precision_backend(backend, file, "coco").table(detections, "bbox", 100)
+    assert table.ap(area="medium") == pytest.approx(100) and math.isnan(table.ap(area="small"))
+
+
 @pytest.mark.parametrize("rules", ["coco", "lvis"])
 def test_nothing_detected_and_nothing_to_detect(tmp_path: Path, backend: str, rules: Any) -> None:
     file = write(tmp_path, [box(1, 1, 0)])
