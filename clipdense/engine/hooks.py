@@ -139,6 +139,7 @@ class Writers(HookBase):
 
     def before_train(self) -> None:
         path = Path(self.output_dir, "metrics.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             rows = [row for row in path.read_text().splitlines() if _iteration(row) < self.trainer.start_iter]
             write_atomically(path, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))

@@ -2,10 +2,8 @@
 
 import argparse
 import difflib
-import itertools
 import logging
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from clipdense.config import add_clipdense_config
 from clipdense.data.checks import check_classes
 from clipdense.data.datasets import register_from_config
 from clipdense.engine.options import ConfigError
+from clipdense.engine.output import prepare_output_dir
 from clipdense.evaluation import EVALUATOR_REGISTRY
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -28,26 +27,9 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-__all__ = ["load_config", "prepare_output_dir", "setup"]
+__all__ = ["load_config", "setup"]
 
 logger = logging.getLogger(__name__)
-
-# What a run writes into its output folder.
-_OWN_FILES = (
-    "*.pth",
-    ".model_*.pth.*",
-    "*.safetensors",
-    "config.yaml",
-    "environment.txt",
-    "events.out.tfevents.*",
-    "inference",
-    "last_checkpoint",
-    "log.txt*",
-    "metrics.json",
-    "model_best.json",
-    "predictions_*.png",
-    "curve.png",
-)
 
 
 def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
@@ -144,7 +126,9 @@ def setup(args: argparse.Namespace) -> Any:
             raise ConfigError(str(e)) from e
 
     if comm.is_main_process():
-        moved = prepare_output_dir(output_dir, keep=args.resume or args.eval_only)
+        keep = args.resume or args.eval_only
+        weights = cfg.MODEL.WEIGHTS if yacs else cfg.train.get("init_checkpoint", "")
+        moved = prepare_output_dir(output_dir, keep, weights)
     comm.synchronize()
     if seed < 0:
         seed = _seed_of_earlier_run(output_dir) if args.resume else None
@@ -181,36 +165,6 @@ def _check_evaluators(names: Iterable[str]) -> None:
             raise ConfigError(
                 f"data set {name} has evaluator_type {kind!r} in its metadata; known are {known}"
             )
-
-
-def prepare_output_dir(output_dir: str, keep: bool) -> Path | None:
-    """Make the folder; move what an earlier run left there into its subfolder ``old_1``, ``old_2``, ...
-
-    Args:
-        keep: leave an earlier run where it is (to resume or evaluate it).
-
-    Returns:
-        Where the earlier run is now, if there was one that was moved.
-
-    Raises:
-        ConfigError: the folder cannot be made or written.
-    """
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise ConfigError(f"OUTPUT_DIR {output_dir} cannot be written: {e.strerror}") from e
-    if keep or not any((folder / name).exists() for name in ("last_checkpoint", "metrics.json")):
-        return None
-    target = next(p for n in itertools.count(1) if not (p := folder / f"old_{n}").exists())
-    target.mkdir()
-    for pattern in _OWN_FILES:
-        for path in folder.glob(pattern):
-            shutil.move(path, target / path.name)
-    return target
 
 
 def _seed_of_earlier_run(output_dir: str) -> int | None:

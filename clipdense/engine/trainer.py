@@ -24,6 +24,7 @@ from clipdense.engine.hooks import default_hooks
 from clipdense.engine.interrupt import Interrupt
 from clipdense.engine.optimizer import build_clipper, keep_frozen_in_eval
 from clipdense.engine.options import TrainerOptions
+from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.report import write_report
 
 from detectron2.config import configurable
@@ -276,6 +277,7 @@ class Trainer(TrainerBase):
             return
         if self._saved < self._done:
             self.save(f"model_{self._done - 1:07d}")
+        comm.synchronize()  # a process that ends makes torchrun end the others: not while one is saving
         logger.warning(
             "Stopped by %s after %d iterations; --resume goes on.", signal.Signals(number).name, self._done
         )
@@ -356,6 +358,8 @@ class Trainer(TrainerBase):
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from the last checkpoint in the output folder, or begin from ``MODEL.WEIGHTS``.
 
+        What an earlier run left in the output folder is moved to a subfolder unless it is resumed.
+
         Args:
             resume: whether to look for a checkpoint; without one, or with False, training begins at iteration
                 0.
@@ -363,7 +367,10 @@ class Trainer(TrainerBase):
         Raises:
             FileNotFoundError, CheckpointError: see `TrainingCheckpointer.load_weights`.
         """
-        self.checkpointer.remove_leftovers()
+        if comm.is_main_process():
+            prepare_output_dir(self.options.output_dir, keep=resume, weights=self.options.weights)
+            self.checkpointer.remove_leftovers()
+        comm.synchronize()
         seen = comm.all_gather(self.checkpointer.has_checkpoint())
         if resume and len(set(seen)) > 1:
             raise CheckpointError(

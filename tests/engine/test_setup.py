@@ -7,7 +7,8 @@ import yaml
 
 import clipdense
 from clipdense.engine.options import ConfigError
-from clipdense.engine.setup import load_config, prepare_output_dir, setup
+from clipdense.engine.output import prepare_output_dir
+from clipdense.engine.setup import load_config, setup
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -94,6 +95,15 @@ def test_an_earlier_run_is_moved_not_overwritten(tmp_path: Path) -> None:
     assert prepare_output_dir(str(tmp_path), keep=False) is None  # nothing left to move
     (tmp_path / "metrics.json").write_text("second")
     assert prepare_output_dir(str(tmp_path), keep=False) == tmp_path / "old_2"
+
+
+def test_weights_are_not_moved_away(tmp_path: Path) -> None:
+    for name in ("model_final.pth", "last_checkpoint"):
+        (tmp_path / name).touch()
+    weights = str(tmp_path / "model_final.pth")
+    with pytest.raises(ConfigError, match="model_final.pth belongs to the run in OUTPUT_DIR"):
+        prepare_output_dir(str(tmp_path), keep=False, weights=weights)
+    assert prepare_output_dir(str(tmp_path), keep=True, weights=weights) is None
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""The folder that a run writes to."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+from clipdense.engine.options import ConfigError
+
+__all__ = ["prepare_output_dir"]
+
+# What a run writes into its output folder.
+_OWN_FILES = (
+    "*.pth",
+    ".model_*.pth.*",
+    "*.safetensors",
+    "config.yaml",
+    "environment.txt",
+    "events.out.tfevents.*",
+    "inference",
+    "last_checkpoint",
+    "log.txt*",
+    "metrics.json",
+    "model_best.json",
+    "predictions_*.png",
+    "curve.png",
+)
+
+
+def prepare_output_dir(output_dir: str, keep: bool, weights: str = "") -> Path | None:
+    """Make the folder; move what an earlier run left there into its subfolder ``old_1``, ``old_2``, ...
+
+    Args:
+        keep: leave an earlier run where it is (to resume or evaluate it).
+        weights: what the new run begins from.
+
+    Returns:
+        Where the earlier run is now, if there was one that was moved.
+
+    Raises:
+        ConfigError: the folder cannot be made or written, or ``weights`` would be moved away.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"OUTPUT_DIR {output_dir} cannot be written: {e.strerror}") from e
+    if keep or not any((folder / name).exists() for name in ("last_checkpoint", "metrics.json")):
+        return None
+    earlier = [path for pattern in _OWN_FILES for path in folder.glob(pattern)]
+    if weights and Path(weights).resolve() in [path.resolve() for path in earlier]:
+        raise ConfigError(
+            f"MODEL.WEIGHTS {weights} belongs to the run in OUTPUT_DIR, which a new run would move away. "
+            "Choose another OUTPUT_DIR, or continue that run with --resume."
+        )
+    target = next(p for n in itertools.count(1) if not (p := folder / f"old_{n}").exists())
+    target.mkdir()
+    for path in earlier:
+        shutil.move(path, target / path.name)
+    return target
