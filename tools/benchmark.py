@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """Run a benchmark suite: ours, the other, the ratio.
 
-    tools/benchmark.py evaluation --json output/benchmark.json
-    tools/benchmark.py --list
-    tools/benchmark.py evaluation --help
+    python tools/benchmark.py evaluation --json output/benchmark.json
+    python tools/benchmark.py --list
+    python tools/benchmark.py evaluation --help
 
 Wall-clock ratios compare the minimum of each side over at least 7 interleaved pairs; raw times stand in the
 JSON file. FLOPs are exact. A row "x the cost" is ours / other, a row "x as fast" other / ours.

@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """Fill a table of several runs and seeds, cell by cell; call it again to go on after any interruption.
 
-    tools/run_table.py TABLE.yaml --jobs 2 --markdown results.md
-    tools/run_table.py TABLE.yaml --retry          # failed cells once more
-    tools/run_table.py TABLE.yaml --collect        # only what is there
+    python tools/run_table.py TABLE.yaml --jobs 2 --markdown results.md
+    python tools/run_table.py TABLE.yaml --retry          # failed cells once more
+    python tools/run_table.py TABLE.yaml --collect        # only what is there
 
 The table file is described in clipdense/run_table.py.
 """

@@ -103,6 +103,32 @@ def test_lvis_backends_agree_on_real_annotations(data_dir: Path, tmp_path: Path,
         assert 1 < ours.ap() < 99
 
 
+def test_lvis_equals_lvis_api(
+    data_dir: Path, tmp_path: Path, perturb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where lvis-api is installed (`pip install lvis`): its results and ours are the same."""
+    lvis = pytest.importorskip(
+        "lvis", reason="lvis-api is not installed; LVIS is checked by hand-computed cases"
+    )
+    monkeypatch.setattr(np, "float", float, raising=False)  # it was written for NumPy 1.19
+    path = data_dir / "lvis" / "lvis_v0.5_val_100_images_available.json"
+    dataset = subset(json.loads(path.read_text()), step=3)
+    file = str(tmp_path / "lvis.json")
+    Path(file).write_text(json.dumps(dataset))
+    results = perturb(dataset, seed=5)
+    for task in ("bbox", "segm"):
+        dropped = "bbox" if task == "segm" else ""
+        rows = [{key: value for key, value in row.items() if key != dropped} for row in results]
+        truth = lvis.LVIS(file)
+        theirs = lvis.LVISEval(truth, lvis.LVISResults(truth, rows, max_dets=100), task)
+        theirs.run()
+        table = average_precision_backend("hotcoco", file, "lvis").table(
+            Detections.from_json(results), task, 100
+        )
+        np.testing.assert_allclose(table.precision, theirs.eval["precision"], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(table.recall, theirs.eval["recall"], rtol=0, atol=1e-9)
+
+
 # ---- cases whose numbers can be worked out by hand
 # -----------------------------------------------------------------
 
