@@ -87,13 +87,13 @@ class Trainer(TrainerBase):
         self.start_iter, self.max_iter = 0, options.max_iter
         self.elapsed = self.elapsed_before = 0.0
         self.results: dict[str, float] = {}
-        self.ema = ModelEMA(model, options.ema_decay) if options.ema_decay else None
         self._dtype = getattr(torch, options.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
         self.checkpointer = TrainingCheckpointer(
             model, options.output_dir, options.weights_skip, options.allow_pickle, options.checkpoint_keep
         )
         self._ddp = distribute(model, options.find_unused_parameters)
+        self.ema = ModelEMA(model, options.ema_decay) if options.ema_decay else None
         self._clip = build_clipper(options.clip_type, options.clip_value, options.clip_norm_type)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._train_loader, self._evaluate = train_loader, evaluate

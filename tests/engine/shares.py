@@ -93,6 +93,7 @@ def norm(layer: str, empty: bool = False) -> dict[str, Tensor]:
 
 def training(folder: str, *overrides: Any) -> dict[str, Tensor]:
     """Losses of four iterations, gradients of the first, weights after the last."""
+    Path(folder).mkdir(exist_ok=True)
     torch.manual_seed(0)
     # not AdamW, which takes full steps where the gradient is zero but for rounding (a bias before a norm)
     settings = ("MODEL.TOY.DROPOUT", 0.0, "SOLVER.MAX_ITER", 4, "SOLVER.OPTIMIZER", "SGD")
