@@ -29,6 +29,11 @@ __all__ = ["build_model", "evaluate_weights", "trainer_arguments"]
 
 logger = logging.getLogger(__name__)
 
+_LEFT_OUT = {
+    "PRECISE_BN": "SOLVER.EMA_DECAY averages the weights, statistics of norms included",
+    "AUG": "wrap the trained model in Detectron2's GeneralizedRCNNWithTTA",
+}
+
 
 def build_model(cfg: Any) -> nn.Module:
     """The model of a yacs config or of a LazyConfig's ``model`` node, on its device, weights not loaded."""
@@ -73,10 +78,9 @@ def _from_yacs(cfg: CfgNode) -> dict[str, Any]:
     if cfg.SEED < 0:
         cfg.SEED = comm.shared_random_seed()
     cfg.freeze()
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ConfigError(
-            "TEST.PRECISE_BN is not supported; SOLVER.EMA_DECAY averages the weights, norms included"
-        )
+    for key, instead in _LEFT_OUT.items():
+        if cfg.TEST[key].ENABLED:
+            raise ConfigError(f"TEST.{key} is not supported here; {instead}")
     model = build_model(cfg)
     return {
         "optimizer": build_optimizer(cfg, model),

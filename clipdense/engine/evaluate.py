@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
+from detectron2.utils.logger import log_every_n_seconds
 
 __all__ = ["evaluate_datasets", "run_inference"]
 
@@ -93,8 +94,10 @@ def run_inference(
     )
     # not inference_mode: what a model caches here (text embeddings, anchors) may serve in training afterwards
     with torch.no_grad():
-        for batch in bar:
+        for done, batch in enumerate(bar):
             outputs = model(batch)
             evaluator.process(batch, outputs)
             pairs += list(zip(batch, outputs, strict=True))[: keep - len(pairs)]
+            if bar.disable:  # no terminal
+                log_every_n_seconds(logging.INFO, f"Evaluating {name}: {done + 1}/{bar.total}", n=30)
     return evaluator.evaluate() or {}, pairs

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
         source = str(path)
         cfg.merge_from_file(source)
         source = "the command line"
-        cfg.merge_from_list(overrides)
+        cfg.merge_from_list(_floats_for_ints(cfg, overrides))
     except (KeyError, AssertionError, ValueError, yaml.YAMLError) as e:
         unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(e))
         if unknown is None:
@@ -85,6 +86,18 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
         else:
             yield prefix + key
+
+
+def _floats_for_ints(cfg: CfgNode, overrides: list[str]) -> list[str]:
+    """``SOLVER.BASE_LR 1`` means 1.0; yacs takes no int for a float."""
+    words = list(overrides)
+    for i in range(0, len(words), 2):
+        node: Any = cfg
+        for part in words[i].split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", words[i + 1]):
+            words[i + 1] += ".0"
+    return words
 
 
 def _near_keys(key: str, known: list[str]) -> list[str]:
@@ -138,12 +151,14 @@ def setup(args: argparse.Namespace) -> Any:
     if yacs:
         cfg.SEED, cfg.MODEL.DEVICE = seed, device
         cfg.freeze()
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     else:
         cfg.train.seed, cfg.train.device = seed, device
 
     rank = comm.get_rank()
     for name in ("fvcore", "detectron2", "clipdense"):
         setup_logger(output_dir, distributed_rank=rank, name=name)
+    logger.info("Command line: %s", " ".join(sys.argv))
     logger.info("Output folder: %s", output_dir)
     if comm.is_main_process():
         if moved:

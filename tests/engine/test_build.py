@@ -11,6 +11,7 @@ import torch
 
 from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import build_model, evaluate_weights
+from clipdense.engine.options import ConfigError
 from clipdense.engine.setup import load_config
 from clipdense.engine.trainer import Trainer
 
@@ -86,6 +87,12 @@ def test_evaluation_alone(build_trainer: Build, tmp_path: Path) -> None:
     cfg.MODEL.WEIGHTS = str(tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match="trunk.0.weight: not in the file"):
         evaluate_weights(cfg)
+
+
+@pytest.mark.parametrize("key", ["TEST.PRECISE_BN.ENABLED", "TEST.AUG.ENABLED"])
+def test_keys_of_detectron2_that_are_left_out_are_not_ignored(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match="is not supported here"):
+        Trainer(engine_toy.toy_config(tmp_path, key, True))
 
 
 def test_several_test_sets(build_trainer: Build) -> None:

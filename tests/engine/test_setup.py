@@ -68,6 +68,11 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         load_config(config_file(tmp_path, "MODEL: [unclosed"))
 
 
+def test_an_int_will_do_for_a_float(tmp_path: Path) -> None:
+    cfg = load_config(config_file(tmp_path), ["SOLVER.BASE_LR", "1", "SOLVER.MAX_ITER", "7", "SEED", "-1"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SEED) == (1.0, 7, -1)
+
+
 def test_configs_of_the_package_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
