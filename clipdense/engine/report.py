@@ -1,5 +1,6 @@
 """What a finished run leaves: the exported model, the curve, and a table."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from tabulate import tabulate
 from torch import nn
 
 from clipdense.checkpoint import CheckpointError, save_checkpoint
+from clipdense.engine.checkpoint import write_atomically
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
@@ -19,11 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -> None:
-    """Export the model, draw the training curve, print the metrics."""
+    """Export the model, write the flattened metrics to ``results.json`` and print them, draw the curve."""
     from clipdense.curve import draw_curve  # matplotlib takes a second to import
 
     export(model, Path(output_dir, "export.safetensors"))
     draw_curve(Path(output_dir, "metrics.json"), Path(output_dir, "curve.png"))
+    content = json.dumps(results, indent=1).encode()
+    write_atomically(Path(output_dir, "results.json"), lambda file: file.write(content))
     print_results(results)
     files = sorted(
         p.name for p in Path(output_dir).iterdir() if p.suffix in (".pth", ".png", ".json", ".safetensors")

@@ -50,8 +50,10 @@ def test_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level("INFO", "clipdense"):
         write_report(Exported(2, 3), str(tmp_path), {"bbox/AP": 12.3})
-    assert "12.30" in caplog.text and "curve.png, export.safetensors, metrics.json" in caplog.text
+    assert "12.30" in caplog.text
+    assert "curve.png, export.safetensors, metrics.json, results.json" in caplog.text
     assert (tmp_path / "curve.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "results.json").read_text()) == {"bbox/AP": 12.3}
 
 
 def test_expected_results() -> None:
