@@ -21,6 +21,7 @@ _OWN_FILES = (
     "log.txt*",
     "metrics.json",
     "model_best.json",
+    "results.json",
     "predictions_*.png",
     "curve.png",
 )

@@ -54,6 +54,7 @@ def test_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "curve.png, export.safetensors, metrics.json, results.json" in caplog.text
     assert (tmp_path / "curve.png").stat().st_size > 1000
     assert json.loads((tmp_path / "results.json").read_text()) == {"bbox/AP": 12.3}
+    assert json.loads((tmp_path / "results.json").read_text()) == {"bbox/AP": 12.3}
 
 
 def test_expected_results() -> None:
