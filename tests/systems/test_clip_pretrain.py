@@ -5,16 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import clipdense  # noqa: F401
+import clipdense
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
 from clipdense.data.shapes import world
 from clipdense.data.shapes.captions import SYNONYMS
 from clipdense.data.shapes.draw import Rng
-from clipdense.systems.clip_pretrain import ContrastiveCLIP, CropRetrievalEvaluator
+from clipdense.systems.clip_pretrain import ContrastiveCLIP, CropCaptionMapper, CropRetrievalEvaluator
 from clipdense.systems.clip_pretrain.crops import CONTENT_SIZE, AnnotatedThing, CropSampler
 from clipdense.systems.clip_pretrain.meta_arch import contrastive_loss, positive_pairs
+
+from detectron2.config import get_cfg
 
 K, G = len(world.CLASSES), len(world.GROUNDS)
 
@@ -130,3 +133,38 @@ def test_retrieval_finds_equal_content():
     evaluator.reset()
     evaluator.process([{"contents": contents}], [{"image_embeddings": u, "text_embeddings": v[[1, 0, 2]]}])
     assert evaluator.evaluate()["retrieval"]["image_to_text_R@1"] < 100
+
+
+def test_mapper_reads_scenes_from_disk(tmp_path):
+    scene = world.render(4, 1)
+    labels = scene.ground + np.uint8(K)
+    for thing in scene.things:
+        labels[thing.mask] = thing.category
+    Image.fromarray(scene.image).save(tmp_path / "0.png")
+    Image.fromarray(labels).save(tmp_path / "0_labels.png")
+    record = {
+        "file_name": str(tmp_path / "0.png"),
+        "sem_seg_file_name": str(tmp_path / "0_labels.png"),
+        "image_id": 0,
+        "annotations": [
+            {
+                "category_id": t.category,
+                "bbox": [t.box[0], t.box[1], t.box[2] - t.box[0], t.box[3] - t.box[1]],
+                "visible": t.visible,
+            }
+            for t in scene.things
+        ],
+    }
+    cfg = get_cfg()
+    clipdense.add_clipdense_config(cfg)
+    test = CropCaptionMapper(cfg, is_train=False)
+    first, again = test(record), test(record)
+    assert first["crops"].shape == (4, 3, 64, 64) and first["contents"].shape == (4, CONTENT_SIZE)
+    assert first["captions"] == again["captions"] and torch.equal(first["crops"], again["crops"])
+    model = ContrastiveCLIP(clip=load_clip("shapes-vit", "random")).train()
+    assert model([first])["loss_contrastive"].isfinite()
+    train = CropCaptionMapper(cfg, is_train=True)
+    assert not torch.equal(train(record)["crops"], train(record)["crops"])
+    del record["sem_seg_file_name"]
+    with pytest.raises(KeyError, match=r"0\.png.*shapes_clip"):
+        test(record)
