@@ -4,10 +4,9 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from fvcore.nn.distributed import differentiable_all_gather
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from clipdense.clip import ClipModel, load_clip
 from clipdense.data.shapes.world import CLASSES, GROUNDS
@@ -130,7 +129,7 @@ def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Te
     Returns:
         Scalar; averaged over processes it is the loss of the global batch (equal B on every process).
     """
-    all_u, all_v, all_content = _gather(u), _gather(v), _gather_constant(content)
+    all_u, all_v, all_content = (torch.cat(differentiable_all_gather(x)) for x in (u, v, content))
     to_text = _soft_cross_entropy(scale * u @ all_v.T, positive_pairs(content, all_content))
     to_image = _soft_cross_entropy(scale * v @ all_u.T, positive_pairs(all_content, content).T)
     return 0.5 * (to_text + to_image)
@@ -150,14 +149,3 @@ def positive_pairs(image: Tensor, caption: Tensor) -> Tensor:
     distance = (things * things).sum(1)[:, None] + (told * told).sum(1)[None] - 2 * things @ told.T
     unseen = (1 - seen) @ named.T
     return ((distance == 0) & (unseen == 0)).float()
-
-
-def _gather(x: Tensor) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    return torch.cat(all_gather(x))
-
-
-@torch.no_grad()
-def _gather_constant(x: Tensor) -> Tensor:
-    return _gather(x)
