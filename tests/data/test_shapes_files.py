@@ -315,3 +315,16 @@ def test_sheet(root, tmp_path: Path):
     first = np.asarray(sheet)[8 : 8 + 256, 8 : 8 + 256].astype(int)
     changed = np.abs(first - draw_scene("train", 0).image).max(-1) > 8
     assert 0.01 < changed.mean() < 0.8  # drawn upon, and still the scene
+
+
+def test_a_callers_signal_handler_does_not_keep_the_workers(tmp_path, run_python):
+    source = """
+import signal, sys
+from clipdense.data.shapes.make import ensure_shapes
+signal.alarm(120)  # the default action ends a process that hangs
+signal.signal(signal.SIGTERM, lambda *_: None)
+for turn in range(3):
+    ensure_shapes("val", 60, f"{sys.argv[1]}/{turn}", workers=2, progress=False)
+print("ended")
+"""
+    assert run_python(source, str(tmp_path)).strip() == "ended"

@@ -15,8 +15,10 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,18 @@ def _map(draw: Any, tasks: list[tuple[int, int]], workers: int) -> Iterator[int]
     method = (
         "fork" if "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin" else "spawn"
     )
-    with multiprocessing.get_context(method).Pool(workers) as pool:
-        yield from pool.imap_unordered(draw, tasks)
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_default_signals) as pool:
+        try:
+            yield from (future.result() for future in as_completed([pool.submit(draw, t) for t in tasks]))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _default_signals() -> None:
+    """Forked processes inherit a trainer's handlers, under which SIGTERM would not end them."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _draw_part(root: Path, split: str, span: tuple[int, int]) -> int:
