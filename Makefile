@@ -32,8 +32,9 @@ help:
 
 env: .venv/.base .venv/.installed
 
+# One thread: on a busy machine two wait for each other, and a step takes many times as long.
 demo: env
-	$(BIN)/python tools/train_net.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml OUTPUT_DIR output/demo
+	OMP_NUM_THREADS=1 $(BIN)/python tools/train_net.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml OUTPUT_DIR output/demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
