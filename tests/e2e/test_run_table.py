@@ -8,6 +8,7 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def test_failed_cells_are_noted_and_run_again_on_request(tmp_path: Path, tool: s
     assert log.read_text().count("$ ") == 2  # the log of the failure is kept
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C works, also where the shell that started the tests in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_killed_table_goes_on(tmp_path: Path, tool: str) -> None:
     rows = [
         {"name": "done", "config": "a.yaml", "overrides": {"LR": 10}},
