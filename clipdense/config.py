@@ -20,6 +20,14 @@ def add_clipdense_config(cfg: CN) -> None:
     # Whether a pickled weight file may be opened. A pickle can run code: only for files from a source you
     # trust.
     cfg.MODEL.CLIP.ALLOW_PICKLE = False
+    # How its position table is fitted to other grids than its own: "bicubic", "bilinear", or "crop" (the
+    # top-left window; published DenseCLIP detectors).
+    cfg.MODEL.CLIP.POSITION_RULE = "bicubic"
+    # Side of the grid that the table is resized to, bilinearly, when the model is built; 0 keeps its own.
+    cfg.MODEL.CLIP.POSITION_GRID = 0
+    # An architecture without a name, as open_clip's model_cfg (embed_dim, vision_cfg, text_cfg, quick_gelu);
+    # it takes the place of NAME's.
+    cfg.MODEL.CLIP.CONFIG = CN(new_allowed=True)
 
     from clipdense.backbone.config import add_backbone_config
     from clipdense.data.config import add_data_config

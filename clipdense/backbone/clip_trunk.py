@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
 from clipdense.clip.attention import TokenStream
-from clipdense.clip.model import load_clip
-from clipdense.clip.towers import ConvNeXtTower, ResNetTower, TimmViTTower, Tower, TransformerTower, Want
+from clipdense.clip.model import ClipModel, build_clip, load_clip
+from clipdense.clip.towers import (
+    ConvNeXtTower,
+    ResNetTower,
+    TimmViTTower,
+    Tower,
+    TowerOutput,
+    TransformerTower,
+    Want,
+)
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
@@ -39,6 +50,7 @@ class CLIPTrunk(Trunk):
         norm: str = "BN",
         window_size: int = 0,
         global_blocks: Collection[int] = (),
+        joint: bool = False,
     ) -> None:
         """
         Args:
@@ -48,9 +60,12 @@ class CLIPTrunk(Trunk):
             window_size: ViTs: side of the attention windows in tokens; 0: every block attends to the whole
                 image.
             global_blocks: ViTs: blocks, from 0, that attend to the whole image though there are windows.
+            joint: whether :meth:`forward_joint` is used; the projection into the joint space then belongs to
+                the last stage and is trained with it.
 
         Raises:
-            ValueError: maps, windows or blocks that the tower has not.
+            ValueError: maps, windows or blocks that the tower has not; ``joint`` of a tower without a dense
+                map.
         """
         is_vit = isinstance(tower, TransformerTower)
         taps = [max(tower.tap_channels)] if is_vit else sorted(tower.tap_channels)
@@ -77,16 +92,16 @@ class CLIPTrunk(Trunk):
         self.tower = tower
         self.window_size = window_size
         self.global_blocks = frozenset(global_blocks)
+        self.joint = joint
         self._want = Want(taps=tuple(taken.values()))
+        if joint and "plain" not in tower.dense_modes:
+            raise tower.cannot("a dense map in the joint space", tower.why_no_dense)
         self._freeze(freeze_at, norm)
 
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
-        name: str = cfg.MODEL.CLIP.NAME
-        clip = load_clip(
-            name, cfg.MODEL.CLIP.PRETRAINED, allow_pickle=cfg.MODEL.CLIP.ALLOW_PICKLE, text=False
-        )
-        check_pixel_statistics(cfg, name, clip.pixel_mean, clip.pixel_std)
+        clip = clip_from_config(cfg, text=False)
+        check_pixel_statistics(cfg, clip.name, clip.pixel_mean, clip.pixel_std)
         return {
             "tower": clip.visual,
             "out_features": cfg.MODEL.TRUNK.OUT_FEATURES,
@@ -102,6 +117,13 @@ class CLIPTrunk(Trunk):
         return self.tower.stride if isinstance(self.tower, TransformerTower) else 0
 
     def stages(self) -> list[list[nn.Module | nn.Parameter]]:
+        stages = self._tower_stages()
+        if self.joint:
+            inside = {id(p) for stage in stages for part in stage for p in _parameters(part)}
+            stages[-1].extend(p for p in self.tower.parameters() if id(p) not in inside)
+        return stages
+
+    def _tower_stages(self) -> list[list[nn.Module | nn.Parameter]]:
         tower: Any = self.tower
         if isinstance(tower, ResNetTower):
             stem = [getattr(tower, f"{layer}{i}") for i in "123" for layer in ("conv", "bn")]
@@ -118,15 +140,63 @@ class CLIPTrunk(Trunk):
         ]
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        if isinstance(self.tower, TransformerTower):
-            out = self.tower(images, self._want, hook=self._window if self.window_size else None)
-        else:
-            out = self.tower(images, self._want)
+        return self._maps(self._run(images, self._want))
+
+    def forward_joint(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Normalised images (B, 3, H, W) -> maps by name, the image embedding (B, D) and the dense map (B, D,
+        h, w) of the joint space, neither L2-normalised.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            out = self._run(images, replace(self._want, pooled=True, dense="plain"))
+        return self._maps(out), out.pooled, out.dense
+
+    def _run(self, images: Tensor, want: Want) -> TowerOutput:
+        hook = {"hook": self._window} if self.window_size else {}
+        out: TowerOutput = self.tower(images, want, **hook)
+        return out
+
+    def _maps(self, out: TowerOutput) -> dict[str, Tensor]:
         return {name: tap for name, (tap, _) in zip(self._outputs, out.taps, strict=True)}
 
     def _window(self, index: int, stream: TokenStream) -> TokenStream:
         """Block hook: which blocks attend within windows."""
         return replace(stream, window=0 if index in self.global_blocks else self.window_size)
+
+
+def clip_from_config(cfg: CN, *, text: bool = True) -> ClipModel:
+    """The CLIP that MODEL.CLIP names.
+
+    Args:
+        text: with its text tower.
+
+    Raises:
+        ValueError: MODEL.CLIP.CONFIG together with weights of a CLIP; and what `load_clip` raises.
+    """
+    keys = cfg.MODEL.CLIP
+    if keys.CONFIG:
+        if keys.PRETRAINED not in ("", "random"):
+            raise ValueError(
+                f"MODEL.CLIP.PRETRAINED {keys.PRETRAINED!r}: a CLIP described by MODEL.CLIP.CONFIG starts at "
+                "random and takes its weights from MODEL.WEIGHTS"
+            )
+        pixels = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
+        config = {"model_cfg": json.loads(json.dumps(keys.CONFIG)), "preprocess_cfg": pixels}
+        clip = build_clip(keys.NAME, config, text=text, position_rule=keys.POSITION_RULE).eval()
+    else:
+        clip = load_clip(
+            keys.NAME,
+            keys.PRETRAINED,
+            allow_pickle=keys.ALLOW_PICKLE,
+            text=text,
+            position_rule=keys.POSITION_RULE,
+        )
+    if keys.POSITION_GRID:
+        clip.visual.resize_positions(keys.POSITION_GRID)
+    return clip
+
+
+def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 
 
 def _embedding(owner: nn.Module, blocks: nn.Module) -> list[nn.Module | nn.Parameter]:

@@ -48,3 +48,36 @@ def add_backbone_config(cfg: CN) -> None:
     cfg.MODEL.SIMPLE_PYRAMID.SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
     # "LN" (over channels, as the paper), any norm of Detectron2, or "" for none.
     cfg.MODEL.SIMPLE_PYRAMID.NORM = "LN"
+
+    cfg.MODEL.LANGUAGE = CN()
+    # Below MODEL.TRUNK.NAME LanguageTrunk: the trunk that is scored, any entry of the backbone registry.
+    # CLIPTrunk brings its own projection to the text's space, others get an attention pool with random
+    # weights.
+    cfg.MODEL.LANGUAGE.TRUNK = "CLIPTrunk"
+    # Names of the classes; empty for those of the data sets, from the entry of their metadata that
+    # CLASSES_FROM names ("thing_classes" or "stuff_classes").
+    cfg.MODEL.LANGUAGE.CLASSES = []
+    cfg.MODEL.LANGUAGE.CLASSES_FROM = "thing_classes"
+    # "tower": the text tower of MODEL.CLIP. "table": embeddings of TABLE_DIM dimensions that an exported
+    # model brings (its file sets both); no text tower is built.
+    cfg.MODEL.LANGUAGE.TEXT = "tower"
+    cfg.MODEL.LANGUAGE.TABLE_DIM = 0
+    # Learned context vectors before every class name; 0 for none.
+    cfg.MODEL.LANGUAGE.N_CONTEXTS = 8
+    # False trains the text tower too, at the rate that SOLVER.PARAM_GROUPS gives it.
+    cfg.MODEL.LANGUAGE.FREEZE_TEXT = True
+    # The decoder through which class embeddings see the image: t + gamma * decoder(t, image).
+    cfg.MODEL.LANGUAGE.CONTEXT_DECODER = CN()
+    cfg.MODEL.LANGUAGE.CONTEXT_DECODER.ENABLED = True
+    cfg.MODEL.LANGUAGE.CONTEXT_DECODER.WIDTH = 256
+    cfg.MODEL.LANGUAGE.CONTEXT_DECODER.HEADS = 4
+    cfg.MODEL.LANGUAGE.CONTEXT_DECODER.LAYERS = 3
+    cfg.MODEL.LANGUAGE.CONTEXT_DECODER.DROPOUT = 0.1
+    # Every entry of the learned vector gamma at the start.
+    cfg.MODEL.LANGUAGE.GAMMA = 1.0e-4
+    # Cosines are divided by TAU, which is not learned, to make the score map.
+    cfg.MODEL.LANGUAGE.TAU = 0.07
+    # What is concatenated to the trunk's map: "scaled" (the score map) or "cosine" (published segmentors).
+    cfg.MODEL.LANGUAGE.SCORE = "scaled"
+    # The map that it is concatenated to: "trunk", or "dense" (the dense map of the joint space instead).
+    cfg.MODEL.LANGUAGE.LAST_MAP = "trunk"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +13,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN as _FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+
+from .trunk import SCORE
 
 
 class FPN(_FPN):
@@ -38,7 +43,19 @@ class FPN(_FPN):
             source = self.top_block.in_feature
             top = bottom_up[source] if source in bottom_up else levels[self._out_features.index(source)]
             levels.extend(self.top_block(top))
-        return dict(zip(self._out_features, levels, strict=True))
+        return dict(zip(self._out_features, levels, strict=True)) | passed_on(bottom_up)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level, by name."""
+        return super().output_shape() | passed_on(self.bottom_up.output_shape())
+
+
+Output = TypeVar("Output")
+
+
+def passed_on(outputs: Mapping[str, Output]) -> dict[str, Output]:
+    """What a pyramid passes on from its trunk: the class scores of a `LanguageTrunk`."""
+    return {name: output for name, output in outputs.items() if name == SCORE}
 
 
 def build_top_block(name: str, in_feature: str, in_channels: int, out_channels: int) -> nn.Module | None:

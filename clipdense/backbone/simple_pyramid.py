@@ -14,7 +14,8 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from .fpn import build_top_block, build_trunk
+from .fpn import build_top_block, build_trunk, passed_on
+from .trunk import SCORE
 
 
 def _norm(name: str, channels: int) -> nn.Module | None:
@@ -112,7 +113,8 @@ class SimpleFeaturePyramid(Backbone):
         trunk = build_trunk(cfg, input_shape)
         return {
             "trunk": trunk,
-            "in_feature": cfg.MODEL.SIMPLE_PYRAMID.IN_FEATURE or list(trunk.output_shape())[-1],
+            "in_feature": cfg.MODEL.SIMPLE_PYRAMID.IN_FEATURE
+            or [name for name in trunk.output_shape() if name != SCORE][-1],
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "scale_factors": cfg.MODEL.SIMPLE_PYRAMID.SCALE_FACTORS,
             "norm": cfg.MODEL.SIMPLE_PYRAMID.NORM,
@@ -125,15 +127,15 @@ class SimpleFeaturePyramid(Backbone):
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every level, by name; strides of a patch of 14 are not integers."""
-        return dict(self._shapes)
+        return self._shapes | passed_on(self.trunk.output_shape())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) -> maps (B, out_channels, h, w) by name, from fine to coarse."""
-        features = self.trunk(images)[self.in_feature]
-        levels = [level(features) for level in self.levels]
+        features = self.trunk(images)
+        levels = [level(features[self.in_feature]) for level in self.levels]
         if self.top_block is not None:
             levels += self.top_block(levels[-1])
-        return dict(zip(self._shapes, levels, strict=True))
+        return dict(zip(self._shapes, levels, strict=True)) | passed_on(features)
 
 
 @BACKBONE_REGISTRY.register()

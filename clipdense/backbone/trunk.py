@@ -17,6 +17,8 @@ from detectron2.modeling import Backbone
 logger = logging.getLogger(__name__)
 
 NUM_STAGES = 5
+SCORE = "score"
+"""Name of the class-score map among a backbone's outputs; pyramids pass it on."""
 
 
 def feature_name(stride: int) -> str:

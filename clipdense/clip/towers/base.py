@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from ..position import POSITION_RULES, Grid
+from ..position import POSITION_RULES, Grid, resize_table
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,26 @@ class Tower(nn.Module):
             return self.embed_boxes(features, boxes)
         assert masks is not None
         return self.embed_masks(features, masks)
+
+    def resize_positions(self, side: int) -> None:
+        """Resize the stored position table to a grid of side x side, bilinearly; it becomes the native one.
+
+        DenseCLIP does this at load, and applies the position rule to the result at run time: two resamplings,
+        which are not one.
+
+        Raises:
+            ValueError: the tower has no position table.
+        """
+        owner = self.position_owner()
+        if owner is None:
+            raise self.cannot("another position grid", "it has no position table")
+        table = resize_table(owner.positional_embedding.data, self.grid, (side, side), "bilinear")
+        owner.positional_embedding = nn.Parameter(table.contiguous())
+        self.grid = (side, side)
+
+    def position_owner(self) -> Any:
+        """The module with the parameter `positional_embedding`, (1 + h * w, C); None where there is none."""
+        return None
 
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """`embed_regions` of boxes."""

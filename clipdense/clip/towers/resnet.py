@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,10 @@ class ResNetTower(Tower):
             if want.pooled:
                 out.pooled = tokens[:, 0]
         return out
+
+    def position_owner(self) -> Any:
+        """The attention pool."""
+        return self.attnpool
 
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """RoIAlign C5 to the pool's native grid (aligned, adaptive sampling), then the attention pool as in

@@ -46,6 +46,10 @@ class ViTTower(TransformerTower):
         self.tap_channels = dict.fromkeys(range(depth), visual.conv1.out_channels)
         self.tap_strides = dict.fromkeys(range(depth), self.stride)
 
+    def position_owner(self) -> Any:
+        """The tower itself."""
+        return self
+
     @property
     def blocks(self) -> nn.ModuleList:
         """The residual attention blocks, first to last."""

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipdense.clip import load_clip
+from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip.tables import TextTable
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.classes import class_names
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
-from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 
@@ -123,28 +123,14 @@ def class_embeddings(cfg: CN) -> Tensor:
     """Embeddings (K, D) of the thing classes of the data sets that ``cfg`` names.
 
     Raises:
-        ValueError: data sets whose classes differ, or a table that has not all of them.
+        ValueError: no data set, data sets whose classes differ, or a table that has not all of them.
         FileNotFoundError: no such table.
     """
-    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    if not datasets:
-        raise ValueError(
-            "the text classifier takes its class names from DATASETS.TRAIN or DATASETS.TEST; both are empty"
-        )
-    names = [list(MetadataCatalog.get(name).thing_classes) for name in datasets]
-    for name, other in zip(datasets, names, strict=True):
-        if other != names[0]:
-            differing = [f"{a!r} / {b!r}" for a, b in zip(names[0], other, strict=False) if a != b][:3]
-            raise ValueError(
-                f"data sets {datasets[0]} ({len(names[0])} classes) and {name} ({len(other)}) have different "
-                f"class lists; the first differences: {', '.join(differing) or 'their lengths'}"
-            )
-    vocabulary = Vocabulary.from_names(names[0], separator=None)
+    vocabulary = Vocabulary.from_names(class_names(cfg), separator=None)
     table: str = cfg.MODEL.TEXT_RCNN.TABLE
     if table:
         return TextTable.load(_find(table), vocabulary)(vocabulary)
-    clip = load_clip(cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED, allow_pickle=cfg.MODEL.CLIP.ALLOW_PICKLE)
-    return TextBank(clip, cfg.MODEL.TEXT_RCNN.TEMPLATES)(vocabulary).cpu()
+    return TextBank(clip_from_config(cfg), cfg.MODEL.TEXT_RCNN.TEMPLATES)(vocabulary).cpu()
 
 
 def _find(table: str) -> Path:

@@ -1,0 +1,76 @@
+"""Learned contexts in a text tower."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .model import ClipModel
+from .text import LearnedPrompts
+from .towers import TextTower
+
+__all__ = ["ContextPrompts", "encode_with_contexts", "insert_contexts"]
+
+
+def insert_contexts(tower: TextTower, tokens: Tensor, contexts: Tensor) -> Tensor:
+    """[start | contexts | rest of the text] as token embeddings, positions not added.
+
+    Args:
+        tower: whose token table is used.
+        tokens: ids (K, L) of the texts without contexts.
+        contexts: (B, N, C), B sets of N vectors.
+
+    Returns:
+        (B, K, L + N, C): every text with every set.
+    """
+    words: Tensor = tower.token_embedding(tokens)
+    batch, count = len(contexts), len(words)
+    start, rest = (part.expand(batch, -1, -1, -1) for part in (words[None, :, :1], words[None, :, 1:]))
+    return torch.cat([start, contexts.to(words.dtype)[:, None].expand(-1, count, -1, -1), rest], dim=2)
+
+
+def encode_with_contexts(tower: TextTower, tokens: Tensor, contexts: Tensor) -> Tensor:
+    """Embeddings (B, K, D), not L2-normalised, of K texts under B sets of contexts.
+
+    Where a full sentence's words stand at the contexts' places, this is the sentence's embedding
+    (specs/denseclip_maskclip_segclip.md 1.6). Arguments as of :func:`insert_contexts`.
+
+    Raises:
+        ValueError: a text with its contexts is longer than the tower's positions; or a bidirectional tower,
+            in which padding counts.
+    """
+    if not tower.causal:
+        raise ValueError("learned contexts need a causal text tower; this one is bidirectional")
+    end = tower.end(tokens)
+    tokens = tokens[:, : int(end.max()) + 1]
+    sequences = insert_contexts(tower, tokens, contexts)
+    batch, count = sequences.shape[:2]
+    embeddings = tower.encode(sequences.flatten(0, 1), (end + contexts.shape[1]).repeat(batch))
+    return embeddings.unflatten(0, (batch, count))
+
+
+class ContextPrompts(LearnedPrompts):
+    """Contexts shared by all texts, between the start token and the text (CoOp's "end" position, Zhou et al.,
+    IJCV 2022; DenseCLIP, Rao et al., CVPR 2022, section 3.2).
+
+    Attributes:
+        contexts: (1, N, C).
+    """
+
+    def __init__(self, n_ctx: int, width: int, std: float = 1.0) -> None:
+        """
+        Args:
+            n_ctx: N.
+            width: C of the text tower's tokens.
+            std: of the truncated normal at the start, cut at 2: 1 is DenseCLIP's, CoOp takes 0.02.
+        """
+        super().__init__()
+        self.length = n_ctx
+        self.contexts = nn.Parameter(torch.empty(1, n_ctx, width))
+        nn.init.trunc_normal_(self.contexts, std=std)
+
+    def forward(self, clip: ClipModel, tokens: Tensor) -> Tensor:
+        """Token ids (n, L) -> embeddings (n, D), not L2-normalised."""
+        if clip.text is None:
+            raise ValueError(f"'{clip.name}' was loaded without its text tower: load it with text=True")
+        return encode_with_contexts(clip.text, tokens, self.contexts)[0]

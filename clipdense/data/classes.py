@@ -1,0 +1,35 @@
+"""The class list that the data sets of a config share."""
+
+from clipdense.data.checks import check_dataset_names
+from clipdense.data.datasets import register_from_config
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+__all__ = ["class_names"]
+
+
+def class_names(cfg: CfgNode, kind: str = "thing_classes") -> list[str]:
+    """Names of the classes of ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+
+    Args:
+        kind: the metadata entry that lists them, "thing_classes" or "stuff_classes".
+
+    Raises:
+        ValueError: no data set, an unknown one, one without such classes, or lists that differ.
+    """
+    register_from_config(cfg)
+    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    check_dataset_names(datasets)
+    lists = {name: MetadataCatalog.get(name).get(kind) for name in datasets}
+    first = lists[datasets[0]]
+    for name, classes in lists.items():
+        if not classes:
+            raise ValueError(f"data set {name} has no {kind}")
+        if list(classes) != list(first):
+            differing = [f"{a!r} / {b!r}" for a, b in zip(first, classes, strict=False) if a != b][:3]
+            raise ValueError(
+                f"data sets {datasets[0]} ({len(first)} classes) and {name} ({len(classes)}) have different "
+                f"class lists; the first differences: {', '.join(differing) or 'their lengths'}"
+            )
+    return list(first)

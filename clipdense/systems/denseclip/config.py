@@ -1,0 +1,14 @@
+"""Configuration keys of pixel-text supervision; the backbone's are MODEL.LANGUAGE."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_denseclip_config(cfg: CN) -> None:
+    """Add ``MODEL.PIXEL_TEXT`` (in place)."""
+    cfg.MODEL.PIXEL_TEXT = CN()
+    # The meta-architecture that PixelTextSupervised wraps; DenseCLIPRCNN and DenseCLIPRetinaNet know theirs.
+    cfg.MODEL.PIXEL_TEXT.BASE = "GeneralizedRCNN"
+    # Where the score map's targets come from: "boxes" (as published), "masks" (of instances), or "sem_seg".
+    cfg.MODEL.PIXEL_TEXT.SOURCE = "boxes"
+    # Weight of the auxiliary loss. Published: 1.0 in detectors, 0.4 in segmentors.
+    cfg.MODEL.PIXEL_TEXT.WEIGHT = 1.0
