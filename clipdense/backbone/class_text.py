@@ -50,7 +50,8 @@ class ClassText(nn.Module):
         self.tower = clip.text.requires_grad_(trainable)
         self.embed_dim = clip.embed_dim
         self.prompts = ContextPrompts(n_ctx, clip.text.width) if n_ctx else None
-        tokens = clip.tokenize(self.classes, clip.text.context_length)
+        with torch.device("cpu"):  # their lengths are read, also where a model is built on the meta device
+            tokens = clip.tokenize(self.classes, clip.text.context_length)
         longest = int(clip.text.end(tokens).max()) + 1
         if longest + n_ctx > clip.text.context_length:
             limit = clip.text.context_length - n_ctx

@@ -38,8 +38,12 @@ def add_backbone_config(cfg: CN) -> None:
     # quarter.
     cfg.MODEL.TRUNK.GLOBAL_BLOCKS = []
 
-    # Levels above the pyramid: "LastLevelMaxPool" (one, for RPN), "LastLevelP6P7" (two, for RetinaNet) or "".
+    # Levels above the pyramid: "LastLevelMaxPool" (one, for RPN), "LastLevelP6P7" (two, for RetinaNet),
+    # "LastLevelP6P7NoReLU" (mmdetection's two, without ReLU between them) or "".
     cfg.MODEL.FPN.TOP_BLOCK = "LastLevelMaxPool"
+    # Pad images to multiples of the FPN's coarsest stride. It takes any size; False changes results near the
+    # border, and global features, which then see no padding.
+    cfg.MODEL.FPN.PAD = True
 
     cfg.MODEL.SIMPLE_PYRAMID = CN()
     # The map that it grows from; "" for the trunk's last.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +23,22 @@ class FPN(_FPN):
     The coarser map is brought to the exact size of the finer one, not to twice its own: a CLIP ResNet pools
     with floor, so that an odd map is not twice the next. Where it is twice, both are the same computation.
     """
+
+    def __init__(self, *args: Any, pad: bool = True, **kwargs: Any) -> None:
+        """
+        Args:
+            pad: whether images are padded to multiples of the coarsest stride of ``in_features``, as
+                Detectron2's FPN needs it; otherwise only to what the trunk needs.
+            args, kwargs: Detectron2's.
+        """
+        super().__init__(*args, **kwargs)
+        self.pad = pad
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the padded images' height and width are multiples of; 0 for no padding."""
+        divisor: int = super().size_divisibility if self.pad else self.bottom_up.size_divisibility
+        return divisor
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) -> maps "p2", "p3" ... of ``out_channels``, from fine to coarse."""
@@ -63,7 +79,7 @@ def build_top_block(name: str, in_feature: str, in_channels: int, out_channels: 
 
     Args:
         name: "LastLevelMaxPool" (one level, subsampled from the pyramid's last), "LastLevelP6P7" (two levels
-            by strided convolutions, RetinaNet's) or "" for none.
+            by strided convolutions, RetinaNet's), "LastLevelP6P7NoReLU" or "" for none.
         in_feature: the map it reads.
         in_channels: channels of that map.
         out_channels: channels of the levels it adds.
@@ -74,9 +90,22 @@ def build_top_block(name: str, in_feature: str, in_channels: int, out_channels: 
         block = LastLevelMaxPool()
         block.in_feature = in_feature
         return block
-    if name == "LastLevelP6P7":
-        return LastLevelP6P7(in_channels, out_channels, in_feature)
-    raise ValueError(f"MODEL.FPN.TOP_BLOCK must be LastLevelMaxPool, LastLevelP6P7 or empty, not {name!r}")
+    if name in ("LastLevelP6P7", "LastLevelP6P7NoReLU"):
+        block = LastLevelP6P7 if name == "LastLevelP6P7" else LastLevelP6P7NoReLU
+        return block(in_channels, out_channels, in_feature)
+    raise ValueError(
+        "MODEL.FPN.TOP_BLOCK must be LastLevelMaxPool, LastLevelP6P7, LastLevelP6P7NoReLU or empty, "
+        f"not {name!r}"
+    )
+
+
+class LastLevelP6P7NoReLU(LastLevelP6P7):
+    """P6 and P7 with nothing between their convolutions (mmdetection's RetinaNet by default)."""
+
+    def forward(self, c5: Tensor) -> list[Tensor]:
+        """C5 (B, C, h, w) -> P6 and P7."""
+        p6 = self.p6(c5)
+        return [p6, self.p7(p6)]
 
 
 def build_trunk(cfg: CN, input_shape: ShapeSpec) -> Backbone:
@@ -109,9 +138,10 @@ def build_trunk_fpn_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
         # RetinaNet's extra levels start from the trunk's map, the max pool from the pyramid's.
         top_block=build_top_block(
             top_block,
-            last if top_block == "LastLevelP6P7" else last.replace("res", "p"),
+            last if top_block.startswith("LastLevelP6P7") else last.replace("res", "p"),
             shapes[last].channels,
             cfg.MODEL.FPN.OUT_CHANNELS,
         ),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+        pad=cfg.MODEL.FPN.PAD,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ SCORE = "score"
 
 def feature_name(stride: int) -> str:
     """Detectron2's name of a map: stride 4 is "res2", 16 "res4"; others as the nearest power of two."""
-    return f"res{max(round(torch.tensor(float(stride)).log2().item()), 0)}"
+    return f"res{max(round(math.log2(stride)), 0)}"
 
 
 class Trunk(Backbone):

@@ -3,22 +3,30 @@ detectron2.
 """
 
 from .accounting import CheckpointMismatch, DropRule, Report, account, load_strict
+from .convert import MODEL_LAYOUT, class_differences, config_options, convert_model, model_layout
 from .io import Checkpoint, CheckpointError, atomic_path, read_checkpoint, save_checkpoint
-from .layouts import LAYOUTS, Layout, detect_layout, register_layout
+from .layouts import LAYOUTS, Layout, ModelLayout, detect_layout, register_layout, rename
 
 __all__ = [
     "LAYOUTS",
+    "MODEL_LAYOUT",
     "Checkpoint",
     "CheckpointError",
     "CheckpointMismatch",
     "DropRule",
     "Layout",
+    "ModelLayout",
     "Report",
     "account",
     "atomic_path",
+    "class_differences",
+    "config_options",
+    "convert_model",
     "detect_layout",
     "load_strict",
+    "model_layout",
     "read_checkpoint",
     "register_layout",
+    "rename",
     "save_checkpoint",
 ]

@@ -166,7 +166,12 @@ def _is_openai_archive(path: Path) -> bool:
 
 def _read_torch(path: Path, allow_pickle: bool) -> Checkpoint:
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        payload = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=not allow_pickle,
+            mmap=zipfile.is_zipfile(path),  # tensors that are not used are not read
+        )
     except pickle.UnpicklingError as e:
         whole = zipfile.is_zipfile(path) or "Unsupported" in str(e)
         if allow_pickle or not whole:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,26 @@ class Layout:
     convert: Callable[[Mapping[str, Tensor]], State]
     drops: tuple[DropRule, ...] = ()
     optional: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLayout(Layout):
+    """Files of a whole published model, which a config of ours builds.
+
+    Attributes:
+        options: from the file's keys, and its classes where they are known, to the config keys that the model
+            needs and their values. Raises CheckpointError where tensors determine no model.
+        prefixes: from the file's keys to beginnings of keys, the file's -> the model's.
+    """
+
+    options: Callable[[Mapping[str, Tensor], Sequence[str] | None], dict[str, Any]]
+    prefixes: Callable[[Mapping[str, Tensor]], dict[str, str]]
+
+
+def rename(key: str, prefixes: Mapping[str, str]) -> str:
+    """The key with the longest of the prefixes that it begins with replaced; as it is where there is none."""
+    old = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default="")
+    return prefixes.get(old, "") + key.removeprefix(old)
 
 
 LAYOUTS: dict[str, Layout] = {}

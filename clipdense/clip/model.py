@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from clipdense.checkpoint import (
     Checkpoint,
+    CheckpointError,
     DropRule,
     Layout,
+    ModelLayout,
     detect_layout,
     load_strict,
     read_checkpoint,
@@ -204,7 +206,10 @@ def load_clip(
 def _layout(file: Checkpoint) -> Layout | None:
     """None for one tower of a model (the nano files), which has the model's own keys."""
     towers = {key.split(".")[0] for key in file.state} - {"logit_scale", "logit_bias"}
-    return None if towers in ({"visual"}, {"text"}) else detect_layout(file.state, str(file.path))
+    layout = None if towers in ({"visual"}, {"text"}) else detect_layout(file.state, str(file.path))
+    if isinstance(layout, ModelLayout):
+        raise CheckpointError(f"{file.path} is no CLIP but {layout.about}: name it in MODEL.WEIGHTS")
+    return layout
 
 
 def _config(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipdense.checkpoint import CheckpointError, atomic_path, read_checkpoint
+from clipdense.checkpoint import CheckpointError, atomic_path, convert_model, read_checkpoint
 
 from detectron2.checkpoint import DetectionCheckpointer
 
@@ -121,8 +121,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
         """Load the model's weights; returns what else the file holds.
 
         Args:
-            path: a .pth, .safetensors or model-zoo file, or a URL that Detectron2's path manager knows; ""
-                loads nothing.
+            path: a .pth, .safetensors or model-zoo file, a published model's of a known layout, or a URL that
+                Detectron2's path manager knows; "" loads nothing.
             complete: whether the file must hold every parameter (evaluation, resuming). Otherwise parameters
                 that it lacks keep their initial values, and are listed in the log.
 
@@ -139,7 +139,9 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, f: str) -> dict[str, Any]:
         if not f.endswith((".pkl", ".pyth")):
-            file = read_checkpoint(f, allow_pickle=self.allow_pickle)
+            file = convert_model(read_checkpoint(f, allow_pickle=self.allow_pickle))
+            if "source" in file.metadata:  # a published model is there whole, or is not that model
+                self._complete = True
             return {"model": file.state, **file.extras}
         if not self.allow_pickle:  # the layouts of Detectron2's model zoo
             raise CheckpointError(

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from clipdense.data.checks import check_classes
 from clipdense.data.datasets import register_from_config
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
+from clipdense.engine.weights import (
+    apply_weight_options,
+    check_weight_classes,
+    config_keys,
+    print_weight_options,
+)
 from clipdense.evaluation import EVALUATOR_REGISTRY
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -28,7 +34,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-__all__ = ["load_config", "setup"]
+__all__ = ["available_device", "load_config", "setup"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +42,12 @@ logger = logging.getLogger(__name__)
 def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
     """A yacs config (.yaml; ``KEY VALUE`` overrides) or a LazyConfig (.py; ``key=value`` overrides).
 
-    A file that is not there is looked for among the configs of the installed package as well.
+    A file that is not there is looked for among the configs of the installed package as well. Keys that
+    neither sets are as the weights in MODEL.WEIGHTS need them, see `apply_weight_options`.
 
     Raises:
         ConfigError: no such file, an unknown key (with near ones), a value of the wrong type.
+        CheckpointError: MODEL.WEIGHTS cannot be read.
     """
     overrides = list(overrides)
     for word in overrides:
@@ -47,7 +55,9 @@ def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
             raise ConfigError(f"options go before the KEY VALUE pairs, but {word} follows them")
     path = _find(config_file)
     if path.suffix == ".py":
-        return LazyConfig.apply_overrides(LazyConfig.load(str(path)), overrides)
+        lazy = LazyConfig.apply_overrides(LazyConfig.load(str(path)), overrides)
+        print_weight_options(lazy.train.get("init_checkpoint", ""), lazy.train.get("allow_pickle", False))
+        return lazy
     cfg = get_cfg()
     add_clipdense_config(cfg)
     if len(overrides) % 2:
@@ -63,9 +73,12 @@ def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
         unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(e))
         if unknown is None:
             raise ConfigError(f"{source}: {e}") from e
-        near = _near_keys(unknown[1], list(_keys(cfg)))
+        near = _near_keys(unknown[1], list(config_keys(cfg)))
         hint = f"Did you mean {' or '.join(near)}?" if near else "No known key is like it."
         raise ConfigError(f"{source}: unknown config key {unknown[1]}. {hint}") from e
+    if cfg.MODEL.WEIGHTS:
+        from_file = CfgNode(CfgNode.load_yaml_with_base(str(path), allow_unsafe=True))
+        apply_weight_options(cfg, {*config_keys(from_file), *overrides[::2]})
     return cfg
 
 
@@ -78,14 +91,6 @@ def _find(config_file: str) -> Path:
         return Path(clipdense.config_path(config_file.removeprefix("configs/")))
     except FileNotFoundError as e:
         raise ConfigError(f"config file {config_file} does not exist, and {e}") from e
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 def _floats_for_ints(cfg: CfgNode, overrides: list[str]) -> list[str]:
@@ -132,6 +137,7 @@ def setup(args: argparse.Namespace) -> Any:
     if yacs:
         try:
             register_from_config(cfg)
+            check_weight_classes(cfg)
             if not args.eval_only:
                 check_classes(cfg)
             _check_evaluators(cfg.DATASETS.TEST)
@@ -146,8 +152,8 @@ def setup(args: argparse.Namespace) -> Any:
     if seed < 0:
         seed = _seed_of_earlier_run(output_dir) if args.resume else None
         seed = comm.shared_random_seed() if seed is None else seed
-    fallback = str(device).startswith("cuda") and not torch.cuda.is_available()
-    device = "cpu" if fallback else device
+    fallback = available_device(device) != device
+    device = available_device(device)
     if yacs:
         cfg.SEED, cfg.MODEL.DEVICE = seed, device
         cfg.freeze()
@@ -169,6 +175,11 @@ def setup(args: argparse.Namespace) -> Any:
         logger.warning("No GPU here: running on CPU")
     seed_all_rng(seed + rank)
     return cfg
+
+
+def available_device(device: str) -> str:
+    """``device``, or "cpu" where it is a GPU and there is none."""
+    return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device
 
 
 def _check_evaluators(names: Iterable[str]) -> None:

@@ -1,10 +1,13 @@
 """Configuration keys of pixel-text supervision; the backbone's are MODEL.LANGUAGE."""
 
+from clipdense.systems.denseclip.retinanet import add_retinanet_rules
+
 from detectron2.config import CfgNode as CN
 
 
 def add_denseclip_config(cfg: CN) -> None:
-    """Add ``MODEL.PIXEL_TEXT`` (in place)."""
+    """Add ``MODEL.PIXEL_TEXT``, and the rules of ``MODEL.RETINANET`` (in place)."""
+    add_retinanet_rules(cfg)
     cfg.MODEL.PIXEL_TEXT = CN()
     # The meta-architecture that PixelTextSupervised wraps; DenseCLIPRCNN and DenseCLIPRetinaNet know theirs.
     cfg.MODEL.PIXEL_TEXT.BASE = "GeneralizedRCNN"

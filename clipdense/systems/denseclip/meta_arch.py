@@ -12,6 +12,7 @@ from clipdense.backbone import SCORE
 from clipdense.backbone.class_text import ClassText
 from clipdense.data.checks import HEAD_CLASSES
 from clipdense.systems.denseclip.loss import PixelTextLoss
+from clipdense.systems.denseclip.retinanet import RuledRetinaNet
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -128,9 +129,9 @@ class DenseCLIPRCNN(PixelTextSupervised):
 
 @META_ARCH_REGISTRY.register()
 class DenseCLIPRetinaNet(PixelTextSupervised):
-    """DenseCLIP's RetinaNet."""
+    """DenseCLIP's RetinaNet: Detectron2's, with its rules to choose and the auxiliary loss."""
 
-    base_name = "RetinaNet"
+    base_name = RuledRetinaNet.__name__
 
 
 for _detector in (DenseCLIPRCNN, DenseCLIPRetinaNet):

@@ -1,0 +1,82 @@
+"""Convert a published model's weights to safetensors that bring the config keys which they need.
+
+python tools/convert_checkpoint.py denseclip_retinanet_r50.pth retinanet.safetensors --dataset coco_2017_val
+python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS retinanet.safetensors
+
+MODEL.WEIGHTS may also name the published file itself.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import yaml
+
+from clipdense.checkpoint import CheckpointError
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.engine.options import ConfigError
+from clipdense.engine.weights import convert_weights
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", help="the published file")
+    parser.add_argument("output", help="the safetensors file to write")
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument("--dataset", help="a data set whose thing classes the file must have")
+    names.add_argument("--classes", help="class names that it must have: a .txt or .json file, or words")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a config key that tensors cannot tell, where it is not the released models', e.g. "
+        "MODEL.CLIP.CONFIG.text_cfg.heads=4",
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="open a pickle, which can run code, from a trusted source"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    done = convert_weights(
+        arguments.input,
+        arguments.output,
+        classes=class_names(arguments),
+        options=dict(map(option, arguments.option)),
+        allow_pickle=arguments.allow_pickle,
+    )
+    print(f"{arguments.input} is of layout {done.layout}; {done.kept} tensors kept")
+    for rule, keys in done.dropped.items():
+        print(f"left out, {rule}: {', '.join(keys)}")
+    print(f"classes: {len(done.classes)}, as listed" if done.classes else "classes: not listed in the file")
+    print("config keys in the file:", *(f"  {key}: {value}" for key, value in done.options.items()), sep="\n")
+    print(f"written to {arguments.output}")
+
+
+def class_names(arguments: argparse.Namespace) -> list[str] | None:
+    if arguments.dataset is None:
+        return None if arguments.classes is None else list(Vocabulary.parse(arguments.classes).names)
+    if arguments.dataset not in DatasetCatalog.list():
+        raise ConfigError(f"data set {arguments.dataset!r} is not registered")
+    return list(MetadataCatalog.get(arguments.dataset).thing_classes)
+
+
+def option(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--option takes KEY=VALUE, not {text!r}")
+    return key, yaml.safe_load(value)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, ConfigError, FileNotFoundError) as e:
+        sys.exit(f"error: {e}")
