@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from clipdense.checkpoint import (
     Checkpoint,
     CheckpointError,
+    DropRule,
     Report,
     account,
     class_differences,
@@ -34,11 +36,13 @@ from detectron2.modeling import build_model
 
 __all__ = [
     "Conversion",
+    "account_model",
     "apply_weight_options",
     "check_weight_classes",
     "config_keys",
     "convert_weights",
     "print_weight_options",
+    "set_options",
 ]
 
 logger = logging.getLogger(__name__)
@@ -66,7 +70,7 @@ def apply_weight_options(cfg: CfgNode, explicit: Collection[str]) -> None:
     for key, value in ({} if file is None else config_options(file)).items():
         if key not in explicit or key in _STARTS:
             _set(cfg, key, value, weights)
-        elif _plain(chosen := _get(cfg, key)) != _plain(value):
+        elif not _same(chosen := _get(cfg, key), value):
             logger.warning("%s stays %s as the config says, but %s needs %s", key, chosen, weights, value)
 
 
@@ -97,6 +101,16 @@ def check_weight_classes(cfg: CfgNode) -> None:
             + "\nTo train it on these, set MODEL.LANGUAGE.CLASSES to their names, and name the parameters "
             "that depend on them in MODEL.WEIGHTS_SKIP."
         )
+
+
+def set_options(cfg: CfgNode, options: Mapping[str, Any], source: str) -> None:
+    """Set config keys by their full names (in place); lists become what the config has, and ints floats.
+
+    Raises:
+        ConfigError: a key that does not exist, or a value of another type; names ``source``.
+    """
+    for key, value in options.items():
+        _set(cfg, key, value, source)
 
 
 def config_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -160,10 +174,9 @@ def convert_weights(
     cfg = get_cfg()
     add_clipdense_config(cfg)
     needed = {**config_options(file), **(options or {})}
-    for key, value in needed.items():
-        _set(cfg, key, value, str(source))
+    set_options(cfg, needed, str(source))
     metadata = {**file.metadata, "options": {**file.metadata["options"], "config": needed}}
-    report = _account(cfg, file, drops=layout.drops)
+    report = account_model(cfg, file, drops=layout.drops)
     if not report.complete:
         theirs = {ours: prefix for prefix, ours in layout.prefixes(read.state).items()}
         raise CheckpointError(
@@ -177,15 +190,16 @@ def convert_weights(
     return Conversion(layout.name, len(state), rules, needed, metadata["options"].get("classes"))
 
 
-def _read(path: str, allow_pickle: bool) -> Checkpoint | None:
-    """The weight file under our keys; None for what is no file of tensors (a URL, a model zoo's pickle)."""
-    if not os.path.isfile(path) or path.endswith((".pkl", ".pyth")):
-        return None
-    return convert_model(read_checkpoint(path, allow_pickle=allow_pickle))
+def account_model(cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = ()) -> Report:
+    """Compare a file with the model that a config describes, which is built on the meta device.
 
+    Args:
+        drops: rules for keys of the file that are left out.
 
-def _account(cfg: CfgNode, file: Checkpoint, **rules: Any) -> Report:
-    """Compare a converted file with the model that a config describes, which is built without memory."""
+    Raises:
+        CheckpointError: no model can be built.
+    """
+    cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
     if not cfg.MODEL.LANGUAGE.CLASSES:  # the names are not known, and do not matter here
         counted, _ = HEAD_CLASSES[cfg.MODEL.META_ARCHITECTURE][0]
@@ -195,7 +209,14 @@ def _account(cfg: CfgNode, file: Checkpoint, **rules: Any) -> Report:
             model = build_model(cfg)
     except ValueError as e:
         raise CheckpointError(f"{file.path}: no model can be built for it ({e})") from e
-    return account(model.state_dict(), file.state, **rules)
+    return account(model.state_dict(), file.state, drops=drops)
+
+
+def _read(path: str, allow_pickle: bool) -> Checkpoint | None:
+    """The weight file under our keys; None for what is no file of tensors (a URL, a model zoo's pickle)."""
+    if not os.path.isfile(path) or path.endswith((".pkl", ".pyth")):
+        return None
+    return convert_model(read_checkpoint(path, allow_pickle=allow_pickle))
 
 
 def _problems(report: Report, theirs: Mapping[str, str]) -> list[str]:
@@ -243,5 +264,10 @@ def _unknown(cfg: CfgNode, key: str, source: str) -> ConfigError:
     return ConfigError(f"{source}: no config key {key}" + (f"; near: {', '.join(near)}" if near else ""))
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(x) for x in value] if isinstance(value, tuple | list) else value
+def _same(a: Any, b: Any) -> bool:
+    """Equal, but for the digits that people leave out, and for what is a list and what a tuple."""
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-5)
+    return bool(a == b)
