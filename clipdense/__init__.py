@@ -8,11 +8,13 @@ Detectron2. Without Detectron2, `clipdense.clip`, `clipdense.regions`, `clipdens
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipdense import compat
 
 if TYPE_CHECKING:
+    from clipdense.predictor import Predictor as Predictor
+
     from detectron2.config import CfgNode
 
 __version__ = "0.1.0"
@@ -45,6 +47,14 @@ def add_clipdense_config(cfg: CfgNode) -> None:
     from clipdense.config import add_clipdense_config as add
 
     add(cfg)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Predictor":  # at its first use: it needs detectron2
+        from clipdense.predictor import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if compat.has_detectron2():

@@ -1,4 +1,4 @@
-"""Pictures: predictions beside ground truth, contact sheets, training curves, heat maps.
+"""Pictures: predictions beside ground truth, contact sheets, training curves, score maps.
 
 Drawn with Detectron2's `Visualizer` on enlarged images, so that 256-pixel scenes stay legible; a class has
 the same colour in every picture of a data set.
@@ -28,9 +28,11 @@ __all__ = [
     "draw_curve",
     "draw_output",
     "draw_panel",
+    "draw_score_map",
     "draw_sheet",
     "draw_truth",
     "overlay_heat",
+    "save_picture",
 ]
 
 Picture = npt.NDArray[np.uint8]
@@ -83,7 +85,7 @@ def draw_panel(
                 _titled(left, f"{name}  truth"), _titled(right, _describe(record["output"], score_threshold))
             )
         )
-    _save(_grid(tiles, columns), path)
+    save_picture(_grid(tiles, columns), path)
 
 
 def draw_sheet(
@@ -111,7 +113,7 @@ def draw_sheet(
     tiles = [draw_truth(_image(record), record, metadata, cell=cell) for record in records]
     if titles is not None:
         tiles = [_titled(tile, title) for tile, title in zip(tiles, titles, strict=True)]
-    _save(_grid(tiles, columns), path)
+    save_picture(_grid(tiles, columns), path)
 
 
 # ---- single pictures
@@ -211,6 +213,38 @@ def overlay_heat(
     share = _resize(share.astype(np.float32), background.shape[:2], cv2.INTER_LINEAR)
     colors = 255 * matplotlib.colormaps[colormap](share)[..., :3]
     return np.asarray((1 - weight) * background + weight * colors).round().clip(0, 255).astype(np.uint8)
+
+
+def draw_score_map(
+    image: Picture,
+    score: npt.NDArray[np.floating] | torch.Tensor,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    cell: int = CELL,
+) -> Picture:
+    """The scores of one class laid over the image, with a title and their range above.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        score: (h, w) of any size and range, over the whole image.
+        path: file to write; None for none.
+        title: the class.
+        low, high: scores at the blue and the red end; by default the least and the greatest. Give several
+            classes the same two to compare them.
+        cell: longer side of the image in the picture, in pixels.
+
+    Returns:
+        (H', W', 3) uint8 RGB.
+    """
+    values = _array(score)
+    heat = overlay_heat(image, values, low=low, high=high, cell=cell)
+    picture = _titled(heat, f"{title}  {values.min():.2f} to {values.max():.2f}".strip())
+    if path is not None:
+        save_picture(picture, path)
+    return picture
 
 
 class _Canvas:
@@ -432,9 +466,11 @@ def _grid(tiles: list[Picture], columns: int) -> Picture:
     return np.concatenate(strips)
 
 
-def _save(picture: Picture, path: str | os.PathLike[str]) -> None:
-    """Write a PNG whole or not at all."""
+def save_picture(picture: Picture, path: str | os.PathLike[str]) -> None:
+    """Write (H, W, 3) uint8 RGB whole or not at all, as JPEG where the path ends in ``.jpg``, else as PNG."""
     os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
     part = f"{os.fspath(path)}.part"
-    Image.fromarray(picture).save(part, format="PNG", optimize=True)
+    jpeg = os.fspath(path).lower().endswith(".jpg")
+    options = {"format": "JPEG", "quality": 90} if jpeg else {"format": "PNG", "optimize": True}
+    Image.fromarray(picture).save(part, **options)
     os.replace(part, path)

@@ -13,7 +13,16 @@ from PIL import Image
 
 from clipdense import visualize
 from clipdense.curve import class_color, read_metrics
-from clipdense.visualize import draw_curve, draw_output, draw_panel, draw_sheet, draw_truth, overlay_heat
+from clipdense.visualize import (
+    draw_curve,
+    draw_output,
+    draw_panel,
+    draw_score_map,
+    draw_sheet,
+    draw_truth,
+    overlay_heat,
+    save_picture,
+)
 
 from detectron2.structures import BitMasks, Boxes, Instances
 
@@ -161,6 +170,29 @@ def test_heat_map() -> None:
     assert np.abs(picture[-20:, :20] - 120).max() < 8  # unknown is clear
     flat = overlay_heat(IMAGE, torch.zeros(3, 5), cell=128, low=0, high=1)
     assert np.isfinite(flat).all() and flat.std() < overlay_heat(IMAGE, heat, cell=128).std() + 50
+
+
+def test_score_map(tmp_path: Path) -> None:
+    score = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    picture = draw_score_map(IMAGE, score, tmp_path / "out" / "map.png", title="red star", cell=128)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "map.png")), picture)
+    above = picture.shape[0] - 128
+    assert above > 0 and picture[:above].min() < 128  # a line of text above the image
+    assert np.array_equal(picture[above:], overlay_heat(IMAGE, score, cell=128))
+    # on a common scale a class without high scores stays blue
+    low = draw_score_map(IMAGE, score[:1], low=0.0, high=10.0, cell=128)[above:].astype(int)
+    assert low[..., 2].mean() > low[..., 0].mean() and picture[above:, ..., 0].max() > low[..., 0].max()
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kind in (("a.jpg", "JPEG"), ("a.JPG", "JPEG"), ("a.png", "PNG")):
+        save_picture(IMAGE, tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            assert image.format == kind and np.abs(np.asarray(image).astype(int) - IMAGE).max() < 3
+    monkeypatch.setattr(Image.Image, "save", lambda self, path, **options: Path(path).touch() or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_picture(IMAGE * 0, tmp_path / "a.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), IMAGE)
 
 
 def test_errors_name_the_cause(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from contextlib import suppress
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["BadImageError", "ImageFormat", "image_to_array", "read_image", "read_labels"]
+__all__ = [
+    "BadImageError",
+    "ImageFormat",
+    "ImageSource",
+    "array_to_image",
+    "image_to_array",
+    "load_image",
+    "read_image",
+    "read_labels",
+]
 
 ImageFormat = Literal["RGB", "BGR", "L"]
+ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 Uint8 = npt.NDArray[np.uint8]
 
 
@@ -35,11 +46,53 @@ def read_image(path: str | os.PathLike[str], format: ImageFormat = "RGB") -> Uin
         FileNotFoundError: no such file.
         BadImageError: the file cannot be decoded as an image.
     """
-    image = _open(path)
-    # a damaged EXIF block says nothing about the pixels: they are taken as stored
-    with suppress(ValueError, TypeError, SyntaxError, KeyError, ZeroDivisionError):
-        image = ImageOps.exif_transpose(image)
-    return image_to_array(image, format)
+    return image_to_array(_upright(_open(path)), format)
+
+
+def load_image(source: ImageSource, format: ImageFormat = "RGB") -> Uint8:
+    """An image from wherever it is, as `read_image` returns it.
+
+    Args:
+        source: a file, a PIL image of any mode (its EXIF orientation is applied), or an array (see
+            `array_to_image`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        BadImageError: what cannot be decoded as an image.
+        ValueError: an array that is none.
+    """
+    if isinstance(source, np.ndarray):
+        return image_to_array(array_to_image(source), format)
+    if isinstance(source, Image.Image):
+        with _decoding(getattr(source, "filename", "") or "the PIL image"):
+            source.load()
+        return image_to_array(_upright(source), format)
+    return read_image(source, format)
+
+
+def array_to_image(array: npt.NDArray[Any]) -> Image.Image:
+    """An array as an 8-bit PIL image.
+
+    Args:
+        array: (H, W), (H, W, 1) grey, (H, W, 3) RGB or (H, W, 4) RGBA; bool (black and white), uint8, uint16
+            (scaled by v / 257), or floats, in 0..1 or, if one is larger, in 0..255.
+
+    Raises:
+        ValueError: another shape or type, no pixels, or a value that is not finite or negative.
+    """
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)) or not array.size:
+        raise ValueError(f"an image array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), not {array.shape}")
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype == np.uint16 or np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < 0:
+            raise ValueError("an image array holds values that are negative or not finite")
+        array = _scaled_to_8_bit(array)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"an image array is of uint8, uint16, bool or floats, not of {array.dtype}")
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def image_to_array(image: Image.Image, format: ImageFormat = "RGB") -> Uint8:
@@ -47,7 +100,9 @@ def image_to_array(image: Image.Image, format: ImageFormat = "RGB") -> Uint8:
     if format not in ("RGB", "BGR", "L"):
         raise ValueError(f"image format {format!r}: expected RGB, BGR or L (INPUT.FORMAT)")
     image = _to_8_bit(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":
+        image = image.convert("LA")  # the one mode that Pillow does not turn into colour
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if format == "L":
@@ -75,17 +130,24 @@ def read_labels(path: str | os.PathLike[str]) -> npt.NDArray[np.int64]:
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:
     """A fully decoded PIL image."""
+    with _decoding(path), PathManager.open(os.fspath(path), "rb") as file:
+        image = Image.open(file)
+        image.load()
+        return image
+
+
+@contextmanager
+def _decoding(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what Pillow raises on a damaged image into a `BadImageError` that names it."""
     try:
-        with PathManager.open(os.fspath(path), "rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             # a large photograph is no attack; beyond twice PIL's limit it raises and we name the file
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-            image.load()
-            return image
+            yield
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(f"{path}: not an image, or of a kind that Pillow does not know") from error
+        raise BadImageError(f"{name}: not an image, or of a kind that Pillow does not know") from error
     # Pillow's decoders raise all of these on damaged files
     except (
         OSError,
@@ -97,19 +159,33 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
         Image.DecompressionBombError,
     ) as error:
         raise BadImageError(
-            f"{path}: cannot be decoded, the file is damaged or cut short ({error})"
+            f"{name}: cannot be decoded, the file is damaged or cut short ({error})"
         ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image with its EXIF orientation applied."""
+    # a damaged EXIF block says nothing about the pixels: they are taken as stored
+    with suppress(ValueError, TypeError, SyntaxError, KeyError, ZeroDivisionError):
+        image = ImageOps.exif_transpose(image)
+    return image
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Grey images of 16 or 32 bits, or of floats, as 8-bit grey."""
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.array(image).astype(np.float64)
-    if image.mode == "F" and values.size and values.max() <= 1:
-        scale = 255.0  # floats in 0..1
-    elif image.mode == "F" or values.max(initial=0) > 65535:
-        scale = 255.0 / max(float(values.max(initial=0)), 255.0)
+    return Image.fromarray(_scaled_to_8_bit(np.array(image)))
+
+
+def _scaled_to_8_bit(samples: npt.NDArray[Any]) -> Uint8:
+    """Samples of 16 or 32 bits, or floats in 0..1 or a wider range, in 0..255."""
+    values, top = samples.astype(np.float64), float(samples.max(initial=0))
+    floats = np.issubdtype(samples.dtype, np.floating)
+    if floats and top <= 1:
+        scale = 255.0
+    elif floats or top > 65535:
+        scale = 255.0 / max(top, 255.0)
     else:
         scale = 1 / 257
-    return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+    return np.rint(values * scale).clip(0, 255).astype(np.uint8)

@@ -21,6 +21,7 @@ __all__ = [
     "ResizeShortestEdge",
     "build_augmentations",
     "build_mapper",
+    "map_image",
     "read_image_or_skip",
     "transform_labels",
 ]
@@ -82,6 +83,25 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[Any]:
     crop = [T.RandomCrop(keys.CROP.TYPE, keys.CROP.SIZE)] if keys.CROP.ENABLED else []
     # the first of Detectron2's is its own resizing
     return [*crop, resize, *utils.build_augmentation(cfg, is_train)[1:]]
+
+
+def map_image(mapper: Any, image: np.ndarray) -> dict[str, Any]:
+    """Model input of an image that belongs to no data set, as a mapper makes it at test time.
+
+    Args:
+        mapper: a `DetectionMapper`, Detectron2's `DatasetMapper`, or another with their ``augmentations``.
+        image: (H, W, C) uint8, channels as the mapper's ``image_format`` says.
+
+    Returns:
+        ``image`` (C, h, w) uint8 and the original ``height`` and ``width``.
+    """
+    augmented = T.AugInput(image)
+    mapper.augmentations(augmented)
+    return {"image": _to_tensor(augmented.image), "height": image.shape[0], "width": image.shape[1]}
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def transform_labels(transforms: T.Transform, labels: np.ndarray) -> np.ndarray:
@@ -185,7 +205,7 @@ class DetectionMapper:
         augmented = T.AugInput(image, sem_seg=None if labels is None else labels.astype(np.uint8))
         transforms = self.augmentations(augmented)
         height, width = augmented.image.shape[:2]
-        sample["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        sample["image"] = _to_tensor(augmented.image)
         if not self.is_train:
             for key in ("annotations", "sem_seg_file_name", "pan_seg_file_name"):
                 sample.pop(key, None)

@@ -25,7 +25,7 @@ from detectron2.modeling import build_model as build_meta_architecture
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 
-__all__ = ["build_model", "evaluate_weights", "trainer_arguments"]
+__all__ = ["build_model", "evaluate_weights", "trainer_arguments", "trainer_options"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def evaluate_weights(cfg: Any, resume: bool = False) -> dict[str, float]:
         CheckpointError: the weights do not fit the model, or lack some of it.
     """
     yacs = isinstance(cfg, CfgNode)
-    options = TrainerOptions.from_config(cfg, {}) if yacs else _lazy_options(cfg)
+    options = trainer_options(cfg)
     evaluate = partial(evaluate_datasets, cfg) if yacs else partial(_lazy_evaluate, cfg)
     model = build_model(cfg)
     checkpointer = TrainingCheckpointer(model, options.output_dir, options.weights_skip, options.allow_pickle)
@@ -65,6 +65,11 @@ def evaluate_weights(cfg: Any, resume: bool = False) -> dict[str, float]:
         logger.warning("No MODEL.WEIGHTS: evaluating the model as it is built")
     checkpointer.load_weights(weights, complete=True)
     return flatten_results_dict(evaluate(model, True))
+
+
+def trainer_options(cfg: Any) -> TrainerOptions:
+    """Options of a yacs config (without its classes), or of a LazyConfig's ``train`` node."""
+    return TrainerOptions.from_config(cfg, {}) if isinstance(cfg, CfgNode) else _lazy_options(cfg)
 
 
 def trainer_arguments(cfg: Any) -> dict[str, Any]:

@@ -1,0 +1,251 @@
+"""A trained model for images that belong to no data set."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+from tqdm import tqdm
+
+from clipdense.backbone import SCORE, LanguageTrunk
+from clipdense.data.datasets import register_from_config
+from clipdense.data.image import ImageSource, load_image
+from clipdense.data.mappers import build_mapper, map_image
+from clipdense.engine.build import build_model, trainer_options
+from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.options import ConfigError
+from clipdense.engine.setup import available_device, load_config
+
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+
+__all__ = ["Predictor"]
+
+_CLASSES = ("thing_classes", "stuff_classes")
+
+Output = dict[str, Any]
+
+
+class Predictor:
+    """A model with its weights, built once, that takes images as they come.
+
+    An image is a file, a PIL image of any mode, or an array (see `clipdense.data.image.load_image`); it is
+    resized as in evaluation. An output is what Detectron2's models give for an image, in pixels of the
+    (upright) original: ``instances`` and, from models that have them, ``sem_seg`` (or ``sem_seg_labels``) and
+    ``panoptic_seg``.
+
+    Attributes:
+        cfg: the config, overrides included.
+        model: in evaluation mode.
+        metadata: of the test set, with the classes that the weights were trained for where they note them.
+    """
+
+    def __init__(
+        self,
+        config: str | os.PathLike[str] | Any,
+        weights: str | os.PathLike[str] | None = None,
+        opts: Iterable[object] = (),
+        device: str | None = None,
+        score_threshold: float | None = None,
+    ) -> None:
+        """
+        Args:
+            config: a file (.yaml, or .py for a LazyConfig), also one of the package's configs; or a config
+                object, which is left as it is.
+            weights: weight file; default ``MODEL.WEIGHTS`` (``train.init_checkpoint``).
+            opts: overrides, KEY VALUE pairs (``key=value`` words for a LazyConfig).
+            device: default the config's, or the CPU where that is a GPU and there is none.
+            score_threshold: instances below it are left out, 0..1; None for the model's own threshold.
+
+        Raises:
+            ConfigError: the config is wrong, names no weights or no classes, or its mapper cannot take an
+                image.
+            FileNotFoundError: no such weights.
+            CheckpointError: they do not fit the model, or lack some of it.
+        """
+        self.cfg = _configure(config, weights, [str(word) for word in opts], device)
+        self.score_threshold = score_threshold
+        options = trainer_options(self.cfg)
+        if not options.weights:
+            raise ConfigError(
+                "no trained weights are named: give e.g. MODEL.WEIGHTS output/demo/model_final.pth (in a "
+                "LazyConfig train.init_checkpoint=...)"
+            )
+        self._mapper = _build_mapper(self.cfg)
+        self.model = build_model(self.cfg).eval()
+        checkpointer = TrainingCheckpointer(self.model, "", options.weights_skip, options.allow_pickle)
+        noted = checkpointer.load_weights(options.weights, complete=True).get("metadata", {})
+        self.metadata = _metadata(self.cfg, {**options.metadata, **noted})
+
+    def __call__(self, image: ImageSource) -> Output:
+        """Output for one image.
+
+        Raises:
+            FileNotFoundError, BadImageError, ValueError: it cannot be read (see `load_image`).
+        """
+        return self._predict([self._sample(image)])[0]
+
+    def batch(self, images: Iterable[ImageSource], batch_size: int = 1) -> Iterator[Output | Exception]:
+        """Outputs for many images, one by one, in their order, with a progress bar.
+
+        An image that cannot be read does not stop the others: the error comes in its output's place. Images
+        that share a batch are padded to one size, which changes scores a little.
+
+        Args:
+            images: read when their turn comes.
+            batch_size: images at once.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        remaining = iter(images)
+        total = len(images) if isinstance(images, Sized) else None
+        with tqdm(total=total, desc="Predicting", unit="image", disable=None) as bar:
+            while part := list(islice(remaining, batch_size)):
+                samples = [self._sample_or_error(image) for image in part]
+                outputs = iter(self._predict([s for s in samples if not isinstance(s, Exception)]))
+                for sample in samples:
+                    yield sample if isinstance(sample, Exception) else next(outputs)
+                    bar.update()
+
+    @property
+    def score_classes(self) -> tuple[str, ...]:
+        """Classes of `score_map`.
+
+        Raises:
+            ValueError: the model's backbone gives no score map.
+        """
+        backbone: Any = getattr(self.model, "backbone", None)
+        for module in backbone.modules() if backbone is not None else ():
+            if isinstance(module, LanguageTrunk):
+                return tuple(module.text.classes)
+        raise ValueError(
+            f"{type(self.model).__name__} has no score map: its backbone is built on no LanguageTrunk "
+            "(MODEL.TRUNK.NAME)"
+        )
+
+    def score_map(self, image: ImageSource) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
+        """The backbone's class scores at every position of an image.
+
+        Returns:
+            (K, h, w) over the whole image, without the padding, and the K names.
+
+        Raises:
+            ValueError: the model's backbone gives no score map.
+            FileNotFoundError, BadImageError, ValueError: the image cannot be read.
+        """
+        names, kept = self.score_classes, []
+        hook = self.model.backbone.register_forward_hook(
+            lambda module, inputs, output: kept.append((inputs[0].shape[-2:], output[SCORE]))
+        )
+        sample = self._sample(image)
+        try:
+            self._predict([sample])
+        finally:
+            hook.remove()
+        padded, score = kept[0]
+        score = _without_padding(score.float(), padded, sample["image"].shape[-2:])
+        return score[0].cpu().numpy(), names
+
+    def _sample(self, image: ImageSource) -> dict[str, Any]:
+        return map_image(self._mapper, load_image(image, self._mapper.image_format))
+
+    def _sample_or_error(self, image: ImageSource) -> dict[str, Any] | Exception:
+        try:
+            return self._sample(image)
+        except (OSError, ValueError) as error:
+            return error
+
+    def _predict(self, samples: list[dict[str, Any]]) -> list[Output]:
+        if not samples:
+            return []
+        # not inference_mode: who gets a box may want to change it in place
+        with torch.no_grad():
+            outputs: list[Output] = self.model(samples)
+        if self.score_threshold is not None:
+            for output in outputs:
+                if "instances" in output:
+                    instances = output["instances"]
+                    output["instances"] = instances[instances.scores >= self.score_threshold]
+        return outputs
+
+
+def _configure(config: Any, weights: Any, opts: list[str], device: str | None) -> Any:
+    """The config with everything in it that the arguments say."""
+    if isinstance(config, (str, os.PathLike)):
+        cfg = load_config(os.fspath(config), opts)
+    elif isinstance(config, CfgNode):
+        cfg = config.clone()
+        cfg.defrost()
+        cfg.merge_from_list(opts)
+    else:
+        cfg = LazyConfig.apply_overrides(copy.deepcopy(config), opts)
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS if weights is None else os.fspath(weights)
+        cfg.MODEL.DEVICE = device or available_device(cfg.MODEL.DEVICE)
+        cfg.freeze()
+        with suppress(FileNotFoundError):  # of own data, the class names are needed at most
+            register_from_config(cfg)
+    else:
+        if weights is not None:
+            cfg.train.init_checkpoint = os.fspath(weights)
+        cfg.train.device = device or available_device(cfg.train.device)
+    return cfg
+
+
+def _build_mapper(cfg: Any) -> Any:
+    """The mapper of evaluation, whose augmentations and image format are used."""
+    if isinstance(cfg, CfgNode):
+        name, mapper = f"INPUT.MAPPER {cfg.INPUT.MAPPER}", build_mapper(cfg, False)
+    else:
+        name, node = "dataloader.test.mapper", cfg.get("dataloader", {}).get("test", {}).get("mapper")
+        mapper = None if node is None else instantiate(node)
+    if not (hasattr(mapper, "augmentations") and hasattr(mapper, "image_format")):
+        raise ConfigError(
+            f"{name} is no mapper with augmentations and an image format, such as DetectionMapper or "
+            "Detectron2's DatasetMapper: how images are resized is not known"
+        )
+    return mapper
+
+
+def _metadata(cfg: Any, noted: dict[str, Any]) -> Metadata:
+    """Metadata of the first data set that names classes, with the classes that the weights note."""
+    names: Sequence[str]
+    if isinstance(cfg, CfgNode):
+        names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    else:
+        node = cfg.dataloader.test.get("dataset", {}).get("names", ())
+        names = [node] if isinstance(node, str) else list(node)
+    entries = [MetadataCatalog.get(name).as_dict() for name in names if name in MetadataCatalog.list()]
+    known = next((entry for entry in entries if any(entry.get(kind) for kind in _CLASSES)), {})
+    known |= {kind: list(noted[kind]) for kind in _CLASSES if noted.get(kind)}
+    if not any(known.get(kind) for kind in _CLASSES):
+        raise ConfigError(
+            f"no class names: neither the weights nor the data sets ({', '.join(names) or 'none is named'}) "
+            "list any. Register the data set that the model was trained on (DATASETS.COCO_JSON), or, in a "
+            "LazyConfig, set train.metadata.thing_classes."
+        )
+    return Metadata(**known)
+
+
+def _without_padding(score: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Of a map (B, K, h, w) over padded images the part over the images, sampled at as many places.
+
+    Args:
+        padded, size: height and width of the images with and without their padding, which lies at the right
+            and at the bottom.
+    """
+    height, width = (n * s / p for n, s, p in zip(score.shape[-2:], size, padded, strict=True))
+    box = score.new_tensor([[0.0, 0.0, width, height]])
+    # bilinear at the cells' centres: where the image ends with a cell, exactly these cells
+    cells = (max(1, round(height)), max(1, round(width)))
+    return roi_align(score, [box] * len(score), cells, sampling_ratio=1, aligned=True)

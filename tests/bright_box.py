@@ -1,0 +1,102 @@
+"""A detector that is right by construction: one box around what is bright, named after its colour."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+
+CLASSES = ["red box", "green/box", "blue box"]
+
+_number = itertools.count()
+
+
+@META_ARCH_REGISTRY.register()
+class BrightBox(nn.Module):
+    """Instances; its one weight is the level from which a pixel (RGB) is bright."""
+
+    def __init__(self, cfg: CfgNode | None = None) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.tensor(999.0))
+
+    def forward(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [self.find(sample) for sample in batch]
+
+    def find(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image = sample["image"].float()
+        rows, columns = (image.amax(0) > self.level).nonzero().unbind(1)
+        found = Instances(tuple(image.shape[1:]))
+        boxes, classes, scores = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        if len(rows):
+            boxes = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])[None].float()
+            color = image[:, rows, columns].mean(1)
+            classes, scores = color.argmax()[None], color.amax()[None] / 255
+        found.pred_boxes, found.pred_classes, found.scores = Boxes(boxes), classes, scores
+        found.pred_masks = torch.ones(len(boxes), 1, 28, 28)
+        return {"instances": detector_postprocess(found, sample["height"], sample["width"])}
+
+
+@META_ARCH_REGISTRY.register()
+class BrightPanoptic(BrightBox):
+    """All three outputs: the box is class 2, everything else class 0."""
+
+    def find(self, sample: dict[str, Any]) -> dict[str, Any]:
+        output = super().find(sample)
+        inside = output["instances"].pred_masks.any(0)
+        segments = [
+            {"id": 1, "category_id": 0, "isthing": False},
+            {"id": 2, "category_id": 2, "isthing": True},
+        ]
+        scores = torch.stack([(~inside).float(), torch.zeros_like(inside).float(), inside.float()])
+        return {**output, "sem_seg": scores, "panoptic_seg": (1 + inside.int(), segments)}
+
+
+@contextmanager
+def dataset(records: list[dict[str, Any]] | None = None, classes: list[str] | None = None) -> Iterator[str]:
+    """A registered data set, while the block lasts; its name."""
+    name = f"bright_box_{next(_number)}"
+    DatasetCatalog.register(name, lambda: records or [])
+    if classes:
+        MetadataCatalog.get(name).set(thing_classes=classes, stuff_classes=classes)
+    try:
+        yield name
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.get(name)
+        MetadataCatalog.remove(name)
+
+
+def write_model(folder: Path, name: str = "", architecture: str = "BrightBox", **noted: Any) -> Path:
+    """Write ``model.pth``, noting classes, and the config that names it and the data set ``name``."""
+    weights = folder / "model.pth"
+    torch.save({"model": {"level": torch.tensor(128.0)}, "metadata": noted}, weights)
+    config = folder / f"{architecture}.yaml"
+    config.write_text(
+        f"""
+MODEL: {{META_ARCHITECTURE: {architecture}, DEVICE: cpu, WEIGHTS: {weights}}}
+DATASETS: {{TEST: [{name}], TRAIN: []}}
+INPUT: {{FORMAT: RGB, MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 128}}
+VERSION: 2
+"""
+    )
+    return config
+
+
+def scene(color: tuple[int, int, int] = (0, 0, 220)) -> np.ndarray:
+    """(60, 80, 3) uint8 RGB, black but for a box of columns 20 to 49 and rows 10 to 29."""
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[10:30, 20:50] = color
+    return image
+
+
+BOX = [20.0, 10.0, 50.0, 30.0]
