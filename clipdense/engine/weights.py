@@ -207,7 +207,7 @@ def account_model(cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = ()
     try:
         with torch.device("meta"):
             model = build_model(cfg)
-    except ValueError as e:
+    except (ValueError, AssertionError) as e:  # torch asserts that heads divide widths
         raise CheckpointError(f"{file.path}: no model can be built for it ({e})") from e
     return account(model.state_dict(), file.state, drops=drops)
 

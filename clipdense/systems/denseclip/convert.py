@@ -7,20 +7,22 @@ context decoder, the temperature, the weight of the auxiliary loss.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
 from clipdense.checkpoint import CheckpointError, ModelLayout, register_layout, rename
-from clipdense.clip.layouts import config_from_tensors
+from clipdense.clip.tokenizer import CLIP_VOCABULARY
 
 __all__ = ["DENSECLIP_MASK_RCNN", "DENSECLIP_RETINANET"]
 
 State = Mapping[str, Tensor]
-RATIOS = [0.5, 1.0, 2.0]
+RATIOS, SCALES = [0.5, 1.0, 2.0], 3
 
 _TRUNK, _TEXT = "backbone.bottom_up.trunk.tower.", "backbone.bottom_up.text."
 _LANGUAGE = {
@@ -77,22 +79,22 @@ def _neck(levels: int, first: int) -> dict[str, str]:
 
 
 def _retinanet_state(state: State) -> dict[str, Tensor]:
-    anchors = _shape(state, "bbox_head.retina_reg.weight")[0] // 4
     prefixes = _retinanet_prefixes(state)
     return {
-        rename(key, prefixes): _ours_of_anchors(key, value, anchors)
+        rename(key, prefixes): _ours_of_anchors(key, value)
         if key.startswith(tuple(_RETINANET_HEAD))
         else value
         for key, value in state.items()
     }
 
 
-def _ours_of_anchors(key: str, tensor: Tensor, anchors: int) -> Tensor:
+def _ours_of_anchors(key: str, tensor: Tensor) -> Tensor:
     """Channels (ratio, scale, ...), mmdetection's order of anchors, as (scale, ratio, ...), Detectron2's."""
-    if tensor.shape[0] % anchors:
-        raise CheckpointError(f"{key} has {tensor.shape[0]} channels, not a multiple of {anchors} anchors")
-    blocks = tensor.unflatten(0, (len(RATIOS), anchors // len(RATIOS), -1))
-    return blocks.transpose(0, 1).flatten(0, 2)
+    if tensor.ndim == 0 or tensor.shape[0] % (len(RATIOS) * SCALES):
+        raise CheckpointError(
+            f"{key} {tuple(tensor.shape)} has no channels for {len(RATIOS) * SCALES} anchors"
+        )
+    return tensor.unflatten(0, (len(RATIOS), SCALES, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def _mask_rcnn_state(state: State) -> dict[str, Tensor]:
@@ -101,12 +103,9 @@ def _mask_rcnn_state(state: State) -> dict[str, Tensor]:
 
 
 def _retinanet_options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
-    anchors = _shape(state, "bbox_head.retina_reg.weight")[0] // 4
-    scales, rest = divmod(anchors, len(RATIOS))
-    if not scales or rest:
-        raise CheckpointError(f"bbox_head.retina_reg has {anchors} anchors, not a multiple of {len(RATIOS)}")
-    num_classes = _shape(state, "bbox_head.retina_cls.weight")[0] // anchors
-    sizes = [[4 * 2**level * 2 ** (i / scales) for i in range(scales)] for level in range(3, 8)]
+    logits = _size(state, ("bbox_head.retina_cls.weight", 0), ("bbox_head.retina_cls.bias", 0))
+    num_classes = logits // (len(RATIOS) * SCALES)
+    sizes = [[4 * 2**level * 2 ** (i / SCALES) for i in range(SCALES)] for level in range(3, 8)]
     return {
         "MODEL.META_ARCHITECTURE": "DenseCLIPRetinaNet",
         **_language_options(state, num_classes, classes),
@@ -126,9 +125,8 @@ def _retinanet_options(state: State, classes: Sequence[str] | None) -> dict[str,
 
 
 def _mask_rcnn_options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
-    num_classes = _shape(state, "roi_head.bbox_head.fc_cls.weight")[0] - 1
-    fc_dim, flattened = _shape(state, "roi_head.bbox_head.shared_fcs.0.weight")
-    channels = _shape(state, "neck.fpn_convs.0.conv.weight")[0]
+    box, mask = "roi_head.bbox_head", "roi_head.mask_head"
+    num_classes = _size(state, (f"{mask}.conv_logits.weight", 0), (f"{mask}.conv_logits.bias", 0))
     return {
         "MODEL.META_ARCHITECTURE": "DenseCLIPRCNN",
         **_language_options(state, num_classes, classes),
@@ -145,12 +143,22 @@ def _mask_rcnn_options(state: State, classes: Sequence[str] | None) -> dict[str,
         "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
         "MODEL.ROI_HEADS.NUM_CLASSES": num_classes,
         "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
-        "MODEL.ROI_BOX_HEAD.NUM_FC": _count(state, "roi_head.bbox_head.shared_fcs."),
-        "MODEL.ROI_BOX_HEAD.FC_DIM": fc_dim,
-        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": round((flattened / channels) ** 0.5),
+        "MODEL.ROI_BOX_HEAD.NUM_FC": _count(state, f"{box}.shared_fcs."),
+        "MODEL.ROI_BOX_HEAD.FC_DIM": _size(
+            state,
+            (f"{box}.shared_fcs.0.bias", 0),
+            (f"{box}.shared_fcs.0.weight", 0),
+            (f"{box}.fc_reg.weight", 1),
+        ),
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
         "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
-        "MODEL.ROI_MASK_HEAD.NUM_CONV": _count(state, "roi_head.mask_head.convs."),
-        "MODEL.ROI_MASK_HEAD.CONV_DIM": _shape(state, "roi_head.mask_head.upsample.weight")[1],
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": _count(state, f"{mask}.convs."),
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": _size(
+            state,
+            (f"{mask}.upsample.bias", 0),
+            (f"{mask}.upsample.weight", 1),
+            (f"{mask}.conv_logits.weight", 1),
+        ),
         "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
     }
 
@@ -159,25 +167,17 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
     """Of the backbone, which both detectors share."""
     if classes and len(classes) != num_classes:
         raise CheckpointError(f"heads of {num_classes} classes, but {len(classes)} names of classes")
-    towers = {"backbone.": "visual.", "text_encoder.": "text."}
-    try:
-        width = _shape(state, "backbone.layer1.0.conv1.weight")[0]
-        # 32 heads in the attention pool, whatever the width: its tokens are 32 times as wide.
-        clip = config_from_tensors(
-            {rename(key, towers): value for key, value in state.items() if key.startswith(tuple(towers))},
-            head_width=width,
-            text_heads=8,
-        )
-    except (KeyError, ValueError) as e:
-        raise CheckpointError(f"its tensors determine no CLIP ({e})") from e
-    trunk_channels = _shape(state, "backbone.layer4.0.conv3.weight")[0]
-    scored = _shape(state, f"neck.lateral_convs.{_count(state, 'neck.lateral_convs.') - 1}.conv.weight")[1]
+    clip = _clip_config(state)
+    last_lateral = f"neck.lateral_convs.{_count(state, 'neck.lateral_convs.') - 1}.conv.weight"
+    dense_last = _size(state, (last_lateral, 1)) == clip["embed_dim"] + num_classes
     return {
         "INPUT.FORMAT": "RGB",
         "MODEL.PIXEL_MEAN": [255 * x for x in OPENAI_DATASET_MEAN],
         "MODEL.PIXEL_STD": [255 * x for x in OPENAI_DATASET_STD],
         "MODEL.BACKBONE.NAME": "build_trunk_fpn_backbone",
-        "MODEL.FPN.OUT_CHANNELS": _shape(state, "neck.fpn_convs.0.conv.weight")[0],
+        "MODEL.FPN.OUT_CHANNELS": _size(
+            state, *((f"neck.{kind}_convs.0.conv.bias", 0) for kind in ("lateral", "fpn")), (last_lateral, 0)
+        ),
         "MODEL.FPN.NORM": "",
         "MODEL.FPN.FUSE_TYPE": "sum",
         "MODEL.TRUNK.NAME": "LanguageTrunk",
@@ -186,17 +186,19 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
         "MODEL.CLIP.PRETRAINED": "random",
         "MODEL.CLIP.POSITION_RULE": "crop",
         "MODEL.CLIP.POSITION_GRID": clip["vision_cfg"]["image_size"] // 32,
-        **dict(_leaves({"MODEL": {"CLIP": {"CONFIG": {**clip, "quick_gelu": True}}}})),
+        **dict(_leaves(clip, "MODEL.CLIP.CONFIG")),
         "MODEL.LANGUAGE.TRUNK": "CLIPTrunk",
         **({"MODEL.LANGUAGE.CLASSES": list(classes)} if classes else {}),
-        "MODEL.LANGUAGE.N_CONTEXTS": _shape(state, "contexts")[1],
+        "MODEL.LANGUAGE.N_CONTEXTS": _size(state, ("contexts", 1)),
         "MODEL.LANGUAGE.CONTEXT_DECODER.ENABLED": True,
-        "MODEL.LANGUAGE.CONTEXT_DECODER.WIDTH": _shape(state, "context_decoder.text_proj.1.weight")[0],
+        "MODEL.LANGUAGE.CONTEXT_DECODER.WIDTH": _size(
+            state, *((f"context_decoder.{x}.bias", 0) for x in ("text_proj.1", "memory_proj.1", "out_proj.0"))
+        ),
         "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS": 4,
         "MODEL.LANGUAGE.CONTEXT_DECODER.LAYERS": _count(state, "context_decoder.decoder."),
         "MODEL.LANGUAGE.TAU": 0.07,
         "MODEL.LANGUAGE.SCORE": "scaled",
-        "MODEL.LANGUAGE.LAST_MAP": "trunk" if scored == trunk_channels + num_classes else "dense",
+        "MODEL.LANGUAGE.LAST_MAP": "dense" if dense_last else "trunk",
         "MODEL.PIXEL_TEXT.SOURCE": "boxes",
         "MODEL.PIXEL_TEXT.WEIGHT": 1.0,
         "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [RATIOS],
@@ -204,12 +206,45 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
     }
 
 
-def _leaves(node: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+def _clip_config(state: State) -> dict[str, Any]:
+    """open_clip's model_cfg."""
+    visual, text = "backbone", "text_encoder"
+    width = _size(state, *((f"{visual}.{x}.weight", 0) for x in ("bn3", "conv3", "layer1.0.conv1")))
+    embed_dim = _size(
+        state, ("gamma", 0), (f"{visual}.attnpool.c_proj.bias", 0), (f"{text}.text_projection", 1)
+    )
+    text_width = _size(
+        state, (f"{text}.ln_final.weight", 0), (f"{text}.ln_final.bias", 0), (f"{text}.text_projection", 0)
+    )
+    hidden = _size(state, *((f"{text}.transformer.resblocks.0.mlp.c_fc.{x}", 0) for x in ("bias", "weight")))
+    return {
+        "embed_dim": embed_dim,
+        "custom_text": True,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "layers": [_count(state, f"{visual}.layer{i}.") for i in (1, 2, 3, 4)],
+            "width": width,
+            "head_width": width,  # 32 heads in the attention pool, whose tokens are 32 times as wide
+            "patch_size": None,
+            "image_size": 32 * math.isqrt(_size(state, (f"{visual}.attnpool.positional_embedding", 0))),
+        },
+        "text_cfg": {
+            "context_length": _size(state, (f"{text}.positional_embedding", 0)),
+            "vocab_size": CLIP_VOCABULARY,
+            "width": text_width,
+            "heads": 8,
+            "layers": _count(state, f"{text}.transformer.resblocks."),
+            "mlp_ratio": hidden / text_width,
+        },
+    }
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(node, dict):
         yield key, node
         return
     for name, child in node.items():
-        yield from _leaves(child, f"{key}.{name}" if key else name)
+        yield from _leaves(child, f"{key}.{name}")
 
 
 def _count(state: State, *prefixes: str) -> int:
@@ -218,10 +253,12 @@ def _count(state: State, *prefixes: str) -> int:
     return 1 + max((int(number[0]) for number in numbers if number), default=-1)
 
 
-def _shape(state: State, key: str) -> tuple[int, ...]:
-    if key not in state:
-        raise CheckpointError(f"it lacks {key}, from which sizes are read")
-    return tuple(state[key].shape)
+def _size(state: State, *places: tuple[str, int]) -> int:
+    """The size that most of the places (key, axis) show, so that a wrong tensor is told from the rest."""
+    shown = [state[key].shape[axis] for key, axis in places if key in state and axis < state[key].ndim]
+    if not shown:
+        raise CheckpointError(f"it lacks {', '.join(key for key, _ in places)}, from which sizes are read")
+    return Counter(shown).most_common(1)[0][0]
 
 
 def _is_detector(head: str) -> Callable[[State], bool]:

@@ -1,0 +1,80 @@
+"""tools/convert_checkpoint.py: what it prints, and what it refuses."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import denseclip_files as files  # noqa: E402
+
+from clipdense.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
+from clipdense.engine.options import ConfigError  # noqa: E402
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+HEADS = [
+    "--option",
+    "MODEL.CLIP.CONFIG.text_cfg.heads=2",
+    "--option",
+    "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS=2",
+]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+def test_report(run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = files.mask_rcnn()
+    torch.save(content, tmp_path / "m.pth")
+    (tmp_path / "names.txt").write_text("\n".join(files.CLASSES))
+    run(tmp_path / "m.pth", tmp_path / "m.safetensors", "--classes", tmp_path / "names.txt", *HEADS)
+    printed = capsys.readouterr().out
+    for line in (
+        f"m.pth is of layout denseclip_mask_rcnn; {len(content['state_dict'])} tensors kept",
+        "left out, not part of the model: meta, optimizer",
+        "classes: 3, as listed",
+        "  MODEL.META_ARCHITECTURE: DenseCLIPRCNN\n",
+        "  MODEL.LANGUAGE.CONTEXT_DECODER.HEADS: 2\n",
+    ):
+        assert line in printed
+    assert len(read_checkpoint(tmp_path / "m.safetensors").state) == len(content["state_dict"])
+
+
+def test_refusals(run: Callable[..., None], tmp_path: Path) -> None:
+    torch.save(files.retinanet(), tmp_path / "r.pth")
+    names = [tmp_path / "r.pth", tmp_path / "r.safetensors", *HEADS]
+    with pytest.raises(CheckpointError, match="3 classes in the file, 80 wanted"):
+        run(*names, "--dataset", "coco_2017_val")
+    with pytest.raises(ConfigError, match="'coco_2018_val' is not registered"):
+        run(*names, "--dataset", "coco_2018_val")
+    with pytest.raises(ConfigError, match="KEY=VALUE, not 'MODEL.LANGUAGE.TAU'"):
+        run(*names, "--option", "MODEL.LANGUAGE.TAU")
+    with pytest.raises(FileNotFoundError, match="no weight file"):
+        run(tmp_path / "none.pth", tmp_path / "r.safetensors")
+    assert not (tmp_path / "r.safetensors").exists()
+
+
+def test_a_pickle_needs_the_flag(run: Callable[..., None], tmp_path: Path) -> None:
+    content = files.retinanet()
+    content["meta"]["hook"] = Path("x")
+    torch.save(content, tmp_path / "r.pth")
+    names = [tmp_path / "r.pth", tmp_path / "r.safetensors", *HEADS]
+    with pytest.raises(CheckpointError, match="pickle"):
+        run(*names)
+    run(*names, "--allow-pickle")
+    assert (tmp_path / "r.safetensors").exists()
