@@ -17,6 +17,7 @@ from torchvision.ops import roi_align
 from tqdm import tqdm
 
 from clipdense.backbone import SCORE, LanguageTrunk
+from clipdense.config import add_clipdense_config
 from clipdense.data.datasets import register_from_config
 from clipdense.data.image import ImageSource, load_image
 from clipdense.data.mappers import build_mapper, map_image
@@ -24,8 +25,14 @@ from clipdense.engine.build import build_model, trainer_options
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.options import ConfigError
 from clipdense.engine.setup import available_device, load_config
+from clipdense.engine.weights import (
+    apply_weight_options,
+    check_weight_classes,
+    config_keys,
+    print_weight_options,
+)
 
-from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 
@@ -62,14 +69,15 @@ class Predictor:
         Args:
             config: a file (.yaml, or .py for a LazyConfig), also one of the package's configs; or a config
                 object, which is left as it is.
-            weights: weight file; default ``MODEL.WEIGHTS`` (``train.init_checkpoint``).
+            weights: weight file; default ``MODEL.WEIGHTS`` (``train.init_checkpoint``). Config keys that it
+                needs are set, where the config says nothing else.
             opts: overrides, KEY VALUE pairs (``key=value`` words for a LazyConfig).
             device: default the config's, or the CPU where that is a GPU and there is none.
             score_threshold: instances below it are left out, 0..1; None for the model's own threshold.
 
         Raises:
-            ConfigError: the config is wrong, names no weights or no classes, or its mapper cannot take an
-                image.
+            ConfigError: the config is wrong, names no weights or no classes, or other classes than published
+                weights; or its mapper cannot take an image.
             FileNotFoundError: no such weights.
             CheckpointError: they do not fit the model, or lack some of it.
         """
@@ -144,7 +152,8 @@ class Predictor:
             FileNotFoundError, BadImageError, ValueError: the image cannot be read.
         """
         names, kept = self.score_classes, []
-        hook = self.model.backbone.register_forward_hook(
+        backbone: Any = self.model.backbone
+        hook = backbone.register_forward_hook(
             lambda module, inputs, output: kept.append((inputs[0].shape[-2:], output[SCORE]))
         )
         sample = self._sample(image)
@@ -180,26 +189,42 @@ class Predictor:
 
 
 def _configure(config: Any, weights: Any, opts: list[str], device: str | None) -> Any:
-    """The config with everything in it that the arguments say."""
-    if isinstance(config, (str, os.PathLike)):
-        cfg = load_config(os.fspath(config), opts)
-    elif isinstance(config, CfgNode):
+    """The config with everything in it that the arguments say, and the keys that the weights need."""
+    yacs = ["MODEL.WEIGHTS", os.fspath(weights)] if weights is not None else []
+    if isinstance(config, CfgNode):
         cfg = config.clone()
         cfg.defrost()
-        cfg.merge_from_list(opts)
-    else:
+        cfg.merge_from_list([*opts, *yacs])
+        defaults = get_cfg()
+        add_clipdense_config(defaults)
+        # of an object, what differs from its default has been set
+        explicit = {key for key in config_keys(cfg) if _value(cfg, key) != _value(defaults, key)}
+        apply_weight_options(cfg, explicit | set(opts[::2]))
+    elif not isinstance(config, (str, os.PathLike)):
         cfg = LazyConfig.apply_overrides(copy.deepcopy(config), opts)
+    else:
+        path = os.fspath(config)
+        cfg = load_config(path, opts if path.endswith(".py") else [*opts, *yacs])
     if isinstance(cfg, CfgNode):
-        cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS if weights is None else os.fspath(weights)
         cfg.MODEL.DEVICE = device or available_device(cfg.MODEL.DEVICE)
         cfg.freeze()
         with suppress(FileNotFoundError):  # of own data, the class names are needed at most
             register_from_config(cfg)
+        check_weight_classes(cfg)
     else:
+        cfg.train.device = device or available_device(cfg.train.device)
         if weights is not None:
             cfg.train.init_checkpoint = os.fspath(weights)
-        cfg.train.device = device or available_device(cfg.train.device)
+            print_weight_options(cfg.train.init_checkpoint, cfg.train.get("allow_pickle", False))
     return cfg
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    """What a full key says; an empty dict where it is not there."""
+    node: Any = cfg
+    for part in key.split("."):
+        node = node.get(part, {})
+    return node
 
 
 def _build_mapper(cfg: Any) -> Any:
@@ -226,7 +251,9 @@ def _metadata(cfg: Any, noted: dict[str, Any]) -> Metadata:
         node = cfg.dataloader.test.get("dataset", {}).get("names", ())
         names = [node] if isinstance(node, str) else list(node)
     entries = [MetadataCatalog.get(name).as_dict() for name in names if name in MetadataCatalog.list()]
-    known = next((entry for entry in entries if any(entry.get(kind) for kind in _CLASSES)), {})
+    known: dict[str, Any] = next(
+        (entry for entry in entries if any(entry.get(kind) for kind in _CLASSES)), {}
+    )
     known |= {kind: list(noted[kind]) for kind in _CLASSES if noted.get(kind)}
     if not any(known.get(kind) for kind in _CLASSES):
         raise ConfigError(

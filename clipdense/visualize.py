@@ -470,7 +470,8 @@ def save_picture(picture: Picture, path: str | os.PathLike[str]) -> None:
     """Write (H, W, 3) uint8 RGB whole or not at all, as JPEG where the path ends in ``.jpg``, else as PNG."""
     os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
     part = f"{os.fspath(path)}.part"
-    jpeg = os.fspath(path).lower().endswith(".jpg")
-    options = {"format": "JPEG", "quality": 90} if jpeg else {"format": "PNG", "optimize": True}
-    Image.fromarray(picture).save(part, **options)
+    if os.fspath(path).lower().endswith(".jpg"):
+        Image.fromarray(picture).save(part, format="JPEG", quality=90)
+    else:
+        Image.fromarray(picture).save(part, format="PNG", optimize=True)
     os.replace(part, path)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import clipdense
-from clipdense.checkpoint import CheckpointError
+from clipdense.checkpoint import CheckpointError, save_checkpoint
 from clipdense.data.image import BadImageError, array_to_image, image_to_array, load_image
 from clipdense.data.loader import build_test_loader
 from clipdense.engine.build import build_model
@@ -296,6 +296,26 @@ def test_weights_of_another_model_are_refused(config: Path, tmp_path: Path) -> N
     torch.save({"model": {"other": torch.ones(3)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"does not fit the model(.|\n)*level: not in the file"):
         Predictor(config, tmp_path / "other.pth")
+
+
+def test_weights_bring_the_config_keys_that_they_need(config: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "converted.safetensors"
+    options = {"config": {"INPUT.MIN_SIZE_TRAIN": [77], "INPUT.MIN_SIZE_TEST": 77}}
+    save_checkpoint(weights, {"level": torch.tensor(128.0)}, {"layout": "clipdense", "options": options})
+    for source in (config, load_config(str(config))):
+        keys = Predictor(source, weights).cfg.INPUT
+        assert keys.MIN_SIZE_TRAIN == (77,) and keys.MIN_SIZE_TEST == 96  # the config file says the latter
+    named = ("INPUT.MIN_SIZE_TRAIN", "(66,)", "MODEL.WEIGHTS", str(weights))
+    for source in (config, load_config(str(config))):
+        assert Predictor(source, opts=named).cfg.INPUT.MIN_SIZE_TRAIN == (66,)
+
+
+def test_published_weights_of_other_classes_are_refused(config: Path, tmp_path: Path) -> None:
+    weights, classes = tmp_path / "converted.safetensors", [*CLASSES[:2], "pink box"]
+    options = {"classes": classes, "config": {"MODEL.LANGUAGE.CLASSES": classes}}
+    save_checkpoint(weights, {"level": torch.tensor(128.0)}, {"layout": "clipdense", "options": options})
+    with pytest.raises(ConfigError, match="class 2: 'pink box' in the file, 'blue box' wanted"):
+        Predictor(config, weights)
 
 
 def test_mappers_without_augmentations_are_refused(config: Path) -> None:

@@ -197,7 +197,8 @@ class Results:
         if "instances" not in output:
             return
         for row in Detections.from_instances(output["instances"], number).to_json():
-            name = self._classes[row["category_id"]]
+            c = row["category_id"]
+            name = self._classes[c] if c < len(self._classes) else str(c)
             self.annotations.append({"id": len(self.annotations), **row, "category": name, "iscrowd": 0})
 
     def save(self, path: Path) -> None:
