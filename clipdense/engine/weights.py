@@ -91,8 +91,8 @@ def check_weight_classes(cfg: CfgNode) -> None:
         ConfigError: they have not; with the list.
     """
     file = _read(cfg.MODEL.WEIGHTS, cfg.MODEL.CLIP.ALLOW_PICKLE)
-    listed = [] if file is None else file.metadata.get("options", {}).get("classes", [])
-    if not listed or list(cfg.MODEL.LANGUAGE.CLASSES) != listed:
+    listed = None if file is None else file.metadata.get("options", {}).get("classes")
+    if list(cfg.MODEL.LANGUAGE.CLASSES) != listed or not (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
         return
     if differences := class_differences(listed, class_names(cfg, cfg.MODEL.LANGUAGE.CLASSES_FROM)):
         raise ConfigError(

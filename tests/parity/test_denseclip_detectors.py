@@ -1,5 +1,7 @@
 """DenseCLIP's detectors end to end: published file -> converter -> our model -> every recorded number."""
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
@@ -8,19 +10,21 @@ import yaml
 
 from clipdense.checkpoint import Checkpoint, config_options, convert_model, model_layout, rename
 from clipdense.config import add_clipdense_config
+from clipdense.engine import weights
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.setup import load_config
-from clipdense.engine.weights import account_model, convert_weights, set_options
+from clipdense.engine.weights import account_model, config_keys, convert_weights, set_options
 from clipdense.systems.denseclip.loss import box_targets
 
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 
 FULL_VOCABULARY = 49408
+RECIPES = Path(__file__).parents[2] / "projects/DenseCLIP/configs"
 
 
 def published(golden):
@@ -288,6 +292,20 @@ def test_full_size_files_map_without_rest(golden):
     text = {key: model_cfg.text_cfg[key] for key in ("width", "heads", "layers", "vocab_size")}
     assert text == {key: named["text_cfg"][key] for key in text} and model_cfg.text_cfg.context_length == 13
     assert cfg.MODEL.CLIP.POSITION_GRID == 42 and cfg.MODEL.LANGUAGE.N_CONTEXTS == 8
+
+
+@pytest.mark.golden(manifest="denseclip_det_*")
+def test_our_configs_say_what_the_published_files_need(golden, monkeypatch, caplog):
+    state = {key: torch.empty(shape, device="meta") for key, shape in golden.shapes.items()}
+    monkeypatch.setattr(weights, "_read", lambda *_: convert_model(Checkpoint(golden.path, state, "torch")))
+    detector, trunk = golden.id.split("_")[-2:]
+    recipe = RECIPES / f"{detector.replace('maskrcnn', 'mask_rcnn')}_{trunk}.yaml"
+    explicit = set(config_keys(CfgNode(CfgNode.load_yaml_with_base(str(recipe), allow_unsafe=True))))
+    cfg = load_config(str(recipe))
+    weights.apply_weight_options(cfg, explicit)
+    assert not caplog.records
+    needed = config_options(weights._read())
+    assert explicit & set(needed) > {"MODEL.CLIP.POSITION_RULE", "MODEL.FPN.IN_FEATURES"}
 
 
 @pytest.mark.golden(manifest="denseclip_det_*_rn50")

@@ -303,6 +303,7 @@ def test_classes_of_weights_and_data(tmp_path: Path, dataset: str) -> None:
     path = config(tmp_path, write(tmp_path / "r.pth", files.retinanet()))
     data = ["DATASETS.TRAIN", "()", "DATASETS.TEST", f"('{dataset}',)"]
     check_weight_classes(load_config(path, data))
+    check_weight_classes(load_config(path))  # no data, no question
     MetadataCatalog.remove(dataset)
     MetadataCatalog.get(dataset).set(evaluator_type="coco", thing_classes=["person", "bus"])
     with pytest.raises(ConfigError, match="3 classes in the file, 2 wanted\n  class 1: 'traffic light'"):
