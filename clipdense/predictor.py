@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torchvision.ops import roi_align
 from tqdm import tqdm
 
-from clipdense.backbone import SCORE, LanguageTrunk
 from clipdense.config import add_clipdense_config
 from clipdense.data.datasets import register_from_config
 from clipdense.data.image import ImageSource, load_image
@@ -31,6 +28,7 @@ from clipdense.engine.weights import (
     config_keys,
     print_weight_options,
 )
+from clipdense.score_map import score_classes, score_maps
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import MetadataCatalog
@@ -132,14 +130,7 @@ class Predictor:
         Raises:
             ValueError: the model's backbone gives no score map.
         """
-        backbone: Any = getattr(self.model, "backbone", None)
-        for module in backbone.modules() if backbone is not None else ():
-            if isinstance(module, LanguageTrunk):
-                return tuple(module.text.classes)
-        raise ValueError(
-            f"{type(self.model).__name__} has no score map: its backbone is built on no LanguageTrunk "
-            "(MODEL.TRUNK.NAME)"
-        )
+        return score_classes(self.model)
 
     def score_map(self, image: ImageSource) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
         """The backbone's class scores at every position of an image.
@@ -151,19 +142,7 @@ class Predictor:
             ValueError: the model's backbone gives no score map.
             FileNotFoundError, BadImageError, ValueError: the image cannot be read.
         """
-        names, kept = self.score_classes, []
-        backbone: Any = self.model.backbone
-        hook = backbone.register_forward_hook(
-            lambda module, inputs, output: kept.append((inputs[0].shape[-2:], output[SCORE]))
-        )
-        sample = self._sample(image)
-        try:
-            self._predict([sample])
-        finally:
-            hook.remove()
-        padded, score = kept[0]
-        score = _without_padding(score.float(), padded, sample["image"].shape[-2:])
-        return score[0].cpu().numpy(), names
+        return score_maps(self.model, [self._sample(image)])[0], self.score_classes
 
     def _sample(self, image: ImageSource) -> dict[str, Any]:
         return map_image(self._mapper, load_image(image, self._mapper.image_format))
@@ -262,17 +241,3 @@ def _metadata(cfg: Any, noted: dict[str, Any]) -> Metadata:
             "LazyConfig, set train.metadata.thing_classes."
         )
     return Metadata(**known)
-
-
-def _without_padding(score: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Of a map (B, K, h, w) over padded images the part over the images, sampled at as many places.
-
-    Args:
-        padded, size: height and width of the images with and without their padding, which lies at the right
-            and at the bottom.
-    """
-    height, width = (n * s / p for n, s, p in zip(score.shape[-2:], size, padded, strict=True))
-    box = score.new_tensor([[0.0, 0.0, width, height]])
-    # bilinear at the cells' centres: where the image ends with a cell, exactly these cells
-    cells = (max(1, round(height)), max(1, round(width)))
-    return roi_align(score, [box] * len(score), cells, sampling_ratio=1, aligned=True)

@@ -28,6 +28,7 @@ __all__ = [
     "draw_curve",
     "draw_output",
     "draw_panel",
+    "draw_score_panel",
     "draw_score_map",
     "draw_sheet",
     "draw_truth",
@@ -114,6 +115,40 @@ def draw_sheet(
     if titles is not None:
         tiles = [_titled(tile, title) for tile, title in zip(tiles, titles, strict=True)]
     save_picture(_grid(tiles, columns), path)
+
+
+def draw_score_panel(
+    records: Sequence[Mapping[str, Any]],
+    scores: Sequence[npt.NDArray[np.floating]],
+    classes: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    shown: int = 2,
+    cell: int = CELL,
+) -> None:
+    """A row for each image: the image, and the score maps of the largest classes in its truth, as a PNG.
+
+    Args:
+        records: Detectron2 dataset dicts; without ``annotations`` the classes of highest score are shown.
+        scores: a (K, h, w) map over each image.
+        classes: K names.
+        path: file to write.
+        shown: score maps an image.
+        cell: longer side of an image, in pixels.
+
+    Raises:
+        ValueError: no records.
+    """
+    tiles = []
+    for record, score in zip(records, scores, strict=True):
+        image = _image(record)
+        name = os.path.basename(str(record.get("file_name", record.get("image_id", ""))))
+        tiles.append(_titled(_resize(image, _size(image, cell), cv2.INTER_CUBIC), name))
+        rows = sorted(record.get("annotations", ()), key=lambda row: -row["bbox"][2] * row["bbox"][3])
+        best = np.argsort(-score.max(axis=(1, 2)))
+        chosen = list(dict.fromkeys([*(row["category_id"] for row in rows), *best]))[:shown]
+        tiles += [draw_score_map(image, score[k], title=classes[k], cell=cell) for k in chosen]
+    save_picture(_grid(tiles, 1 + shown), path)
 
 
 # ---- single pictures

@@ -18,7 +18,8 @@ from clipdense.data.loader import build_test_loader
 from clipdense.engine.build import build_model
 from clipdense.engine.options import ConfigError
 from clipdense.engine.setup import load_config
-from clipdense.predictor import Predictor, _without_padding
+from clipdense.predictor import Predictor
+from clipdense.score_map import _without_padding
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import MetadataCatalog

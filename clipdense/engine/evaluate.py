@@ -12,6 +12,7 @@ from tqdm import tqdm
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.loader import build_test_loader
 from clipdense.evaluation import build_evaluator
+from clipdense.score_map import has_score_map, score_classes, score_maps
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -33,7 +34,8 @@ def evaluate_datasets(cfg: CfgNode, model: nn.Module, final: bool = True) -> dic
     A model whose vocabulary can change (``set_vocabulary``) gets each data set's classes.
 
     Args:
-        final: whether to draw ``predictions_<data set>.png`` as well.
+        final: whether to draw ``predictions_<data set>.png`` as well, and ``scores_<data set>.png`` of a
+            model with a score map.
 
     Returns:
         task -> metric -> value, under the data set's name where there are several; empty but in the main
@@ -47,25 +49,28 @@ def evaluate_datasets(cfg: CfgNode, model: nn.Module, final: bool = True) -> dic
         loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name)
         results[name], shown = run_inference(model, loader, evaluator, PANEL_IMAGES if final else 0, name)
         if final and comm.is_main_process():
-            _draw(name, shown, os.path.join(cfg.OUTPUT_DIR, f"predictions_{name}.png"))
+            _draw(model, name, shown, cfg.OUTPUT_DIR)
     if not comm.is_main_process():
         return {}
     return results if len(results) > 1 else next(iter(results.values()))
 
 
-def _draw(name: str, pairs: list[tuple[dict[str, Any], Any]], path: str) -> None:
-    """Draw the outputs for a few images of a data set beside the truth."""
+def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], folder: str) -> None:
+    """Draw the outputs, and score maps, for a few images of a data set beside the truth."""
     drawable = [(i, o) for i, o in pairs if isinstance(o, dict) and _DRAWN & o.keys() and "image_id" in i]
     if not drawable:
         return
-    from clipdense.visualize import draw_panel  # matplotlib takes a second to import
+    from clipdense.visualize import draw_panel, draw_score_panel  # matplotlib takes a second to import
 
     records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
     shown = [{**records[sample["image_id"]], "output": output} for sample, output in drawable]
     try:
-        draw_panel(shown, MetadataCatalog.get(name), path)
+        draw_panel(shown, MetadataCatalog.get(name), os.path.join(folder, f"predictions_{name}.png"))
+        if has_score_map(model):
+            maps = score_maps(model, [sample for sample, _ in drawable])
+            draw_score_panel(shown, maps, score_classes(model), os.path.join(folder, f"scores_{name}.png"))
     except Exception:  # whatever it is, a picture must not cost the metrics
-        logger.exception("Cannot draw %s", path)
+        logger.exception("Cannot draw the predictions for %s", name)
 
 
 def run_inference(

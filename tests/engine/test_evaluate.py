@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from clipdense.engine import evaluate
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
@@ -72,15 +73,31 @@ def test_panel(
     found = Instances((20, 30), pred_boxes=Boxes([[2.0, 3.0, 9.0, 12.0]]))
     found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
     pairs = [({"image_id": r["image_id"]}, {"instances": found}) for r in pictures]
-    path = tmp_path / "predictions.png"
-    evaluate._draw("toy_pictures", [*pairs, ({"image_id": 0}, {"embedding": 1})], str(path))
-    assert Image.open(path).size[0] > 60
-    evaluate._draw("toy_pictures", [({"image_id": 0}, {"embedding": 1})], str(tmp_path / "none.png"))
-    assert not (tmp_path / "none.png").exists()
+    model, other = nn.Identity(), ({"image_id": 0}, {"embedding": 1})
+    evaluate._draw(model, "toy_pictures", [*pairs, other], str(tmp_path))
+    drawn = tmp_path / "predictions_toy_pictures.png"
+    assert Image.open(drawn).size[0] > 60
+    drawn.unlink()
+    evaluate._draw(model, "toy_pictures", [other], str(tmp_path))
+    assert not list(tmp_path.glob("*_toy_pictures.png"))
 
     def broken(*args: Any) -> None:
         raise RuntimeError("no font")
 
     monkeypatch.setattr("clipdense.visualize.draw_panel", broken)
-    evaluate._draw("toy_pictures", pairs, str(tmp_path / "none.png"))  # costs no metrics
+    evaluate._draw(model, "toy_pictures", pairs, str(tmp_path))  # costs no metrics
     assert "Cannot draw" in caplog.text and "no font" in caplog.text
+
+
+def test_score_maps_get_a_panel_of_their_own(
+    pictures: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "has_score_map", lambda model: True)
+    monkeypatch.setattr(evaluate, "score_classes", lambda model: ("thing", "other"))
+    monkeypatch.setattr(evaluate, "score_maps", lambda model, x: [np.eye(2, 12).reshape(2, 3, 4) for _ in x])
+    found = Instances((20, 30), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
+    found.pred_classes = torch.zeros(0, dtype=torch.int64)
+    pairs = [({"image_id": r["image_id"]}, {"instances": found}) for r in pictures]
+    evaluate._draw(nn.Identity(), "toy_pictures", pairs, str(tmp_path))
+    panel = Image.open(tmp_path / "scores_toy_pictures.png")
+    assert panel.width > panel.height  # three pictures across, two down
