@@ -12,24 +12,35 @@ from clipdense.engine.setup import load_config
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-ROOT = Path(__file__).resolve().parents[1] / "configs"
-CONFIGS = sorted(
-    p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.yaml") if not p.name.startswith("Base-")
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROOT = REPOSITORY / "configs"
+# Those of PlugIn have keys of the projects that they plug into: tests/e2e/test_plug_in.py.
+EVERY = sorted(
+    p.relative_to(REPOSITORY).as_posix()
+    for p in [*ROOT.rglob("*.yaml"), *REPOSITORY.glob("projects/*/configs/*.yaml")]
+    if "PlugIn" not in p.parts
 )
-MASK_RCNNS = [name for name in CONFIGS if Path(name).name.startswith("mask_rcnn_")]
+CONFIGS = [name for name in EVERY if not Path(name).name.startswith("Base-")]
+DETECTORS = [
+    name.removeprefix("configs/")
+    for name in CONFIGS
+    if name.startswith("configs/") and not Path(name).name.startswith("clip_")
+]
+PROJECTS = [name for name in CONFIGS if name.startswith("projects/")]
 
 
-@pytest.mark.parametrize("name", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.yaml")))
+@pytest.mark.parametrize("name", EVERY)
 def test_loads(name: str) -> None:
-    load_config(str(ROOT / name))
+    cfg = load_config(str(REPOSITORY / name))
+    assert cfg.INPUT.FORMAT == "RGB" or Path(name).name == "Base-CLIP.yaml" or "/clip_" in name
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_says_what_it_is(name: str) -> None:
-    assert (ROOT / name).read_text().startswith("# ")
+    assert (REPOSITORY / name).read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("name", MASK_RCNNS)
+@pytest.mark.parametrize("name", DETECTORS)
 def test_output_folders_follow_the_names(name: str) -> None:
     """So that two configs never write into one folder."""
     cfg = load_config(str(ROOT / name))
@@ -47,11 +58,19 @@ def test_sets_no_key_twice(name: str) -> None:
         return loader.construct_mapping(node, deep=True)
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct)
-    yaml.load((ROOT / name).read_text(), Loader)
+    yaml.load((REPOSITORY / name).read_text(), Loader)
 
 
-@pytest.mark.parametrize("name", MASK_RCNNS)
-def test_mask_rcnn_takes_a_step(
+@pytest.mark.parametrize("name", PROJECTS)
+def test_full_size_models_are_built(name: str) -> None:
+    cfg = load_config(str(REPOSITORY / name), ["MODEL.DEVICE", "meta", "MODEL.CLIP.PRETRAINED", "random"])
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert sum(p.numel() for p in model.parameters()) > 1e7
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_takes_a_step(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIPDENSE_CACHE", str(tmp_path))

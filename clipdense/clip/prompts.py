@@ -46,7 +46,7 @@ def encode_with_contexts(tower: TextTower, tokens: Tensor, contexts: Tensor) -> 
     sequences = insert_contexts(tower, tokens, contexts)
     batch, count = sequences.shape[:2]
     embeddings = tower.encode(sequences.flatten(0, 1), (end + contexts.shape[1]).repeat(batch))
-    return embeddings.unflatten(0, (batch, count))
+    return embeddings.reshape(batch, count, -1)
 
 
 class ContextPrompts(LearnedPrompts):
