@@ -263,7 +263,7 @@ def test_what_is_there_is_not_made_again(root, monkeypatch):
     monkeypatch.setattr(make, "write_scene", lambda *args: pytest.fail("drew a scene again"))
     ensure_shapes("train", COUNT, root, workers=1, progress=False)
     monkeypatch.setattr(make, "_write_annotations", lambda *args: pytest.fail("wrote annotations again"))
-    ensure_shapes("train", COUNT, root, workers=1, progress=False)
+    assert ensure_shapes("train", COUNT, root, workers=1, progress=False) == root
 
 
 def test_several_at_once_make_it_once(tmp_path: Path, monkeypatch):
