@@ -52,6 +52,8 @@ def apply() -> list[str]:
         supplied += _pillow_constants()
     if "detectron2._C" not in sys.modules and PathFinder.find_spec("_C", [str(root)]) is None:
         supplied += _extension_stub()
+    if "detectron2.export.api" not in sys.modules:
+        supplied += _export_without_caffe2(root)
     return supplied
 
 
@@ -104,6 +106,20 @@ def _extension_stub() -> list[str]:
     for op in ("nms_rotated", "box_iou_rotated", "roi_align_rotated_forward", "roi_align_rotated_backward"):
         setattr(torch.ops.detectron2, op, getattr(module, op))
     return ["detectron2._C"]
+
+
+def _export_without_caffe2(root: Path) -> list[str]:
+    """Empty stand-in for `detectron2.export.api`, which 0.6 imports beside its `TracingAdapter` (of which its
+    FLOP counter is made) and which needs Caffe2; PyTorch has that no more.
+    """
+    init = root / "export" / "__init__.py"
+    unguarded = init.is_file() and re.search(r"^from \.api import \*", init.read_text("utf-8"), re.MULTILINE)
+    if not unguarded or _package_root("caffe2") is not None:
+        return []
+    module: Any = ModuleType("detectron2.export.api", "Stand-in: export to Caffe2 is not possible here.")
+    module.__all__ = []
+    sys.modules["detectron2.export.api"] = module
+    return ["detectron2.export.api"]
 
 
 def _missing_op(op: str) -> Any:

@@ -6,10 +6,13 @@ from detectron2.config import CfgNode as CN
 def add_clipdense_config(cfg: CN) -> None:
     """Add every clipdense key, with its default, to a Detectron2 config (in place).
 
-    Call it once after ``detectron2.config.get_cfg()``; a config that already has the keys is left as it is.
+    Call it once, after ``detectron2.config.get_cfg()`` and the ``add_..._config`` of other projects: what
+    they have set (Panoptic-DeepLab's SOLVER.OPTIMIZER) stays. A config that already has the keys is left as
+    it is.
     """
     if "CLIP" in cfg.MODEL:
         return
+    before = cfg.clone()
     cfg.MODEL.CLIP = CN()
     # A model name that `clipdense.clip.load_clip` knows: any open_clip model, or "shapes-rn", "shapes-vit",
     # "shapes-eva".
@@ -40,3 +43,13 @@ def add_clipdense_config(cfg: CN) -> None:
     add_engine_config(cfg)
     add_evaluation_config(cfg)
     add_systems_config(cfg)
+    _restore(cfg, before)
+
+
+def _restore(cfg: CN, before: CN) -> None:
+    """Set every key of ``before`` in ``cfg`` as it was."""
+    for key, value in before.items():
+        if isinstance(value, CN) and isinstance(cfg.get(key), CN):
+            _restore(cfg[key], value)
+        else:
+            cfg[key] = value

@@ -1,5 +1,6 @@
 """Detectron2 backbones: CLIP towers and timm models as trunks, with an FPN or a simple feature pyramid."""
 
+from . import flops as flops
 from .clip_trunk import CLIPTrunk
 from .context_decoder import ContextDecoder
 from .fpn import FPN, build_trunk_fpn_backbone

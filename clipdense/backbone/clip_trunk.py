@@ -43,7 +43,7 @@ class CLIPTrunk(Trunk):
     @configurable
     def __init__(
         self,
-        tower: Tower,
+        tower: Tower | ClipModel,
         *,
         out_features: Sequence[str] = (),
         freeze_at: int = 0,
@@ -54,7 +54,7 @@ class CLIPTrunk(Trunk):
     ) -> None:
         """
         Args:
-            tower: image tower of a `ClipModel`.
+            tower: image tower of a `ClipModel`, or the model.
             out_features: maps to give, e.g. ("res2", "res3"); empty for all. Later stages are not run.
             freeze_at, norm: see :class:`Trunk`.
             window_size: ViTs: side of the attention windows in tokens; 0: every block attends to the whole
@@ -67,6 +67,7 @@ class CLIPTrunk(Trunk):
             ValueError: maps, windows or blocks that the tower has not; ``joint`` of a tower without a dense
                 map.
         """
+        tower = tower.visual if isinstance(tower, ClipModel) else tower
         is_vit = isinstance(tower, TransformerTower)
         taps = [max(tower.tap_channels)] if is_vit else sorted(tower.tap_channels)
         names = {feature_name(tower.tap_strides[tap]): tap for tap in taps}

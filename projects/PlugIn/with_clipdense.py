@@ -1,0 +1,31 @@
+"""Run a script of Detectron2, or of a project, as if it had clipdense's two lines.
+
+python projects/PlugIn/with_clipdense.py tools.analyze_model --tasks parameter --config-file ...
+python projects/PlugIn/with_clipdense.py path/to/detectron2/tools/analyze_model.py --tasks parameter ...
+"""
+
+import runpy
+import sys
+
+import clipdense
+
+import detectron2.config
+from detectron2.config import CfgNode, get_cfg
+
+
+def get_cfg_with_clipdense() -> CfgNode:
+    """Detectron2's defaults and clipdense's."""
+    cfg = get_cfg()
+    clipdense.add_clipdense_config(cfg)
+    return cfg
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: {sys.argv[0]} SCRIPT.py|MODULE ...")
+    detectron2.config.get_cfg = get_cfg_with_clipdense
+    sys.argv = sys.argv[1:]
+    if sys.argv[0].endswith(".py"):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
