@@ -56,13 +56,14 @@ class Checkpoint:
     extras: dict[str, Any] = field(default_factory=dict)
 
 
-def read_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, allow_pickle: bool = False, lazy: bool = False) -> Checkpoint:
     """Read a weight file onto the CPU, running no code that it brings.
 
     Args:
         path: safetensors, torch.save (loaded with weights_only), or TorchScript of OpenAI's known layout.
         allow_pickle: also unpickle arbitrary objects and open any TorchScript file. Only for files that you
             trust.
+        lazy: leave the tensors of a torch file on disk until they are used, e.g. where only shapes matter.
 
     Raises:
         FileNotFoundError: no such file.
@@ -75,7 +76,7 @@ def read_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> Checkpoi
         return _read_safetensors(path)
     if _is_torchscript(path):
         return _read_torchscript(path, allow_pickle)
-    return _read_torch(path, allow_pickle)
+    return _read_torch(path, allow_pickle, lazy)
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -164,14 +165,10 @@ def _is_openai_archive(path: Path) -> bool:
     return names >= _OPENAI_NAMES
 
 
-def _read_torch(path: Path, allow_pickle: bool) -> Checkpoint:
+def _read_torch(path: Path, allow_pickle: bool, lazy: bool) -> Checkpoint:
+    lazy = lazy and zipfile.is_zipfile(path)
     try:
-        payload = torch.load(
-            path,
-            map_location="cpu",
-            weights_only=not allow_pickle,
-            mmap=zipfile.is_zipfile(path),  # tensors that are not used are not read
-        )
+        payload = torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=lazy)
     except pickle.UnpicklingError as e:
         whole = zipfile.is_zipfile(path) or "Unsupported" in str(e)
         if allow_pickle or not whole:

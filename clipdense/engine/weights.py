@@ -216,7 +216,7 @@ def _read(path: str, allow_pickle: bool) -> Checkpoint | None:
     """The weight file under our keys; None for what is no file of tensors (a URL, a model zoo's pickle)."""
     if not os.path.isfile(path) or path.endswith((".pkl", ".pyth")):
         return None
-    return convert_model(read_checkpoint(path, allow_pickle=allow_pickle))
+    return convert_model(read_checkpoint(path, allow_pickle=allow_pickle, lazy=True))
 
 
 def _problems(report: Report, theirs: Mapping[str, str]) -> list[str]:

@@ -59,6 +59,15 @@ def test_torch_files_are_unwrapped(tmp_path, wrapper, prefix):
     assert (read.format, read.extras) == ("torch", {"epoch": 3} if wrapper else {})
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_are_read_lazily(tmp_path, zipped):
+    torch.save(STATE, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    assert _equal(read_checkpoint(tmp_path / "x.pt", lazy=True).state, STATE)
+    (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match="x.pt"):
+        read_checkpoint(tmp_path / "x.pt", lazy=True)
+
+
 def test_a_prefix_of_some_keys_stays(tmp_path):
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x.pt")
     assert set(read_checkpoint(tmp_path / "x.pt").state) == {"module.a", "b"}

@@ -38,6 +38,14 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
+def test_in_a_fresh_interpreter(run_python: Callable[..., str], tmp_path: Path) -> None:
+    """Where nothing but the tool's own imports has registered layouts and meta-architectures."""
+    torch.save(files.retinanet(), tmp_path / "r.pth")
+    source = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    printed = run_python(source, str(TOOL), str(tmp_path / "r.pth"), str(tmp_path / "r.safetensors"), *HEADS)
+    assert "r.pth is of layout denseclip_retinanet" in printed and (tmp_path / "r.safetensors").exists()
+
+
 def test_report(run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = files.mask_rcnn()
     torch.save(content, tmp_path / "m.pth")
