@@ -47,8 +47,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Where parts of a model start. A file that holds the whole model takes their place, whatever a config says.
-_STARTS = ("MODEL.CLIP.PRETRAINED", "MODEL.TIMM.PRETRAINED")
+# Where parts of a model start, and whether there is a text tower: a file that holds the whole model decides
+# it, whatever a config says (such as the one that a run leaves, which says everything).
+_DECIDED_BY_FILE = (
+    "MODEL.CLIP.PRETRAINED",
+    "MODEL.TIMM.PRETRAINED",
+    "MODEL.LANGUAGE.TEXT",
+    "MODEL.LANGUAGE.TABLE_DIM",
+)
 
 
 def apply_weight_options(cfg: CfgNode, explicit: Collection[str]) -> None:
@@ -68,7 +74,7 @@ def apply_weight_options(cfg: CfgNode, explicit: Collection[str]) -> None:
     weights: str = cfg.MODEL.WEIGHTS
     file = _read(weights, cfg.MODEL.CLIP.ALLOW_PICKLE)
     for key, value in ({} if file is None else config_options(file)).items():
-        if key not in explicit or key in _STARTS:
+        if key not in explicit or key in _DECIDED_BY_FILE:
             _set(cfg, key, value, weights)
         elif not _same(chosen := _get(cfg, key), value):
             logger.warning("%s stays %s as the config says, but %s needs %s", key, chosen, weights, value)

@@ -204,3 +204,12 @@ def test_mask_rcnn_trains_and_its_export_needs_no_text_tower(tmp_path: Path) -> 
         a, b = (m.eval()(batch)[0]["instances"] for m in (model, light))
     torch.testing.assert_close(a.scores, b.scores)
     torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor)
+
+
+def test_an_export_brings_its_keys_also_to_the_config_that_a_run_leaves(tmp_path: Path) -> None:
+    state, metadata = detector().export_state()
+    save_checkpoint(tmp_path / "export.safetensors", state, metadata)
+    (tmp_path / "config.yaml").write_text(load_config("configs/shapes/denseclip_mask_rcnn_rn.yaml").dump())
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "export.safetensors")]
+    cfg = load_config(str(tmp_path / "config.yaml"), weights)
+    assert (cfg.MODEL.LANGUAGE.TEXT, cfg.MODEL.LANGUAGE.TABLE_DIM) == ("table", 128)
