@@ -68,6 +68,8 @@ def fake_detectron2(tmp_path):
 def test_inert_beside_a_healthy_detectron2(fake_detectron2, run_python):
     (fake_detectron2 / "_C.py").write_text("")
     (fake_detectron2 / "build.py").write_text("np.zeros(3, dtype=np.int64)\nImage.BILINEAR\n")
+    (fake_detectron2 / "export").mkdir()
+    (fake_detectron2 / "export/__init__.py").write_text("if caffe2:\n    from .api import *\n")
     assert _apply_beside(fake_detectron2.parent, run_python) == {
         "supplied": [], "again": [], "numpy": [], "pillow": [], "stub": False, "detectron2": False,
     }  # fmt: skip
@@ -75,8 +77,11 @@ def test_inert_beside_a_healthy_detectron2(fake_detectron2, run_python):
 
 def test_supplies_only_what_is_mentioned_and_missing(fake_detectron2, run_python):
     (fake_detectron2 / "build.py").write_text("np.zeros(3, dtype=np.int)\nnp.zeros(3, np.float32)\nnp.bool\n")
+    (fake_detectron2 / "export").mkdir()
+    (fake_detectron2 / "export/__init__.py").write_text("from .api import *\n")
     result = _apply_beside(fake_detectron2.parent, run_python)
-    assert result["supplied"] == ["numpy.int", "detectron2._C"]  # np.bool is in NumPy 2
+    # np.bool is in NumPy 2
+    assert result["supplied"] == ["numpy.int", "detectron2._C", "detectron2.export.api"]
     assert result["again"] == []
     assert result["numpy"] == ["int"] and result["pillow"] == [] and result["stub"]
 

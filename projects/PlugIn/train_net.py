@@ -54,12 +54,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, or with ``--eval-only`` evaluate ``MODEL.WEIGHTS``."""
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train, or with ``--eval-only`` evaluate ``MODEL.WEIGHTS`` and return its metrics."""
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, args.resume)
+        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     trainer.resume_or_load(args.resume)

@@ -40,9 +40,9 @@ CHANNELS = 96
 backbone = L(FPN)(
     bottom_up=L(LanguageTrunk)(
         trunk=L(CLIPTrunk)(
-            tower=L(load_clip)(name="shapes-rn", text=False), freeze_at=2, norm="FrozenBN", joint=True
+            tower=L(load_clip)(model="shapes-rn", text=False), freeze_at=2, norm="FrozenBN", joint=True
         ),
-        text=L(ClassText)(clip=L(load_clip)(name="shapes-rn"), classes=CLASSES),
+        text=L(ClassText)(clip=L(load_clip)(model="shapes-rn"), classes=CLASSES),
         context_decoder=L(ContextDecoder)(dim=128),
     ),
     in_features=["res3", "res4", "res5"],
@@ -125,7 +125,7 @@ dataloader = {
 train = {
     "output_dir": "output/plug_in/mask_rcnn",
     "init_checkpoint": "",
-    "max_iter": 600,
+    "max_iter": 300,
     "eval_period": 0,
     "device": "cpu",
     "seed": 1,

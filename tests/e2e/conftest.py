@@ -1,0 +1,34 @@
+"""The `shapes` data sets with a handful of images."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clipdense.data.datasets.shapes import register_shapes
+from clipdense.data.shapes import splits
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+@pytest.fixture(scope="session")
+def small_shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture(scope="module")
+def small_shapes(small_shapes_root: Path) -> Iterator[None]:
+    """Every `shapes` data set with four training and two validation images, while the module runs."""
+    before = dict(DatasetCatalog.data), copy.deepcopy(MetadataCatalog.data)
+    with pytest.MonkeyPatch.context() as patch:
+        for split, images in (("train", 4), ("val", 2)):
+            patch.setitem(splits.SPLITS, split, replace(splits.SPLITS[split], images=images))
+            patch.setitem(splits.MINI, split, images)
+        for name in [name for name in DatasetCatalog.list() if name.startswith("shapes_")]:
+            DatasetCatalog.pop(name)
+            MetadataCatalog.pop(name)
+        register_shapes(small_shapes_root)
+        yield
+    DatasetCatalog.data, MetadataCatalog.data = before
