@@ -1,4 +1,4 @@
-# make demo    installs everything into .venv, then trains, evaluates and draws a Mask R-CNN on a CLIP trunk
+# make demo    installs everything into .venv, then trains, evaluates and draws a DenseCLIP Mask R-CNN
 # make test    installs everything into .venv, then lint, types, import layers and the tests
 #
 # DETECTRON2=<path or git URL> uses another detectron2 (official main; needs a C++ compiler). It is kept until changed.
@@ -34,7 +34,7 @@ env: .venv/.base .venv/.installed
 
 # One thread: on a busy machine two wait for each other, and a step takes many times as long.
 demo: env
-	OMP_NUM_THREADS=1 $(BIN)/python tools/train_net.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml OUTPUT_DIR output/demo
+	OMP_NUM_THREADS=1 $(BIN)/python tools/train_net.py --config-file configs/shapes/denseclip_mask_rcnn_rn.yaml OUTPUT_DIR output/demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
