@@ -27,7 +27,7 @@ from clipdense.checkpoint import (
     save_checkpoint,
 )
 from clipdense.config import add_clipdense_config
-from clipdense.data.checks import HEAD_CLASSES
+from clipdense.data.checks import head_classes
 from clipdense.data.classes import class_names
 from clipdense.engine.options import ConfigError
 
@@ -208,7 +208,7 @@ def account_model(cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = ()
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
     if not cfg.MODEL.LANGUAGE.CLASSES:  # the names are not known, and do not matter here
-        counted, _ = HEAD_CLASSES[cfg.MODEL.META_ARCHITECTURE][0]
+        counted, _ = head_classes(cfg)[0]
         cfg.MODEL.LANGUAGE.CLASSES = [str(i) for i in range(_get(cfg, counted))]
     try:
         with torch.device("meta"):

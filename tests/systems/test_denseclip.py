@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipdense.backbone import SCORE
 from clipdense.checkpoint import save_checkpoint
+from clipdense.data.checks import check_classes
 from clipdense.engine.setup import load_config
 from clipdense.systems.denseclip import DenseCLIPRCNN, PixelTextLoss, PixelTextSupervised
 from clipdense.systems.denseclip.loss import box_targets, mask_targets
@@ -204,6 +205,15 @@ def test_mask_rcnn_trains_and_its_export_needs_no_text_tower(tmp_path: Path) -> 
         a, b = (m.eval()(batch)[0]["instances"] for m in (model, light))
     torch.testing.assert_close(a.scores, b.scores)
     torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("name", ["PixelTextSupervised", "DenseCLIPRCNN", "DenseCLIPRetinaNet"])
+def test_heads_are_checked_against_the_classes(name: str) -> None:
+    key = "RETINANET" if "Retina" in name else "ROI_HEADS"
+    words = ["MODEL.META_ARCHITECTURE", name, f"MODEL.{key}.NUM_CLASSES", "79"]
+    cfg = load_config("configs/shapes/denseclip_mask_rcnn_rn.yaml", words)
+    with pytest.raises(ValueError, match=f"{key}.NUM_CLASSES = 79.* 80 thing classes"):
+        check_classes(cfg)
 
 
 def test_an_export_brings_its_keys_also_to_the_config_that_a_run_leaves(tmp_path: Path) -> None:

@@ -134,5 +134,6 @@ class DenseCLIPRetinaNet(PixelTextSupervised):
     base_name = RuledRetinaNet.__name__
 
 
+HEAD_CLASSES[PixelTextSupervised.__name__] = "MODEL.PIXEL_TEXT.BASE"
 for _detector in (DenseCLIPRCNN, DenseCLIPRetinaNet):
     HEAD_CLASSES[_detector.__name__] = HEAD_CLASSES[_detector.base_name]
