@@ -71,7 +71,8 @@ class ClassText(nn.Module):
         return self._kept[1]
 
     def train(self, mode: bool = True) -> ClassText:
-        self._kept = None
+        if mode != self.training:  # also what escapes `_state_key`, a change through `.data`, ends here
+            self._kept = None
         return super().train(mode)
 
     def table(self) -> ClassTable:

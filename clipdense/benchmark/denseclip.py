@@ -39,7 +39,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     ours, floor = (_model(args.clip, meta, trunk, device) for meta, trunk in _MODELS)
     batch = _batch(args.size, args.batch, 80)
     proposals = _proposals(args.size, args.batch, 1000, device)
-    for model in (ours, floor):
+    for model in (ours.base, floor):
         model.proposal_generator = _FixedProposals(model.proposal_generator, proposals)
 
     for name, mode in (("inference", _inference), ("train_step", _train_step)):
