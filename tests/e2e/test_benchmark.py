@@ -41,6 +41,19 @@ def test_evaluation_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
         assert f"{row['values']['ours'][task]['AP']:.10f}" in printed
 
 
+@pytest.mark.slow
+def test_denseclip_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "benchmark.json"
+    words = ["denseclip", "--clip", "shapes-rn", "--size", "128", "--batch", "1", "--flops-only"]
+    assert tool.main([*words, "--json", str(path)]) == 0
+    inference, train = json.loads(path.read_text())["rows"]
+    assert (inference["name"], train["name"]) == ("denseclip/inference_flops", "denseclip/train_step_flops")
+    # The heads of both see the same regions, so that language alone makes the difference.
+    assert 1 < inference["ratio"] < 1.05 and 1 < train["ratio"] < 1.2
+    assert inference["other"] > 100 and not inference["raw"]
+    capsys.readouterr()
+
+
 def test_the_suite_fails_where_numbers_differ(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = load_suite("evaluation")
     right = suite.hotcoco_metrics
