@@ -76,7 +76,7 @@ def apply_weight_options(cfg: CfgNode, explicit: Collection[str]) -> None:
     for key, value in ({} if file is None else config_options(file)).items():
         if key not in explicit or key in _DECIDED_BY_FILE:
             _set(cfg, key, value, weights)
-        elif not _same(chosen := _get(cfg, key), value):
+        elif (chosen := _get(cfg, key)) not in ([], ()) and not _same(chosen, value):  # empty: left open
             logger.warning("%s stays %s as the config says, but %s needs %s", key, chosen, weights, value)
 
 
