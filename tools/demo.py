@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--input", required=True, nargs="+", metavar="IMAGES", help="files, folders, or quoted globs"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("output/demo"), metavar="DIR", help="default: %(default)s"
+        "--output", type=Path, default=Path("output/predictions"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument(
         "--score-threshold",

@@ -266,7 +266,7 @@ def test_help_and_usage(demo: Any, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="0"):
         demo.main(["--help"])
     text = capsys.readouterr().out
-    assert "--opts MODEL.WEIGHTS" in text and "results.json" in text and "default: output/demo" in text
+    assert "--opts MODEL.WEIGHTS" in text and "results.json" in text and "default: output/predictions" in text
     with pytest.raises(SystemExit, match="2"):
         demo.main(["--config-file", "a", "--input", "b", "--score-threshold", "50"])
     assert "must lie in 0 to 1, not 50" in capsys.readouterr().err
