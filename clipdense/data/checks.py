@@ -12,7 +12,14 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-__all__ = ["HEAD_CLASSES", "check_classes", "check_dataset_names", "clean_annotations", "head_classes"]
+__all__ = [
+    "HEAD_CLASSES",
+    "check_classes",
+    "check_dataset_names",
+    "clean_annotations",
+    "dataset_classes",
+    "head_classes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +82,7 @@ def check_classes(cfg: CfgNode) -> None:
     check_dataset_names(names)
     for key, kind in head_classes(cfg):
         node = _value(cfg, key)
-        lists = {name: _class_names(name, kind) for name in names}
+        lists = {name: dataset_classes(name, kind) for name in names}
         for name, classes in lists.items():
             if classes is None:
                 raise ValueError(
@@ -96,8 +103,12 @@ def check_classes(cfg: CfgNode) -> None:
                 )
 
 
-def _class_names(name: str, kind: str) -> list[str] | None:
-    """Names of a data set's thing or stuff classes; of own data, from the json file."""
+def dataset_classes(name: str, kind: str) -> list[str] | None:
+    """Names of a data set's "thing" or "stuff" classes; None where it names none.
+
+    Data that `register_coco_instances` has registered name them when they are loaded; until then the json
+    file does.
+    """
     metadata = MetadataCatalog.get(name)
     classes = metadata.get(f"{kind}_classes")
     if classes is None and kind == "thing" and metadata.get("evaluator_type") == "coco":

@@ -1,10 +1,9 @@
 """The class list that the data sets of a config share."""
 
-from clipdense.data.checks import check_dataset_names
+from clipdense.data.checks import check_dataset_names, dataset_classes
 from clipdense.data.datasets import register_from_config
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
 __all__ = ["class_names"]
 
@@ -21,15 +20,16 @@ def class_names(cfg: CfgNode, kind: str = "thing_classes") -> list[str]:
     register_from_config(cfg)
     datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     check_dataset_names(datasets)
-    lists = {name: MetadataCatalog.get(name).get(kind) for name in datasets}
-    first = lists[datasets[0]]
-    for name, classes in lists.items():
+    first: list[str] = []
+    for name in datasets:
+        classes = dataset_classes(name, kind.removesuffix("_classes"))
         if not classes:
             raise ValueError(f"data set {name} has no {kind}")
-        if list(classes) != list(first):
+        first = first or classes
+        if classes != first:
             differing = [f"{a!r} / {b!r}" for a, b in zip(first, classes, strict=False) if a != b][:3]
             raise ValueError(
                 f"data sets {datasets[0]} ({len(first)} classes) and {name} ({len(classes)}) have different "
                 f"class lists; the first differences: {', '.join(differing) or 'their lengths'}"
             )
-    return list(first)
+    return first

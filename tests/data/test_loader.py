@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from clipdense.data.checks import check_classes, check_dataset_names, clean_annotations
+from clipdense.data.classes import class_names
 from clipdense.data.datasets import register_from_config
 from clipdense.data.image import BadImageError
 from clipdense.data.loader import build_test_loader, build_train_loader, keyed_randomness
 from clipdense.data.samplers import ResumableTrainingSampler
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
@@ -214,6 +216,16 @@ class TestOwnData:
 
 
 class TestClasses:
+    def test_names_of_data_that_only_detectron2_has_registered(self, cfg, coco_json, catalogs):
+        """Its metadata name the classes when the data are loaded, not before."""
+        json_file, images = coco_json()
+        register_coco_instances("registered", {}, str(json_file), str(images))
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("registered",), ()
+        assert MetadataCatalog.get("registered").get("thing_classes") is None
+        assert class_names(cfg) == ["cat", "dog"]
+        with pytest.raises(ValueError, match="registered has no stuff_classes"):
+            class_names(cfg, "stuff_classes")
+
     def test_a_head_of_the_right_size(self, own):
         check_classes(own)
 
