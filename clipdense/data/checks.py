@@ -116,10 +116,10 @@ def dataset_classes(name: str, kind: str) -> list[str] | None:
         return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
     if classes is None:
         return None
-    if kind == "thing" and metadata.get("stuff_classes") == classes:
+    things = metadata.get("thing_dataset_id_to_contiguous_id")
+    if kind == "thing" and things and metadata.get("stuff_classes") == classes:
         # standard panoptic metadata names every class in both lists
-        members = set(metadata.thing_dataset_id_to_contiguous_id.values())
-        return [c for i, c in enumerate(classes) if i in members]
+        return [c for i, c in enumerate(classes) if i in set(things.values())]
     return list(classes)
 
 
