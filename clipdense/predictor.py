@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.config import add_clipdense_config
 from clipdense.data.datasets import register_from_config
 from clipdense.data.image import ImageSource, load_image
@@ -33,26 +35,30 @@ from clipdense.score_map import score_classes, score_maps
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.modeling import META_ARCH_REGISTRY
 
 __all__ = ["Predictor"]
 
 _CLASSES = ("thing_classes", "stuff_classes")
 
 Output = dict[str, Any]
+Words = Vocabulary | str | Path | Sequence[str | Sequence[str]]
 
 
 class Predictor:
     """A model with its weights, built once, that takes images as they come.
 
     An image is a file, a PIL image of any mode, or an array (see `clipdense.data.image.load_image`); it is
-    resized as in evaluation. An output is what Detectron2's models give for an image, in pixels of the
+    resized as in evaluation. An open-vocabulary model looks for the classes of the test set, or for any
+    others (see `set_vocabulary`). An output is what Detectron2's models give for an image, in pixels of the
     (upright) original: ``instances`` and, from models that have them, ``sem_seg`` (or ``sem_seg_labels``) and
     ``panoptic_seg``.
 
     Attributes:
         cfg: the config, overrides included.
         model: in evaluation mode.
-        metadata: of the test set, with the classes that the weights were trained for where they note them.
+        metadata: of the test set, with the classes that the weights were trained for where they note them; or
+            with those of the vocabulary that was given.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Predictor:
         opts: Iterable[object] = (),
         device: str | None = None,
         score_threshold: float | None = None,
+        vocabulary: Words | None = None,
     ) -> None:
         """
         Args:
@@ -72,10 +79,13 @@ class Predictor:
             opts: overrides, KEY VALUE pairs (``key=value`` words for a LazyConfig).
             device: default the config's, or the CPU where that is a GPU and there is none.
             score_threshold: instances below it are left out, 0..1; None for the model's own threshold.
+            vocabulary: what an open-vocabulary model looks for, see `set_vocabulary`; None for the classes of
+                the test set.
 
         Raises:
             ConfigError: the config is wrong, names no weights or no classes, or other classes than published
-                weights; or its mapper cannot take an image.
+                weights; its mapper cannot take an image; or a vocabulary is given to a model that cannot
+                change its own.
             FileNotFoundError: no such weights.
             CheckpointError: they do not fit the model, or lack some of it.
         """
@@ -88,10 +98,45 @@ class Predictor:
                 "LazyConfig train.init_checkpoint=...)"
             )
         self._mapper = _build_mapper(self.cfg)
+        words = None if vocabulary is None else Vocabulary.parse(vocabulary)
         self.model = build_model(self.cfg).eval()
+        if words is not None:
+            _check_open(self.model)
         checkpointer = TrainingCheckpointer(self.model, "", options.weights_skip, options.allow_pickle)
         noted = checkpointer.load_weights(options.weights, complete=True).get("metadata", {})
-        self.metadata = _metadata(self.cfg, {**options.metadata, **noted})
+        if words is None:
+            is_open = _is_open(self.model)
+            self.metadata = _metadata(self.cfg, {**options.metadata, **noted}, trained_first=not is_open)
+            if is_open:
+                self.model.set_vocabulary(Vocabulary.from_metadata(self.metadata))
+        else:
+            self.set_vocabulary(words)
+
+    def set_vocabulary(self, vocabulary: Words) -> None:
+        """Let an open-vocabulary model look for other classes from now on; `metadata` then names them.
+
+        Nothing is built anew, and text is encoded for names that have not been seen yet only.
+
+        Args:
+            vocabulary: what `Vocabulary.parse` takes: "cat|kitten, red car" (bars part synonyms), the path of
+                a class-list file (.txt, .json), a list of names, or a `Vocabulary`.
+
+        Raises:
+            ConfigError: the model's vocabulary is closed.
+            FileNotFoundError, ValueError: no such file, or no vocabulary; or a name that the model cannot
+                embed. The vocabulary stays as it was.
+        """
+        vocabulary = Vocabulary.parse(vocabulary)
+        _check_open(self.model)
+        self.model.set_vocabulary(vocabulary)
+        names = list(vocabulary.names)
+        things = [i for i in range(len(names)) if vocabulary.thing is None or vocabulary.thing[i]]
+        self.metadata = Metadata(
+            thing_classes=names,
+            # as in Detectron2's standard panoptic metadata: both lists name every class
+            stuff_classes=names,
+            thing_dataset_id_to_contiguous_id={i: i for i in things},
+        )
 
     def __call__(self, image: ImageSource) -> Output:
         """Output for one image.
@@ -221,8 +266,26 @@ def _build_mapper(cfg: Any) -> Any:
     return mapper
 
 
-def _metadata(cfg: Any, noted: dict[str, Any]) -> Metadata:
-    """Metadata of the first data set that names classes, with the classes that the weights note."""
+def _is_open(model: Any) -> bool:
+    return hasattr(model, "set_vocabulary")
+
+
+def _check_open(model: Any) -> None:
+    if not _is_open(model):
+        able = ", ".join(sorted(name for name, kind in META_ARCH_REGISTRY if _is_open(kind)))
+        raise ConfigError(
+            f"{type(model).__name__} has a closed vocabulary: it was trained to tell a fixed list of classes "
+            f"apart, and cannot look for others. Leave the vocabulary out, or use an open-vocabulary model "
+            f"({able or 'none is registered'})."
+        )
+
+
+def _metadata(cfg: Any, noted: dict[str, Any], trained_first: bool) -> Metadata:
+    """Metadata of the first data set that names classes, with the classes that the weights note.
+
+    Args:
+        trained_first: take the weights' classes where the data set names others; else the data set's.
+    """
     names: Sequence[str]
     if isinstance(cfg, CfgNode):
         names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
@@ -233,11 +296,12 @@ def _metadata(cfg: Any, noted: dict[str, Any]) -> Metadata:
     known: dict[str, Any] = next(
         (entry for entry in entries if any(entry.get(kind) for kind in _CLASSES)), {}
     )
-    known |= {kind: list(noted[kind]) for kind in _CLASSES if noted.get(kind)}
+    if trained_first or not known:
+        known |= {kind: list(noted[kind]) for kind in _CLASSES if noted.get(kind)}
     if not any(known.get(kind) for kind in _CLASSES):
         raise ConfigError(
             f"no class names: neither the weights nor the data sets ({', '.join(names) or 'none is named'}) "
             "list any. Register the data set that the model was trained on (DATASETS.COCO_JSON), or, in a "
-            "LazyConfig, set train.metadata.thing_classes."
+            "LazyConfig, set train.metadata.thing_classes; an open-vocabulary model takes a vocabulary."
         )
     return Metadata(**known)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from clipdense.clip.vocabulary import Vocabulary
+
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -59,6 +61,33 @@ class BrightPanoptic(BrightBox):
         ]
         scores = torch.stack([(~inside).float(), torch.zeros_like(inside).float(), inside.float()])
         return {**output, "sem_seg": scores, "panoptic_seg": (1 + inside.int(), segments)}
+
+
+@META_ARCH_REGISTRY.register()
+class OpenBrightBox(BrightBox):
+    """Boxes of the class whose name holds their colour ("red", "green", "blue"), if there is one.
+
+    `embedder` (a `TextEmbedder`), where a test sets it, embeds the classes as a real model's does.
+    """
+
+    embedder: Any = None
+    vocabulary: Vocabulary | None = None
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        if self.embedder is not None:
+            self.text = self.embedder(vocabulary)
+        self.vocabulary = vocabulary
+
+    def find(self, sample: dict[str, Any]) -> dict[str, Any]:
+        output = super().find(sample)
+        assert self.vocabulary is not None
+        color = output["instances"].pred_classes
+        named = [[c in name for name in self.vocabulary.names] for c in ("red", "green", "blue")]
+        classes = torch.tensor(named).int()[color].argmax(1)
+        found = torch.tensor(named).any(1)[color]
+        output["instances"].pred_classes = classes
+        output["instances"] = output["instances"][found]
+        return output
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from PIL import Image
 
 import clipdense
 from clipdense.checkpoint import CheckpointError, save_checkpoint
+from clipdense.clip import load_clip
+from clipdense.clip.text import TextBank
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import BadImageError, array_to_image, image_to_array, load_image
 from clipdense.data.loader import build_test_loader
 from clipdense.engine.build import build_model
@@ -26,7 +29,7 @@ from detectron2.data import MetadataCatalog
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bright_box import BOX, CLASSES, dataset, scene, write_model  # noqa: E402
+from bright_box import BOX, CLASSES, OpenBrightBox, dataset, scene, write_model  # noqa: E402
 
 ORIENTATIONS = range(1, 9)
 
@@ -317,6 +320,90 @@ def test_published_weights_of_other_classes_are_refused(config: Path, tmp_path: 
     save_checkpoint(weights, {"level": torch.tensor(128.0)}, {"layout": "clipdense", "options": options})
     with pytest.raises(ConfigError, match="class 2: 'pink box' in the file, 'blue box' wanted"):
         Predictor(config, weights)
+
+
+# ---- vocabularies
+
+
+def test_an_open_vocabulary_model_looks_for_the_test_sets_classes(config: Path, tmp_path: Path) -> None:
+    test_set = load_config(str(config)).DATASETS.TEST[0]
+    trained = {"thing_classes": ["red box"]}  # the base classes of the training set
+    predictor = Predictor(write_model(tmp_path, test_set, "OpenBrightBox", **trained))
+    assert predictor.model.vocabulary.names == tuple(CLASSES)
+    assert predictor.metadata.thing_classes == CLASSES
+    check(predictor(scene()))
+    # a data set that is not registered here
+    unknown = write_model(tmp_path, "birds_of_elsewhere", "OpenBrightBox", **trained)
+    assert Predictor(unknown).metadata.thing_classes == ["red box"]
+    # given words go before both, and need neither
+    nameless = write_model(tmp_path, "birds_of_elsewhere", "OpenBrightBox")
+    assert Predictor(nameless, vocabulary="sky, blue|azure").metadata.thing_classes == ["sky", "blue"]
+    with pytest.raises(ConfigError, match="no class names.*an open-vocabulary model takes a vocabulary"):
+        Predictor(nameless)
+
+
+def test_another_vocabulary_builds_nothing_anew(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    bank = TextBank(load_clip("shapes-rn", "random"), "a photo of a {}.", cache_dir=None)
+    encoded: list[str] = []
+    fill = bank.templates.__class__.fill
+    monkeypatch.setattr(bank.templates.__class__, "fill", lambda s, n: encoded.append(n) or fill(s, n))
+    monkeypatch.setattr(OpenBrightBox, "embedder", staticmethod(bank))
+    words = tmp_path / "words.txt"
+    words.write_text("blue box, azure box\ncat\n")
+
+    predictor = Predictor(write_model(tmp_path, "none", "OpenBrightBox"), vocabulary="red box, cat")
+    assert encoded == ["red box", "cat"] and len(predictor(scene())["instances"]) == 0
+    modules = list(map(id, predictor.model.modules()))
+    weights = [p.data_ptr() for p in (*predictor.model.parameters(), *bank.clip.parameters())]
+    predictor.set_vocabulary(words)
+    assert encoded[2:] == ["blue box", "azure box"]
+    check(predictor(scene()), 0)
+    assert predictor.metadata.thing_classes == predictor.metadata.stuff_classes == ["blue box", "cat"]
+    predictor.set_vocabulary(["red box", "azure box"])
+    assert len(encoded) == 4 and torch.equal(predictor.model.text, bank(["red box", "azure box"]))
+    assert list(map(id, predictor.model.modules())) == modules
+    assert [p.data_ptr() for p in (*predictor.model.parameters(), *bank.clip.parameters())] == weights
+    # what cannot be embedded changes nothing
+    with pytest.raises(ValueError, match="too long"):
+        predictor.set_vocabulary(["green box", "very " * 80 + "long"])
+    assert predictor.metadata.thing_classes == ["red box", "azure box"]
+    assert predictor.model.vocabulary.names == ("red box", "azure box")
+
+
+def test_things_and_stuff_of_a_vocabulary(tmp_path: Path) -> None:
+    predictor = Predictor(
+        write_model(tmp_path, "none", "OpenBrightBox"),
+        vocabulary=Vocabulary((("cat",), ("sky",)), thing=(True, False)),
+    )
+    assert predictor.metadata.thing_dataset_id_to_contiguous_id == {0: 0}
+    assert predictor.metadata.stuff_classes == ["cat", "sky"]
+
+
+def test_a_closed_vocabulary_stays(config: Path, predictor: Predictor, tmp_path: Path) -> None:
+    expected = "BrightBox has a closed vocabulary: .* cannot look for others.*OpenBrightBox"
+    with pytest.raises(ConfigError, match=expected):
+        predictor.set_vocabulary("cat")
+    assert predictor.metadata.thing_classes == CLASSES
+    with pytest.raises(ConfigError, match=expected):  # before the weights are read
+        Predictor(config, tmp_path / "none.pth", vocabulary="cat")
+
+
+@pytest.mark.parametrize(
+    "words, error, message",
+    [
+        ("", ValueError, "at least one class"),
+        ("cat, Cat", ValueError, "classes 0 and 1 are the same"),
+        ("none.txt", FileNotFoundError, "no class-list file 'none.txt'"),
+    ],
+)
+def test_words_that_are_no_vocabulary(
+    tmp_path: Path, words: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Predictor(write_model(tmp_path, "none", "OpenBrightBox"), vocabulary=words)
 
 
 def test_mappers_without_augmentations_are_refused(config: Path) -> None:

@@ -3,6 +3,7 @@
 
     python tools/demo.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml --input photos/ 'more/*.jpg' \\
         --opts MODEL.WEIGHTS output/demo/model_final.pth
+    python tools/demo.py --config-file ... --input a.jpg --vocabulary "cat|kitten, red car" --opts ...
     python tools/demo.py --config-file ... --input a.jpg --score-map "red star" --opts ...
 
 Into the output folder come:
@@ -65,6 +66,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="leave out detections below it, 0 to 1 (default: %(default)s)",
     )
     parser.add_argument(
+        "--vocabulary",
+        metavar="WORDS",
+        help='what to look for, instead of the test set\'s classes: words ("cat|kitten, red car"; bars part '
+        "synonyms) or a class-list file (.txt, .json); open-vocabulary models only",
+    )
+    parser.add_argument(
         "--score-map",
         nargs="+",
         default=[],
@@ -92,7 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     if not paths:
         raise FileNotFoundError("no images: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
     args.output.mkdir(parents=True, exist_ok=True)
-    predictor = clipdense.Predictor(args.config_file, opts=args.opts, score_threshold=args.score_threshold)
+    predictor = clipdense.Predictor(
+        args.config_file,
+        opts=args.opts,
+        score_threshold=args.score_threshold,
+        vocabulary=args.vocabulary,
+    )
     check_classes(args.score_map, predictor)
     results = Results(predictor.metadata.get("thing_classes") or (), failed)
     names = Names(args.output, paths)

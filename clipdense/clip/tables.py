@@ -206,7 +206,10 @@ class TextTable(TextEmbedder):
                 found.append(similar[0])
                 classes.append(i)
         if missing:
-            raise ValueError(f"{self.source} has no row for {self._hints(missing)}")
+            raise ValueError(
+                f"{self.source} has no row for {self._hints(missing)}; tools/make_text_table.py writes a table "
+                "of any names, and a text tower needs none"
+            )
         if several:
             raise ValueError(f"{self.source} has several classes of the name {', '.join(map(repr, several))}")
         return torch.stack(found), torch.tensor(classes)

@@ -122,7 +122,7 @@ class Vocabulary:
     @classmethod
     def from_metadata(cls, metadata: Any, *, separator: str | None = ",") -> Vocabulary:
         """From Detectron2 metadata: `thing_classes`, `stuff_classes`; optional `novel_classes` or
-        `base_classes`.
+        `base_classes`, and `class_synonyms`, the names of each class in their order (the display name first).
 
         Where `stuff_classes` holds the things as well (semantic and panoptic data sets), it gives the
         classes, and `thing_dataset_id_to_contiguous_id` (else the names) says which of them are things. Where
@@ -130,7 +130,7 @@ class Vocabulary:
         left out.
 
         Raises:
-            ValueError: neither list is there; see also `from_names`.
+            ValueError: neither list is there, or `class_synonyms` has another length; see also `from_names`.
         """
         things = list(getattr(metadata, "thing_classes", ()))
         stuff = list(getattr(metadata, "stuff_classes", ()))
@@ -151,8 +151,11 @@ class Vocabulary:
         else:
             stuff = stuff[1:] if stuff[0] == "things" else stuff
             names, thing = things + stuff, [True] * len(things) + [False] * len(stuff)
+        synonyms = getattr(metadata, "class_synonyms", names)
+        if len(synonyms) != len(names):
+            raise ValueError(f"class_synonyms name {len(synonyms)} classes, the metadata has {len(names)}")
         vocabulary = cls.from_names(
-            names, separator=separator, novel=getattr(metadata, "novel_classes", None)
+            synonyms, separator=separator, novel=getattr(metadata, "novel_classes", None)
         )
         if (known := getattr(metadata, "base_classes", None)) is not None:
             base = set(vocabulary._positions(known))

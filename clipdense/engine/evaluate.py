@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ _DRAWN = {"instances", "panoptic_seg", "sem_seg", "sem_seg_labels"}
 logger = logging.getLogger(__name__)
 
 
-def evaluate_datasets(cfg: CfgNode, model: nn.Module, final: bool = True) -> dict[str, Any]:
+def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str, Any]:
     """Evaluate on each of ``DATASETS.TEST``; the model is left in evaluation mode.
 
-    A model whose vocabulary can change (``set_vocabulary``) gets each data set's classes.
+    A model whose vocabulary can change (``set_vocabulary``) gets each data set's classes; the one that it had
+    before (``vocabulary``), with which training may go on, is set again in the end.
 
     Args:
         final: whether to draw ``predictions_<data set>.png`` as well, and ``scores_<data set>.png`` of a
@@ -40,19 +42,53 @@ def evaluate_datasets(cfg: CfgNode, model: nn.Module, final: bool = True) -> dic
     Returns:
         task -> metric -> value, under the data set's name where there are several; empty but in the main
         process.
+
+    Raises:
+        ValueError: the model cannot take a data set's classes; before anything is evaluated.
     """
     results = {}
-    set_vocabulary: Any = getattr(model, "set_vocabulary", None)
-    for name in cfg.DATASETS.TEST:
-        if set_vocabulary is not None:
-            set_vocabulary(Vocabulary.from_metadata(MetadataCatalog.get(name)))
-        loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name)
-        results[name], shown = run_inference(model, loader, evaluator, PANEL_IMAGES if final else 0, name)
-        if final and comm.is_main_process():
-            _draw(model, name, shown, cfg.OUTPUT_DIR)
+    with _vocabularies(model, cfg.DATASETS.TEST) as vocabularies:
+        for name in cfg.DATASETS.TEST:
+            if name in vocabularies:
+                model.set_vocabulary(vocabularies[name])
+            loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name)
+            results[name], shown = run_inference(model, loader, evaluator, PANEL_IMAGES if final else 0, name)
+            if final and comm.is_main_process():
+                _draw(model, name, shown, cfg.OUTPUT_DIR)
     if not comm.is_main_process():
         return {}
     return results if len(results) > 1 else next(iter(results.values()))
+
+
+@contextmanager
+def _vocabularies(model: Any, names: Iterable[str]) -> Iterator[dict[str, Vocabulary]]:
+    """What an open-vocabulary model is told for each data set; nothing for a model that names fixed classes.
+
+    All are set once, so that words without an embedding are known before hours of evaluation; text is encoded
+    once however often it is set.
+    """
+    if not hasattr(model, "set_vocabulary"):
+        yield {}
+        return
+    vocabularies = {name: _vocabulary(name) for name in names}
+    before = getattr(model, "vocabulary", None)
+    try:
+        for name, vocabulary in vocabularies.items():
+            try:
+                model.set_vocabulary(vocabulary)
+            except ValueError as error:
+                raise ValueError(f"the classes of data set {name}: {error}") from error
+        yield vocabularies
+    finally:
+        if before is not None:
+            model.set_vocabulary(before)
+
+
+def _vocabulary(name: str) -> Vocabulary:
+    metadata = MetadataCatalog.get(name)
+    if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
+        DatasetCatalog.get(name)  # a COCO file's classes are known once it has been read
+    return Vocabulary.from_metadata(metadata)
 
 
 def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], folder: str) -> None:

@@ -128,6 +128,14 @@ def test_from_metadata():
         Vocabulary.from_metadata(metadata())
 
 
+def test_from_metadata_with_synonyms():
+    fields = {"thing_classes": ["cat", "dog"], "class_synonyms": [["cat", "kitten"], ["dog"]]}
+    vocabulary = Vocabulary.from_metadata(metadata(**fields, novel_classes=["cat"]))
+    assert vocabulary == Vocabulary((("cat", "kitten"), ("dog",)), (False, True), (True, True))
+    with pytest.raises(ValueError, match="class_synonyms name 1 classes, the metadata has 2"):
+        Vocabulary.from_metadata(metadata(**{**fields, "class_synonyms": [["cat"]]}))
+
+
 def test_files(tmp_path):
     text = tmp_path / "names.txt"
     text.write_text("cat, kitten\n\nred car\n", encoding="utf-8")

@@ -15,11 +15,15 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import clipdense
+from clipdense.clip import load_clip
+from clipdense.clip.tables import TextTable, save_table
+from clipdense.clip.text import TextBank
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.predictor import Predictor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bright_box import BOX, CLASSES, dataset, scene, write_model  # noqa: E402
+from bright_box import BOX, CLASSES, OpenBrightBox, dataset, scene, write_model  # noqa: E402
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
 BLUE, RED, DIM = (0, 0, 220), (220, 0, 0), (0, 0, 140)
@@ -174,6 +178,44 @@ def test_threshold(run: Run, tmp_path: Path) -> None:
     assert np.abs(pictures(tmp_path / "out")["dim.jpg"] - drawn).max() > 60
 
 
+def test_any_words(run: Run, photos: Path, tmp_path: Path) -> None:
+    """Names, ids and colours are the vocabulary's."""
+    options = ("--vocabulary", "cat, red car|red auto, dog")
+    _, results = run(photos, options=options, architecture="OpenBrightBox")
+    assert [c["name"] for c in results["categories"]] == ["cat", "red car", "dog"]
+    (row,) = results["annotations"]
+    assert (row["category"], row["category_id"], row["image_id"]) == ("red car", 1, 1)
+    drawn = pictures(tmp_path / "out")["two.jpg"].astype(int)
+    words = tmp_path / "words.json"
+    words.write_text(
+        json.dumps({"categories": [{"id": 7, "name": "red car"}, {"id": 9, "name": "blue one"}]})
+    )
+    _, results = run(photos, options=("--vocabulary", str(words)), architecture="OpenBrightBox")
+    assert [row["category"] for row in results["annotations"]] == ["blue one", "red car"]
+    # a class has the colour of its place in the list
+    assert np.abs(pictures(tmp_path / "out")["two.jpg"] - drawn)[60:70, 200:300].mean() > 5
+    above = ("--score-threshold", "0.99", "--vocabulary", "blue, red")
+    assert run(photos, options=above, architecture="OpenBrightBox")[1]["annotations"] == []
+
+
+def test_a_word_that_a_table_lacks(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A precomputed class table stands in for the text tower."""
+    torch.manual_seed(0)
+    bank = TextBank(load_clip("shapes-rn", "random"), cache_dir=None)
+    save_table(tmp_path / "table.safetensors", bank, Vocabulary.parse("red car, blue car, cat"))
+    table = TextTable.load(tmp_path / "table.safetensors")
+    monkeypatch.setattr(OpenBrightBox, "embedder", staticmethod(table))
+    options = ("--vocabulary", "blue car, cat")
+    assert len(run(photos, options=options, architecture="OpenBrightBox")[1]["annotations"]) == 1
+    message = (
+        r"table.safetensors' has no row for 'red cat' \(near: 'red car'.*tools/make_text_table.py writes"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(photos, options=("--vocabulary", "red cat, cat"), architecture="OpenBrightBox")
+
+
 def test_panoptic_maps_are_drawn(run: Run, tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", BLUE)
     run(path)
@@ -247,6 +289,8 @@ def test_score_maps_of_a_model_without(run: Run, photos: Path) -> None:
         (["--input", "none.png"], "error: no images: none.png: there is no such file"),
         (["--input", "IMAGE", "--opts", "MODEL.WEIGHTS", ""], "error: no trained weights are named"),
         (["--input", "IMAGE", "--opts", "MODEL.WEIGHT", "x"], "error: .*Did you mean MODEL.WEIGHTS"),
+        (["--input", "IMAGE", "--vocabulary", "cat"], "error: BrightBox has a closed vocabulary"),
+        (["--input", "IMAGE", "--vocabulary", "cat.txt"], "error: no class-list file 'cat.txt'"),
         (["--input", "IMAGE", "--output", "/proc/out"], "error: .*/proc/out"),
     ],
 )

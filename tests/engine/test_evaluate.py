@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine import evaluate
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
 
@@ -36,15 +38,75 @@ def test_run_inference_keeps_the_first_pairs() -> None:
     assert all("value" in output for _, output in pairs)
 
 
-def test_an_open_vocabulary_gets_each_data_sets_classes(tmp_path: Path) -> None:
-    class Open(engine_toy.ToyNet):
-        def set_vocabulary(self, vocabulary: Any) -> None:
-            told.append(list(vocabulary.names))
+class Open(engine_toy.ToyNet):
+    """Notes what it is told, and under which vocabulary it names what; knows no dogs."""
 
-    told: list[list[str]] = []
-    cfg = engine_toy.toy_config(tmp_path, "DATASETS.TEST", ("toy", "toy_steep"))
-    assert set(evaluate_datasets(cfg, Open())) == {"toy", "toy_steep"}
-    assert told == [["thing"], ["thing"]]
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocabulary = Vocabulary.parse("trained")
+        self.told: list[Vocabulary] = []
+        self.ran: dict[tuple[str, ...], int] = {}
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        if "dog" in vocabulary:
+            raise ValueError("no row for 'dog'")
+        self.vocabulary = vocabulary
+        self.told.append(vocabulary)
+
+    def forward(self, batch: list[dict[str, Any]]) -> Any:
+        self.ran[self.vocabulary.names] = self.ran.get(self.vocabulary.names, 0) + len(batch)
+        return super().forward(batch)
+
+
+@pytest.fixture
+def animals() -> Iterator[dict[str, Any]]:
+    """Two data sets with classes of their own; metadata by name."""
+    metadata = {
+        "toy_cats": {"thing_classes": ["cat", "lynx"], "novel_classes": ["lynx"]},
+        "toy_birds": {"thing_classes": ["bird"], "class_synonyms": [["bird", "fowl"]]},
+    }
+    for name, fields in metadata.items():
+        DatasetCatalog.register(name, engine_toy.records)
+        MetadataCatalog.get(name).set(evaluator_type="toy", **fields)
+    yield metadata
+    for name in metadata:
+        DatasetCatalog.remove(name), MetadataCatalog.remove(name)
+
+
+def test_each_data_set_has_its_own_words(tmp_path: Path, animals: dict[str, Any]) -> None:
+    """Transfer to other data sets in one run: names, synonyms and novel classes come from the metadata."""
+    cfg = engine_toy.toy_config(tmp_path, "DATASETS.TEST", ("toy", "toy_cats", "toy_birds"))
+    model = Open()
+    assert set(evaluate_datasets(cfg, model)) == {"toy", "toy_cats", "toy_birds"}
+    assert model.ran == dict.fromkeys([("thing",), ("cat", "lynx"), ("bird",)], engine_toy.SIZE)
+    cats, birds = model.told[-3:-1]
+    assert cats.base == (True, False) and birds.base is None and birds.synonyms == (("bird", "fowl"),)
+    # training goes on with its own
+    assert model.vocabulary.names == ("trained",)
+
+
+def test_words_that_the_model_cannot_take_are_said_first(tmp_path: Path, animals: dict[str, Any]) -> None:
+    MetadataCatalog.get("toy_birds").class_synonyms.append(["dog"])
+    MetadataCatalog.get("toy_birds").thing_classes.append("dog")
+    model = Open()
+    with pytest.raises(ValueError, match="the classes of data set toy_birds: no row for 'dog'"):
+        evaluate_datasets(engine_toy.toy_config(tmp_path, "DATASETS.TEST", ("toy_cats", "toy_birds")), model)
+    assert not model.ran and model.vocabulary.names == ("trained",)
+
+
+def test_classes_that_are_known_once_the_file_is_read(tmp_path: Path) -> None:
+    def load() -> list[dict[str, Any]]:
+        MetadataCatalog.get("toy_late").thing_classes = ["late"]
+        return engine_toy.records()
+
+    DatasetCatalog.register("toy_late", load)
+    MetadataCatalog.get("toy_late").evaluator_type = "toy"
+    try:
+        model = Open()
+        evaluate_datasets(engine_toy.toy_config(tmp_path, "DATASETS.TEST", ("toy_late",)), model)
+        assert list(model.ran) == [("late",)]
+    finally:
+        DatasetCatalog.remove("toy_late"), MetadataCatalog.remove("toy_late")
 
 
 @pytest.fixture
