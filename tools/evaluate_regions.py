@@ -1,93 +1,193 @@
-"""Name the regions of a data set by image crops and by pooled dense features, and print both accuracies.
+#!/usr/bin/env python
+"""Name the segments of a data set from image crops and from pooled dense features, and print both accuracies.
 
-python tools/evaluate_regions.py --model shapes-rn shapes-vit shapes-eva
-python tools/evaluate_regions.py --model ViT-B-16 --pretrained openai --dataset coco_2017_val_panoptic
---image-size 512
+    tools/evaluate_regions.py --model shapes-rn shapes-vit shapes-eva --modes all
+    tools/evaluate_regions.py --model shapes-rn shapes-vit --image-size 128 192 256 --curve output/sizes.png
+    tools/evaluate_regions.py --model EVA02-B-16 --pretrained merged2b_s8b_b131k --image-size 1024
+        --dataset coco_2017_val_panoptic_with_sem_seg --templates vild_63 --antialias both
+
+The protocol is CLIPSelf's (`clipdense.evaluation.dense_regions`): boxes ("rois") and masks ("maskpool") on
+the dense map of the letterboxed image, and crops through the whole image tower, which are the upper bound.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
+from tqdm import tqdm
 
 import clipdense  # noqa: F401
-from clipdense.clip import load_clip
-from clipdense.clip.text import TextBank
-from clipdense.evaluation.regions import RegionAccuracy, evaluate_regions
+from clipdense.checkpoint import CheckpointError, atomic_path
+from clipdense.clip import ClipModel, load_clip
+from clipdense.data.checks import check_dataset_names
+from clipdense.engine.setup import available_device
+from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView, best_dense_mode
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
+
+Row = dict[str, Any]
+ANTIALIAS = {"off": [False], "on": [True], "both": [False, True]}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", default=["shapes-rn"], help="names that load_clip takes")
-    parser.add_argument("--pretrained", default=None, help="tag, hub id or file (one model)")
+    parser.add_argument(
+        "--model", nargs="+", default=["shapes-rn"], help="names or files that load_clip takes"
+    )
+    parser.add_argument("--pretrained", help="tag, hub id or file (one model)")
+    parser.add_argument("--allow-pickle", action="store_true", help="load a weight file that is a pickle")
     parser.add_argument("--dataset", default="shapes_ov_panoptic_val", help="a panoptic data set")
-    parser.add_argument("--modes", nargs="+", help="dense modes (default: all that the tower has)")
+    parser.add_argument("--modes", nargs="+", help="dense modes, or 'all' (default: the tower's best)")
+    parser.add_argument(
+        "--image-size",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="SIZE",
+        help="sides that images are letterboxed to, multiples of the stride (default: each image's own)",
+    )
+    parser.add_argument("--antialias", choices=list(ANTIALIAS), default="off", help="resizing of masks")
     parser.add_argument("--templates", default="single", help="prompt template set")
-    parser.add_argument("--min-visible", type=float, default=0.5, help="least visible share of a thing, 0..1")
+    parser.add_argument(
+        "--table", default="", help="file with the class embeddings (tools/make_text_table.py)"
+    )
     parser.add_argument("--images", type=int, help="only the first N images")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    return parser.parse_args()
-
-
-def evaluate(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    clip = load_clip(name, arguments.pretrained)
-    metadata = MetadataCatalog.get(arguments.dataset)
-    records = DatasetCatalog.get(arguments.dataset)[: arguments.images]
-    ids = {
-        True: sorted(metadata.thing_dataset_id_to_contiguous_id.values()),
-        False: sorted(
-            set(metadata.stuff_dataset_id_to_contiguous_id.values())
-            - set(metadata.thing_dataset_id_to_contiguous_id.values())
-        ),
-    }
-    names = {kind: [metadata.stuff_classes[i] for i in kind_ids] for kind, kind_ids in ids.items()}
-    bank = TextBank(clip, templates=arguments.templates)
-    novel = frozenset(names[True].index(n) for n in metadata.get("novel_classes", []))
-    groups = {}
-    if novel:
-        groups = {"base": frozenset(range(len(names[True]))) - novel, "novel": novel}
-        for kind, members in metadata.get("novel_kinds", {}).items():
-            groups[kind] = frozenset(names[True].index(n) for n in members)
-    return evaluate_regions(
-        clip,
-        records,
-        bank(names[True]),
-        bank(names[False]),
-        ids[True],
-        ids[False],
-        {
-            True: RegionAccuracy(names[True], groups, metadata.get("class_attributes", {})),
-            False: RegionAccuracy(names[False]),
-        },
-        modes=arguments.modes or clip.visual.dense_modes,
-        min_visible=arguments.min_visible,
-    )
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    parser.add_argument("--curve", type=Path, help="draw macc1 of things over the image sizes here (PNG)")
+    parser.add_argument("--device", default="cuda", help="cuda (default, where there is a GPU), cpu, ...")
+    arguments = parser.parse_args(argv)
     if arguments.pretrained and len(arguments.model) > 1:
-        sys.exit("error: --pretrained goes with one --model")
-    results = {name: evaluate(name, arguments) for name in arguments.model}
-    for kind in ("things", "stuff"):
-        rows: list[dict[str, Any]] = [
-            {"model": name, "from": source} | kinds[kind]
-            for name, sources in results.items()
-            for source, kinds in sources.items()
-        ]
-        print(f"\n{kind} of {arguments.dataset} (accuracy in percent)")
-        print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".1f"))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1))
+        parser.error("--pretrained goes with one --model")
+    return arguments
+
+
+def dense_views(clip: ClipModel, arguments: argparse.Namespace) -> list[DenseView]:
+    modes = arguments.modes or [best_dense_mode(clip.visual)]
+    if modes == ["all"]:
+        modes = list(clip.visual.dense_modes)
+    return [
+        DenseView(mode, size, antialias)
+        for mode in modes
+        for size in arguments.image_size
+        for antialias in ANTIALIAS[arguments.antialias]
+    ]
+
+
+def evaluate(name: str, records: Iterable[dict[str, Any]], arguments: argparse.Namespace) -> list[Row]:
+    """Metrics of one model, one row a view."""
+    clip = load_clip(name, arguments.pretrained, allow_pickle=arguments.allow_pickle)
+    clip.to(available_device(arguments.device))
+    evaluator = DenseRegionEvaluator(
+        arguments.dataset,
+        views=dense_views(clip, arguments),
+        templates=arguments.templates,
+        table=arguments.table,
+        distributed=False,
+    )
+    evaluator.reset()
+    with torch.inference_mode():
+        for record in tqdm(records, name, unit="image"):
+            evaluator.process([record], [{"clip": clip}])
+    results = evaluator.evaluate()
+    assert results is not None
+    return [
+        {"model": name, "mode": v.mode, "image_size": v.image_size, "antialias": v.antialias, **metrics}
+        for v, metrics in zip(evaluator.views, results.values(), strict=bool(results))
+    ]
+
+
+def region_table(rows: Sequence[Row], kind: str) -> str:
+    """Accuracies of things or stuff, one line a model and source; crops once a model."""
+    lines: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        size = row["image_size"] or "native"
+        view = f"{row['mode']} {size}{' antialias' if row['antialias'] else ''}"
+        for source, label in (("crops", ""), ("rois", f"{row['mode']} {size}"), ("maskpool", view)):
+            prefix = f"{source}.{kind}."
+            figures = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+            if figures:
+                lines[row["model"], source, label] = {
+                    "model": row["model"],
+                    "from": f"{source} {label}".strip(),
+                } | figures
+    return str(tabulate(list(lines.values()), headers="keys", tablefmt="github", floatfmt=".1f"))
+
+
+def retrieval_table(rows: Sequence[Row]) -> str:
+    """Retrieval between boxes and crops; masks, and so antialiasing, have no part in it."""
+    shown = {(r["model"], r["mode"], r["image_size"]): r for r in rows}
+    keys = ["model", "mode", "image_size", *(k for k in rows[0] if "_R@" in k)]
+    cells = [[r[k] or "native" if k == "image_size" else r[k] for k in keys] for r in shown.values()]
+    return str(tabulate(cells, keys, "github", floatfmt=".1f"))
+
+
+def draw_curve(rows: Sequence[Row], path: Path) -> None:
+    """Macc1 of things over the image size: boxes as lines, crops, which do not know it, dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from clipdense.curve import class_color
+
+    figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        lines.setdefault((row["model"], row["mode"]), {})[row["image_size"]] = row["rois.thing.macc1"]
+    for i, ((model, mode), points) in enumerate(lines.items()):
+        sizes = sorted(points)
+        color = class_color(models.index(model))
+        style = {"marker": "os^Dv"[i % 5], "color": color, "label": f"{model}, dense ({mode})"}
+        ax.plot(sizes, [points[size] for size in sizes], **style)
+    for row in {row["model"]: row for row in rows}.values():
+        color = class_color(models.index(row["model"]))
+        ax.axhline(row["crops.thing.macc1"], color=color, ls="--", lw=1.2, label=f"{row['model']}, crops")
+    ax.set(xlabel="image size (px)", ylabel="macc1 of things (%)", ylim=(0, None))
+    ax.grid(color="0.9")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png")
+
+
+def write_json(content: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, indent=1))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    rows: list[Row] = []
+    try:
+        check_dataset_names([arguments.dataset])
+        records = DatasetCatalog.get(arguments.dataset)[: arguments.images]
+        for name in arguments.model:
+            rows += evaluate(name, records, arguments)
+            if arguments.json:  # after every model: a later one may fail
+                write_json(rows, arguments.json)
+        if not rows:
+            raise ValueError(f"no segment of {arguments.dataset} counts")
+        for kind in ("thing", "stuff"):
+            number = int(rows[0][f"{kind}.n"])
+            print(f"\n{number} {kind} regions of {arguments.dataset}, accuracy in percent")
+            print(region_table(rows, kind))
+        print("\nboxes and crops that find each other, in percent")
+        print(retrieval_table(rows))
+        if arguments.curve:
+            draw_curve(rows, arguments.curve)
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

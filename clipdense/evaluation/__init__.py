@@ -4,12 +4,15 @@
 """
 
 from clipdense.evaluation.build import EVALUATOR_REGISTRY, build_evaluator
+from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
 from clipdense.evaluation.semantic import SemanticEvaluator
 
 __all__ = [
     "EVALUATOR_REGISTRY",
+    "DenseRegionEvaluator",
+    "DenseView",
     "InstanceEvaluator",
     "PanopticEvaluator",
     "SemanticEvaluator",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
 from clipdense.evaluation.semantic import SemanticEvaluator
@@ -79,8 +80,25 @@ def sem_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluato
 
 
 @EVALUATOR_REGISTRY.register()
+def dense_regions(
+    cfg: CfgNode, dataset_name: str, output_dir: str, optional: bool = False
+) -> DatasetEvaluator:
+    """A CLIP on the segments of a panoptic data set."""
+    keys = cfg.TEST.DENSE_REGIONS
+    return DenseRegionEvaluator(
+        dataset_name,
+        output_dir,
+        views=[DenseView(keys.MODE, keys.IMAGE_SIZE, keys.ANTIALIAS)],
+        templates=keys.TEMPLATES,
+        table=keys.TABLE,
+        optional=optional,
+    )
+
+
+@EVALUATOR_REGISTRY.register()
 def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
-    """Panoptic segmentation, with semantic and instance segmentation where data set and model have them."""
+    """Panoptic segmentation, with semantic and instance segmentation where data set and model have them; and
+    dense regions where the model gives a CLIP."""
     metadata = MetadataCatalog.get(dataset_name)
     evaluators: list[DatasetEvaluator] = [
         PanopticEvaluator(
@@ -89,7 +107,8 @@ def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> Datas
             backend=cfg.TEST.METRIC_BACKEND,
             per_class=cfg.TEST.PER_CLASS,
             optional=True,
-        )
+        ),
+        dense_regions(cfg, dataset_name, output_dir, optional=True),
     ]
     if all("sem_seg_file_name" in record for record in DatasetCatalog.get(dataset_name)[:1]):
         evaluators.append(

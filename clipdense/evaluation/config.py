@@ -13,3 +13,16 @@ def add_evaluation_config(cfg: CN) -> None:
     cfg.TEST.MAX_DETS = 0
     # Whether results hold one entry per class as well: AP-<class>, PQ-<class>, IoU-<class> and ACC-<class>.
     cfg.TEST.PER_CLASS = False
+
+    # CLIPSelf's measure of dense features, for models that give a CLIP as output "clip".
+    cfg.TEST.DENSE_REGIONS = CN()
+    # Last-block mode of the image tower; "" for the best of an image tower as it is ("clipself", "value").
+    cfg.TEST.DENSE_REGIONS.MODE = ""
+    # Side of the square that images are letterboxed to, a multiple of the tower's stride (CLIPSelf: 1024 for
+    # B/16, 896 for L/14). 0: their own longest side, rounded up to one.
+    cfg.TEST.DENSE_REGIONS.IMAGE_SIZE = 0
+    # Whether masks are resized to the map with antialiasing; published numbers are without.
+    cfg.TEST.DENSE_REGIONS.ANTIALIAS = False
+    # Prompt templates of the class names (CLIPSelf: "vild_63"), or a file with the class embeddings.
+    cfg.TEST.DENSE_REGIONS.TEMPLATES = "single"
+    cfg.TEST.DENSE_REGIONS.TABLE = ""

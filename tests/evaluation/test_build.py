@@ -12,6 +12,7 @@ from PIL import Image
 from clipdense import add_clipdense_config
 from clipdense.evaluation import (
     EVALUATOR_REGISTRY,
+    DenseRegionEvaluator,
     InstanceEvaluator,
     PanopticEvaluator,
     SemanticEvaluator,
@@ -135,10 +136,13 @@ def test_panoptic_data_sets_are_evaluated_by_what_the_model_gives(
             assert set(results) == {tasks[key][0] for key in given}
             for task, metric in (tasks[key] for key in given):
                 assert results[task][metric] == pytest.approx(100)
-    # a data set without the other annotations has the panoptic evaluator alone
+    # a data set without the other annotations has the evaluators of its panoptic ones alone
     bare = {key: value for key, value in metadata.items() if key != "json_file"}
     name = register([{"file_name": "1.jpg", "image_id": 1}], evaluator_type="coco_panoptic_seg", **bare)
-    assert [type(e) for e in build_evaluator(cfg, name)._evaluators] == [PanopticEvaluator]
+    assert [type(e) for e in build_evaluator(cfg, name)._evaluators] == [
+        PanopticEvaluator,
+        DenseRegionEvaluator,
+    ]
     name = register([record], evaluator_type="sem_seg", stuff_classes=["cat", "sky"], ignore_label=255)
     assert isinstance(build_evaluator(cfg, name), SemanticEvaluator)
 
