@@ -99,7 +99,7 @@ class Predictor:
             )
         self._mapper = _build_mapper(self.cfg)
         words = None if vocabulary is None else Vocabulary.parse(vocabulary)
-        self.model = build_model(self.cfg).eval()
+        self.model: Any = build_model(self.cfg).eval()
         if words is not None:
             _check_open(self.model)
         checkpointer = TrainingCheckpointer(self.model, "", options.weights_skip, options.allow_pickle)

@@ -1,4 +1,4 @@
-"""Converting label maps from the layouts in which data sets are published (the work behind
+"""Converting annotations from the layouts in which data sets are published (the work behind
 `datasets/prepare_*.py`).
 
 Files that are there already are not made again, and each is written whole or not at all: a stopped run goes
@@ -7,7 +7,7 @@ on.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from clipdense.data.datasets.layouts import load_json
 from clipdense.data.image import read_labels
 
-__all__ = ["ade20k_panoptic", "convert_labels", "panoptic_to_semantic"]
+__all__ = ["ade20k_panoptic", "convert_labels", "panoptic_to_semantic", "select_categories"]
 
 Labels = npt.NDArray[np.int64]
 
@@ -137,6 +137,41 @@ def ade20k_panoptic(root: Path, folder: str, split: str, things: Sequence[int], 
     ):
         content = {"images": images, "annotations": annotations, "categories": kept}
         _save_json(content, root / f"ade20k_{kind}_{split}.json")
+
+
+def select_categories(
+    source: Path,
+    target: Path,
+    annotated: Collection[int],
+    listed: Collection[int] | None = None,
+    *,
+    all_images: bool = False,
+) -> tuple[int, int] | None:
+    """A COCO or LVIS json file with the annotations of some categories.
+
+    Args:
+        annotated: ids of the categories whose annotations are kept.
+        listed: ids of the categories that the file names; None for all.
+        all_images: keep the images that no annotation is left of, too.
+
+    Returns:
+        Numbers of images and annotations; None where the target is there already.
+
+    Raises:
+        FileNotFoundError: the source is missing.
+        ValueError: it lacks one of the categories.
+    """
+    if target.is_file():
+        return None
+    content = load_json(source)
+    if missing := {*annotated, *(listed or ())} - {c["id"] for c in content["categories"]}:
+        raise ValueError(f"{source}: no categories {sorted(missing)}; is it the original file?")
+    annotations = [a for a in content["annotations"] if a["category_id"] in annotated]
+    used = {a["image_id"] for a in annotations}
+    images = [i for i in content["images"] if all_images or i["id"] in used]
+    categories = [c for c in content["categories"] if listed is None or c["id"] in listed]
+    _save_json(content | {"images": images, "annotations": annotations, "categories": categories}, target)
+    return len(images), len(annotations)
 
 
 def _segment(ids: Labels, mask: npt.NDArray[np.bool_], segment_id: int, category: int) -> dict[str, Any]:

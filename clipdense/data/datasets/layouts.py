@@ -130,16 +130,21 @@ def load_captions(json_file: str | Path, image_root: str | Path) -> DatasetDicts
     ]
 
 
-def load_lvis(json_file: str | Path, image_root: str | Path) -> DatasetDicts:
-    """LVIS instances (polygons or RLE), contiguous class = category id - 1, with the two federated lists.
+def load_lvis(
+    json_file: str | Path, image_root: str | Path, ids: dict[int, int] | None = None
+) -> DatasetDicts:
+    """LVIS instances (polygons or RLE), with the two federated lists.
 
-    Images are found as LVIS does: split folder and file name are the last two parts of ``coco_url``.
+    Category ids are mapped by ``ids``; by default the contiguous class is the category id - 1. Images are
+    found as LVIS does: split folder and file name are the last two parts of ``coco_url``.
     """
     content = load_json(json_file)
     annotations = defaultdict(list)
     for annotation in content["annotations"]:
         item = {key: annotation[key] for key in ("bbox", "segmentation", "visible") if key in annotation}
-        item |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": annotation["category_id"] - 1, "iscrowd": 0}
+        category = annotation["category_id"]
+        item |= {"bbox_mode": BoxMode.XYWH_ABS, "iscrowd": 0}
+        item["category_id"] = category - 1 if ids is None else ids[category]
         annotations[annotation["image_id"]].append(item)
     dicts = []
     for image in sorted(content["images"], key=lambda image: image["id"]):
