@@ -105,10 +105,7 @@ class Predictor:
         checkpointer = TrainingCheckpointer(self.model, "", options.weights_skip, options.allow_pickle)
         noted = checkpointer.load_weights(options.weights, complete=True).get("metadata", {})
         if words is None:
-            is_open = _is_open(self.model)
-            self.metadata = _metadata(self.cfg, {**options.metadata, **noted}, trained_first=not is_open)
-            if is_open:
-                self.model.set_vocabulary(Vocabulary.from_metadata(self.metadata))
+            self._take_known_classes({**options.metadata, **noted})
         else:
             self.set_vocabulary(words)
 
@@ -188,6 +185,13 @@ class Predictor:
             FileNotFoundError, BadImageError, ValueError: the image cannot be read.
         """
         return score_maps(self.model, [self._sample(image)])[0], self.score_classes
+
+    def _take_known_classes(self, noted: dict[str, Any]) -> None:
+        """The classes that data sets and weights name."""
+        is_open = _is_open(self.model)
+        self.metadata = _metadata(self.cfg, noted, trained_first=not is_open)
+        if is_open:
+            self.model.set_vocabulary(Vocabulary.from_metadata(self.metadata))
 
     def _sample(self, image: ImageSource) -> dict[str, Any]:
         return map_image(self._mapper, load_image(image, self._mapper.image_format))
