@@ -14,3 +14,6 @@ def add_data_config(cfg: CN) -> None:
     # instances. "~" and environment variables are expanded. The names can then stand in DATASETS.TRAIN and
     # DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []
+    # Images without annotations: a list of "name:folder", "name:images.json:image_folder" (COCO's list of
+    # images) or "name:shards/{000..331}.tar" (webdataset). "~" and environment variables are expanded.
+    cfg.DATASETS.IMAGES = []

@@ -1,9 +1,10 @@
-"""A user's own data: COCO-format files named in the config."""
+"""A user's own data: COCO-format files, and images alone, named in the config."""
 
 import os
 from functools import partial
 from pathlib import Path
 
+from clipdense.data.datasets.images import register_images
 from clipdense.data.datasets.layouts import DatasetDicts, load_json
 
 from detectron2.config import CfgNode
@@ -14,14 +15,22 @@ __all__ = ["register_from_config"]
 
 
 def register_from_config(cfg: CfgNode) -> None:
-    """Register what ``DATASETS.COCO_JSON`` lists; what is registered already, with the same paths, is left
-    as it is.
+    """Register what ``DATASETS.COCO_JSON`` and ``DATASETS.IMAGES`` list; what is registered already, with
+    the same paths, is left as it is.
 
     Raises:
-        ValueError: an entry that is not "name:annotations.json:image_folder", a name that is taken, or a file
-            without categories.
-        FileNotFoundError: the json file or the folder is not there.
+        ValueError: an entry that is not "name:annotations.json:image_folder" (of images, "name:source" or
+            "name:images.json:image_folder"), a name that is taken, or a file without categories.
+        FileNotFoundError: a json file, a folder or a shard is not there.
     """
+    for entry in cfg.DATASETS.IMAGES:
+        parts = [os.path.expanduser(os.path.expandvars(part.strip())) for part in str(entry).split(":")]
+        if len(parts) not in (2, 3) or not all(parts):
+            raise ValueError(
+                f"DATASETS.IMAGES: {entry!r} reads neither name:folder nor name:images.json:image_folder nor "
+                "name:shards.tar (example: photos:data/photos)"
+            )
+        register_images(*parts)
     for entry in cfg.DATASETS.COCO_JSON:
         parts = [os.path.expandvars(part.strip()) for part in str(entry).split(":")]
         if len(parts) != 3 or not all(parts):

@@ -1,0 +1,119 @@
+"""Images without annotations as data sets: a folder, a JSON list, or webdataset shards."""
+
+import io
+import os
+import tarfile
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from iopath.common.file_io import PathHandler
+from tqdm import tqdm
+
+from clipdense.data.datasets.layouts import DatasetDicts, load_json
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+__all__ = ["ShardHandler", "register_images"]
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def register_images(name: str, source: str, image_root: str = "") -> None:
+    """Register images as a data set of records with ``file_name`` and ``image_id``.
+
+    Args:
+        name: of the data set.
+        source: a folder (searched with all its subfolders); a JSON file with the list ``images`` of COCO's
+            layout (``id``, ``file_name``), whatever else it holds; or tar files of the webdataset library,
+            with braces for several (``shards/{000..331}.tar``).
+        image_root: folder of a JSON list's images.
+
+    Shards are not streamed: their headers are read once, and each image is then read from its place in its
+    uncompressed, local tar file. So they are shuffled as a whole, shared out among processes, and resumed
+    like any other data.
+
+    Raises:
+        FileNotFoundError: the folder, the file or a shard is not there.
+        ValueError: the name is taken by other data, or a JSON list lacks its folder.
+    """
+    if source.endswith(".tar"):
+        from webdataset.shardlists import expand_urls  # only for shards: it takes a while to import
+
+        paths = expand_urls(source)
+        load = partial(_load_shards, paths)
+    elif source.endswith(".json"):
+        if not image_root:
+            raise ValueError(f"the images of {source} lie in which folder? Give name:{source}:image_folder")
+        paths = [source, image_root]
+        load = partial(_load_list, source, image_root)
+    else:
+        paths = [source]
+        load = partial(_load_folder, source)
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"images of the data set {name}: {path} is not there")
+    where = ":".join(filter(None, (source, image_root)))
+    if name in DatasetCatalog.list():
+        if MetadataCatalog.get(name).get("images") != where:
+            raise ValueError(f"the name {name} is taken by another data set; choose a new one")
+        return
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(images=where)
+
+
+def _load_folder(folder: str) -> DatasetDicts:
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
+    return _records(map(str, files), folder)
+
+
+def _load_list(json_file: str, image_root: str) -> DatasetDicts:
+    try:
+        images = load_json(json_file)["images"]
+        return [{"file_name": os.path.join(image_root, i["file_name"]), "image_id": i["id"]} for i in images]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{json_file}: no list of images with id and file_name ({error!r})") from error
+
+
+def _load_shards(shards: list[str]) -> DatasetDicts:
+    names: list[str] = []
+    bar = tqdm(shards, "Reading headers", unit="shard", disable=None if comm.is_main_process() else True)
+    for shard in bar:
+        try:
+            with tarfile.open(shard, "r:") as file:
+                names += [
+                    f"{ShardHandler.PREFIX}{shard}?{member.offset_data}+{member.size}#{member.name}"
+                    for member in file
+                    if member.isfile() and member.name.lower().endswith(EXTENSIONS)
+                ]
+        except tarfile.TarError as error:
+            raise ValueError(f"{shard}: not an uncompressed tar file ({error})") from error
+    return _records(names, ", ".join(shards))
+
+
+def _records(names: Any, source: str) -> DatasetDicts:
+    records = [{"file_name": name, "image_id": i} for i, name in enumerate(names)]
+    if not records:
+        raise ValueError(f"no images ({', '.join(EXTENSIONS)}) in {source}")
+    return records
+
+
+class ShardHandler(PathHandler):
+    """Opens a file inside an uncompressed tar file: ``shard://TAR?OFFSET+SIZE#NAME``."""
+
+    PREFIX = "shard://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
+        shard, _, place = path.removeprefix(self.PREFIX).partition("#")[0].rpartition("?")
+        offset, size = map(int, place.split("+"))
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+
+PathManager.register_handler(ShardHandler())

@@ -1,0 +1,140 @@
+"""Which regions of an image teach (Wu et al., CLIPSelf, ICLR 2024, Sec. 3; the released code's numbers)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipdense.data.letterbox import Box, enlarge_box
+
+__all__ = [
+    "MAX_AREA",
+    "MIN_AREA",
+    "Regions",
+    "draw_patches",
+    "draw_proposals",
+    "grid_boxes",
+    "grid_pairs",
+    "patch_regions",
+    "proposal_regions",
+]
+
+MIN_AREA, MAX_AREA = 8.0**2, 1024.0**2
+"""Square pixels of the original image; proposals outside are not used."""
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Regions of one image, xyxy in pixels of the original.
+
+    Attributes:
+        boxes: (n, 4), what the student pools; rows that are not valid are 0.
+        crops: (n, 4), what the teacher sees.
+        valid: (n,) bool.
+    """
+
+    boxes: npt.NDArray[np.float64]
+    crops: npt.NDArray[np.float64]
+    valid: npt.NDArray[np.bool_]
+
+
+@cache
+def grid_pairs(max_split: int = 6) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of the grids: up to ``max_split`` a side, neither twice as long as the other; 24 for
+    6."""
+    return tuple(
+        (rows, columns)
+        for rows in range(1, max_split + 1)
+        for columns in range((rows + 1) // 2, min(2 * rows, max_split) + 1)
+    )
+
+
+def grid_boxes(rows: int, columns: int) -> Float32:
+    """Cells (rows * columns, 4) of a grid over an image of size 1 x 1: xyxy, row-major."""
+    # torch's linspace in float32, as published: a cell that ends on half a pixel is then rounded as there
+    x, y = torch.linspace(0, 1, columns + 1).numpy(), torch.linspace(0, 1, rows + 1).numpy()
+    i, j = np.divmod(np.arange(rows * columns), columns)
+    return np.stack([x[j], y[i], x[j + 1], y[i + 1]], axis=1)
+
+
+def draw_patches(
+    image_size: tuple[int, int],
+    rng: Random,
+    *,
+    max_split: int = 6,
+    max_boxes: int = 20,
+    crop_scale: float = 1.0,
+) -> Regions:
+    """The cells of a random grid; of more than ``max_boxes``, that many at random."""
+    rows, columns = rng.choice(grid_pairs(max_split))
+    cells = rng.sample(range(rows * columns), min(max_boxes, rows * columns))
+    return patch_regions(image_size, (rows, columns), cells, crop_scale)
+
+
+def patch_regions(
+    image_size: tuple[int, int], grid: tuple[int, int], cells: Sequence[int], crop_scale: float = 1.0
+) -> Regions:
+    """Cells of a grid over the image.
+
+    Args:
+        image_size: (H, W).
+        grid: (rows, columns).
+        cells: row-major indices.
+        crop_scale: the teacher's crop is the cell enlarged by it around its centre and clipped to the image.
+    """
+    height, width = image_size
+    boxes = grid_boxes(*grid)[list(cells)] * np.array([width, height] * 2, np.float32)
+    return _regions(boxes.astype(float), np.ones(len(boxes), bool), image_size, crop_scale)
+
+
+def draw_proposals(
+    boxes: npt.ArrayLike,
+    image_size: tuple[int, int],
+    rng: Random,
+    *,
+    max_boxes: int = 20,
+    crop_scale: float = 1.5,
+) -> Regions:
+    """Up to ``max_boxes`` of an image's boxes (n, 4), xywh, at random; see `proposal_regions`."""
+    xywh = np.asarray(boxes, float).reshape(-1, 4)
+    return proposal_regions(
+        xywh[rng.sample(range(len(xywh)), min(max_boxes, len(xywh)))], image_size, crop_scale
+    )
+
+
+def proposal_regions(
+    boxes: npt.NDArray[np.float64], image_size: tuple[int, int], crop_scale: float = 1.5
+) -> Regions:
+    """Boxes as regions; those of less than `MIN_AREA` or more than `MAX_AREA` are not valid.
+
+    Where none is, the first row becomes the image's top-left quarter (of each side); its crop is in whole
+    pixels and not enlarged, as published.
+
+    Args:
+        boxes: (n, 4) xywh in pixels.
+        image_size: (H, W).
+        crop_scale: the teacher's crop is the box enlarged by it around its centre and clipped to the image.
+    """
+    area = boxes[:, 2] * boxes[:, 3]
+    valid = (area >= MIN_AREA) & (area <= MAX_AREA)
+    xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    regions = _regions(xyxy * valid[:, None], valid, image_size, crop_scale)
+    if valid.any():
+        return regions
+    height, width = image_size
+    quarter, whole = np.zeros((max(1, len(boxes)), 4)), np.zeros((max(1, len(boxes)), 4))
+    quarter[0, 2:], whole[0, 2:] = (width / 4, height / 4), (width // 4, height // 4)
+    return Regions(quarter, whole, np.arange(len(quarter)) == 0)
+
+
+def _regions(
+    boxes: npt.NDArray[np.float64], valid: npt.NDArray[np.bool_], image_size: tuple[int, int], scale: float
+) -> Regions:
+    crops: list[Box] = [enlarge_box(tuple(box), scale, image_size) for box in boxes.tolist()]
+    return Regions(boxes, np.array(crops, float).reshape(-1, 4), valid)
