@@ -4,16 +4,23 @@ from . import flops as flops
 from .clip_trunk import CLIPTrunk
 from .context_decoder import ContextDecoder
 from .fpn import FPN, build_trunk_fpn_backbone
+from .frozen_clip import FrozenCLIPTrunk
+from .interpolated import InterpolatedTrunk
 from .language import LanguageTrunk
+from .pooler import AnyStridePooler
 from .simple_pyramid import SimpleFeaturePyramid, build_trunk_simple_pyramid_backbone
 from .timm_trunk import TimmTrunk
-from .trunk import SCORE, Trunk
+from .trunk import JOINT, SCORE, Trunk
 
 __all__ = [
+    "JOINT",
     "SCORE",
+    "AnyStridePooler",
     "CLIPTrunk",
     "ContextDecoder",
     "FPN",
+    "FrozenCLIPTrunk",
+    "InterpolatedTrunk",
     "LanguageTrunk",
     "SimpleFeaturePyramid",
     "TimmTrunk",

@@ -53,6 +53,24 @@ def add_backbone_config(cfg: CN) -> None:
     # "LN" (over channels, as the paper), any norm of Detectron2, or "" for none.
     cfg.MODEL.SIMPLE_PYRAMID.NORM = "LN"
 
+    # FrozenCLIPTrunk: the tower of MODEL.CLIP, of which nothing is trained.
+    cfg.MODEL.FROZEN_CLIP = CN()
+    # ViTs: the blocks, from 0, whose maps are given, from fine to coarse below InterpolatedTrunk (published
+    # F-ViT: [3, 5, 7, 11] of B/16, [6, 10, 14, 23] of L/14); empty for the last alone.
+    cfg.MODEL.FROZEN_CLIP.BLOCKS = []
+    # ViTs: mode of the last block for its map: "plain", or "value" (published F-ViT).
+    cfg.MODEL.FROZEN_CLIP.LAST_BLOCK = "plain"
+    # What regions are classified from: "pooling" is the tower's own region pooling (ResNets, ConvNeXts,
+    # SigLIP); a mode of its dense map ("clipself", "plain", ...) is pooled by RoIAlign.
+    cfg.MODEL.FROZEN_CLIP.JOINT = "pooling"
+
+    # InterpolatedTrunk: F-ViT's pyramid over the blocks of a FrozenCLIPTrunk. Size of each level relative to
+    # its block's map, from fine to coarse; powers of two.
+    cfg.MODEL.INTERPOLATED = CN()
+    cfg.MODEL.INTERPOLATED.SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
+    # Norm between two deconvolutions.
+    cfg.MODEL.INTERPOLATED.NORM = "BN"
+
     cfg.MODEL.LANGUAGE = CN()
     # Below MODEL.TRUNK.NAME LanguageTrunk: the trunk that is scored, any entry of the backbone registry.
     # CLIPTrunk brings its own projection to the text's space, others get an attention pool with random

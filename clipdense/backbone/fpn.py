@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,14 +15,15 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN as _FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
-from .trunk import SCORE
+from .trunk import JOINT, SCORE
 
 
 class FPN(_FPN):
-    """Detectron2's FPN (Lin et al., CVPR 2017), for maps of any size.
+    """Detectron2's FPN (Lin et al., CVPR 2017), for maps of any size and stride.
 
     The coarser map is brought to the exact size of the finer one, not to twice its own: a CLIP ResNet pools
     with floor, so that an odd map is not twice the next. Where it is twice, both are the same computation.
+    Levels are named by the floor of their stride's logarithm: 3.5, 7, 14, 28 are "p1" to "p4".
     """
 
     def __init__(self, *args: Any, pad: bool = True, **kwargs: Any) -> None:
@@ -33,6 +35,9 @@ class FPN(_FPN):
         """
         super().__init__(*args, **kwargs)
         self.pad = pad
+        strides = self._out_feature_strides  # Detectron2 takes those of the top levels for powers of two
+        for finer, coarser in itertools.pairwise(strides):
+            strides[coarser] = 2 * strides[finer]
 
     @property
     def size_divisibility(self) -> int:
@@ -70,8 +75,10 @@ Output = TypeVar("Output")
 
 
 def passed_on(outputs: Mapping[str, Output]) -> dict[str, Output]:
-    """What a pyramid passes on from its trunk: the class scores of a `LanguageTrunk`."""
-    return {name: output for name, output in outputs.items() if name == SCORE}
+    """What a pyramid passes on from its trunk: the class scores of a `LanguageTrunk`, the joint map of a
+    `FrozenCLIPTrunk`.
+    """
+    return {name: output for name, output in outputs.items() if name in (SCORE, JOINT)}
 
 
 def build_top_block(name: str, in_feature: str, in_channels: int, out_channels: int) -> nn.Module | None:

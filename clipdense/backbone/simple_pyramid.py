@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 from timm.layers import LayerNorm2d
@@ -15,7 +16,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from .fpn import build_top_block, build_trunk, passed_on
-from .trunk import SCORE
+from .trunk import JOINT, SCORE
 
 
 def _norm(name: str, channels: int) -> nn.Module | None:
@@ -23,21 +24,38 @@ def _norm(name: str, channels: int) -> nn.Module | None:
     return LayerNorm2d(channels) if name == "LN" else get_norm(name, channels)
 
 
-def _rescale(scale: float, channels: int, norm: str) -> tuple[list[nn.Module], int]:
-    """Layers that change the size of a map by ``scale``, and the channels that they leave."""
+def rescale(scale: float, channels: int, norm: str, *, halve: bool = True) -> tuple[list[nn.Module], int]:
+    """Layers that change the size of a map by ``scale``, and the channels that they leave.
+
+    Args:
+        scale: a power of two: deconvolutions of stride 2, with norm and GELU between two of them, or max
+            pooling.
+        channels: of the map.
+        norm: "LN" or any norm of Detectron2; "" for none.
+        halve: whether every deconvolution leaves half of the channels.
+
+    Raises:
+        ValueError: another scale.
+    """
     layers: list[nn.Module] = []
     steps = round(math.log2(scale))
     if 2.0**steps != scale:
-        raise ValueError(f"MODEL.SIMPLE_PYRAMID.SCALE_FACTORS must be powers of two, not {scale}")
+        raise ValueError(f"SCALE_FACTORS of a pyramid must be powers of two, not {scale}")
     for step in range(steps):
         if step:
             normalisation = _norm(norm, channels)
             layers += [normalisation] if normalisation else []
             layers += [nn.GELU()]
-        layers += [nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)]
-        channels //= 2
+        outputs = channels // 2 if halve else channels
+        layers += [nn.ConvTranspose2d(channels, outputs, kernel_size=2, stride=2)]
+        channels = outputs
     layers += [nn.MaxPool2d(kernel_size=2, stride=2) for _ in range(-steps)]
     return layers, channels
+
+
+def as_stride(stride: float) -> Any:
+    """An integer where it is one, for exact anchors and poolers; a patch of 14 gives others."""
+    return int(stride) if stride == int(stride) else stride
 
 
 class SimpleFeaturePyramid(Backbone):
@@ -80,7 +98,7 @@ class SimpleFeaturePyramid(Backbone):
         self.in_feature = in_feature
         self.levels = nn.ModuleList()
         for scale in scale_factors:
-            layers, channels = _rescale(scale, shape.channels, norm)
+            layers, channels = rescale(scale, shape.channels, norm)
             for kernel_size in (1, 3):
                 layers += [
                     Conv2d(
@@ -100,9 +118,8 @@ class SimpleFeaturePyramid(Backbone):
         for _ in range(getattr(self.top_block, "num_levels", 0)):
             strides.append(strides[-1] * 2)
             names.append(f"p{int(math.log2(strides[-1]))}")
-        # Strides stay integers where they are: anchors and poolers are exact either way.
         self._shapes = {
-            name: ShapeSpec(channels=out_channels, stride=int(stride) if stride == int(stride) else stride)
+            name: ShapeSpec(channels=out_channels, stride=as_stride(stride))
             for name, stride in zip(names, strides, strict=True)
         }
         coarsest = shape.stride / min(scale_factors)
@@ -114,7 +131,7 @@ class SimpleFeaturePyramid(Backbone):
         return {
             "trunk": trunk,
             "in_feature": cfg.MODEL.SIMPLE_PYRAMID.IN_FEATURE
-            or [name for name in trunk.output_shape() if name != SCORE][-1],
+            or [name for name in trunk.output_shape() if name not in (SCORE, JOINT)][-1],
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "scale_factors": cfg.MODEL.SIMPLE_PYRAMID.SCALE_FACTORS,
             "norm": cfg.MODEL.SIMPLE_PYRAMID.NORM,

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 NUM_STAGES = 5
 SCORE = "score"
 """Name of the class-score map among a backbone's outputs; pyramids pass it on."""
+JOINT = "joint"
+"""Name of the map in CLIP's joint space, or of what its region pooling reads; given in evaluation only."""
 
 
 def feature_name(stride: int) -> str:

@@ -153,6 +153,9 @@ class TrainingCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         self._zoo = bool(checkpoint.get("matching_heuristics"))
         self._offered = len(checkpoint["model"])
+        before_load = getattr(self.model, "before_load", None)
+        if before_load is not None:  # e.g. what depends on the classes, which open vocabularies change
+            before_load(checkpoint["model"])
         for key in [k for k in checkpoint["model"] if self._skipped(k)]:
             own = self.model.state_dict().get(key)
             value = checkpoint["model"][key]

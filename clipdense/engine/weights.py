@@ -207,7 +207,7 @@ def account_model(cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = ()
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
-    if not cfg.MODEL.LANGUAGE.CLASSES:  # the names are not known, and do not matter here
+    if not cfg.MODEL.LANGUAGE.CLASSES and head_classes(cfg):  # the names are not known, and do not matter
         counted, _ = head_classes(cfg)[0]
         cfg.MODEL.LANGUAGE.CLASSES = [str(i) for i in range(_get(cfg, counted))]
     try:

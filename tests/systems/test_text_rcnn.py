@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from clipdense.config import add_clipdense_config
-from clipdense.systems.text_rcnn import TextBoxPredictor, TextClassifier
+from clipdense.regions import TextClassifier
+from clipdense.systems.text_rcnn import TextBoxPredictor
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -89,7 +90,7 @@ def test_zero_background_has_logit_zero() -> None:
 
 @pytest.mark.parametrize("kwargs", [{"background": "none"}, {"temperature": 0.0}])
 def test_unknown_settings_are_refused(kwargs: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="MODEL.TEXT_RCNN"):
+    with pytest.raises(ValueError, match="must be"):
         TextClassifier(5, torch.randn(4, 8), **kwargs)
 
 

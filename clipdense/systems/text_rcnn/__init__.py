@@ -1,7 +1,7 @@
 """R-CNN whose box classifier is a frozen table of class names, embedded by a CLIP text tower (ViLD-text)."""
 
 from clipdense.systems.text_rcnn.config import add_text_rcnn_config
-from clipdense.systems.text_rcnn.predictor import TextBoxPredictor, TextClassifier
+from clipdense.systems.text_rcnn.predictor import TextBoxPredictor
 from clipdense.systems.text_rcnn.roi_heads import TextROIHeads
 
-__all__ = ["TextBoxPredictor", "TextClassifier", "TextROIHeads", "add_text_rcnn_config"]
+__all__ = ["TextBoxPredictor", "TextROIHeads", "add_text_rcnn_config"]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
@@ -16,58 +13,12 @@ from clipdense.clip.tables import TextTable
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import class_names
+from clipdense.regions import TextClassifier
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-
-
-class TextClassifier(nn.Module):
-    """Logits of K classes and the background from a region feature x (ViLD-text, Gu et al., ICLR 2022,
-    section 3.2).
-
-    z = W x + b, logit_k = cos(z, t_k) / tau, with the frozen class embeddings t_1 .. t_K and a learned t_bg.
-    """
-
-    text: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        text: Tensor,
-        *,
-        background: str = "learned",
-        temperature: float = 0.02,
-        learn_temperature: bool = True,
-    ) -> None:
-        """
-        Args:
-            in_features: size of x.
-            text: (K, D), normalised here.
-            background: "learned" (an embedding) or "zero" (a logit of 0).
-            temperature: tau at the start, above 0.
-            learn_temperature: whether it is trained, as log(1 / tau).
-        """
-        super().__init__()
-        if background not in ("learned", "zero"):
-            raise ValueError(f"MODEL.TEXT_RCNN.BACKGROUND must be learned or zero, not {background!r}")
-        if temperature <= 0:
-            raise ValueError(f"MODEL.TEXT_RCNN.TEMPERATURE must be above 0, not {temperature}")
-        self.register_buffer("text", F.normalize(text.float(), dim=1))
-        self.project = nn.Linear(in_features, text.shape[1])
-        nn.init.normal_(self.project.weight, std=0.01)
-        nn.init.zeros_(self.project.bias)
-        self.background = nn.Parameter(torch.randn(1, text.shape[1])) if background == "learned" else None
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Region features (R, C) -> logits (R, K + 1), the background last."""
-        z = F.normalize(self.project(x), dim=1)
-        if self.background is None:
-            return F.pad(z @ self.text.T * self.log_scale.exp(), (0, 1))
-        embeddings = torch.cat([self.text, F.normalize(self.background, dim=1)])
-        return z @ embeddings.T * self.log_scale.exp()
 
 
 class TextBoxPredictor(FastRCNNOutputLayers):

@@ -1,0 +1,87 @@
+"""Region classification by cosine similarity to class-name embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["TextClassifier"]
+
+
+class TextClassifier(nn.Module):
+    """Logits of K classes and the background from a region feature x (ViLD-text, Gu et al., ICLR 2022,
+    section 3.2).
+
+    z = W x + b, logit_k = cos(z, t_k) / tau, with the frozen class embeddings t_1 .. t_K and t_bg.
+
+    Attributes:
+        text: (K, D), as it was given or loaded.
+        background: (1, D), a parameter where it is learned; None where the background's logit is 0.
+    """
+
+    text: Tensor
+    background: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        text: Tensor,
+        *,
+        background: str | Tensor = "learned",
+        temperature: float = 0.02,
+        learn_temperature: bool = True,
+        relu: bool = False,
+    ) -> None:
+        """
+        Args:
+            in_features: size of x.
+            text: (K, D), normalised here.
+            background: "learned" (an embedding), "zero" (a logit of 0), or a frozen embedding (1, D),
+                normalised here.
+            temperature: tau at the start, above 0.
+            learn_temperature: whether it is trained, as log(1 / tau).
+            relu: z = ReLU(W x + b), so that embeddings are not negative (published F-ViT).
+
+        Raises:
+            ValueError: another background, or temperature.
+        """
+        super().__init__()
+        if isinstance(background, str) and background not in ("learned", "zero"):
+            raise ValueError(f"the background must be learned or zero, not {background!r}")
+        if temperature <= 0:
+            raise ValueError(f"the temperature must be above 0, not {temperature}")
+        self.register_buffer("text", F.normalize(text.float(), dim=1))
+        self.project = nn.Linear(in_features, text.shape[1])
+        nn.init.normal_(self.project.weight, std=0.01)
+        nn.init.zeros_(self.project.bias)
+        if isinstance(background, Tensor):
+            self.register_buffer("background", F.normalize(background.float(), dim=1))
+        elif background == "learned":
+            self.background = nn.Parameter(torch.randn(1, text.shape[1]))
+        else:
+            self.background = None
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
+        self.relu = relu
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Region features (R, C) -> unit embeddings z (R, D); zero where the ReLU leaves nothing."""
+        z = self.project(x)
+        return F.normalize(z.relu() if self.relu else z, dim=1)
+
+    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+        """Region features (R, C) -> logits (R, K + 1), the background last.
+
+        Args:
+            text: unit embeddings (K, D) of other classes than `text`.
+        """
+        z = self.embed(x)
+        text = self.text if text is None else text
+        if self.background is None:
+            return F.pad(z @ text.T * self.log_scale.exp(), (0, 1))
+        background = self.background
+        if isinstance(background, nn.Parameter):
+            background = F.normalize(background, dim=1)
+        return z @ torch.cat([text, background]).T * self.log_scale.exp()
