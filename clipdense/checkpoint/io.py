@@ -43,7 +43,7 @@ class Checkpoint:
     """The tensors of a file, and what else it says.
 
     Attributes:
-        state: key -> tensor, unwrapped from `state_dict` / `model`, without a `module.` prefix.
+        state: key -> tensor, unwrapped from `state_dict` / `model` / `module`, without a `module.` prefix.
         format: "safetensors", "torch" or "torchscript".
         metadata: what `save_checkpoint` stored (layout, options); empty for other files.
         extras: the other top-level entries of a torch file (meta, epoch ...).
@@ -189,7 +189,7 @@ def _read_torch(path: Path, allow_pickle: bool, lazy: bool) -> Checkpoint:
 
 def _unwrap(payload: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     extras: dict[str, Any] = {}
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "module"):
         if isinstance(payload.get(wrapper), Mapping):
             extras = {str(k): v for k, v in payload.items() if k != wrapper}
             payload = payload[wrapper]

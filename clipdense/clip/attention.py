@@ -136,15 +136,21 @@ def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, grid: Grid, side: int, d
 
 Mode = Callable[[Block, TokenStream], Tensor]
 MODES: dict[str, Mode] = {}
+CLASS_TOKEN_MODES: set[str] = set()
 
 
-def dense_mode(name: str) -> Callable[[Mode], Mode]:
+def dense_mode(*names: str, class_token: bool = False) -> Callable[[Mode], Mode]:
     """Register a last-block mode: from the stream that enters the last block to the tokens (B, L, C) that
     leave it.
+
+    Args:
+        names: what the methods that share the mode call it.
+        class_token: the mode reads the class token, so towers without one do not have it.
     """
 
     def register(mode: Mode) -> Mode:
-        MODES[name] = mode
+        MODES.update(dict.fromkeys(names, mode))
+        CLASS_TOKEN_MODES.update(names if class_token else ())
         return mode
 
     return register
@@ -169,7 +175,7 @@ def plain(block: Block, stream: TokenStream) -> Tensor:
     return x + block.mlp(x)
 
 
-@dense_mode("value")
+@dense_mode("value", "clipself", "maskclip")
 def value(block: Block, stream: TokenStream) -> Tensor:
     """Each token attends to itself alone: x + out(v), then the MLP; residual, inner norm and MLP are kept.
 
@@ -179,4 +185,13 @@ def value(block: Block, stream: TokenStream) -> Tensor:
     """
     x = stream.x
     x = x + block.out(block.value(block.normed(x)))
+    return x + block.mlp(x)
+
+
+@dense_mode("catseg", class_token=True)
+def catseg(block: Block, stream: TokenStream) -> Tensor:
+    """As `value`, but the residual of every token is the class token (CAT-Seg,
+    specs/clipself_fvlm_catseg_odise_fcclip.md 3.1).
+    """
+    x = stream.x[:, :1] + block.out(block.value(block.normed(stream.x)))
     return x + block.mlp(x)

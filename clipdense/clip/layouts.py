@@ -10,6 +10,8 @@ from torch import Tensor
 
 from clipdense.checkpoint import DropRule, Layout, register_layout
 
+from .eva import EVA02_CLIP
+
 # In a TorchScript state dict only; a plain one does not have them.
 JIT_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 _ROOT_TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
@@ -39,12 +41,64 @@ OPENAI_CLIP = register_layout(
     )
 )
 
+
+def _is_eva(state: Mapping[str, Tensor]) -> bool:
+    return "visual.cls_token" in state and "visual.pos_embed" in state
+
+
+# Of a block; timm calls them so in blocks whose query, key and value projections are apart.
+_EVA_NAMES = {
+    "attn.q_bias": "attn.q_proj.bias",
+    "attn.v_bias": "attn.v_proj.bias",
+    "attn.inner_attn_ln.": "attn.norm.",
+    "mlp.ffn_ln.": "mlp.norm.",
+    "mlp.w1.": "mlp.fc1_g.",
+    "mlp.w2.": "mlp.fc1_x.",
+    "mlp.w3.": "mlp.fc2.",
+}
+
+
+def _from_eva(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """specs/clipself_fvlm_catseg_odise_fcclip.md 1.7; blocks of one fused projection keep their biases."""
+    converted = {}
+    fused = "visual.blocks.0.attn.q_proj.weight" not in state
+    for key, value in state.items():
+        name = key
+        if key == "text.logit_scale" and "logit_scale" not in state:
+            name = "logit_scale"
+        elif key.startswith("visual."):
+            name = f"visual.trunk.{key.removeprefix('visual.')}"
+            for theirs, ours in _EVA_NAMES.items():
+                if f".{theirs}" in name and not (fused and theirs.endswith("_bias")):
+                    name = name.replace(theirs, ours)
+        converted[name] = value
+    return _scalar_logits(converted)
+
+
+EVA_CLIP = register_layout(
+    Layout(
+        name="eva_clip",
+        about="EVA-CLIP, and what CLIPSelf trains of it: visual.cls_token, visual.blocks.*, text.*",
+        matches=_is_eva,
+        convert=_from_eva,
+        drops=(
+            DropRule(
+                "RoPE tables",
+                r"visual\.trunk\.(blocks\.\d+\.attn\.)?rope\.(flag|freqs_(cos|sin)(_\d+)?)",
+                "computed for every grid",
+            ),
+        ),
+    )
+)
+
 OPEN_CLIP = register_layout(
     Layout(
         name="open_clip",
         about="open_clip models with custom_text, and files that clipdense writes: visual.*, text.*",
         matches=lambda state: (
-            any(k.startswith("visual.") for k in state) and any(k.startswith("text.") for k in state)
+            any(k.startswith("visual.") for k in state)
+            and any(k.startswith("text.") for k in state)
+            and not _is_eva(state)
         ),
         convert=_scalar_logits,
         optional=_COUNTERS,
@@ -55,8 +109,8 @@ OPEN_CLIP = register_layout(
 def config_from_tensors(
     state: Mapping[str, Tensor], *, head_width: int, text_heads: int | None
 ) -> dict[str, Any]:
-    """The open_clip model config of converted OpenAI-style tensors of any size (ModifiedResNet or open_clip
-    ViT).
+    """The open_clip model config of converted tensors of any size (ModifiedResNet, open_clip ViT or
+    EVA02-CLIP).
 
     What tensors cannot tell is given: `head_width` of the image tower, and `text_heads` (None: `head_width`
         wide).
@@ -81,10 +135,23 @@ def config_from_tensors(
             "image_size": _side(shape["visual.positional_embedding"][0]) * patch,
             "mlp_ratio": _mlp_ratio(shape, "visual.transformer"),
         }
+    elif "visual.trunk.blocks.0.attn.norm.weight" in shape:
+        width, patch = shape["visual.trunk.cls_token"][-1], shape["visual.trunk.patch_embed.proj.weight"][-1]
+        hidden = shape["visual.trunk.blocks.0.mlp.fc1_g.weight"][0]
+        vision = {
+            "timm_model_name": EVA02_CLIP,
+            "timm_pool": "token",
+            "timm_proj": None,
+            "layers": len(_children(shape, "visual.trunk.blocks.")),
+            "width": width,
+            "patch_size": patch,
+            "image_size": _side(shape["visual.trunk.pos_embed"][1]) * patch,
+            "mlp_ratio": math.ceil(1e4 * hidden / width) / 1e4,  # timm truncates width * mlp_ratio
+        }
     else:
         raise ValueError(
-            "the tensors do not determine the image tower (only those of CLIP's ResNet and ViT do): "
-            "name the model"
+            "the tensors do not determine the image tower (only those of CLIP's ResNet and ViT, and of "
+            "EVA02-CLIP B and L, do): name the model"
         )
     if "text.text_projection" not in shape:
         raise ValueError("the tensors do not determine the text tower: name the model")

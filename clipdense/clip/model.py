@@ -27,7 +27,8 @@ from clipdense.checkpoint import (
     save_checkpoint,
 )
 
-from .layouts import JIT_ENTRIES, OPENAI_CLIP, config_from_tensors
+from .eva import EVA02_CLIP, EVA02Model
+from .layouts import EVA_CLIP, JIT_ENTRIES, OPENAI_CLIP, config_from_tensors
 from .sources import Source, resolve
 from .tokenizer import CLIP_VOCABULARY, build_tokenizer, token_counts
 from .towers import TextTower, Tower, TowerOutput, Want, build_tower
@@ -163,8 +164,9 @@ def load_clip(
         model: open_clip model name, "shapes-rn" | "shapes-vit" | "shapes-eva", "hf-hub:organisation/name",
             "local-dir:folder", a weight file, or "" with a weight file as `pretrained`; or an open_clip
             module, which the result shares its parameters with.
-        pretrained: tag, "hf-hub:organisation/name", weight file in OpenAI's (also TorchScript), open_clip's
-            or our layout, or "random". None or "": the weights that belong to a nano, hub or local-dir model.
+        pretrained: tag, "hf-hub:organisation/name", weight file in OpenAI's (also TorchScript), EVA-CLIP's
+            (also CLIPSelf's), open_clip's or our layout, or "random". None or "": the weights that belong to
+            a nano, hub or local-dir model.
         allow_pickle: see `clipdense.checkpoint.read_checkpoint`.
         precision: "fp32", "fp16" or "bf16" for all weights but the logit scale and bias.
         quick_gelu: x sigmoid(1.702 x) instead of GELU in open_clip's own towers. None: as model name, tag or
@@ -206,7 +208,8 @@ def load_clip(
 def _layout(file: Checkpoint) -> Layout | None:
     """None for one tower of a model (the nano files), which has the model's own keys."""
     towers = {key.split(".")[0] for key in file.state} - {"logit_scale", "logit_bias"}
-    layout = None if towers in ({"visual"}, {"text"}) else detect_layout(file.state, str(file.path))
+    one = towers in ({"visual"}, {"text"}) and not EVA_CLIP.matches(file.state)
+    layout = None if one else detect_layout(file.state, str(file.path))
     if isinstance(layout, ModelLayout):
         raise CheckpointError(f"{file.path} is no CLIP but {layout.about}: name it in MODEL.WEIGHTS")
     return layout
@@ -225,6 +228,8 @@ def _config(
     trained = source.quick_gelu if stored is None else stored["model_cfg"]["quick_gelu"]
     if file is not None and layout is OPENAI_CLIP and all(key in file.state for key in JIT_ENTRIES):
         trained = True  # only OpenAI's TorchScript files have these entries
+    if layout is EVA_CLIP:
+        trained = False  # EVA's text towers have the exact GELU
     if source.config is None and stored is None:
         assert file is not None
         if trained is None and quick_gelu is None:
@@ -232,11 +237,11 @@ def _config(
                 f"{file.path} does not tell its activation: pass quick_gelu (True for OpenAI's weights), "
                 f"or name the model"
             )
-        config = _config_from_file(file, layout, bool(trained), text_heads, head_width)
+        config = _config_from_file(file, layout, trained is not None, text_heads, head_width)
     else:
         config = deepcopy(stored if source.config is None else source.config)
         vision_cfg, text_cfg = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
-        if head_width is not None and vision_cfg.get("timm_model_name"):
+        if head_width is not None and vision_cfg.get("timm_model_name", EVA02_CLIP) != EVA02_CLIP:
             raise ValueError(
                 f"'{source.name}' has its heads from timm: head_width is for open_clip's own towers"
             )
@@ -256,14 +261,14 @@ def _config(
 
 
 def _config_from_file(
-    file: Checkpoint, layout: Layout | None, openai: bool, text_heads: int | None, head_width: int | None
+    file: Checkpoint, layout: Layout | None, released: bool, text_heads: int | None, head_width: int | None
 ) -> dict[str, Any]:
     """The config that the tensors of a nameless file show."""
     if layout is None:
         raise ValueError(f"{file.path} holds one tower of a CLIP: name the model")
     if head_width is None or text_heads is None:
         message = "%s: heads of 64 where head_width or text_heads do not say otherwise, as in OpenAI's CLIP"
-        logger.log(logging.INFO if openai else logging.WARNING, message, file.path)
+        logger.log(logging.INFO if released else logging.WARNING, message, file.path)
     converted = layout.convert(file.state)
     model_cfg = config_from_tensors(converted, head_width=head_width or 64, text_heads=text_heads)
     pixels = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
@@ -289,7 +294,10 @@ def build_clip(
             f"give its text embeddings as a precomputed table"
         )
     cfg["vision_cfg"]["timm_model_pretrained"] = False
-    visual = _build_vision_tower(cfg["embed_dim"], cfg["vision_cfg"], cfg.get("quick_gelu", False))
+    if cfg["vision_cfg"].get("timm_model_name") == EVA02_CLIP:
+        visual: nn.Module = EVA02Model(cfg["embed_dim"], cfg["vision_cfg"])
+    else:
+        visual = _build_vision_tower(cfg["embed_dim"], cfg["vision_cfg"], cfg.get("quick_gelu", False))
     _set_native_size(visual, cfg["vision_cfg"]["image_size"])
     text_tower = None
     if text:

@@ -49,7 +49,7 @@ def test_tied_tensors_can_be_saved(tmp_path):
     assert read_checkpoint(tmp_path / "x.safetensors").state["c"].shape == (1,)
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_torch_files_are_unwrapped(tmp_path, wrapper, prefix):
     state = {f"{prefix}{k}": v for k, v in STATE.items()}

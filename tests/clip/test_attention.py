@@ -85,13 +85,18 @@ def test_rope_turns_patches_only():
 
 
 @torch.no_grad()
-def test_value_mode():
+def test_value_modes():
     block, stream = _block(), _stream()
     source = block.source
     u = source.ln_1(stream.x)
     v = F.linear(u, source.attn.in_proj_weight[64:], source.attn.in_proj_bias[64:])
-    x = stream.x + source.attn.out_proj(v)
-    torch.testing.assert_close(get_mode("value")(block, stream), x + source.mlp(source.ln_2(x)))
+    for modes, residual in (
+        (("value", "clipself", "maskclip"), stream.x),
+        (("catseg",), stream.x[:, :1].expand_as(stream.x)),
+    ):
+        x = residual + source.attn.out_proj(v)
+        for mode in modes:
+            torch.testing.assert_close(get_mode(mode)(block, stream), x + source.mlp(source.ln_2(x)))
     torch.testing.assert_close(
         block.key(u), F.linear(u, *(p[32:64] for p in (source.attn.in_proj_weight, source.attn.in_proj_bias)))
     )
@@ -108,7 +113,7 @@ def test_the_table_of_modes_is_open(monkeypatch):
     assert get_mode("_")(_block(), stream) is stream.x
     tower = load_clip("shapes-vit", "random", text=False).visual
     images = torch.randn(1, 3, 64, 64)
-    assert tower.dense_modes == ("plain", "value", "_")
+    assert tower.dense_modes == ("plain", "value", "clipself", "maskclip", "catseg", "_")
     dense = tower(images, Want(dense="_")).dense
     before = tower(images, Want(taps=(2,))).taps[0][0]
     projected = tower.project(tower.norm_tokens(before.flatten(2).transpose(1, 2)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,19 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "timm_gap": lambda: _timm(
         TimmVisionTransformer(
             img_size=64, patch_size=16, embed_dim=32, depth=3, num_heads=2, global_pool="avg", num_classes=0
+        ),
+        nn.Sequential(nn.Linear(32, DIM, bias=False)),
+    ),
+    "timm_no_class": lambda: _timm(
+        TimmVisionTransformer(
+            img_size=64,
+            patch_size=16,
+            embed_dim=32,
+            depth=3,
+            num_heads=2,
+            class_token=False,
+            global_pool="avg",
+            num_classes=0,
         ),
         nn.Sequential(nn.Linear(32, DIM, bias=False)),
     ),
@@ -280,6 +294,23 @@ def test_value_mode_equals_attention_to_oneself(name):
     assert not torch.allclose(tower(images, Want(dense="plain")).dense, masked, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["vit", "eva02", "eva01", "eva_post_norm"])
+@torch.no_grad()
+def test_catseg_mode_replaces_the_residual_by_the_class_token(name):
+    """Where all tokens that enter the last block are equal, it is the value mode; elsewhere it is not."""
+    _, tower = _pair(name)
+    images, last = _images(tower, (80, 48)), len(tower.blocks) - 1
+
+    def equal(index: int, stream: TokenStream) -> TokenStream:
+        x = stream.x[:, :1].expand_as(stream.x) if index == last else stream.x
+        return replace(stream, x=x)
+
+    value, catseg = (tower(images, Want(dense=mode), hook=equal).dense for mode in ("value", "catseg"))
+    torch.testing.assert_close(catseg, value)
+    value, catseg = (tower(images, Want(dense=mode)).dense for mode in ("value", "catseg"))
+    assert not torch.allclose(catseg, value, atol=1e-2)
+
+
 @torch.no_grad()
 def test_resnet_value_mode_is_two_linear_maps_of_c5():
     visual, tower = _pair("resnet")
@@ -288,6 +319,7 @@ def test_resnet_value_mode_is_two_linear_maps_of_c5():
     torch.testing.assert_close(
         out.dense.permute(0, 2, 3, 1), pool.c_proj(pool.v_proj(c5)), atol=2e-5, rtol=1e-4
     )
+    assert torch.equal(tower(_images(tower), Want(dense="maskclip")).dense, out.dense)
     torch.testing.assert_close(out.keys.permute(0, 2, 3, 1), pool.k_proj(c5), atol=2e-5, rtol=1e-4)
 
 
@@ -385,6 +417,16 @@ def test_what_a_tower_cannot_give_is_an_error():
         vit(images, Want(taps=(7,)))
     with pytest.raises(ValueError, match="ConvNeXtTower cannot give dense 'value': its modes are plain"):
         convnext(images, Want(dense="value"))
+    _, resnet = _pair("resnet")
+    with pytest.raises(
+        ValueError, match="ResNetTower cannot give dense 'catseg': its modes are plain, value"
+    ):
+        resnet(_images(resnet), Want(dense="catseg"))
+    _, no_class = _pair("timm_no_class")
+    with pytest.raises(
+        ValueError, match="TimmViTTower cannot give dense 'catseg': its modes are plain, value"
+    ):
+        no_class(images, Want(dense="catseg"))
     with pytest.raises(ValueError, match="ConvNeXtTower cannot give keys"):
         convnext(images, Want(keys=True))
     with pytest.raises(ValueError, match="ViTTower cannot give region embeddings of boxes"):

@@ -20,20 +20,20 @@ class Want:
     Attributes:
         taps: ResNet and ConvNeXt: stages 2 to 5 (C2 to C5); transformers: 0-based block indices (residual
             stream, no norm).
-        tap_mode: transformers: the mode of the last block, for its tap (F-ViT: "value").
         pre: the last map before the projection into the joint space, under the dense mode ("plain" without
             one).
         dense: last-block mode of the dense map in the joint space, e.g. "plain" or "value".
         keys: key projection of the last attention, un-normalised, heads side by side.
         pooled: the image embedding.
+        tap_mode: transformers: the mode of the last block, for its tap (F-ViT: "value").
     """
 
     taps: tuple[int, ...] = ()
-    tap_mode: str = "plain"
     pre: bool = False
     dense: str | None = None
     keys: bool = False
     pooled: bool = False
+    tap_mode: str = "plain"
 
 
 POOLED = Want(pooled=True)

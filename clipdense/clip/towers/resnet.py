@@ -18,7 +18,7 @@ class ResNetTower(Tower):
     """ModifiedResNet (specs/denseclip_maskclip_segclip.md 1.3, 1.4).
 
     Modes of `dense`: "plain" makes every position a query of the attention pool (DenseCLIP's z), with the
-    mean token among the keys; "value" is c_proj(v_proj(C5)), without positions or attention (MaskCLIP).
+    mean token among the keys; "value" or "maskclip" is c_proj(v_proj(C5)), without positions or attention.
     `pre` is C5, `keys` k_proj(C5). A tower whose `attnpool` is None is the trunk alone.
     """
 
@@ -45,7 +45,7 @@ class ResNetTower(Tower):
     @property
     def dense_modes(self) -> tuple[str, ...]:
         """See the class."""
-        return () if self.why_no_dense else ("plain", "value")
+        return () if self.why_no_dense else ("plain", "value", "maskclip")
 
     def features(self, images: Tensor, want: Want) -> TowerOutput:
         """Stem, four stages, then the pool; stages beyond the last one wanted do not run."""
@@ -66,7 +66,7 @@ class ResNetTower(Tower):
             return out
         if want.keys:
             out.keys = _pointwise(x, self.attnpool.k_proj)
-        if want.dense == "value":
+        if want.dense in ("value", "maskclip"):
             out.dense = _pointwise(_pointwise(x, self.attnpool.v_proj), self.attnpool.c_proj)
         every = want.dense == "plain"
         if every or want.pooled:

@@ -46,7 +46,8 @@ class TimmViTTower(TransformerTower):
             )
         self.stride = patches.patch_size[0]
         self.grid, self.image_size = tuple(patches.grid_size), tuple(patches.img_size)
-        self.prefix = trunk.num_prefix_tokens
+        self.prefix, self.class_token = trunk.num_prefix_tokens, trunk.cls_token is not None
+        self.pools_class_token = self.class_token and trunk.global_pool == "token"
         depth = len(trunk.blocks)
         self.tap_channels = dict.fromkeys(range(depth), trunk.embed_dim)
         self.tap_strides = dict.fromkeys(range(depth), self.stride)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import MODES, Block, Mode, TokenStream, get_mode, plain
+from ..attention import CLASS_TOKEN_MODES, MODES, Block, Mode, TokenStream, get_mode, plain
 from .base import POOLED, Tower, TowerOutput, Want, to_map
 
 
@@ -31,16 +31,25 @@ class TransformerTower(Tower):
     """A ViT: `embed`, blocks, `norm_tokens`, `project`; `pool` for the image embedding.
 
     `pre` is the normed patch map that `project` takes. `keys` are those of the last block.
+
+    Attributes:
+        prefix: tokens before the patches.
+        class_token: whether the first of them is one.
+        pools_class_token: whether the image embedding is project(norm_tokens(class token)).
     """
 
     has_keys = True
     prefix: int
+    class_token: bool = True
+    pools_class_token: bool
     grad_checkpointing: bool = False
 
     @property
     def dense_modes(self) -> tuple[str, ...]:
-        """Every registered last-block mode."""
-        return () if self.why_no_dense else tuple(MODES)
+        """Every registered last-block mode whose tokens the tower has."""
+        if self.why_no_dense:
+            return ()
+        return tuple(mode for mode in MODES if self.class_token or mode not in CLASS_TOKEN_MODES)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -88,34 +97,39 @@ class TransformerTower(Tower):
         out = TowerOutput()
         if whole or last in want.taps:
             stream = hook(last, stream) if hook else stream
-            taps[last] = self._last_block(stream, want, hook, out)
+            tapped = self._last_block(stream, want, hook, out)
+            if tapped is not None:
+                taps[last] = tapped
         out.taps = [(to_map(taps[i], stream.grid), self.tap_strides[i]) for i in want.taps]
         return out
 
     def _last_block(
         self, stream: TokenStream, want: Want, hook: BlockHook | None, out: TowerOutput
-    ) -> Tensor:
-        """Fill `out` from what enters the last block; returns the patch tokens that leave it."""
+    ) -> Tensor | None:
+        """Fill `out` from what enters the last block; returns the patch tokens that leave it, if tapped."""
         last = len(self.blocks) - 1
-        final = stream
+        left: dict[Mode, TokenStream] = {}
+
+        def leave(name: str) -> TokenStream:
+            mode = get_mode(name)  # names can share one
+            if mode not in left:
+                left[mode] = self._run(mode, last, stream)
+                if hook and mode is plain:
+                    left[mode] = hook(last + 1, left[mode])
+            return left[mode]
+
         if want.keys:
             block = self.block(last)
             out.keys = to_map(replace(stream, x=block.key(block.normed(stream.x))).patches, stream.grid)
-        mapped = want.pre or want.dense is not None
-        mode = want.dense or "plain"
-        if want.pooled or last in want.taps or (mapped and mode == "plain"):
-            final = self._run(plain, last, stream)
-            final = hook(last + 1, final) if hook else final
         if want.pooled:
-            out.pooled = self.pool(self._without_extra(final))
-        if mapped:
-            mapped_stream = final if mode == "plain" else self._run(get_mode(mode), last, stream)
-            tokens = self.norm_tokens(mapped_stream.patches)
+            out.pooled = self.pool(self._without_extra(leave("plain")))
+        if want.pre or want.dense is not None:
+            tokens = self.norm_tokens(leave(want.dense or "plain").patches)
             if want.pre:
                 out.pre = to_map(tokens, stream.grid)
             if want.dense:
                 out.dense = to_map(self.project(tokens), stream.grid)
-        return final.patches
+        return leave(want.tap_mode).patches if last in want.taps else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""

@@ -42,6 +42,7 @@ class ViTTower(TransformerTower):
         self.grid, self.image_size = tuple(visual.grid_size), tuple(visual.image_size)
         self.embed_dim = visual.output_dim
         self.pool_type, self.pool_first = visual.pool_type, visual.final_ln_after_pool
+        self.pools_class_token = visual.pool_type == "tok"
         depth = len(visual.transformer.resblocks)
         self.tap_channels = dict.fromkeys(range(depth), visual.conv1.out_channels)
         self.tap_strides = dict.fromkeys(range(depth), self.stride)
