@@ -65,6 +65,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.pretrained and len(arguments.model) > 1:
         parser.error("--pretrained goes with one --model")
+    if arguments.curve and 0 in arguments.image_size:
+        parser.error("--curve is drawn over several --image-size")
     return arguments
 
 

@@ -1,0 +1,88 @@
+"""tools/evaluate_regions.py and tools/dense_clusters.py on a few shapes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from clipdense.clip import load_clip
+
+from detectron2.data import DatasetCatalog
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+pytestmark = pytest.mark.usefixtures("small_shapes")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.main
+
+    return load
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "export.safetensors"
+    load_clip("shapes-vit", "random").save(path)
+    return str(path)
+
+
+def test_regions_over_sizes(tool, weights, tmp_path, capsys):
+    rows, curve = tmp_path / "out" / "rows.json", tmp_path / "curve.png"
+    arguments = ["--model", "shapes-rn", weights, "--image-size", "64", "128", "--antialias", "both"]
+    assert tool("evaluate_regions")([*arguments, "--json", str(rows), "--curve", str(curve)]) == 0
+    content = json.loads(rows.read_text())
+    assert [(r["model"], r["mode"], r["image_size"], r["antialias"]) for r in content] == [
+        (model, mode, size, antialias)
+        for model, mode in (("shapes-rn", "value"), (weights, content[-1]["mode"]))
+        for size in (64, 128)
+        for antialias in (False, True)
+    ]
+    things = sum(len(r["annotations"]) for r in DatasetCatalog.get("shapes_ov_panoptic_val"))
+    assert 0 < content[0]["thing.n"] <= things
+    printed = capsys.readouterr().out
+    for kind in ("thing", "stuff"):
+        assert f"{int(content[0][f'{kind}.n'])} {kind} regions of shapes_ov_panoptic_val" in printed
+    assert printed.count("| crops ") == 4  # two models, two kinds: not once a view
+    assert f"{content[0]['crops.thing.macc1']:.1f}" in printed and "top1-color" in printed
+    with Image.open(curve) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+
+
+def test_what_is_wrong_is_said_without_traceback(tool, weights, tmp_path, capsys):
+    arguments = ["--model", weights, "--images", "1", "--dataset", "shapes_closed_panoptic_val"]
+    table = tmp_path / "table.npy"
+    assert tool("evaluate_regions")([*arguments, "--table", str(table)]) == 1
+    assert f"error: no text table '{table}'" in capsys.readouterr().err
+    assert tool("evaluate_regions")([*arguments, "--image-size", "100"]) == 1
+    assert "image size 100 is no multiple of the stride 8" in capsys.readouterr().err
+    assert tool("evaluate_regions")(["--dataset", "shapes_closed_panoptic_vall"]) == 1
+    assert "shapes_closed_panoptic_val" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool("evaluate_regions")([*arguments, "--curve", str(tmp_path / "curve.png")])
+    assert "--curve is drawn over several --image-size" in capsys.readouterr().err
+
+
+def test_clusters_side_by_side(tool, weights, tmp_path, capsys):
+    panel = tmp_path / "panel.png"
+    arguments = [str(panel), "--model", "shapes-rn", weights, "--titles", "before", "after"]
+    assert tool("dense_clusters")([*arguments, "--images", "2", "--clusters", "3"]) == 0
+    with Image.open(panel) as picture:
+        width, height = picture.size
+    assert width > height  # three columns, two rows
+    record = DatasetCatalog.get("shapes_closed_panoptic_val")[0]
+    assert tool("dense_clusters")([*arguments, "--input", record["file_name"], "--image-size", "64"]) == 0
+    with Image.open(panel) as picture:
+        assert picture.height < height
+    assert tool("dense_clusters")([*arguments, "--input", str(tmp_path / "none.png")]) == 1
+    assert "none.png" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool("dense_clusters")([str(panel), "--model", "a", "b", "--titles", "one"])

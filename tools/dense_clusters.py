@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Draw the k-means clusters of dense features, several models side by side.
+
+    tools/dense_clusters.py clusters.png --model shapes-vit output/clipself/export.safetensors
+    tools/dense_clusters.py clusters.png --model shapes-rn shapes-vit --input a.jpg b.jpg --image-size 512
+
+Every image and model is clustered on its own: what matters is where the borders run, colours mean nothing.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import clipdense  # noqa: F401
+from clipdense.checkpoint import CheckpointError
+from clipdense.clip import load_clip
+from clipdense.clusters import cluster_map, draw_clusters
+from clipdense.data.checks import check_dataset_names
+from clipdense.data.image import read_image
+from clipdense.engine.setup import available_device
+from clipdense.evaluation.dense_regions import dense_map
+
+from detectron2.data import DatasetCatalog
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="PNG to write")
+    parser.add_argument(
+        "--model", nargs="+", required=True, help="names or files that load_clip takes, one column each"
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help="load weight files that are pickles")
+    parser.add_argument("--titles", nargs="+", help="of the columns (default: the models)")
+    parser.add_argument("--input", nargs="+", type=Path, help="images (default: from the data set)")
+    parser.add_argument("--dataset", default="shapes_closed_panoptic_val", help="a registered data set")
+    parser.add_argument("--images", type=int, default=6, help="so many of the data set's first (default: 6)")
+    parser.add_argument("--clusters", type=int, default=6, help="of an image (default: 6)")
+    parser.add_argument("--mode", default="", help="dense mode (default: each tower's best)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        help="side that images are letterboxed to, a multiple of the stride (default: each image's own)",
+    )
+    parser.add_argument("--device", default="cuda", help="cuda (default, where there is a GPU), cpu, ...")
+    arguments = parser.parse_args(argv)
+    arguments.titles = arguments.titles or arguments.model
+    if len(arguments.titles) != len(arguments.model):
+        parser.error("--titles: one for each --model")
+    if len(set(arguments.titles)) < len(arguments.titles):
+        parser.error("--titles: the columns need different titles")
+    return arguments
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        files = arguments.input
+        if not files:
+            check_dataset_names([arguments.dataset])
+            files = [r["file_name"] for r in DatasetCatalog.get(arguments.dataset)[: arguments.images]]
+        images = [read_image(file, "RGB") for file in files]
+        maps = {}
+        for title, name in zip(arguments.titles, arguments.model, strict=True):
+            clip = load_clip(name, allow_pickle=arguments.allow_pickle, text=False)
+            clip.to(available_device(arguments.device))
+            maps[title] = [
+                cluster_map(
+                    dense_map(clip, image, arguments.mode, arguments.image_size),
+                    image.shape[:2],
+                    arguments.clusters,
+                )
+                for image in tqdm(images, title, unit="image")
+            ]
+        draw_clusters(images, maps, arguments.output)
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
