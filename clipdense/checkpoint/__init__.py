@@ -6,6 +6,7 @@ from .accounting import CheckpointMismatch, DropRule, Report, account, load_stri
 from .convert import MODEL_LAYOUT, class_differences, config_options, convert_model, model_layout
 from .io import Checkpoint, CheckpointError, atomic_path, read_checkpoint, save_checkpoint
 from .layouts import LAYOUTS, Layout, ModelLayout, detect_layout, register_layout, rename
+from .sizes import config_leaves, count_parts, shown_size
 
 __all__ = [
     "LAYOUTS",
@@ -20,8 +21,10 @@ __all__ = [
     "account",
     "atomic_path",
     "class_differences",
+    "config_leaves",
     "config_options",
     "convert_model",
+    "count_parts",
     "detect_layout",
     "load_strict",
     "model_layout",
@@ -29,4 +32,5 @@ __all__ = [
     "register_layout",
     "rename",
     "save_checkpoint",
+    "shown_size",
 ]

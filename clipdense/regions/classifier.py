@@ -24,6 +24,7 @@ class TextClassifier(nn.Module):
 
     text: Tensor
     background: Tensor | None
+    log_scale: Tensor
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class TextClassifier(nn.Module):
             background: "learned" (an embedding), "zero" (a logit of 0), or a frozen embedding (1, D),
                 normalised here.
             temperature: tau at the start, above 0.
-            learn_temperature: whether it is trained, as log(1 / tau).
+            learn_temperature: whether it is trained, as log(1 / tau); a fixed one is not in checkpoints.
             relu: z = ReLU(W x + b), so that embeddings are not negative (published F-ViT).
 
         Raises:
@@ -63,7 +64,11 @@ class TextClassifier(nn.Module):
             self.background = nn.Parameter(torch.randn(1, text.shape[1]))
         else:
             self.background = None
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
+        log_scale = torch.tensor(-math.log(temperature))
+        if learn_temperature:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale, persistent=False)
         self.relu = relu
 
     def embed(self, x: Tensor) -> Tensor:

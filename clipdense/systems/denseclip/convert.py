@@ -8,15 +8,21 @@ context decoder, the temperature, the weight of the auxiliary loss.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
-from clipdense.checkpoint import CheckpointError, ModelLayout, register_layout, rename
+from clipdense.checkpoint import (
+    CheckpointError,
+    ModelLayout,
+    config_leaves,
+    count_parts,
+    register_layout,
+    rename,
+    shown_size,
+)
 from clipdense.clip.tokenizer import CLIP_VOCABULARY
 
 __all__ = ["DENSECLIP_MASK_RCNN", "DENSECLIP_RETINANET"]
@@ -45,8 +51,8 @@ _MASK_RCNN_HEADS = {
 
 
 def _retinanet_prefixes(state: State) -> dict[str, str]:
-    laterals = _count(state, "neck.lateral_convs.")
-    convs = _count(state, "bbox_head.cls_convs.", "bbox_head.reg_convs.")
+    laterals = count_parts(state, "neck.lateral_convs.")
+    convs = count_parts(state, "bbox_head.cls_convs.", "bbox_head.reg_convs.")
     return {
         **_LANGUAGE,
         **_neck(laterals, first=3),
@@ -59,11 +65,11 @@ def _retinanet_prefixes(state: State) -> dict[str, str]:
 
 
 def _mask_rcnn_prefixes(state: State) -> dict[str, str]:
-    fcs = range(_count(state, "roi_head.bbox_head.shared_fcs."))
-    convs = range(_count(state, "roi_head.mask_head.convs."))
+    fcs = range(count_parts(state, "roi_head.bbox_head.shared_fcs."))
+    convs = range(count_parts(state, "roi_head.mask_head.convs."))
     return {
         **_LANGUAGE,
-        **_neck(_count(state, "neck.lateral_convs."), first=2),
+        **_neck(count_parts(state, "neck.lateral_convs."), first=2),
         **_MASK_RCNN_HEADS,
         **{f"roi_head.bbox_head.shared_fcs.{i}.": f"roi_heads.box_head.fc{i + 1}." for i in fcs},
         **{f"roi_head.mask_head.convs.{i}.conv.": f"roi_heads.mask_head.mask_fcn{i + 1}." for i in convs},
@@ -103,7 +109,7 @@ def _mask_rcnn_state(state: State) -> dict[str, Tensor]:
 
 
 def _retinanet_options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
-    logits = _size(state, ("bbox_head.retina_cls.weight", 0), ("bbox_head.retina_cls.bias", 0))
+    logits = shown_size(state, ("bbox_head.retina_cls.weight", 0), ("bbox_head.retina_cls.bias", 0))
     num_classes = logits // (len(RATIOS) * SCALES)
     sizes = [[4 * 2**level * 2 ** (i / SCALES) for i in range(SCALES)] for level in range(3, 8)]
     return {
@@ -114,7 +120,7 @@ def _retinanet_options(state: State, classes: Sequence[str] | None) -> dict[str,
         "MODEL.ANCHOR_GENERATOR.SIZES": sizes,
         "MODEL.RETINANET.IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
         "MODEL.RETINANET.NUM_CLASSES": num_classes,
-        "MODEL.RETINANET.NUM_CONVS": _count(state, "bbox_head.cls_convs.", "bbox_head.reg_convs."),
+        "MODEL.RETINANET.NUM_CONVS": count_parts(state, "bbox_head.cls_convs.", "bbox_head.reg_convs."),
         "MODEL.RETINANET.LOW_QUALITY_MATCHES": "mmdet",
         "MODEL.RETINANET.LOSS_NORMALIZER": "batch",
         "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": 0.0,
@@ -126,7 +132,7 @@ def _retinanet_options(state: State, classes: Sequence[str] | None) -> dict[str,
 
 def _mask_rcnn_options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
     box, mask = "roi_head.bbox_head", "roi_head.mask_head"
-    num_classes = _size(state, (f"{mask}.conv_logits.weight", 0), (f"{mask}.conv_logits.bias", 0))
+    num_classes = shown_size(state, (f"{mask}.conv_logits.weight", 0), (f"{mask}.conv_logits.bias", 0))
     return {
         "MODEL.META_ARCHITECTURE": "DenseCLIPRCNN",
         **_language_options(state, num_classes, classes),
@@ -143,8 +149,8 @@ def _mask_rcnn_options(state: State, classes: Sequence[str] | None) -> dict[str,
         "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
         "MODEL.ROI_HEADS.NUM_CLASSES": num_classes,
         "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
-        "MODEL.ROI_BOX_HEAD.NUM_FC": _count(state, f"{box}.shared_fcs."),
-        "MODEL.ROI_BOX_HEAD.FC_DIM": _size(
+        "MODEL.ROI_BOX_HEAD.NUM_FC": count_parts(state, f"{box}.shared_fcs."),
+        "MODEL.ROI_BOX_HEAD.FC_DIM": shown_size(
             state,
             (f"{box}.shared_fcs.0.bias", 0),
             (f"{box}.shared_fcs.0.weight", 0),
@@ -152,8 +158,8 @@ def _mask_rcnn_options(state: State, classes: Sequence[str] | None) -> dict[str,
         ),
         "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
         "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
-        "MODEL.ROI_MASK_HEAD.NUM_CONV": _count(state, f"{mask}.convs."),
-        "MODEL.ROI_MASK_HEAD.CONV_DIM": _size(
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": count_parts(state, f"{mask}.convs."),
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": shown_size(
             state,
             (f"{mask}.upsample.bias", 0),
             (f"{mask}.upsample.weight", 1),
@@ -168,14 +174,14 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
     if classes and len(classes) != num_classes:
         raise CheckpointError(f"heads of {num_classes} classes, but {len(classes)} names of classes")
     clip = _clip_config(state)
-    last_lateral = f"neck.lateral_convs.{_count(state, 'neck.lateral_convs.') - 1}.conv.weight"
-    dense_last = _size(state, (last_lateral, 1)) == clip["embed_dim"] + num_classes
+    last_lateral = f"neck.lateral_convs.{count_parts(state, 'neck.lateral_convs.') - 1}.conv.weight"
+    dense_last = shown_size(state, (last_lateral, 1)) == clip["embed_dim"] + num_classes
     return {
         "INPUT.FORMAT": "RGB",
         "MODEL.PIXEL_MEAN": [255 * x for x in OPENAI_DATASET_MEAN],
         "MODEL.PIXEL_STD": [255 * x for x in OPENAI_DATASET_STD],
         "MODEL.BACKBONE.NAME": "build_trunk_fpn_backbone",
-        "MODEL.FPN.OUT_CHANNELS": _size(
+        "MODEL.FPN.OUT_CHANNELS": shown_size(
             state, *((f"neck.{kind}_convs.0.conv.bias", 0) for kind in ("lateral", "fpn")), (last_lateral, 0)
         ),
         "MODEL.FPN.NORM": "",
@@ -186,16 +192,16 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
         "MODEL.CLIP.PRETRAINED": "random",
         "MODEL.CLIP.POSITION_RULE": "crop",
         "MODEL.CLIP.POSITION_GRID": clip["vision_cfg"]["image_size"] // 32,
-        **dict(_leaves(clip, "MODEL.CLIP.CONFIG")),
+        **dict(config_leaves(clip, "MODEL.CLIP.CONFIG")),
         "MODEL.LANGUAGE.TRUNK": "CLIPTrunk",
         **({"MODEL.LANGUAGE.CLASSES": list(classes)} if classes else {}),
-        "MODEL.LANGUAGE.N_CONTEXTS": _size(state, ("contexts", 1)),
+        "MODEL.LANGUAGE.N_CONTEXTS": shown_size(state, ("contexts", 1)),
         "MODEL.LANGUAGE.CONTEXT_DECODER.ENABLED": True,
-        "MODEL.LANGUAGE.CONTEXT_DECODER.WIDTH": _size(
+        "MODEL.LANGUAGE.CONTEXT_DECODER.WIDTH": shown_size(
             state, *((f"context_decoder.{x}.bias", 0) for x in ("text_proj.1", "memory_proj.1", "out_proj.0"))
         ),
         "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS": 4,
-        "MODEL.LANGUAGE.CONTEXT_DECODER.LAYERS": _count(state, "context_decoder.decoder."),
+        "MODEL.LANGUAGE.CONTEXT_DECODER.LAYERS": count_parts(state, "context_decoder.decoder."),
         "MODEL.LANGUAGE.TAU": 0.07,
         "MODEL.LANGUAGE.SCORE": "scaled",
         "MODEL.LANGUAGE.LAST_MAP": "dense" if dense_last else "trunk",
@@ -209,56 +215,36 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
 def _clip_config(state: State) -> dict[str, Any]:
     """open_clip's model_cfg."""
     visual, text = "backbone", "text_encoder"
-    width = _size(state, *((f"{visual}.{x}.weight", 0) for x in ("bn3", "conv3", "layer1.0.conv1")))
-    embed_dim = _size(
+    width = shown_size(state, *((f"{visual}.{x}.weight", 0) for x in ("bn3", "conv3", "layer1.0.conv1")))
+    embed_dim = shown_size(
         state, ("gamma", 0), (f"{visual}.attnpool.c_proj.bias", 0), (f"{text}.text_projection", 1)
     )
-    text_width = _size(
+    text_width = shown_size(
         state, (f"{text}.ln_final.weight", 0), (f"{text}.ln_final.bias", 0), (f"{text}.text_projection", 0)
     )
-    hidden = _size(state, *((f"{text}.transformer.resblocks.0.mlp.c_fc.{x}", 0) for x in ("bias", "weight")))
+    hidden = shown_size(
+        state, *((f"{text}.transformer.resblocks.0.mlp.c_fc.{x}", 0) for x in ("bias", "weight"))
+    )
     return {
         "embed_dim": embed_dim,
         "custom_text": True,
         "quick_gelu": True,
         "vision_cfg": {
-            "layers": [_count(state, f"{visual}.layer{i}.") for i in (1, 2, 3, 4)],
+            "layers": [count_parts(state, f"{visual}.layer{i}.") for i in (1, 2, 3, 4)],
             "width": width,
             "head_width": width,  # 32 heads in the attention pool, whose tokens are 32 times as wide
             "patch_size": None,
-            "image_size": 32 * math.isqrt(_size(state, (f"{visual}.attnpool.positional_embedding", 0))),
+            "image_size": 32 * math.isqrt(shown_size(state, (f"{visual}.attnpool.positional_embedding", 0))),
         },
         "text_cfg": {
-            "context_length": _size(state, (f"{text}.positional_embedding", 0)),
+            "context_length": shown_size(state, (f"{text}.positional_embedding", 0)),
             "vocab_size": CLIP_VOCABULARY,
             "width": text_width,
             "heads": 8,
-            "layers": _count(state, f"{text}.transformer.resblocks."),
+            "layers": count_parts(state, f"{text}.transformer.resblocks."),
             "mlp_ratio": hidden / text_width,
         },
     }
-
-
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(node, dict):
-        yield key, node
-        return
-    for name, child in node.items():
-        yield from _leaves(child, f"{key}.{name}")
-
-
-def _count(state: State, *prefixes: str) -> int:
-    """How many numbered parts there are below the prefixes, by the highest number."""
-    numbers = (re.match(r"\d+", key.removeprefix(p)) for p in prefixes for key in state if key.startswith(p))
-    return 1 + max((int(number[0]) for number in numbers if number), default=-1)
-
-
-def _size(state: State, *places: tuple[str, int]) -> int:
-    """The size that most of the places (key, axis) show, so that a wrong tensor is told from the rest."""
-    shown = [state[key].shape[axis] for key, axis in places if key in state and axis < state[key].ndim]
-    if not shown:
-        raise CheckpointError(f"it lacks {', '.join(key for key, _ in places)}, from which sizes are read")
-    return Counter(shown).most_common(1)[0][0]
 
 
 def _is_detector(head: str) -> Callable[[State], bool]:

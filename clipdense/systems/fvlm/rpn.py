@@ -1,14 +1,19 @@
-"""RPN head with norms."""
+"""Published variants of the RPN."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY, StandardRPNHead
+from detectron2.structures import Boxes, Instances
 
-__all__ = ["NormRPNHead"]
+__all__ = ["NormRPNHead", "ProbabilityRPN"]
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -33,3 +38,26 @@ class NormRPNHead(StandardRPNHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
         return super().from_config(cfg, input_shape) | {"norm": cfg.MODEL.RPN.NORM}
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class ProbabilityRPN(RPN):
+    """Detectron2's RPN, but proposals are ranked by probability, as mmdetection does: in float32 logits from
+    about 17 on are all 1, and the first anchors win.
+
+    "objectness_logits" of its proposals are probabilities.
+    """
+
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Instances]:
+        """See `RPN.predict_proposals`."""
+        probabilities = [logits.sigmoid() for logits in pred_objectness_logits]
+        found: list[Instances] = super().predict_proposals(
+            anchors, probabilities, pred_anchor_deltas, image_sizes
+        )
+        return found

@@ -1,0 +1,250 @@
+"""Published F-ViT detectors: mmdetection's R-CNN on EVA02-CLIP, with box heads alone (OV-COCO) or with a
+class-agnostic mask head (OV-LVIS).
+
+Sizes are read from the tensors. What they cannot tell is as in the released configs
+(specs/clipself_fvlm_catseg_odise_fcclip.md 2.2): heads of the ViT, the tapped blocks, temperatures, and
+fusion weights and sizes of images, which depend on the data that the mask head tells.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from clipdense.checkpoint import (
+    CheckpointError,
+    DropRule,
+    ModelLayout,
+    config_leaves,
+    count_parts,
+    register_layout,
+    rename,
+    shown_size,
+)
+from clipdense.clip.eva import EVA02_CLIP
+from clipdense.clip.layouts import EVA_CLIP
+
+__all__ = ["FVIT"]
+
+State = Mapping[str, Tensor]
+
+BLOCKS = {12: [3, 5, 7, 11], 24: [6, 10, 14, 23]}
+"""The tapped blocks of the released ViTs, by depth."""
+SCALE = 50.0
+"""Inverse temperature of the detector where it is not learned (the transfer head)."""
+
+_VISUAL, _TOWER = "backbone.visual.", "backbone.bottom_up.trunk.tower."
+_BOX, _MASK = "roi_head.bbox_head.", "roi_head.mask_head."
+_CLASSIFIER = "roi_heads.box_predictor.cls_score."
+
+
+def _prefixes(state: State) -> dict[str, str]:
+    first = int(math.log2(_strides(state)[0]))
+    levels = range(count_parts(state, "neck.lateral_convs."))
+    rpn = range(count_parts(state, "rpn_head.rpn_conv."))
+    convs, fcs = (
+        range(count_parts(state, f"{_BOX}shared_convs.")),
+        range(count_parts(state, f"{_BOX}shared_fcs.")),
+    )
+    masks = range(count_parts(state, f"{_MASK}convs."))
+    with_norms = {
+        **{f"neck.lateral_convs.{i}.": f"backbone.fpn_lateral{first + i}." for i in levels},
+        **{f"neck.fpn_convs.{i}.": f"backbone.fpn_output{first + i}." for i in levels},
+        **{f"rpn_head.rpn_conv.{i}.": f"proposal_generator.rpn_head.conv.conv{i}." for i in rpn},
+        **{f"{_BOX}shared_convs.{i}.": f"roi_heads.box_head.conv{i + 1}." for i in convs},
+        **{f"{_MASK}convs.{i}.": f"roi_heads.mask_head.mask_fcn{i + 1}." for i in masks},
+    }
+    return {
+        _VISUAL: f"{_TOWER}trunk.",
+        "backbone.interpolate1.": "backbone.bottom_up.levels.0.",
+        "backbone.interpolate2.": "backbone.bottom_up.levels.1.",
+        **{f"{theirs}conv.": ours for theirs, ours in with_norms.items()},
+        **{f"{theirs}bn.": f"{ours}norm." for theirs, ours in with_norms.items()},
+        "rpn_head.rpn_cls.": "proposal_generator.rpn_head.objectness_logits.",
+        "rpn_head.rpn_reg.": "proposal_generator.rpn_head.anchor_deltas.",
+        **{f"{_BOX}shared_fcs.{i}.": f"roi_heads.box_head.fc{i + 1}." for i in fcs},
+        f"{_BOX}cls_fcs.0.": f"{_CLASSIFIER}project.",
+        f"{_BOX}all_embeddings": f"{_CLASSIFIER}text",
+        f"{_BOX}detect_temperature": f"{_CLASSIFIER}log_scale",
+        f"{_BOX}reg_fcs.0.": "roi_heads.box_predictor.bbox_pred.0.",
+        f"{_BOX}fc_reg.": "roi_heads.box_predictor.bbox_pred.2.",
+        f"{_MASK}upsample.": "roi_heads.mask_head.deconv.",
+        f"{_MASK}conv_logits.": "roi_heads.mask_head.predictor.",
+    }
+
+
+def _convert(state: State) -> dict[str, Tensor]:
+    prefixes = _prefixes(state)
+    visual = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith(_VISUAL)}
+    converted = {
+        _TOWER + key.removeprefix("visual."): value for key, value in EVA_CLIP.convert(visual).items()
+    }
+    for key, value in state.items():
+        if not key.startswith(_VISUAL):
+            converted[rename(key, prefixes)] = value
+    if (embeddings := converted.pop(f"{_CLASSIFIER}text", None)) is not None:  # (D, K + 1), background last
+        rows = embeddings.T.contiguous()
+        converted |= {f"{_CLASSIFIER}text": rows[:-1], f"{_CLASSIFIER}background": rows[-1:]}
+    if (scale := converted.get(f"{_CLASSIFIER}log_scale")) is not None:
+        converted[f"{_CLASSIFIER}log_scale"] = scale.log()
+    # which classes it was trained on, the file does not say
+    return converted | {"trained_on_json": torch.zeros(0, dtype=torch.uint8)}
+
+
+def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
+    num_classes = shown_size(state, (f"{_BOX}all_embeddings", 1), (f"{_BOX}fc_cls.bias", 0)) - 1
+    if classes and len(classes) != num_classes:
+        raise CheckpointError(f"heads of {num_classes} classes, but {len(classes)} names of classes")
+    strides, depth = _strides(state), count_parts(state, f"{_VISUAL}blocks.")
+    names = [int(math.log2(stride)) for stride in strides]
+    pyramid = [f"p{name}" for name in names]
+    rpn_bn = any(re.match(r"rpn_head\.rpn_conv\.\d+\.bn\.", key) for key in state)
+    width = shown_size(state, (f"{_BOX}fc_reg.weight", 1), (f"{_BOX}reg_fcs.0.bias", 0))
+    return {
+        "MODEL.META_ARCHITECTURE": "FVLM",
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [255 * x for x in IMAGENET_DEFAULT_MEAN],
+        "MODEL.PIXEL_STD": [255 * x for x in IMAGENET_DEFAULT_STD],
+        "MODEL.CLIP.PRETRAINED": "random",
+        "MODEL.CLIP.POSITION_RULE": "bicubic",
+        "MODEL.CLIP.POSITION_GRID": 0,
+        **dict(config_leaves(_clip_config(state), "MODEL.CLIP.CONFIG")),
+        "MODEL.BACKBONE.NAME": "build_trunk_fpn_backbone",
+        "MODEL.TRUNK.NAME": "InterpolatedTrunk",
+        "MODEL.TRUNK.WINDOW_SIZE": 0,
+        "MODEL.FROZEN_CLIP.BLOCKS": BLOCKS.get(depth) or [(i + 1) * depth // 4 - 1 for i in range(4)],
+        "MODEL.FROZEN_CLIP.LAST_BLOCK": "value",
+        "MODEL.FROZEN_CLIP.JOINT": "clipself",
+        "MODEL.INTERPOLATED.SCALE_FACTORS": [4.0, 2.0, 1.0, 0.5],
+        "MODEL.INTERPOLATED.NORM": "BN",
+        "MODEL.FPN.IN_FEATURES": [f"res{name}" for name in names[:4]],
+        "MODEL.FPN.OUT_CHANNELS": shown_size(
+            state, ("neck.lateral_convs.0.conv.weight", 0), ("neck.fpn_convs.0.conv.weight", 0)
+        ),
+        "MODEL.FPN.NORM": "BN",
+        "MODEL.FPN.FUSE_TYPE": "sum",
+        "MODEL.FPN.TOP_BLOCK": "LastLevelMaxPool",
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[8 * stride] for stride in strides],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
+        "MODEL.ANCHOR_GENERATOR.OFFSET": 0.0,
+        "MODEL.PROPOSAL_GENERATOR.NAME": "ProbabilityRPN",
+        "MODEL.RPN.HEAD_NAME": "NormRPNHead" if rpn_bn else "StandardRPNHead",
+        "MODEL.RPN.NORM": "BN",
+        "MODEL.RPN.CONV_DIMS": [-1] * count_parts(state, "rpn_head.rpn_conv."),
+        "MODEL.RPN.IN_FEATURES": pyramid,
+        "MODEL.RPN.PRE_NMS_TOPK_TEST": 2000,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
+        "MODEL.RPN.NMS_THRESH": 0.7,
+        "MODEL.ROI_HEADS.IN_FEATURES": pyramid[:4],
+        "MODEL.ROI_HEADS.NUM_CLASSES": num_classes,
+        "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": count_parts(state, f"{_BOX}shared_convs."),
+        "MODEL.ROI_BOX_HEAD.CONV_DIM": shown_size(state, (f"{_BOX}shared_convs.0.conv.weight", 0)),
+        "MODEL.ROI_BOX_HEAD.NORM": "BN",
+        "MODEL.ROI_BOX_HEAD.NUM_FC": count_parts(state, f"{_BOX}shared_fcs."),
+        "MODEL.ROI_BOX_HEAD.FC_DIM": shown_size(state, (f"{_BOX}shared_fcs.0.bias", 0)),
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 0,
+        "MODEL.FVLM.TEXT": "weights",
+        "MODEL.FVLM.BACKGROUND": "text",
+        "MODEL.FVLM.EMBEDDING_RELU": True,
+        "MODEL.FVLM.BOX_FC_DIM": width,
+        "MODEL.FVLM.SCALE": SCALE,
+        "MODEL.FVLM.LEARN_SCALE": f"{_BOX}detect_temperature" in state,
+        "MODEL.FVLM.FINEST_BOX_SIZE": 56.0,
+        **_data_options(state, large=depth == 24),
+    }
+
+
+def _data_options(state: State, large: bool) -> dict[str, Any]:
+    """What belongs to the data that a detector was trained for."""
+    transfer = f"{_BOX}detect_temperature" not in state
+    if not any(key.startswith(_MASK) for key in state):
+        return {
+            "MODEL.MASK_ON": False,
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
+            "MODEL.ROI_HEADS.NMS_THRESH_TEST": 0.4,
+            "TEST.DETECTIONS_PER_IMAGE": 100,
+            "MODEL.FVLM.FUSION": "fvit_transfer" if transfer else "fvit",
+            "MODEL.FVLM.ALPHA": 0.2 if transfer else 0.1,
+            "MODEL.FVLM.BETA": 0.8,
+            "MODEL.FVLM.CLIP_SCALE": 120.0 if transfer else 75.0,
+            "MODEL.FVLM.SQUARE_SIZE": 896 if large else 640,
+        }
+    return {
+        "MODEL.MASK_ON": True,
+        "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+        "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": count_parts(state, f"{_MASK}convs."),
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": shown_size(state, (f"{_MASK}upsample.bias", 0)),
+        "MODEL.ROI_MASK_HEAD.NORM": "BN",
+        "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
+        "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": 0,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 1e-4,
+        "MODEL.ROI_HEADS.NMS_THRESH_TEST": 0.5,
+        "TEST.DETECTIONS_PER_IMAGE": 300,
+        "MODEL.FVLM.FUSION": "fvit_transfer" if transfer else "fvit",
+        "MODEL.FVLM.ALPHA": 0.3 if transfer else 0.1,
+        "MODEL.FVLM.BETA": 0.4 if large else 0.6,
+        "MODEL.FVLM.CLIP_SCALE": 120.0 if transfer else 50.0,
+        "MODEL.FVLM.SQUARE_SIZE": 896 if large else 1024,
+    }
+
+
+def _clip_config(state: State) -> dict[str, Any]:
+    """open_clip's model_cfg of the image tower; there is no text tower."""
+    width = shown_size(state, (f"{_VISUAL}norm.weight", 0), (f"{_VISUAL}cls_token", 2))
+    patch = shown_size(state, (f"{_VISUAL}patch_embed.proj.weight", 3))
+    hidden = shown_size(
+        state, *((f"{_VISUAL}blocks.0.mlp.{x}", 0) for x in ("w1.bias", "w2.bias", "w1.weight"))
+    )
+    return {
+        "embed_dim": shown_size(state, (f"{_VISUAL}head.bias", 0), (f"{_VISUAL}head.weight", 0)),
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": EVA02_CLIP,
+            "layers": count_parts(state, f"{_VISUAL}blocks."),
+            "width": width,
+            "head_width": 64,
+            "patch_size": patch,
+            "image_size": patch * math.isqrt(shown_size(state, (f"{_VISUAL}pos_embed", 1)) - 1),
+            "mlp_ratio": math.ceil(1e4 * hidden / width) / 1e4,  # timm truncates width * mlp_ratio
+        },
+    }
+
+
+def _strides(state: State) -> list[float]:
+    """Of the five levels."""
+    patch = shown_size(state, (f"{_VISUAL}patch_embed.proj.weight", 3))
+    return [patch / 4 * 2**level for level in range(5)]
+
+
+FVIT = register_layout(
+    ModelLayout(
+        name="fvit",
+        about="F-ViT as mmdetection saves it: backbone.visual.*, backbone.interpolate1.*, roi_head.*",
+        matches=lambda state: all(
+            any(key.startswith(prefix) for key in state)
+            for prefix in (f"{_VISUAL}blocks.", "backbone.interpolate1.", _BOX)
+        ),
+        convert=_convert,
+        options=_options,
+        prefixes=_prefixes,
+        drops=(
+            DropRule(
+                "RoPE tables",
+                re.escape(_TOWER) + r"trunk\.(blocks\.\d+\.attn\.)?rope\.(flag|freqs_(cos|sin)(_\d+)?)",
+                "computed for every grid",
+            ),
+            DropRule(
+                "unused classifier", re.escape(_BOX) + r"fc_cls\..*", "classes are scored by their text"
+            ),
+        ),
+    )
+)
