@@ -16,14 +16,18 @@ from pycocotools.coco import COCO
 
 import clipdense
 from clipdense.clip import load_clip
-from clipdense.clip.tables import TextTable, save_table
+from clipdense.clip.tables import save_table
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.engine.build import build_model
+from clipdense.engine.setup import load_config
 from clipdense.predictor import Predictor
+
+from detectron2.data import MetadataCatalog
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bright_box import BOX, CLASSES, OpenBrightBox, dataset, scene, write_model  # noqa: E402
+from bright_box import BOX, CLASSES, dataset, scene, write_model  # noqa: E402
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
 BLUE, RED, DIM = (0, 0, 220), (220, 0, 0), (0, 0, 140)
@@ -198,22 +202,36 @@ def test_any_words(run: Run, photos: Path, tmp_path: Path) -> None:
     assert run(photos, options=above, architecture="OpenBrightBox")[1]["annotations"] == []
 
 
-def test_a_word_that_a_table_lacks(
-    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A precomputed class table stands in for the text tower."""
+@pytest.fixture(scope="module")
+def fvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of an F-VLM that has learnt nothing."""
     torch.manual_seed(0)
-    bank = TextBank(load_clip("shapes-rn", "random"), cache_dir=None)
-    save_table(tmp_path / "table.safetensors", bank, Vocabulary.parse("red car, blue car, cat"))
-    table = TextTable.load(tmp_path / "table.safetensors")
-    monkeypatch.setattr(OpenBrightBox, "embedder", staticmethod(table))
-    options = ("--vocabulary", "blue car, cat")
-    assert len(run(photos, options=options, architecture="OpenBrightBox")[1]["annotations"]) == 1
-    message = (
-        r"table.safetensors' has no row for 'red cat' \(near: 'red car'.*tools/make_text_table.py writes"
-    )
+    path = tmp_path_factory.mktemp("fvlm") / "model.pth"
+    model = build_model(load_config("configs/shapes/fvlm_rn.yaml", ["MODEL.DEVICE", "cpu"]))
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def test_a_table_in_place_of_the_text_tower(demo: Any, fvlm: Path, photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.safetensors"
+    bank = TextBank(load_clip("shapes-rn"), cache_dir=None)
+    trained = MetadataCatalog.get("shapes_ov_mini_train").thing_classes
+    save_table(table, bank, Vocabulary.from_names([*trained, "cat", "background"]))
+
+    def run(words: str, *opts: str) -> list[dict[str, Any]]:
+        options = ["--config-file", "configs/shapes/fvlm_rn.yaml", "--output", str(tmp_path / "out")]
+        options += ["--input", str(photos / "one.png"), "--vocabulary", words, "--score-threshold", "0.01"]
+        demo.main([*options, "--opts", "MODEL.WEIGHTS", str(fvlm), "MODEL.DEVICE", "cpu", *opts])
+        return json.loads((tmp_path / "out" / "results.json").read_text())["annotations"]
+
+    rows = run("cat, blue square", "MODEL.FVLM.TEXT", str(table))
+    assert rows and {row["category"] for row in rows} <= {"cat", "blue square"}
+    tower = run("cat, blue square")
+    assert [row["category"] for row in rows] == [row["category"] for row in tower]
+    assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in tower], abs=1e-5)
+    message = r"table.safetensors' has no row for 'red cat' \(near: .*tools/make_text_table.py writes"
     with pytest.raises(ValueError, match=message):
-        run(photos, options=("--vocabulary", "red cat, cat"), architecture="OpenBrightBox")
+        run("red cat, cat", "MODEL.FVLM.TEXT", str(table))
 
 
 def test_panoptic_maps_are_drawn(run: Run, tmp_path: Path) -> None:
