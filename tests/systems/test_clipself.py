@@ -1,0 +1,239 @@
+"""CLIPSelf: what is trained and what stays, the losses, the ensemble."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipdense.checkpoint import save_checkpoint
+from clipdense.clip import ClipModel, Want, load_clip
+from clipdense.systems.clipself import CLIPSelf, loss
+from clipdense.systems.clipself.loss import concept_loss, cosine_loss, sample_concepts
+
+TOWERS = ("shapes-vit", "shapes-eva", "shapes-rn")
+
+
+def nano(name: str) -> ClipModel:
+    torch.manual_seed(0)
+    return load_clip(name, "random")
+
+
+def batch(images: int = 2, side: int = 64) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    boxes = torch.tensor([[0.0, 0, 0.5, 1], [0.25, 0.25, 1, 1], [0.1, 0.2, 0.4, 0.5]])
+    return [
+        {
+            "image": torch.randint(256, (3, side, side), dtype=torch.uint8, generator=generator),
+            "boxes": boxes[: 3 - i],
+            "crops": torch.randint(256, (3 - i, 3, 64, 64), dtype=torch.uint8, generator=generator),
+        }
+        for i in range(images)
+    ]
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_trains_what_the_dense_map_depends_on(name: str) -> None:
+    """Every parameter that is trained gets a gradient, in every process: no search for unused ones."""
+    model = CLIPSelf(clip=nano(name))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(batch())["loss_distillation"].backward()
+    assert trained(model) == {n for n, p in model.named_parameters() if p.grad is not None}
+    last = {
+        "shapes-vit": "transformer.resblocks.3.",
+        "shapes-eva": "trunk.blocks.3.",
+        "shapes-rn": "attnpool.",
+    }
+    last_of = {n.split(last[name])[1] for n in trained(model) if last[name] in n}
+    assert any("v_proj" in n or "in_proj" in n for n in last_of)
+    assert not any(n.startswith(("q_proj", "k_proj", "attn.q_", "attn.k_", "positional")) for n in last_of)
+    groups = ("resblocks.", "blocks.", "layer", "attnpool.")
+    assert all(n.startswith("student.visual.") and any(g in n for g in groups) for n in trained(model))
+    with torch.no_grad():  # running statistics stay as well
+        model(batch())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_unlocked_groups() -> None:
+    model = CLIPSelf(clip=nano("shapes-vit"), unlocked_groups=1)
+    assert {n.split(".")[4] for n in trained(model)} == {"3"}
+    assert {n.split(".")[2] for n in trained(CLIPSelf(clip=nano("shapes-rn"), unlocked_groups=2))} == {
+        "layer4",
+        "attnpool",
+    }
+    assert trained(CLIPSelf(clip=nano("shapes-vit"), unlocked_groups=4)) == trained(
+        CLIPSelf(clip=nano("shapes-vit"))
+    )
+    for count in (0, 5, -2):  # [-0:] would be all of them
+        with pytest.raises(ValueError, match=f"UNLOCKED_GROUPS = {count}: expected 1 to 4"):
+            CLIPSelf(clip=nano("shapes-vit"), unlocked_groups=count)
+
+
+def test_queries_and_keys_are_trained_where_they_count() -> None:
+    value = trained(CLIPSelf(clip=nano("shapes-eva")))
+    plain = trained(CLIPSelf(clip=nano("shapes-eva"), mode="plain"))
+    preserving = trained(CLIPSelf(clip=nano("shapes-eva"), embedding_weight=1.0))
+    more = {
+        f"student.visual.trunk.blocks.3.attn.{n}" for n in ("q_proj.weight", "q_proj.bias", "k_proj.weight")
+    }
+    assert plain - value == preserving - value == more and value < plain
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_loss_is_that_of_the_method(name: str) -> None:
+    """At the start, the student is the teacher; the dense map pooled here by hand for a whole-cell box."""
+    model = CLIPSelf(clip=nano(name), weight=2.0)
+    (sample,) = batch(1)
+    sample["boxes"], sample["crops"] = torch.tensor([[0.0, 0, 1, 1]]), sample["crops"][:1]
+    x, crop = model.normalize(sample["image"][None]), model.normalize(sample["crops"])
+    dense = F.normalize(model.teacher.visual(x, Want(dense="value")).dense, dim=1)
+    cosine = F.cosine_similarity(dense.mean((2, 3)), model.teacher.encode_image(crop))
+    assert float(model([sample])["loss_distillation"]) == pytest.approx(2 * float(1 - cosine), abs=1e-5)
+
+
+def test_embeddings_of_crops_can_be_preserved() -> None:
+    model = CLIPSelf(clip=nano("shapes-vit"), embedding_weight=0.5)
+    assert float(model(batch())["loss_embedding"].detach()) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for p in model.student.visual.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    losses = model(batch())
+    crops = model.normalize(torch.cat([sample["crops"] for sample in batch()]))
+    with torch.no_grad():
+        pairs = model.student.encode_image(crops), model.teacher.encode_image(crops)
+    assert float(losses["loss_embedding"]) == pytest.approx(0.5 * float(cosine_loss(*pairs)), rel=1e-4)
+    assert float(losses["loss_embedding"]) > 1e-3
+
+
+def test_half_precision() -> None:
+    model = CLIPSelf(clip=nano("shapes-vit"))
+    exact = float(model(batch())["loss_distillation"])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch())["loss_distillation"]
+    half.backward()
+    assert float(half) == pytest.approx(exact, abs=0.02) and half.dtype == torch.float32
+
+
+def test_loss_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average over processes of unequal shares is the mean over all regions."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 8)
+    whole = cosine_loss(student, teacher)
+    monkeypatch.setattr(loss.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(loss, "share_rows", lambda row: torch.tensor([[4.0], [1.0]]))
+    shares = [cosine_loss(student[part], teacher[part]) for part in (slice(4), slice(4, 5))]
+    torch.testing.assert_close(sum(shares) / 2, whole)
+    naive = [(1 - F.cosine_similarity(student[p], teacher[p])).mean() for p in (slice(4), slice(4, 5))]
+    assert abs(sum(naive) / 2 - whole) > 1e-3
+    assert cosine_loss(student[:0], teacher[:0]) == 0
+
+
+def test_a_step_costs_no_more_than_its_parts() -> None:
+    """Student forward and backward on the images, teacher forward on the crops of valid regions, no more."""
+    model, samples = CLIPSelf(clip=nano("shapes-vit")), batch(2, 128)
+    with FlopCounterMode(display=False) as step:
+        model(samples)["loss_distillation"].backward()
+    x = model.normalize(torch.stack([sample["image"] for sample in samples]))
+    with FlopCounterMode(display=False) as parts:
+        model.student.visual(x, Want(dense="value")).dense.sum().backward()
+        with torch.no_grad():
+            model.teacher.encode_image(model.normalize(torch.cat([s["crops"] for s in samples])))
+    assert step.get_total_flops() <= 1.001 * parts.get_total_flops()
+
+
+def test_multiscale(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CLIPSelf(clip=nano("shapes-vit"), multiscale=(32, 96))
+    sides = set()
+    tower = type(model.student.visual)
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda self, x, *a: sides.add(x.shape[-1]) or forward(self, x, *a))
+    for _ in range(12):
+        model(batch())
+    assert sides == {32, 96, 64}  # 64: the teacher's crops
+    with pytest.raises(ValueError, match=r"MULTISCALE: \[60\] are no multiples of the stride 8"):
+        CLIPSelf(clip=nano("shapes-vit"), multiscale=(64, 60))
+    with pytest.raises(ValueError, match="IMAGE_SIZE 60 is no multiple of the stride 8"):
+        CLIPSelf(clip=nano("shapes-vit"))(batch(1, 60))
+
+
+def test_the_ensemble_is_evaluated_and_exported_but_not_trained(tmp_path: Path) -> None:
+    model = CLIPSelf(clip=nano("shapes-eva"), alpha=0.7)
+    with torch.no_grad():
+        for p in model.student.visual.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert model.clip is model.student
+    clip = model.eval()(batch())[1]["clip"]
+    assert clip is model.clip and not clip.training and clip.text is model.student.text
+    for name, value in clip.visual.named_parameters():
+        a, b = before[f"student.visual.{name}"], before[f"teacher.visual.{name}"]
+        torch.testing.assert_close(value, 0.7 * a + 0.3 * b)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.allclose(model.student.encode_image(image), clip.encode_image(image), atol=1e-3)
+        save_checkpoint(tmp_path / "export.safetensors", *model.export_state())
+        again = load_clip(str(tmp_path / "export.safetensors"))
+        torch.testing.assert_close(again.encode_image(image), clip.encode_image(image))
+        tokens = again.tokenize(["a red star"])
+        torch.testing.assert_close(again.encode_text(tokens), clip.encode_text(tokens))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    model.train()
+    with torch.no_grad():
+        for p in model.student.visual.parameters():
+            p.zero_()
+    assert model.clip is model.student
+    later = dict(model.eval().clip.visual.named_parameters())  # not the one of the last evaluation
+    assert all(torch.allclose(p, 0.3 * before[f"teacher.visual.{n}"]) for n, p in later.items())
+    alone = CLIPSelf(clip=nano("shapes-eva"), alpha=2.0).eval()
+    assert alone.clip is alone.student
+
+
+def test_the_temperature_stays_in_its_range() -> None:
+    model = CLIPSelf(clip=nano("shapes-vit"))
+    torch.nn.init.constant_(model.student.logit_scale, 9.0)
+    model(batch())
+    assert float(model.student.logit_scale.exp()) == pytest.approx(100, rel=1e-4)
+
+
+def test_concepts_of_hand_computed_regions() -> None:
+    features, embeddings = F.normalize(torch.tensor([[1.0, 0], [1, 1]]), dim=1), torch.eye(2)
+    scale = torch.tensor(3.0, requires_grad=True)
+    logits = 3 * features
+    targets = torch.tensor([[1.0, 0], [0, 1]])
+    expected = -(targets * F.logsigmoid(logits) + (1 - targets) * F.logsigmoid(-logits)).sum(1).mean()
+    features.requires_grad_()
+    value = concept_loss(features, torch.tensor([0, 1]), embeddings, scale)
+    value.backward()
+    assert float(value) == pytest.approx(float(expected), rel=1e-6) and scale.grad is None
+
+
+def test_sampled_concepts() -> None:
+    present = torch.tensor([7, 2, 7])
+    drawn = sample_concepts(present, 20, 6)
+    assert drawn[:2].tolist() == [2, 7] and len(drawn) == 6 == len(drawn.unique()) and drawn.max() < 20
+    assert {tuple(sample_concepts(present, 20, 6).tolist()) for _ in range(5)} != {tuple(drawn.tolist())}
+    assert sample_concepts(present, 20, 1).tolist() == [2, 7]
+    assert sorted(sample_concepts(present, 8, 100).tolist()) == list(range(8))
+    assert len(sample_concepts(present[:0], 8, 3)) == 3
+
+
+def test_concepts_take_the_place_of_distillation() -> None:
+    torch.manual_seed(0)
+    model = CLIPSelf(clip=nano("shapes-vit"), concepts=torch.randn(9, 128), num_concepts=5)
+    samples = [{k: v for k, v in s.items() if k != "crops"} for s in batch()]
+    with pytest.raises(ValueError, match=r"the loss needs concepts.*REGIONS is concepts if and only if"):
+        model(samples)
+    for i, sample in enumerate(samples):
+        sample["concepts"] = torch.tensor([4, 1, 1][: 3 - i])
+    value = model(samples)["loss_concepts"]
+    value.backward()
+    assert value > 0 and trained(model) == {n for n, p in model.named_parameters() if p.grad is not None}
+    none = [{"image": s["image"], "boxes": s["boxes"][:0], "concepts": s["concepts"][:0]} for s in samples]
+    model(none)["loss_concepts"].backward()  # images without annotations
+    with pytest.raises(ValueError, match="the loss needs crops"):
+        CLIPSelf(clip=nano("shapes-vit"))(samples)
