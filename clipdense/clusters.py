@@ -80,5 +80,5 @@ def draw_clusters(
         ax.set_title(title, fontsize=9)
     for ax in axes.flat:
         ax.set_axis_off()
-    with atomic_path(path) as part:
+    with atomic_path(os.fspath(path)) as part:
         figure.savefig(part, format="png")

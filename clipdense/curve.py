@@ -25,7 +25,11 @@ def class_color(index: int) -> tuple[float, float, float]:
 Series = tuple[list[int], list[float]]
 """Iterations, ascending, and values."""
 
-_METRICS = ("AP", "AP50", "APr", "AP_novel", "AP50_novel", "AP_base", "PQ", "mIoU", "mIoU_novel", "top1")
+_METRICS = ("AP", "AP50", "APr", "AP_novel", "AP50_novel", "AP_base", "PQ", "mIoU", "mIoU_novel", "top1") + (
+    "rois.thing.macc1",
+    "maskpool.stuff.macc1",
+    "crops.thing.macc1",
+)
 _OTHER = ("lr", "time", "data_time", "eta_seconds", "rank_data_time", "iteration")
 
 

@@ -145,14 +145,14 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         lines.setdefault((row["model"], row["mode"]), {})[row["image_size"]] = row["rois.thing.macc1"]
     for i, ((model, mode), points) in enumerate(lines.items()):
-        sizes = sorted(points)
-        color = class_color(models.index(model))
-        style = {"marker": "os^Dv"[i % 5], "color": color, "label": f"{model}, dense ({mode})"}
-        ax.plot(sizes, [points[size] for size in sizes], **style)
+        x, y = zip(*sorted(points.items()), strict=True)
+        color, label = class_color(models.index(model)), f"{model}, dense ({mode})"
+        ax.plot(x, y, marker="os^Dv"[i % 5], color=color, label=label)
     for row in {row["model"]: row for row in rows}.values():
         color = class_color(models.index(row["model"]))
         ax.axhline(row["crops.thing.macc1"], color=color, ls="--", lw=1.2, label=f"{row['model']}, crops")
     ax.set(xlabel="image size (px)", ylabel="macc1 of things (%)", ylim=(0, None))
+    ax.set_xticks(sorted({row["image_size"] for row in rows}))
     ax.grid(color="0.9")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

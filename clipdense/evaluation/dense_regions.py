@@ -380,7 +380,7 @@ class DenseRegionEvaluator(TaskEvaluator):
     def _accuracies(self, source: str, features: Tensor, labels: Tensor, things: Tensor) -> dict[str, float]:
         assert self._text is not None
         groups = class_groups(self._metadata, self._names)
-        result = {}
+        result: dict[str, float] = {}
         for kind, chosen in (("thing", things), ("stuff", ~things)):
             scores = features[chosen] @ self._text.T
             accuracy = region_accuracy(scores, labels[chosen], groups, self._attributes())

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from clipdense import add_clipdense_config
 from clipdense.clip import Want, load_clip
 from clipdense.clip.text import TextBank
 from clipdense.data.datasets.real import register_real
 from clipdense.data.image import read_labels
-from clipdense.evaluation import DenseRegionEvaluator, DenseView
+from clipdense.evaluation import DenseRegionEvaluator, DenseView, build_evaluator
 from clipdense.evaluation.dense_regions import (
     best_dense_mode,
     crop_features,
@@ -24,6 +25,7 @@ from clipdense.evaluation.dense_regions import (
     region_accuracy,
 )
 
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 CATEGORIES = [
@@ -208,7 +210,30 @@ def test_the_embeddings_decide(clip, dataset, tmp_path):
         assert metrics["crops.thing.macc1"] == metrics["crops.stuff.top1"] == accuracy
 
 
-def test_what_is_wrong_is_said(clip, dataset, register):
+def test_config_reaches_the_evaluator(clip, dataset, tmp_path):
+    name, records = dataset
+    MetadataCatalog.get(name).evaluator_type = "dense_regions"
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.TEST.DENSE_REGIONS.MODE, cfg.TEST.DENSE_REGIONS.IMAGE_SIZE = "plain", 64
+    cfg.TEST.DENSE_REGIONS.ANTIALIAS, cfg.TEST.DENSE_REGIONS.TEMPLATES = True, "a picture of {}"
+    built = build_evaluator(cfg, name)
+    views = [DenseView("plain", 64, True)]
+    expected = DenseRegionEvaluator(name, views=views, templates="a picture of {}")
+    for evaluator in (built, expected):
+        evaluator.reset()
+        evaluator.process(records, [{"clip": clip}] * 2)
+    assert built.evaluate() == expected.evaluate()
+    assert (tmp_path / "inference" / name / "dense_regions.json").is_file()
+    np.save(tmp_path / "table.npy", torch.randn(3, clip.embed_dim).numpy())
+    cfg.TEST.DENSE_REGIONS.TABLE = str(tmp_path / "table.npy")
+    other = build_evaluator(cfg, name)
+    other.process(records, [{"clip": clip}] * 2)
+    assert other.evaluate().keys() == {"dense_regions"}
+
+
+def test_what_is_wrong_is_said(clip, dataset):
     name, records = dataset
     evaluator = DenseRegionEvaluator(name, distributed=False)
     with pytest.raises(KeyError, match="needs the output clip, but the model gives instances"):
