@@ -3,7 +3,10 @@
 python tools/convert_checkpoint.py denseclip_retinanet_r50.pth retinanet.safetensors --dataset coco_2017_val
 python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS retinanet.safetensors
 
-MODEL.WEIGHTS may also name the published file itself.
+MODEL.WEIGHTS may also name the published file itself. The file of a CLIP (OpenAI's, EVA-CLIP's, CLIPSelf's)
+becomes one that MODEL.CLIP.NAME may name:
+
+python tools/convert_checkpoint.py eva_vitb16_coco_clipself_proposals.pt clipself_b16.safetensors
 """
 
 import argparse
@@ -56,7 +59,9 @@ def main() -> None:
     for rule, keys in done.dropped.items():
         print(f"left out, {rule}: {', '.join(keys)}")
     print(f"classes: {len(done.classes)}, as listed" if done.classes else "classes: not listed in the file")
-    print("config keys in the file:", *(f"  {key}: {value}" for key, value in done.options.items()), sep="\n")
+    if done.options:
+        lines = (f"  {key}: {value}" for key, value in done.options.items())
+        print("config keys in the file:", *lines, sep="\n")
     print(f"written to {arguments.output}")
 
 

@@ -14,7 +14,7 @@ EVA02_CLIP = "eva02_clip"
 and image_size then hold for the EVA tower as well."""
 
 
-class EVA02Model(TimmModel):
+class EVA02Model(TimmModel):  # type: ignore[misc]  # open_clip has no types
     """open_clip's adapter around timm's EVA02-CLIP (RoPE, SwiGLU, sub-norms) of the sizes in `vision_cfg`.
 
     Args:

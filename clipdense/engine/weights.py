@@ -15,6 +15,7 @@ from clipdense.checkpoint import (
     Checkpoint,
     CheckpointError,
     DropRule,
+    Layout,
     Report,
     account,
     class_differences,
@@ -26,6 +27,7 @@ from clipdense.checkpoint import (
     rename,
     save_checkpoint,
 )
+from clipdense.clip import load_clip
 from clipdense.config import add_clipdense_config
 from clipdense.data.checks import head_classes
 from clipdense.data.classes import class_names
@@ -157,9 +159,11 @@ def convert_weights(
 ) -> Conversion:
     """Convert a published model's file to safetensors with our keys and the options that its weights need.
 
+    The file of a CLIP becomes one that `load_clip` loads without being told the model.
+
     Args:
         classes: names that the file must list, or that are noted where it lists none.
-        options: config keys, and values other than the released models'.
+        options: config keys, and values other than the released models'; of a CLIP, MODEL.CLIP.NAME alone.
         allow_pickle: see `read_checkpoint`.
 
     Raises:
@@ -167,15 +171,15 @@ def convert_weights(
         CheckpointError: it is unreadable, of no known layout, lists other classes, or lacks tensors, has
             more, or has some of another shape than a model of its sizes; with the full list. Nothing is
             written.
-        ConfigError: an option that does not exist.
+        ConfigError: an option that does not exist, or classes of a CLIP.
     """
     read = read_checkpoint(source, allow_pickle=allow_pickle)
     layout = model_layout(read.state)
     if layout is None:
         known = detect_layout(read.state, str(source))  # raises, naming the layouts
-        raise CheckpointError(
-            f"{source} is of layout {known.name} ({known.about}), which needs no conversion"
-        )
+        if classes or set(options or {}) - {"MODEL.CLIP.NAME"}:
+            raise ConfigError(f"{source} is a CLIP: it takes no classes, and no option but MODEL.CLIP.NAME")
+        return _convert_clip(read, known, target, (options or {}).get("MODEL.CLIP.NAME", ""), allow_pickle)
     file = convert_model(read, classes)
     cfg = get_cfg()
     add_clipdense_config(cfg)
@@ -194,6 +198,19 @@ def convert_weights(
     save_checkpoint(target, state, metadata)
     rules = {**report.dropped, **({"not part of the model": sorted(read.extras)} if read.extras else {})}
     return Conversion(layout.name, len(state), rules, needed, metadata["options"].get("classes"))
+
+
+def _convert_clip(
+    read: Checkpoint, layout: Layout, target: str | Path, name: str, allow_pickle: bool
+) -> Conversion:
+    try:
+        clip = load_clip(name or read.path, read.path if name else None, allow_pickle=allow_pickle)
+    except ValueError as e:
+        raise CheckpointError(f"{e} (--option MODEL.CLIP.NAME=...)") from e
+    clip.save(target)
+    report = account(clip.state_dict(), layout.convert(read.state), drops=layout.drops)
+    rules = {**report.dropped, **({"not part of the model": sorted(read.extras)} if read.extras else {})}
+    return Conversion(layout.name, len(report.loaded), rules, {}, None)
 
 
 def account_model(cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = ()) -> Report:

@@ -95,3 +95,16 @@ def test_rope_formula():
 def test_a_slice_of_a_larger_rope_is_not_the_smaller_one():
     small, large = rope_table((4, 4), 16, (16, 16))[0], rope_table((8, 8), 16, (16, 16))[0]
     assert not torch.allclose(large.reshape(8, 8, -1)[:4, :4].flatten(0, 1), small, atol=1e-2)
+
+
+def test_rope_of_a_grid_that_is_not_square():
+    """Rows turn as in the square of their height, columns as in that of their width."""
+    h, w, half = 3, 5, 8
+    for table, tall, wide in zip(
+        *(rope_table(grid, 2 * half, (16, 16)) for grid in ((h, w), (h, h), (w, w))), strict=True
+    ):
+        table = table.reshape(h, w, 2 * half)
+        assert torch.equal(table[:, 0, :half], tall.reshape(h, h, -1)[:, 0, :half])
+        assert torch.equal(table[0, :, half:], wide.reshape(w, w, -1)[0, :, half:])
+    transposed = rope_table((w, h), 2 * half, (16, 16))[1].reshape(w, h, -1).transpose(0, 1)
+    assert torch.equal(table, torch.cat([transposed[..., half:], transposed[..., :half]], dim=2))

@@ -11,8 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import denseclip_files as files  # noqa: E402
+import eva_files  # noqa: E402
 
 from clipdense.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
+from clipdense.clip import load_clip  # noqa: E402
 from clipdense.engine.options import ConfigError  # noqa: E402
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
@@ -61,6 +63,29 @@ def test_report(run: Callable[..., None], tmp_path: Path, capsys: pytest.Capture
     ):
         assert line in printed
     assert len(read_checkpoint(tmp_path / "m.safetensors").state) == len(content["state_dict"])
+
+
+def test_a_clip(run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CLIPSelf's student becomes a file that needs no name; what a training left in it is listed."""
+    expected = load_clip("shapes-vit")
+    names = [tmp_path / "s.pt", tmp_path / "s.safetensors"]
+    torch.save({"epoch": 6, "state_dict": expected.state_dict(), "optimizer": {}}, names[0])
+    with pytest.raises(CheckpointError, match=r"does not tell its activation.*MODEL\.CLIP\.NAME"):
+        run(*names)
+    with pytest.raises(ConfigError, match="no option but MODEL.CLIP.NAME"):
+        run(*names, "--classes", "cat, dog")
+    assert not names[1].exists()
+    run(*names, "--option", "MODEL.CLIP.NAME=shapes-vit")
+    printed = capsys.readouterr().out
+    count = len(expected.state_dict())
+    assert f"s.pt is of layout open_clip; {count} tensors kept" in printed
+    assert "left out, not part of the model: epoch, optimizer" in printed and "config keys" not in printed
+    state = load_clip(names[1]).state_dict()
+    assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
+
+    torch.save(eva_files.state(eva_files.clip()), names[0])
+    with pytest.raises(CheckpointError, match="cannot be split into heads"):
+        run(*names)
 
 
 def test_refusals(run: Callable[..., None], tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Tiny files in the layout of EVA-CLIP's originals, which is CLIPSelf's, too."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipdense.clip.eva import EVA02_CLIP
+from clipdense.clip.model import ClipModel, build_clip
+
+CONFIG: dict[str, Any] = {
+    "embed_dim": 24,
+    "vision_cfg": {
+        "timm_model_name": EVA02_CLIP,
+        "timm_pool": "token",
+        "timm_proj": None,
+        "layers": 2,
+        "width": 176,  # 469 hidden, and 176 * (469 / 176) is a little less
+        "head_width": 88,
+        "patch_size": 8,
+        "image_size": 32,
+        "mlp_ratio": 2.6667,
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+PIXELS = {"mean": [0.5] * 3, "std": [0.5] * 3}
+_NAMES = {
+    "attn.q_proj.bias": "attn.q_bias",
+    "attn.v_proj.bias": "attn.v_bias",
+    "attn.norm.": "attn.inner_attn_ln.",
+    "mlp.fc1_g.": "mlp.w1.",
+    "mlp.fc1_x.": "mlp.w2.",
+    "mlp.fc2.": "mlp.w3.",
+    "mlp.norm.": "mlp.ffn_ln.",
+    "visual.trunk.": "visual.",
+}
+
+
+def clip() -> ClipModel:
+    torch.manual_seed(0)
+    return build_clip("tiny", {"model_cfg": CONFIG, "preprocess_cfg": PIXELS}).eval()
+
+
+def state(model: ClipModel) -> dict[str, Tensor]:
+    """The model's tensors under EVA-CLIP's keys, RoPE tables among them."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in _NAMES.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = value
+    tables = {f"visual.{owner}rope.freqs_cos": torch.zeros(16, 88) for owner in ("", "blocks.1.attn.")}
+    return {**renamed, **tables}
