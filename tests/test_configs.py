@@ -9,6 +9,7 @@ import yaml
 from clipdense.engine.build import build_model
 from clipdense.engine.setup import load_config
 
+from detectron2.data import MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -84,7 +85,9 @@ def test_takes_a_step(
     assert len(cfg.MODEL.PIXEL_MEAN) == 3 and cfg.INPUT.FORMAT == "RGB"
     image = {"image": torch.randint(0, 255, (3, 128, 160), dtype=torch.uint8), "height": 128, "width": 160}
     instances = Instances((128, 160), gt_boxes=Boxes(torch.tensor([[20.0, 20, 90, 100]])))
-    instances.gt_classes = torch.tensor([79])
+    # the last class of the training data, which an open-vocabulary detector's labels count
+    last = len(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes) - 1
+    instances.gt_classes = torch.tensor([last])
     instances.gt_masks = BitMasks(torch.ones(1, 128, 160, dtype=torch.bool))
     with EventStorage():
         losses = model([image | {"instances": instances}])

@@ -75,14 +75,21 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[Any]:
-    """Detectron2's augmentations of ``INPUT.*``: in training cropping if enabled, resizing and flipping."""
+    """Detectron2's augmentations of ``INPUT.*``: in training cropping if enabled, resizing (or large-scale
+    jitter) and flipping."""
     keys = cfg.INPUT
     if not is_train:
         return [ResizeShortestEdge(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST, "choice")]
-    resize = ResizeShortestEdge(keys.MIN_SIZE_TRAIN, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
+    resize: list[Any] = [
+        ResizeShortestEdge(keys.MIN_SIZE_TRAIN, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
+    ]
+    if keys.SCALE_JITTER.ENABLED:
+        side = keys.SCALE_JITTER.SIZE
+        scaled = T.ResizeScale(*keys.SCALE_JITTER.RANGE, target_height=side, target_width=side)
+        resize = [scaled, T.FixedSizeCrop((side, side), pad=False)]
     crop = [T.RandomCrop(keys.CROP.TYPE, keys.CROP.SIZE)] if keys.CROP.ENABLED else []
     # the first of Detectron2's is its own resizing
-    return [*crop, resize, *utils.build_augmentation(cfg, is_train)[1:]]
+    return [*crop, *resize, *utils.build_augmentation(cfg, is_train)[1:]]
 
 
 def map_image(mapper: Any, image: np.ndarray) -> dict[str, Any]:
