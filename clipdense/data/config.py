@@ -17,8 +17,8 @@ def add_data_config(cfg: CN) -> None:
     # Images without annotations: a list of "name:folder", "name:images.json:image_folder" (COCO's list of
     # images) or "name:shards/{000..331}.tar" (webdataset). "~" and environment variables are expanded.
     cfg.DATASETS.IMAGES = []
-    # Large-scale jitter (Ghiasi et al., CVPR 2021) instead of MIN_SIZE_TRAIN: an image is fitted into a square
-    # of SIZE pixels times a random factor of RANGE, and what lies beyond a square of SIZE is cut off.
+    # Large-scale jitter (Ghiasi et al., CVPR 2021) instead of MIN_SIZE_TRAIN: an image is fitted into a
+    # square of SIZE pixels times a random factor of RANGE; a random square of SIZE of a larger one is kept.
     cfg.INPUT.SCALE_JITTER = CN()
     cfg.INPUT.SCALE_JITTER.ENABLED = False
     cfg.INPUT.SCALE_JITTER.SIZE = 1024

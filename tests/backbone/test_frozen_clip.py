@@ -87,9 +87,8 @@ def test_what_a_tower_has_not_is_refused(name: str, options: dict[str, object], 
 def test_interpolated_pyramid() -> None:
     trunk = frozen("shapes-vit", blocks=[0, 1, 2, 3], joint="clipself")
     pyramid = InterpolatedTrunk(trunk).train()
-    assert {k: v.stride for k, v in pyramid.output_shape().items()} == dict(
-        res1=2, res2=4, res3=8, res4=16, joint=8
-    )
+    strides = {"res1": 2, "res2": 4, "res3": 8, "res4": 16, "joint": 8}
+    assert {name: shape.stride for name, shape in pyramid.output_shape().items()} == strides
     images = torch.randn(2, 3, 64, 72)
     maps = pyramid(images)
     taps = trunk(images)

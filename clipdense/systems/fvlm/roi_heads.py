@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,12 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
         super().__init__(input_shape, num_classes=len(classifier.text), cls_agnostic_bbox_reg=True, **kwargs)
         self.cls_score: nn.Module = classifier
         if box_fc_dim:
+            deltas = nn.Linear(box_fc_dim, 4)
+            nn.init.normal_(deltas.weight, std=0.001)
+            nn.init.zeros_(deltas.bias)
             self.bbox_pred: nn.Module = nn.Sequential(
-                nn.Linear(input_shape.channels, box_fc_dim), nn.ReLU(), nn.Linear(box_fc_dim, 4)
+                nn.Linear(input_shape.channels, box_fc_dim), nn.ReLU(), deltas
             )
-            nn.init.normal_(self.bbox_pred[2].weight, std=0.001)  # type: ignore[index,arg-type]
-            nn.init.zeros_(self.bbox_pred[2].bias)  # type: ignore[index,arg-type]
         self.register_buffer("class_weight", class_weight, persistent=False)
         self.clip_scale = clip_scale
         self.fusion, self.settings = get_fusion(fusion), settings
@@ -106,7 +107,7 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
         Returns:
             (R, K + 1), the background last; 0 where the detector has learned one, that CLIP does not know.
         """
-        background = self.cls_score.background
+        background = cast(TextClassifier, self.cls_score).background
         z = F.normalize(embeddings.float(), dim=1) * self.clip_scale
         if background is None or isinstance(background, nn.Parameter):
             return F.pad((z @ text.T).softmax(1), (0, 1))
