@@ -13,13 +13,17 @@ from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from tabulate import tabulate
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-__all__ = ["MIN_PAIRS", "Row", "flops", "interleaved", "load_suite", "suites", "table", "wall"]
+__all__ = ["MIN_PAIRS", "Row", "flops", "interleaved", "load_suite", "peak_memory", "suites", "table", "wall"]
 
 MIN_PAIRS = 7
 """Pairs of runs that a wall-clock ratio rests on. A pair of more than half a minute may do with fewer, and
@@ -86,6 +90,41 @@ def flops(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The most bytes that tensors made by one call held at a time, exact on every device.
+
+    Counted are the storages that operators return, from then until nothing refers to them; scratch memory
+    inside an operator is not seen.
+    """
+    with _Storages() as storages:
+        run()
+    return storages.peak
+
+
+class _Storages(TorchDispatchMode):
+    """Adds up the live storages of operators' results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: WeakKeyDictionary[UntypedStorage, None] = WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self.seen:
+                self.seen[storage] = None
+                if storage not in given:  # else a view of, or a change in, what the call did not make
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
 
 
 def interleaved(

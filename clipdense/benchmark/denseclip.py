@@ -19,7 +19,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-__all__ = ["add_arguments", "rows"]
+__all__ = ["FixedProposals", "add_arguments", "random_batch", "random_proposals", "rows"]
 
 WHAT = "DenseCLIP | Mask R-CNN on the same trunk and dense pool"
 
@@ -37,10 +37,10 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     """FLOPs and wall time of inference and of a training step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours, floor = (_model(args.clip, meta, trunk, device) for meta, trunk in _MODELS)
-    batch = _batch(args.size, args.batch, 80)
-    proposals = _proposals(args.size, args.batch, 1000, device)
+    batch = random_batch(args.size, args.batch, 80)
+    proposals = random_proposals(args.size, args.batch, 1000, device)
     for model in (ours.base, floor):
-        model.proposal_generator = _FixedProposals(model.proposal_generator, proposals)
+        model.proposal_generator = FixedProposals(model.proposal_generator, proposals)
 
     for name, mode in (("inference", _inference), ("train_step", _train_step)):
         run_ours, run_floor = mode(ours, batch), mode(floor, batch)
@@ -76,7 +76,7 @@ class DensePooledTrunk(Backbone):
 _MODELS = (("DenseCLIPRCNN", "LanguageTrunk"), ("GeneralizedRCNN", "DensePooledTrunk"))
 
 
-class _FixedProposals(nn.Module):
+class FixedProposals(nn.Module):
     """Runs a proposal generator and hands on the same proposals whatever it found.
 
     With random weights the number of regions, and so the work of the heads, would be a matter of chance.
@@ -107,7 +107,8 @@ def _model(clip: str, meta_architecture: str, trunk: str, device: str) -> Any:
     return build_model(cfg)
 
 
-def _batch(size: int, count: int, classes: int) -> list[dict[str, Any]]:
+def random_batch(size: int, count: int, classes: int) -> list[dict[str, Any]]:
+    """Noise of (size, size) pixels with 8 instances each: Detectron2's input of ``count`` images."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(count):
@@ -119,7 +120,8 @@ def _batch(size: int, count: int, classes: int) -> list[dict[str, Any]]:
     return batch
 
 
-def _proposals(size: int, count: int, number: int, device: str) -> list[Instances]:
+def random_proposals(size: int, count: int, number: int, device: str) -> list[Instances]:
+    """So many random proposals for each of ``count`` images of (size, size) pixels."""
     generator = torch.Generator().manual_seed(1)
     return [
         Instances(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clipdense import benchmark
-from clipdense.benchmark import Row, flops, interleaved, load_suite, suites, table, wall
+from clipdense.benchmark import Row, flops, interleaved, load_suite, peak_memory, suites, table, wall
 from clipdense.benchmark.evaluation import synthetic_coco
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +52,52 @@ def test_denseclip_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     assert 1 < inference["ratio"] < 1.05 and 1 < train["ratio"] < 1.2
     assert inference["other"] > 100 and not inference["raw"]
     capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_clipself_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "benchmark.json"
+    words = ["clipself", "--clip", "shapes-vit", "--size", "128", "--pairs", "1"]
+    assert tool.main([*words, "--json", str(path)]) == 0
+    cost, time = json.loads(path.read_text())["rows"]
+    assert (cost["name"], time["name"]) == ("clipself/step_flops", "clipself/step_wall")
+    assert 1 <= cost["ratio"] < 1.05 and cost["other"] > 1
+    assert 0 <= time["values"]["data_wait"] <= 1 and "waiting for data" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_fvlm_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "benchmark.json"
+    config = str(ROOT / "configs" / "shapes" / "fvlm_vit.yaml")
+    words = ["fvlm", "--config-file", config, "--size", "128", "--flops-only"]
+    assert tool.main([*words, "--json", str(path)]) == 0
+    few, many, memory = json.loads(path.read_text())["rows"]
+    assert (few["name"], many["name"]) == ("fvlm/k80_flops", "fvlm/k1203_flops")
+    assert 1 < few["ratio"] < many["ratio"]
+    # a frozen trunk leaves nothing behind for the backward pass
+    assert memory["name"] == "fvlm/train_memory" and memory["ratio"] < 1.2
+    capsys.readouterr()
+
+
+def test_peak_memory() -> None:
+    def chain() -> None:
+        x = torch.ones(1000)
+        for _ in range(5):
+            x = x + 1  # the one before is freed when the name moves on
+
+    def in_place() -> None:
+        x = torch.ones(1000)
+        x.add_(1)
+        x[:10].view(-1)
+
+    w = torch.ones(1000, requires_grad=True)
+
+    def graph() -> None:
+        (w * torch.ones(1000)).exp().sum().backward()
+
+    assert peak_memory(chain) == 8000 and peak_memory(in_place) == 4000
+    # ones, product and exponential are all kept for the backward pass
+    assert peak_memory(graph) >= 12000
 
 
 def test_the_suite_fails_where_numbers_differ(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
