@@ -58,7 +58,7 @@ class AnyStridePooler(nn.Module):
         pooled = features[0].new_zeros(len(rois), features[0].shape[1], side, side)
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             chosen = (levels == level).nonzero().squeeze(1)
-            pooled = pooled.index_copy(0, chosen, self._pool(feature, rois[chosen], stride))
+            pooled.index_copy_(0, chosen, self._pool(feature, rois[chosen], stride))
         return pooled
 
     def _pool(self, feature: Tensor, rois: Tensor, stride: float) -> Tensor:

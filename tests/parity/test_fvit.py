@@ -329,7 +329,7 @@ def test_every_output(golden, detector):
     close(golden, "bbox_deltas", box_deltas, 1e-4)
     close(golden, "fused_scores", fused, 1e-4)
     found = model.inference(samples(golden), do_postprocess=False)
-    scale = torch.tensor(config["scale_factor"])
+    scales = torch.tensor(config["scale_factor"]).reshape(-1, 4).expand(len(found), 4)
     for i, instances in enumerate(found):
         recorded = torch.cat([out[f"det.{i}.boxes_scores"], out[f"det.{i}.labels"][:, None]], 1)
         rows = [
@@ -339,7 +339,7 @@ def test_every_output(golden, detector):
         ]
         assert matched(recorded, torch.cat(rows, 1), torch.cat([tolerance, torch.zeros(1)])), golden.id
     if config["mask"]:
-        final = [Boxes(out[f"det.{i}.boxes_scores"][:, :4] * scale) for i in range(len(sizes))]
+        final = [Boxes(out[f"det.{i}.boxes_scores"][:, :4] * scales[i]) for i in range(len(sizes))]
         masks = heads.mask_head.layers(heads.mask_pooler(maps[:4], final))
         close(golden, "det.mask_logits_cat_over_images", masks, 1e-4)
 
@@ -371,6 +371,16 @@ def test_negative_controls(golden, detector):
     assert far(golden, "detector_logits", heads.box_predictor(x)[0], 1e-4)  # other levels
     moved = [b + 1 for b in boxes]
     assert far(golden, "vlm_roi_feats", clip_features(model, features, moved), 1e-4)
+
+
+@pytest.mark.golden(name="ckpt_fvit_detector_coco")
+def test_transfer_detector(golden, detector):
+    """A file without a temperature is that of the transfer head, whose temperature the config fixes."""
+    del golden.tensors["state/roi_head.bbox_head.detect_temperature"]
+    classifier = detector(**{"MODEL.FVLM.SCALE": 30.0}).roi_heads.box_predictor.cls_score
+    assert not classifier.log_scale.requires_grad and classifier.log_scale.exp() == pytest.approx(30)
+    options = config_options(convert_model(Checkpoint(golden.path, golden.part("state"), "torch")))
+    assert options["MODEL.FVLM.FUSION"] == "fvit_transfer" and options["MODEL.FVLM.SCALE"] == 50
 
 
 # full size

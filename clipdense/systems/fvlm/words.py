@@ -96,6 +96,6 @@ def known_rows(vocabulary: Vocabulary, known: Vocabulary | None, text: Tensor) -
         raise ValueError(
             f"the weights hold no embedding of {', '.join(map(repr, missing[:20]))}"
             f"{' and others' if len(missing) > 20 else ''}, and MODEL.FVLM.TEXT weights has no other words: "
-            "set it to clip, with a MODEL.CLIP that has a text tower, or to a text table"
+            "set it to clip (MODEL.FVLM.TEXT_CLIP names the text tower), or to a text table"
         )
     return text[torch.tensor(found, device=text.device)]
