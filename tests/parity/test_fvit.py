@@ -333,7 +333,7 @@ def test_every_output(golden, detector):
     for i, instances in enumerate(found):
         recorded = torch.cat([out[f"det.{i}.boxes_scores"], out[f"det.{i}.labels"][:, None]], 1)
         rows = [
-            instances.pred_boxes.tensor / scale,
+            instances.pred_boxes.tensor / scales[i],
             instances.scores[:, None],
             instances.pred_classes[:, None],
         ]
