@@ -66,7 +66,8 @@ def check_dataset_names(names: Sequence[str]) -> None:
             hint = f"Did you mean {', '.join(near)}?" if near else "No registered name is like it."
             raise ValueError(
                 f"data set {name!r} is not registered. {hint} "
-                "Your own COCO-format data are registered by DATASETS.COCO_JSON."
+                "Your own COCO-format data are registered by DATASETS.COCO_JSON, images alone by "
+                "DATASETS.IMAGES."
             )
 
 
