@@ -15,6 +15,7 @@ A file without an index takes its names from the caller, row by row.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from clipdense.checkpoint import atomic_path
 from .text import TextBank, TextEmbedder
 from .vocabulary import Vocabulary, canonical, near
 
-__all__ = ["TableIndex", "TextTable", "save_table"]
+__all__ = ["TableIndex", "TextTable", "find_table", "save_table"]
 
 _MEANS = "means of unit prompts"
 
@@ -207,8 +208,8 @@ class TextTable(TextEmbedder):
                 classes.append(i)
         if missing:
             raise ValueError(
-                f"{self.source} has no row for {self._hints(missing)}; tools/make_text_table.py writes a table "
-                "of any names, and a text tower needs none"
+                f"{self.source} has no row for {self._hints(missing)}; tools/make_text_table.py writes a "
+                "table of any names, and a text tower needs none"
             )
         if several:
             raise ValueError(f"{self.source} has several classes of the name {', '.join(map(repr, several))}")
@@ -232,6 +233,23 @@ class TextTable(TextEmbedder):
 def _key(names: Sequence[str], name: str | None) -> tuple[str, ...]:
     """A class by all its names, or a name of a class by the display name and itself."""
     return tuple(map(canonical, names if name is None else (names[0], name)))
+
+
+def find_table(name: str | Path, key: str) -> Path:
+    """A table file, or the one of that name below ``DETECTRON2_DATASETS``.
+
+    Args:
+        key: the config key that names it, for the error.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    places = list(dict.fromkeys((Path(name).expanduser(), root / name)))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{key}: there is no {' and no '.join(map(str, places))}")
+    return found
 
 
 def save_table(path: str | Path, bank: TextBank, vocabulary: Vocabulary) -> None:

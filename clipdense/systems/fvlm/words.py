@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip import load_clip
-from clipdense.clip.tables import TextTable
+from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary, canonical
 from clipdense.data.checks import check_dataset_names
@@ -43,15 +40,7 @@ def build_text(cfg: CfgNode) -> TextEmbedder | None:
         clip = load_clip(*keys.TEXT_CLIP) if keys.TEXT_CLIP else clip_from_config(cfg)
         clip.visual = nn.Identity()  # type: ignore[assignment]  # the trunk has its own
         return TextBank(clip, keys.TEMPLATES)
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    places = [Path(keys.TEXT).expanduser(), root / keys.TEXT]
-    table = next((place for place in places if place.is_file()), None)
-    if table is None:
-        raise FileNotFoundError(
-            "MODEL.FVLM.TEXT is clip, weights or a text table; there is no "
-            + " and no ".join(map(str, dict.fromkeys(places)))
-        )
-    return TextTable.load(table)
+    return TextTable.load(find_table(keys.TEXT, "MODEL.FVLM.TEXT (clip, weights, or a text table)"))
 
 
 def training_vocabulary(cfg: CfgNode) -> Vocabulary | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
-from clipdense.clip.tables import TextTable
+from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import class_names
@@ -80,17 +78,5 @@ def class_embeddings(cfg: CN) -> Tensor:
     vocabulary = Vocabulary.from_names(class_names(cfg), separator=None)
     table: str = cfg.MODEL.TEXT_RCNN.TABLE
     if table:
-        return TextTable.load(_find(table), vocabulary)(vocabulary)
+        return TextTable.load(find_table(table, "MODEL.TEXT_RCNN.TABLE"), vocabulary)(vocabulary)
     return TextBank(clip_from_config(cfg), cfg.MODEL.TEXT_RCNN.TEMPLATES)(vocabulary).cpu()
-
-
-def _find(table: str) -> Path:
-    """The table itself, or the one of that name below DETECTRON2_DATASETS."""
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    places = [Path(table).expanduser(), root / table]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"MODEL.TEXT_RCNN.TABLE: there is no {' and no '.join(map(str, dict.fromkeys(places)))}"
-        )
-    return found
