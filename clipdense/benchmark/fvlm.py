@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this suite; the defaults are the contract's."""
     parser.add_argument(
         "--config-file",
-        default="projects/FVLM/configs/fvit_eva02_b16_ovcoco.yaml",
+        default="projects/FVLM/configs/fvit_b16_ovcoco.yaml",
         help="config of an FVLM (weights are random, no data is read)",
     )
     parser.add_argument("--size", type=int, default=640, help="side of the images in pixels")
