@@ -298,8 +298,9 @@ def test_masks_are_class_agnostic(config) -> None:
 
 
 def test_other_backbones_and_classes_are_refused(config, dataset: str) -> None:
-    with pytest.raises(ValueError, match="frozen CLIP"):
-        build_model(config("rn", "MODEL.TRUNK.NAME", "CLIPTrunk"))
+    for text in ("clip", "weights"):
+        with pytest.raises(ValueError, match="frozen CLIP"):
+            build_model(config("rn", "MODEL.TRUNK.NAME", "CLIPTrunk", "MODEL.FVLM.TEXT", text))
     with pytest.raises(ValueError, match="one list"):
         build_model(config("rn", "DATASETS.TRAIN", [dataset, "shapes_closed_val"]))
 

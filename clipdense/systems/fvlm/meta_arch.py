@@ -63,11 +63,7 @@ class FVLM(GeneralizedRCNN):
             ValueError: another backbone.
         """
         super().__init__(**kwargs)
-        if not any(isinstance(m, FrozenCLIPTrunk) for m in self.backbone.modules()):
-            raise ValueError(
-                f"FVLM needs a frozen CLIP below its {type(self.backbone).__name__}: set MODEL.TRUNK.NAME "
-                "FrozenCLIPTrunk or InterpolatedTrunk"
-            )
+        find_trunk(self.backbone)
         self._text = text
         self._labels = vocabulary
         self.square_size = square_size
@@ -205,8 +201,14 @@ class FVLM(GeneralizedRCNN):
 
 
 def find_trunk(backbone: Backbone) -> FrozenCLIPTrunk:
-    """The frozen CLIP in a backbone."""
-    return next(m for m in backbone.modules() if isinstance(m, FrozenCLIPTrunk))
+    """The frozen CLIP in a backbone. Raises ValueError where there is none."""
+    found = next((m for m in backbone.modules() if isinstance(m, FrozenCLIPTrunk)), None)
+    if found is None:
+        raise ValueError(
+            f"FVLM needs a frozen CLIP below its {type(backbone).__name__}: set MODEL.TRUNK.NAME "
+            "FrozenCLIPTrunk or InterpolatedTrunk"
+        )
+    return found
 
 
 def _embed(text: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
