@@ -9,7 +9,7 @@ from .model import ClipModel
 from .text import LearnedPrompts
 from .towers import TextTower
 
-__all__ = ["ContextPrompts", "encode_with_contexts", "insert_contexts"]
+__all__ = ["AffixPrompts", "ContextPrompts", "encode_with_contexts", "insert_contexts"]
 
 
 def insert_contexts(tower: TextTower, tokens: Tensor, contexts: Tensor) -> Tensor:
@@ -74,3 +74,50 @@ class ContextPrompts(LearnedPrompts):
         if clip.text is None:
             raise ValueError(f"'{clip.name}' was loaded without its text tower: load it with text=True")
         return encode_with_contexts(clip.text, tokens, self.contexts)[0]
+
+
+class AffixPrompts(LearnedPrompts):
+    """Learned vectors on both sides of a class name: [start | prefix | name | suffix | last token | end] (Xu
+    et al., zsseg, ECCV 2022, section 3.3, whose last token is a full stop: templates "{}.").
+
+    Attributes:
+        prefix: (P, C); suffix: (S, C).
+    """
+
+    def __init__(self, n_prefix: int, n_suffix: int, width: int, std: float = 0.02) -> None:
+        """
+        Args:
+            n_prefix, n_suffix: P and S, each may be 0. Published: 16 and 0.
+            width: C of the text tower's tokens.
+            std: of the normal distribution at the start.
+        """
+        super().__init__()
+        self.length = n_prefix + n_suffix
+        self.prefix = nn.Parameter(torch.randn(n_prefix, width) * std)
+        self.suffix = nn.Parameter(torch.randn(n_suffix, width) * std)
+
+    def forward(self, clip: ClipModel, tokens: Tensor) -> Tensor:
+        """Token ids (n, L) -> embeddings (n, D), not L2-normalised.
+
+        Raises:
+            ValueError: no text tower, or as `encode_with_contexts`.
+        """
+        if clip.text is None:
+            raise ValueError(f"'{clip.name}' was loaded without its text tower: load it with text=True")
+        tower = clip.text
+        if not tower.causal:
+            raise ValueError("learned contexts need a causal text tower; this one is bidirectional")
+        end = tower.end(tokens)
+        tokens = tokens[:, : int(end.max()) + 1]
+        words = tower.token_embedding(tokens)
+        affixes = torch.cat([self.prefix, self.suffix]).to(words.dtype).expand(len(words), -1, -1)
+        # where every word, prefix and suffix vector goes
+        place = torch.arange(tokens.shape[1], device=tokens.device).expand(len(words), -1)
+        last = end[:, None] - 1
+        moved = place + len(self.prefix) * (place > 0) + len(self.suffix) * (place >= last)
+        prefix = torch.arange(1, len(self.prefix) + 1, device=tokens.device).expand(len(words), -1)
+        suffix = torch.arange(len(self.suffix), device=tokens.device) + last + len(self.prefix)
+        order = torch.cat([moved, prefix, suffix], dim=1)
+        rows = torch.cat([words, affixes], dim=1)
+        sequence = torch.zeros_like(rows).scatter(1, order[:, :, None].expand_as(rows), rows)
+        return tower.encode(sequence, end + self.length)

@@ -1,8 +1,9 @@
-"""Published rules that fuse a detector's class scores with CLIP's.
+"""Published rules that fuse a detector's class scores, or those of a mask proposal, with CLIP's.
 
 Every rule has one signature: (detector scores, CLIP scores, base mask, settings) -> scores, all of them
 probabilities with a background entry **last**, as in Detectron2 (F-VLM's own code has it first). The base
-mask says which classes were labelled in training; it has no entry for the background.
+mask says which classes were labelled in training; it has no entry for the background. For mask proposals the
+background is what the papers call no-object.
 
 With detector scores p, CLIP scores q and the exponents alpha (base classes) and beta (novel classes):
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,9 +23,13 @@ __all__ = [
     "FUSIONS",
     "Fusion",
     "FusionSettings",
+    "calibrated_stacking",
     "fuse_fvit",
     "fuse_fvit_transfer",
     "fuse_fvlm",
+    "fuse_valid",
+    "fuse_zegformer",
+    "fuse_zsseg",
     "get_fusion",
 ]
 
@@ -86,10 +92,39 @@ def fuse_fvit_transfer(
     return detector ** (1 - settings.alpha) * clip**settings.alpha
 
 
+def fuse_zsseg(detector: Tensor, clip: Tensor, base: Tensor | None, settings: FusionSettings) -> Tensor:
+    """zsseg (Xu et al., ECCV 2022), OVSeg (Liang et al., CVPR 2023): the background is the proposals' alone,
+    and nothing is normalised.
+
+    With the published weight w, zsseg has alpha = 1 - w and beta = w, OVSeg alpha = beta = w. CLIP's
+    background entry is not used. Arguments and result as `fuse_fvlm`.
+    """
+    classes = detector[..., :-1]
+    fused = _geometric(classes, clip[..., :-1], _exponents(classes, base, settings))
+    return torch.cat([fused, detector[..., -1:]], dim=-1)
+
+
+def fuse_zegformer(detector: Tensor, clip: Tensor, base: Tensor | None, settings: FusionSettings) -> Tensor:
+    """ZegFormer (Ding et al., CVPR 2022): as `fuse_zsseg`, but CLIP gives every base class the mean of its
+    scores for base classes.
+
+    Published: alpha = 1/3 and beta = 2/3; the variant with 2/3 for all classes and without the mean is
+    `fuse_zsseg`. Arguments and result as `fuse_fvlm`.
+    """
+    if base is not None:
+        classes = clip[..., :-1]
+        mean = (classes * base).sum(-1, keepdim=True) / base.sum(-1, keepdim=True).clamp(min=1)
+        clip = torch.cat([torch.where(base, mean, classes), clip[..., -1:]], dim=-1)
+    return fuse_zsseg(detector, clip, base, settings)
+
+
 FUSIONS: dict[str, Fusion] = {
     "fvlm": fuse_fvlm,
     "fvit": fuse_fvit,
     "fvit_transfer": fuse_fvit_transfer,
+    "ovseg": fuse_zsseg,
+    "zsseg": fuse_zsseg,
+    "zegformer": fuse_zegformer,
 }
 
 
@@ -98,6 +133,49 @@ def get_fusion(name: str) -> Fusion:
     if name not in FUSIONS:
         raise ValueError(f"unknown score fusion '{name}'; known: {', '.join(FUSIONS)}")
     return FUSIONS[name]
+
+
+def fuse_valid(
+    fusion: Fusion,
+    detector: Tensor,
+    clip: Tensor,
+    valid: Tensor,
+    base: Tensor | None,
+    settings: FusionSettings,
+    empty: str = "neutral",
+) -> Tensor:
+    """A fusion of mask proposals of which CLIP has seen some.
+
+    Args:
+        fusion: a rule.
+        detector: (Q, K + 1).
+        clip: (V, K + 1), of the proposals where `valid` (Q,) is true.
+        base, settings: the rule's.
+        empty: what becomes of the others: "neutral" leaves their scores as they are; "boost" fuses them with
+            CLIP scores of 1, which raises them above those that CLIP has seen (OVSeg's and zsseg's code).
+
+    Returns:
+        (Q, K + 1).
+
+    Raises:
+        ValueError: another policy.
+    """
+    if empty not in ("neutral", "boost"):
+        raise ValueError(f"the policy for empty masks is neutral or boost, not '{empty}'")
+    if empty == "boost":
+        return fusion(
+            detector, torch.ones_like(detector).masked_scatter(valid[:, None], clip), base, settings
+        )
+    return detector.masked_scatter(valid[:, None], fusion(detector[valid], clip, base, settings))
+
+
+def calibrated_stacking(scores: Tensor, base: Tensor | None, gamma: float) -> Tensor:
+    """Class maps (K, ...) with gamma taken from those of base classes (Chao et al., ECCV 2016; ZegFormer:
+    0.1, after the maps were resized). Unchanged without a base mask (K,), or where gamma is not above 0.
+    """
+    if base is None or gamma <= 0:
+        return scores
+    return scores - gamma * base.to(scores.dtype).reshape(-1, *[1] * (scores.dim() - 1))
 
 
 def _exponents(scores: Tensor, base: Tensor | None, settings: FusionSettings) -> Tensor:

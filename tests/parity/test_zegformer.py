@@ -1,0 +1,89 @@
+"""ZegFormer: text with synonyms, crops of padded images, fusion with the mean over seen classes."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipdense.clip.text import TextBank
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.regions import CROP_RULES, CropRule, FusionSettings, crop_masks, semantic_labels, semantic_map
+from clipdense.systems.two_stage import Scoring, cosine_logits
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import two_stage_files as files  # noqa: E402
+from two_stage_files import MEAN, STD, close, far  # noqa: E402
+
+QUERY_TEMPLATES = {"imagenet_select": "zegformer_8", "single": "single_scene"}
+
+
+@pytest.mark.golden(kind="zegformer_text")
+@torch.no_grad()
+def test_text(golden):
+    clip, _ = files.load(golden)
+    query = QUERY_TEMPLATES[golden.config["prompt_ensemble_type"]]
+    for vocabulary, suffix in (("train_classes", ""), ("test_classes", "_test")):
+        classes = Vocabulary.from_names(golden.config[vocabulary])
+        for templates, branch in ((query, ""), ("zegformer_32", "_clip")):
+            name = f"text_features{suffix}{branch}"
+            close(golden, name, TextBank(clip, templates, cache_dir=None)(classes), 1e-5)
+            whole = Vocabulary.from_names(golden.config[vocabulary], separator=None)
+            assert far(golden, name, TextBank(clip, templates, cache_dir=None)(whole), 1e-5)
+
+
+def scoring(config) -> Scoring:
+    settings = {"empty": "boost", "clip_background": True}
+    if not config["clip_classification"]:
+        return Scoring("proposals")
+    if config["ensembling"]:
+        return Scoring("ensemble", "zegformer", FusionSettings(1 / 3, 2 / 3), **settings)
+    if config["ensembling_all_cls"]:
+        return Scoring("ensemble", "zsseg", FusionSettings(2 / 3, 2 / 3), **settings)
+    return Scoring("clip", **settings)
+
+
+@pytest.mark.golden(kind="zegformer_fusion")
+def test_fusion_and_crops(golden):
+    config, inputs = golden.config, golden.part("in")
+    base = torch.ones(config["num_classes"], dtype=torch.bool)
+    base[config["unseen_ids"]] = False
+    text, scale = inputs["clip_text_features"], inputs["clip_logit_scale"].exp()
+    for b, output in enumerate(config["output_hw"]):
+        image = inputs[f"image{b}"]
+        logits = F.interpolate(inputs["pred_masks"], scale_factor=4, mode="bilinear", align_corners=False)[b]
+        clip = cosine_logits(inputs["clip_image_features"][b], text, scale)
+        valid = torch.ones(len(clip), dtype=torch.bool)
+        masks = logits.sigmoid()[:, : image.shape[1], : image.shape[2]]
+
+        def run(scoring, gamma, fuse=semantic_map, b=b, clip=clip, valid=valid, masks=masks, output=output):
+            scores = scoring(inputs["pred_logits"][b], clip, valid, base)[:, :-1]
+            return fuse(scores, masks, tuple(output), base=base, calibration=gamma)
+
+        rule, gamma = scoring(config), config["gzero_calibrate"]
+        maps = run(rule, gamma)
+        close(golden, f"sem_seg{b}", maps, 2e-5)
+        labels, _ = run(rule, gamma, semantic_labels)
+        assert (labels == maps.argmax(0)).float().mean() > 0.999
+        assert far(golden, f"sem_seg{b}", run(rule, 0.0 if gamma > 0 else 0.1), 2e-5)
+        other = replace(rule, source="clip" if rule.source != "clip" else "proposals")
+        assert far(golden, f"sem_seg{b}", run(other, gamma), 2e-5)
+        if config.get("record_crops"):
+            check_crops(golden, f"clip_input{b}", image, logits)
+
+
+def check_crops(golden, name, image, logits):
+    style = golden.config["clip_cls_style"]
+
+    def run(rule):
+        crops = crop_masks(image, logits, rule, size=224, pixel_mean=MEAN, pixel_std=STD)
+        assert crops.valid.all()
+        return crops.regions()[crops.index][..., ::2, ::2]
+
+    rule = CROP_RULES[f"zegformer_{style}"]
+    close(golden, name, run(rule), 1e-4)
+    assert far(golden, name, run(replace(rule, masked=not rule.masked)), 1e-4)
+    assert far(golden, name, run(CropRule(threshold=0.0, keep_empty=True)), 1e-4)
