@@ -18,9 +18,10 @@ A table file (YAML)::
         overrides: {MODEL.BACKBONE.FREEZE_AT: 5}
         arguments: [--num-gpus, 1]        # for the tool
 
-A metric is a path of keys: in ``results.json`` (``task/metric``, with the data set's name before it or, where
-there is one data set, without), or the last value under that name in ``metrics.json``. Another JSON file of
-the run is named before a colon: ``regions.json:crops/top1``.
+A metric is a path of keys: in ``results.json`` (of an evaluation alone, ``arguments: [--eval-only]``, in
+``inference/results.json``; ``task/metric``, with the data set's name before it or, where there is one data
+set, without), or the last value under that name in ``metrics.json``. Another JSON file of the run is named
+before a colon: ``regions.json:crops/top1``.
 
 Every cell is a process of its own with its folder ``<output>/<row>/seed_<seed>`` and its log. What a finished
 cell gave is written at once and whole (``cell.json``), so that the table goes on after any interruption:
@@ -266,7 +267,7 @@ def _run(cell: Cell, tool: str, stop: threading.Event) -> dict[str, Any] | None:
         "seconds": round(time.time() - start, 1),
         "command": words,
         "log": str(log),
-        "results": _json(cell.folder / "results.json"),
+        "results": _json(cell.folder / "results.json") or _json(cell.folder / "inference" / "results.json"),
     }
     _write(cell.folder / "cell.json", json.dumps(state, indent=1))
     return state

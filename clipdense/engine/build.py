@@ -5,6 +5,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from clipdense.engine.distributed import convert_sync_batchnorm
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
 from clipdense.engine.optimizer import build_optimizer
 from clipdense.engine.options import ConfigError, TrainerOptions
+from clipdense.engine.report import write_results
 from clipdense.engine.schedule import build_schedule
 
 from detectron2.config import CfgNode, instantiate
@@ -47,6 +49,9 @@ def build_model(cfg: Any) -> nn.Module:
 def evaluate_weights(cfg: Any, resume: bool = False) -> dict[str, float]:
     """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of the output folder; train nothing.
 
+    The metrics go to ``inference/results.json`` of the output folder; ``results.json`` beside it is the
+    training's.
+
     Returns:
         Flattened metrics, empty but in the main process.
 
@@ -64,7 +69,10 @@ def evaluate_weights(cfg: Any, resume: bool = False) -> dict[str, float]:
     if not weights:
         logger.warning("No MODEL.WEIGHTS: evaluating the model as it is built")
     checkpointer.load_weights(weights, complete=True)
-    return flatten_results_dict(evaluate(model, True))
+    results = flatten_results_dict(evaluate(model, True))
+    if results:
+        write_results(results, Path(options.output_dir, "inference"))
+    return results
 
 
 def trainer_options(cfg: Any) -> TrainerOptions:

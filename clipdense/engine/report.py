@@ -15,7 +15,7 @@ from clipdense.engine.checkpoint import write_atomically
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 
-__all__ = ["export", "print_results", "results_table", "verify", "write_report"]
+__all__ = ["export", "print_results", "results_table", "verify", "write_report", "write_results"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,19 @@ def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -
 
     export(model, Path(output_dir, "export.safetensors"))
     draw_curve(Path(output_dir, "metrics.json"), Path(output_dir, "curve.png"))
-    content = json.dumps(results, indent=1).encode()
-    write_atomically(Path(output_dir, "results.json"), lambda file: file.write(content))
+    write_results(results, Path(output_dir))
     print_results(results)
     files = sorted(
         p.name for p in Path(output_dir).iterdir() if p.suffix in (".pth", ".png", ".json", ".safetensors")
     )
     logger.info("Written to %s: %s", output_dir, ", ".join(files))
+
+
+def write_results(results: dict[str, float], folder: Path) -> None:
+    """Write flattened metrics to ``results.json`` in a folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(results, indent=1).encode()
+    write_atomically(folder / "results.json", lambda file: file.write(content))
 
 
 def print_results(results: dict[str, float]) -> None:

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,35 @@ def test_trains_and_evaluates_with_the_words_of_each_data_set(tmp_path: Path) ->
     again = run("MODEL.WEIGHTS", tmp_path / "out/model_final.pth", "DATASETS.TEST", both, eval_only=True)
     assert again["shapes_ov_mini_val/bbox/AP50"] == pytest.approx(results["bbox/AP50"], nan_ok=True)
     assert "shapes_ov_mini_train/bbox/AP50" in again
+
+
+def test_real_images(tmp_path: Path, data_dir: Path) -> None:
+    """OV-COCO's words and photographs on a nano CLIP: every image is answered, however poorly."""
+    annotations = tmp_path / "coco" / "annotations"
+    annotations.mkdir(parents=True)
+    (tmp_path / "coco" / "val2017").symlink_to(data_dir / "coco" / "val2017")
+    content = json.loads((data_dir / "coco/annotations/ovcoco_instances_val2017_all65.json").read_text())
+    labelled = {a["image_id"] for a in content["annotations"]}
+    content["images"] = [image for image in content["images"] if image["id"] in labelled][:4]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    (annotations / "instances_val2017_all_2.json").write_text(json.dumps(content))
+
+    options = ["DATASETS.TEST", "['ovcoco_2017_val']", "OUTPUT_DIR", str(tmp_path / "out")]
+    options += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"]
+    command = [
+        sys.executable,
+        "tools/train_net.py",
+        "--config-file",
+        "configs/shapes/fvlm_rn.yaml",
+        "--eval-only",
+    ]
+    environment = os.environ | {"DETECTRON2_DATASETS": str(tmp_path)}
+    run = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "out/inference/results.json").read_text())
+    assert {"bbox/AP50", "bbox/AP50_base", "bbox/AP50_novel"} <= set(results)
+    (predictions,) = (tmp_path / "out" / "inference").rglob("coco_instances_results.json")
+    found = json.loads(predictions.read_text())
+    assert {detection["image_id"] for detection in found} == kept
+    assert {detection["category_id"] for detection in found} <= {c["id"] for c in content["categories"]}
