@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import clipdense.systems  # noqa: F401
 from clipdense import add_clipdense_config
 from clipdense.benchmark import MIN_PAIRS, Row, flops, wall
 from clipdense.clip import Want, load_clip

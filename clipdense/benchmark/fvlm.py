@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import clipdense.systems  # noqa: F401
 from clipdense import add_clipdense_config
 from clipdense.benchmark import MIN_PAIRS, Row, flops, peak_memory, wall
 from clipdense.benchmark.denseclip import FixedProposals, random_batch, random_proposals
