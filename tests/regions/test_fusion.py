@@ -4,7 +4,14 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from clipdense.regions import FUSIONS, FusionSettings, class_nms, get_fusion
+from clipdense.regions import (
+    FUSIONS,
+    FusionSettings,
+    calibrated_stacking,
+    class_nms,
+    fuse_valid,
+    get_fusion,
+)
 
 # two classes, the first base, and the background
 DETECTOR = torch.tensor([[0.25, 0.25, 0.5]])
@@ -28,8 +35,44 @@ def test_transfer_has_one_exponent() -> None:
     torch.testing.assert_close(fused, torch.tensor([[0.4, 0.1, 0.4]]))
 
 
+def test_two_stage_systems_keep_the_proposals_background_and_normalise_nothing() -> None:
+    for name in ("ovseg", "zsseg", "zegformer"):  # the mean over one base class is its score
+        fused = get_fusion(name)(DETECTOR, CLIP, BASE, HALF)
+        torch.testing.assert_close(fused, torch.tensor([[0.4, 0.04, 0.5]]))
+
+
+def test_zegformer_takes_the_mean_over_base_classes() -> None:
+    both = torch.tensor([True, True])
+    fused = get_fusion("zegformer")(DETECTOR, CLIP, both, FusionSettings(1.0, 0.0))
+    torch.testing.assert_close(fused, torch.tensor([[0.34, 0.34, 0.5]]))
+    novel = get_fusion("zegformer")(DETECTOR, CLIP, ~both, HALF)
+    torch.testing.assert_close(novel, get_fusion("zsseg")(DETECTOR, CLIP, None, HALF))
+
+
+def test_masks_that_clip_has_not_seen() -> None:
+    detector, valid = DETECTOR.repeat(3, 1), torch.tensor([False, True, False])
+    fusion = get_fusion("ovseg")
+    neutral = fuse_valid(fusion, detector, CLIP, valid, BASE, HALF)
+    torch.testing.assert_close(neutral[1:2], fusion(DETECTOR, CLIP, BASE, HALF))
+    torch.testing.assert_close(neutral[[0, 2]], detector[:2])
+    boost = fuse_valid(fusion, detector, CLIP, valid, BASE, HALF, "boost")
+    torch.testing.assert_close(boost[1], neutral[1])
+    torch.testing.assert_close(boost[0], torch.tensor([0.5, 1.0, 0.5]))
+    none = fuse_valid(fusion, detector, CLIP[:0], torch.zeros(3, dtype=torch.bool), BASE, HALF)
+    torch.testing.assert_close(none, detector)
+    with pytest.raises(ValueError, match="not 'drop'"):
+        fuse_valid(fusion, detector, CLIP, valid, BASE, HALF, "drop")
+
+
+def test_calibrated_stacking_lowers_base_classes() -> None:
+    maps = torch.rand(2, 4, 5)
+    lowered = calibrated_stacking(maps, BASE, 0.1)
+    torch.testing.assert_close(maps - lowered, torch.tensor([0.1, 0.0])[:, None, None].expand(2, 4, 5))
+    assert calibrated_stacking(maps, BASE, -1.0) is maps and calibrated_stacking(maps, None, 0.1) is maps
+
+
 def test_without_a_base_mask_every_class_is_novel() -> None:
-    for name in ("fvlm", "fvit"):
+    for name in ("fvlm", "fvit", "zsseg", "zegformer"):
         fusion = get_fusion(name)
         alone = fusion(DETECTOR, CLIP, None, HALF)
         torch.testing.assert_close(alone, fusion(DETECTOR, CLIP, torch.tensor([False, False]), HALF))
