@@ -322,7 +322,7 @@ class DenseRegionEvaluator(TaskEvaluator):
             sample: with ``image_id`` and ``file_name``.
 
         Raises:
-            ValueError: the image has no annotation.
+            ValueError: the data set has no panoptic annotations, or none of the image.
         """
         self._read_annotations()
         if sample["image_id"] not in self._annotations:
@@ -398,6 +398,8 @@ class DenseRegionEvaluator(TaskEvaluator):
         # at the first image, when the loader has seen to it that the data set is there
         if self._annotations:
             return
+        if not self._metadata.get("panoptic_json"):
+            raise ValueError(f"data set '{self._name}' has no panoptic annotations (metadata panoptic_json)")
         with PathManager.open(self._metadata.panoptic_json, "r") as file:
             content = json.load(file)
         categories = sorted(content["categories"], key=lambda category: category["id"])

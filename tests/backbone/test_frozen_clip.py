@@ -58,6 +58,21 @@ def test_regions_by_the_towers_own_pooling_or_by_the_dense_map() -> None:
     assert pooled.shape == expected.shape == (3, 128)
 
 
+@torch.no_grad()
+def test_a_convnext_embeds_regions_by_its_head() -> None:
+    vision = {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {}}
+    pixels = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    trunk = FrozenCLIPTrunk(build_clip("tiny", {"model_cfg": config, "preprocess_cfg": pixels}, text=False))
+    images = torch.randn(2, 3, 64, 64)
+    maps = trunk.eval()(images)
+    for key, stride in {"res2": 4, "res3": 8, "res4": 16, "res5": 32, JOINT: 32}.items():
+        shape = ShapeSpec(channels=maps[key].shape[1], stride=stride)
+        assert trunk.output_shape()[key] == shape and maps[key].shape[-1] == 64 // stride
+    whole = trunk.embed_boxes(maps[JOINT], [torch.tensor([[0.0, 0, 64, 64]])] * 2)
+    torch.testing.assert_close(whole, trunk.tower(images, Want(pooled=True)).pooled)
+
+
 def test_taps_of_several_blocks() -> None:
     trunk = frozen("shapes-vit", blocks=[1, 3], last_block="value", joint="clipself")
     images = torch.randn(1, 3, 64, 64)

@@ -233,13 +233,16 @@ def test_config_reaches_the_evaluator(clip, dataset, tmp_path):
     assert other.evaluate().keys() == {"dense_regions"}
 
 
-def test_what_is_wrong_is_said(clip, dataset):
+def test_what_is_wrong_is_said(clip, dataset, register):
     name, records = dataset
     evaluator = DenseRegionEvaluator(name, distributed=False)
     with pytest.raises(KeyError, match="needs the output clip, but the model gives instances"):
         evaluator.process(records[:1], [{"instances": None}])
     with pytest.raises(ValueError, match="image 5 is not in the panoptic annotations"):
         evaluator.process([{"image_id": 5, "file_name": records[0]["file_name"]}], [{"clip": clip}])
+    boxes = register([], thing_classes=["red star"])
+    with pytest.raises(ValueError, match=f"'{boxes}' has no panoptic annotations"):
+        DenseRegionEvaluator(boxes, distributed=False).regions(records[0])
     optional = DenseRegionEvaluator(name, distributed=False, optional=True)
     optional.process(records[:1], [{"instances": None}])
     assert optional.evaluate() == {}
