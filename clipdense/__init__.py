@@ -58,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 if compat.has_detectron2():
-    from clipdense import backbone, data, engine, evaluation, systems  # noqa: F401
+    from clipdense import backbone, data, engine, evaluation, maskformer, systems  # noqa: F401

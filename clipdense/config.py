@@ -36,12 +36,14 @@ def add_clipdense_config(cfg: CN) -> None:
     from clipdense.data.config import add_data_config
     from clipdense.engine.config import add_engine_config
     from clipdense.evaluation.config import add_evaluation_config
+    from clipdense.maskformer.config import add_maskformer_config
     from clipdense.systems import add_systems_config
 
     add_data_config(cfg)
     add_backbone_config(cfg)
     add_engine_config(cfg)
     add_evaluation_config(cfg)
+    add_maskformer_config(cfg)
     add_systems_config(cfg)
     _restore(cfg, before)
 

@@ -20,6 +20,12 @@ def add_backbone_config(cfg: CN) -> None:
     # "FrozenBN" (running statistics and affine are constants, in all stages) or "BN".
     cfg.MODEL.TRUNK.NORM = "FrozenBN"
 
+    # Of build_resnet_deeplab_backbone (R101c and the like), as DeepLab's project has them: the stem,
+    # "deeplab" (three convolutions) or "basic", and dilations of res4 and of the blocks of res5.
+    cfg.MODEL.RESNETS.STEM_TYPE = "deeplab"
+    cfg.MODEL.RESNETS.RES4_DILATION = 1
+    cfg.MODEL.RESNETS.RES5_MULTI_GRID = [1, 2, 4]
+
     cfg.MODEL.TIMM = CN()
     # A model name of timm.
     cfg.MODEL.TIMM.NAME = "resnet50"

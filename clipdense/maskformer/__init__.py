@@ -1,0 +1,53 @@
+"""Mask proposals: MaskFormer's and Mask2Former's decoders, matching, losses and post-processing, and the two
+as closed-vocabulary models."""
+
+from clipdense.maskformer import convert as convert
+from clipdense.maskformer import mapper as mapper
+from clipdense.maskformer.config import add_maskformer_config
+from clipdense.maskformer.criterion import SetCriterion
+from clipdense.maskformer.deformable import MSDeformAttn, MSDeformAttnPixelDecoder, deformable_attention
+from clipdense.maskformer.head import MaskFormerHead
+from clipdense.maskformer.inference import (
+    instance_inference,
+    panoptic_inference,
+    semantic_inference,
+    tight_boxes,
+)
+from clipdense.maskformer.layers import MLP
+from clipdense.maskformer.masked_decoder import MultiScaleMaskedTransformerDecoder
+from clipdense.maskformer.matcher import HungarianMatcher
+from clipdense.maskformer.meta_arch import MaskFormer
+from clipdense.maskformer.pixel_decoder import BasePixelDecoder, TransformerEncoderPixelDecoder
+from clipdense.maskformer.prediction import (
+    PIXEL_DECODER_REGISTRY,
+    TRANSFORMER_DECODER_REGISTRY,
+    MaskPrediction,
+    PixelFeatures,
+    Targets,
+)
+from clipdense.maskformer.transformer import StandardTransformerDecoder
+
+__all__ = [
+    "MLP",
+    "PIXEL_DECODER_REGISTRY",
+    "TRANSFORMER_DECODER_REGISTRY",
+    "BasePixelDecoder",
+    "HungarianMatcher",
+    "MSDeformAttn",
+    "MSDeformAttnPixelDecoder",
+    "MaskFormer",
+    "MaskFormerHead",
+    "MaskPrediction",
+    "MultiScaleMaskedTransformerDecoder",
+    "PixelFeatures",
+    "SetCriterion",
+    "StandardTransformerDecoder",
+    "Targets",
+    "TransformerEncoderPixelDecoder",
+    "add_maskformer_config",
+    "deformable_attention",
+    "instance_inference",
+    "panoptic_inference",
+    "semantic_inference",
+    "tight_boxes",
+]

@@ -1,0 +1,150 @@
+"""Losses of a set of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipdense.maskformer.matcher import HungarianMatcher, Match
+from clipdense.maskformer.points import sample_points, uncertain_points
+from clipdense.maskformer.prediction import MaskPrediction, Targets
+
+from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
+
+__all__ = ["SetCriterion", "dice_loss", "sigmoid_focal_loss"]
+
+
+def sigmoid_focal_loss(logits: Tensor, masks: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss (Lin et al., ICCV 2017), mean over pixels: logits (N, P), masks (N, P) in 0..1 -> (N,)."""
+    p = logits.sigmoid()
+    error = p * (1 - masks) + (1 - p) * masks
+    weight = alpha * masks + (1 - alpha) * (1 - masks)
+    entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
+    return (weight * error**gamma * entropy).mean(dim=1)
+
+
+def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Dice loss (Milletari et al., V-Net, 2016): logits (N, P), masks (N, P) in 0..1 -> (N,)."""
+    p = logits.sigmoid()
+    return 1 - (2 * (p * masks).sum(dim=1) + 1) / (p.sum(dim=1) + masks.sum(dim=1) + 1)
+
+
+class SetCriterion(nn.Module):
+    """Classification of all queries, and mask losses of those that are matched, after every layer.
+
+    With points the mask losses are cross entropy and dice on points where masks are uncertain (Mask2Former,
+    section 3.3), without focal loss and dice on all pixels of the ground truth (MaskFormer, section 3.3).
+    """
+
+    empty_weight: Tensor | None
+
+    @configurable
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: HungarianMatcher,
+        *,
+        class_weight: float = 1.0,
+        mask_weight: float = 20.0,
+        dice_weight: float = 1.0,
+        no_object_weight: float = 0.1,
+        num_points: int = 0,
+        oversample_ratio: float = 3.0,
+        importance_ratio: float = 0.75,
+    ) -> None:
+        """
+        Args:
+            num_classes: K, without "no object".
+            class_weight, mask_weight, dice_weight: of the losses.
+            no_object_weight: of "no object" among the classes, which have 1; 0 leaves unmatched queries out.
+            num_points: of a mask; 0 for all pixels.
+            oversample_ratio, importance_ratio: see `uncertain_points`.
+        """
+        super().__init__()
+        self.num_classes = num_classes
+        self.matcher = matcher
+        self.weights = {"loss_ce": class_weight, "loss_mask": mask_weight, "loss_dice": dice_weight}
+        self.sampling = num_points, oversample_ratio, importance_ratio
+        weight = torch.ones(num_classes + 1)
+        weight[-1] = no_object_weight
+        self.register_buffer("empty_weight", weight if no_object_weight > 0 else None, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Constructor arguments from ``MODEL.MASK_FORMER`` and ``MODEL.SEM_SEG_HEAD.NUM_CLASSES``."""
+        keys = cfg.MODEL.MASK_FORMER
+        matcher = HungarianMatcher(
+            cost_class=keys.CLASS_WEIGHT,
+            cost_mask=keys.MASK_WEIGHT,
+            cost_dice=keys.DICE_WEIGHT,
+            num_points=keys.TRAIN_NUM_POINTS,
+        )
+        return {
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "matcher": matcher,
+            "class_weight": keys.CLASS_WEIGHT,
+            "mask_weight": keys.MASK_WEIGHT,
+            "dice_weight": keys.DICE_WEIGHT,
+            "no_object_weight": keys.NO_OBJECT_WEIGHT,
+            "num_points": keys.TRAIN_NUM_POINTS,
+            "oversample_ratio": keys.OVERSAMPLE_RATIO,
+            "importance_ratio": keys.IMPORTANCE_SAMPLE_RATIO,
+        }
+
+    def forward(self, prediction: MaskPrediction, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        """Weighted losses; those of an earlier layer i end in ``_i``.
+
+        Args:
+            prediction: of the network.
+            targets: true masks of each image, all of one size.
+        """
+        masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=prediction.masks.device)
+        if comm.get_world_size() > 1:
+            dist.all_reduce(masks)
+        num_masks = (masks / comm.get_world_size()).clamp(min=1)
+        losses = self._losses(prediction, targets, num_masks)
+        for i, earlier in enumerate(prediction.aux):
+            losses |= {f"{k}_{i}": v for k, v in self._losses(earlier, targets, num_masks).items()}
+        return losses
+
+    def _losses(
+        self, prediction: MaskPrediction, targets: Sequence[Targets], num_masks: Tensor
+    ) -> dict[str, Tensor]:
+        matches = self.matcher(prediction.logits, prediction.masks, targets)
+        with torch.autocast(prediction.masks.device.type, enabled=False):
+            loss_ce = self._class_loss(prediction.logits.float(), targets, matches)
+            loss_mask, loss_dice = self._mask_losses(prediction.masks, targets, matches)
+        losses = {"loss_ce": loss_ce, "loss_mask": loss_mask / num_masks, "loss_dice": loss_dice / num_masks}
+        return {name: self.weights[name] * loss for name, loss in losses.items()}
+
+    def _class_loss(self, logits: Tensor, targets: Sequence[Targets], matches: Sequence[Match]) -> Tensor:
+        labels = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
+        for row, target, (query, index) in zip(labels, targets, matches, strict=True):
+            row[query.to(row.device)] = target.labels[index.to(row.device)]
+        if self.empty_weight is None:
+            return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=self.num_classes)
+        return F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight)
+
+    def _mask_losses(
+        self, masks: Tensor, targets: Sequence[Targets], matches: Sequence[Match]
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over the matched masks."""
+        device = masks.device
+        predicted = torch.cat([m[q.to(device)] for m, (q, _) in zip(masks, matches, strict=True)]).float()
+        truth = torch.cat([t.masks[i.to(device)] for t, (_, i) in zip(targets, matches, strict=True)]).float()
+        if self.sampling[0]:
+            points = uncertain_points(predicted, *self.sampling)
+            predicted, truth = sample_points(predicted, points), sample_points(truth, points)
+            loss = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none").mean(dim=1)
+        else:
+            size = truth.shape[-2:]
+            predicted = F.interpolate(predicted[:, None], size=size, mode="bilinear", align_corners=False)
+            predicted, truth = predicted.flatten(1), truth.flatten(1)
+            loss = sigmoid_focal_loss(predicted, truth)
+        return loss.sum(), dice_loss(predicted, truth).sum()

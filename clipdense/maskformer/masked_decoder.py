@@ -1,0 +1,193 @@
+"""Mask2Former's transformer decoder with masked attention (Cheng et al., CVPR 2022, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipdense.maskformer.deformable import NUM_LEVELS
+from clipdense.maskformer.layers import (
+    MLP,
+    FeedForward,
+    build_input_proj,
+    residual,
+    sine_position,
+    to_tokens,
+    xavier_matrices,
+)
+from clipdense.maskformer.prediction import TRANSFORMER_DECODER_REGISTRY, MaskPrediction, dot_masks
+from clipdense.maskformer.transformer import StandardTransformerDecoder
+
+from detectron2.config import CfgNode, configurable
+
+__all__ = ["MultiScaleMaskedTransformerDecoder"]
+
+
+class CrossAttentionLayer(nn.Module):
+    """Queries look at the pixels that are not blocked."""
+
+    def __init__(self, dim: int, nheads: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.multihead_attn = nn.MultiheadAttention(dim, nheads, dropout, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.pre_norm = pre_norm
+
+    def forward(
+        self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor, blocked: Tensor
+    ) -> Tensor:
+        """Queries x (B, Q, C), pixels (B, S, C), which of them each query must not see (B, Q, S) bool."""
+        mask = blocked.repeat_interleave(self.multihead_attn.num_heads, dim=0)
+        key = memory + position
+
+        def look(x: Tensor) -> Tensor:
+            return self.multihead_attn(x + query_position, key, memory, attn_mask=mask, need_weights=False)[0]
+
+        return residual(x, self.norm, look, self.dropout, self.pre_norm)
+
+
+class SelfAttentionLayer(nn.Module):
+    """Queries look at each other."""
+
+    def __init__(self, dim: int, nheads: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, nheads, dropout, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor, query_position: Tensor) -> Tensor:
+        """Queries x (B, Q, C) with positions (Q, C)."""
+
+        def attend(x: Tensor) -> Tensor:
+            query = x + query_position
+            return self.self_attn(query, query, x, need_weights=False)[0]
+
+        return residual(x, self.norm, attend, self.dropout, self.pre_norm)
+
+
+class FFNLayer(FeedForward):
+    """The two linear layers, with their norm."""
+
+    def __init__(self, dim: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__(dim, dim_feedforward, dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, Q, C) -> (B, Q, C)."""
+        return residual(x, self.norm, self.feed_forward, self.dropout, self.pre_norm)
+
+
+@TRANSFORMER_DECODER_REGISTRY.register()
+class MultiScaleMaskedTransformerDecoder(nn.Module):
+    """Queries with learned contents look, layer by layer, at coarse to fine maps in turn, and there only at
+    the pixels inside the masks that they predict so far."""
+
+    num_levels = NUM_LEVELS
+    """How many maps the queries look at."""
+
+    @configurable
+    def __init__(
+        self,
+        in_channels: int,
+        class_embed: nn.Module,
+        *,
+        hidden_dim: int = 256,
+        mask_dim: int = 256,
+        num_queries: int = 100,
+        nheads: int = 8,
+        dim_feedforward: int = 2048,
+        dec_layers: int = 9,
+        dropout: float = 0.0,
+        pre_norm: bool = False,
+        enforce_input_project: bool = False,
+    ) -> None:
+        """
+        Args:
+            dec_layers: number of layers, each with the three sub-layers; published configs count one more,
+                the prediction before the first.
+            in_channels and others: see `StandardTransformerDecoder`.
+        """
+        super().__init__()
+        layers = range(dec_layers)
+        self.transformer_cross_attention_layers = nn.ModuleList(
+            CrossAttentionLayer(hidden_dim, nheads, dropout, pre_norm) for _ in layers
+        )
+        self.transformer_self_attention_layers = nn.ModuleList(
+            SelfAttentionLayer(hidden_dim, nheads, dropout, pre_norm) for _ in layers
+        )
+        self.transformer_ffn_layers = nn.ModuleList(
+            FFNLayer(hidden_dim, dim_feedforward, dropout, pre_norm) for _ in layers
+        )
+        xavier_matrices(self)
+        self.decoder_norm = nn.LayerNorm(hidden_dim)
+        self.query_feat = nn.Embedding(num_queries, hidden_dim)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.level_embed = nn.Embedding(NUM_LEVELS, hidden_dim)
+        self.input_proj = nn.ModuleList(
+            build_input_proj(in_channels, hidden_dim, enforce_input_project) for _ in range(NUM_LEVELS)
+        )
+        self.class_embed = class_embed
+        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, in_channels: int, class_embed: nn.Module) -> dict[str, object]:
+        """Constructor arguments from ``MODEL.MASK_FORMER``."""
+        arguments = StandardTransformerDecoder.from_config(cfg, in_channels, class_embed)
+        del arguments["enc_layers"]  # the pixel decoder's encoder serves
+        return arguments
+
+    def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> MaskPrediction:
+        """
+        Args:
+            levels: three maps (B, in_channels, h, w), from coarse to fine.
+            mask_features: (B, mask_dim, H, W).
+
+        Returns:
+            The last layer's prediction; in training with that of the learned queries and those of the layers
+            before it.
+        """
+        projected = [proj(x) for proj, x in zip(self.input_proj, levels, strict=True)]
+        sizes = [x.shape[-2:] for x in projected]
+        positions = [to_tokens(sine_position(*x.shape[-2:], x.shape[1], x.device)) for x in projected]
+        memories = [
+            to_tokens(x) + embedding for x, embedding in zip(projected, self.level_embed.weight, strict=True)
+        ]
+        query_position = self.query_embed.weight
+        x = self.query_feat.weight.expand(len(mask_features), -1, -1)
+        predictions = []
+        masks = self._masks(x, mask_features)
+        for i, (cross, attend, ffn) in enumerate(
+            zip(
+                self.transformer_cross_attention_layers,
+                self.transformer_self_attention_layers,
+                self.transformer_ffn_layers,
+                strict=True,
+            )
+        ):
+            if self.training:
+                predictions.append(MaskPrediction(self.class_embed(self.decoder_norm(x)), masks))
+            level = i % NUM_LEVELS
+            blocked = _blocked(masks, sizes[level])
+            x = cross(x, query_position, memories[level], positions[level], blocked)
+            x = ffn(attend(x, query_position))
+            masks = self._masks(x, mask_features)
+        return MaskPrediction(self.class_embed(self.decoder_norm(x)), masks, predictions)
+
+    def _masks(self, x: Tensor, mask_features: Tensor) -> Tensor:
+        return dot_masks(self.mask_embed(self.decoder_norm(x)), mask_features)
+
+
+@torch.no_grad()
+def _blocked(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits (B, Q, H, W) -> pixels of a map that each query does not see (B, Q, h * w) bool.
+
+    A query with nothing inside its mask sees everything.
+    """
+    resized = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+    outside = resized.flatten(2).sigmoid() < 0.5
+    return outside & ~outside.all(dim=2, keepdim=True)

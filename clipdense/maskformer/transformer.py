@@ -1,0 +1,226 @@
+"""DETR's transformer (Carion et al., ECCV 2020), and MaskFormer's queries in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clipdense.maskformer.layers import (
+    MLP,
+    FeedForward,
+    build_input_proj,
+    residual,
+    sine_position,
+    to_map,
+    to_tokens,
+    xavier_matrices,
+)
+from clipdense.maskformer.prediction import TRANSFORMER_DECODER_REGISTRY, MaskPrediction, dot_masks
+
+from detectron2.config import CfgNode, configurable
+
+__all__ = ["StandardTransformerDecoder", "Transformer", "TransformerEncoder"]
+
+
+class EncoderLayer(FeedForward):
+    """Self-attention among pixels."""
+
+    def __init__(self, dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__(dim, dim_feedforward, dropout)
+        self.self_attn = nn.MultiheadAttention(dim, nheads, dropout, batch_first=True)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Pixels x (B, S, C) with positions (S, C)."""
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn(x + position, x + position, x, need_weights=False)[0]
+
+        x = residual(x, self.norm1, attend, self.dropout, self.pre_norm)
+        return residual(x, self.norm2, self.feed_forward, self.dropout, self.pre_norm)
+
+
+class DecoderLayer(FeedForward):
+    """Self-attention among queries, then their attention to pixels."""
+
+    def __init__(self, dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__(dim, dim_feedforward, dropout)
+        self.self_attn = nn.MultiheadAttention(dim, nheads, dropout, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(dim, nheads, dropout, batch_first=True)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor) -> Tensor:
+        """Queries x (B, Q, C) with positions (Q, C), pixels (B, S, C) with positions (S, C)."""
+
+        def attend(x: Tensor) -> Tensor:
+            query = x + query_position
+            return self.self_attn(query, query, x, need_weights=False)[0]
+
+        def look(x: Tensor) -> Tensor:
+            key = memory + position
+            return self.multihead_attn(x + query_position, key, memory, need_weights=False)[0]
+
+        x = residual(x, self.norm1, attend, self.dropout, self.pre_norm)
+        x = residual(x, self.norm2, look, self.dropout, self.pre_norm)
+        return residual(x, self.norm3, self.feed_forward, self.dropout, self.pre_norm)
+
+
+class TransformerEncoder(nn.Module):
+    """Layers of self-attention; none of them leaves pixels as they are."""
+
+    def __init__(
+        self, dim: int, nheads: int, dim_feedforward: int, layers: int, dropout: float, pre_norm: bool
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            EncoderLayer(dim, nheads, dim_feedforward, dropout, pre_norm) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map (B, C, H, W) -> the same, every pixel having seen every other."""
+        position = to_tokens(sine_position(*x.shape[-2:], x.shape[1], x.device))
+        tokens = to_tokens(x)
+        for layer in self.layers:
+            tokens = layer(tokens, position)
+        return to_map(self.norm(tokens), (x.shape[-2], x.shape[-1]))
+
+
+class TransformerDecoder(nn.Module):
+    """Layers of queries that look at pixels."""
+
+    def __init__(
+        self, dim: int, nheads: int, dim_feedforward: int, layers: int, dropout: float, pre_norm: bool
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(dim, nheads, dim_feedforward, dropout, pre_norm) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, query_position: Tensor, memory: Tensor, position: Tensor) -> Tensor:
+        """Query positions (Q, C), pixels (B, S, C) with positions (S, C) -> normed queries after every layer
+        (L, B, Q, C); it is the un-normed ones that the next layer reads."""
+        x = torch.zeros_like(query_position).expand(len(memory), -1, -1)
+        outputs = []
+        for layer in self.layers:
+            x = layer(x, query_position, memory, position)
+            outputs.append(self.norm(x))
+        return torch.stack(outputs)
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder, with Xavier-uniform matrices."""
+
+    def __init__(
+        self,
+        dim: int,
+        nheads: int,
+        dim_feedforward: int,
+        *,
+        enc_layers: int,
+        dec_layers: int,
+        dropout: float,
+        pre_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.encoder = TransformerEncoder(dim, nheads, dim_feedforward, enc_layers, dropout, pre_norm)
+        self.decoder = TransformerDecoder(dim, nheads, dim_feedforward, dec_layers, dropout, pre_norm)
+        xavier_matrices(self)
+
+    def forward(self, x: Tensor, query_position: Tensor) -> Tensor:
+        """A map (B, C, H, W) and query positions (Q, C) -> queries after every layer (L, B, Q, C)."""
+        position = to_tokens(sine_position(*x.shape[-2:], x.shape[1], x.device))
+        return self.decoder(query_position, to_tokens(self.encoder(x)), position)
+
+
+@TRANSFORMER_DECODER_REGISTRY.register()
+class StandardTransformerDecoder(nn.Module):
+    """MaskFormer's transformer module (Cheng et al., NeurIPS 2021, section 3.3): queries look at one coarse
+    map, and the dot products of their mask embeddings with the pixel decoder's map are mask logits."""
+
+    num_levels = 1
+    """How many maps the queries look at."""
+
+    @configurable
+    def __init__(
+        self,
+        in_channels: int,
+        class_embed: nn.Module,
+        *,
+        hidden_dim: int = 256,
+        mask_dim: int = 256,
+        num_queries: int = 100,
+        nheads: int = 8,
+        dim_feedforward: int = 2048,
+        enc_layers: int = 0,
+        dec_layers: int = 6,
+        dropout: float = 0.1,
+        pre_norm: bool = False,
+        enforce_input_project: bool = False,
+    ) -> None:
+        """
+        Args:
+            in_channels: of the map that queries look at.
+            class_embed: from decoded queries (..., hidden_dim) to what they are classified by: logits, or
+                embeddings that are compared with text.
+            hidden_dim: of queries.
+            mask_dim: channels of the map whose pixels are compared with the queries' mask embeddings.
+            pre_norm: normalise what sub-layers read, instead of their sums.
+            enforce_input_project: project the map also where it has ``hidden_dim`` channels.
+        """
+        super().__init__()
+        self.input_proj = build_input_proj(in_channels, hidden_dim, enforce_input_project)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.transformer = Transformer(
+            hidden_dim,
+            nheads,
+            dim_feedforward,
+            enc_layers=enc_layers,
+            dec_layers=dec_layers,
+            dropout=dropout,
+            pre_norm=pre_norm,
+        )
+        self.class_embed = class_embed
+        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, in_channels: int, class_embed: nn.Module) -> dict[str, object]:
+        """Constructor arguments from ``MODEL.MASK_FORMER``."""
+        keys = cfg.MODEL.MASK_FORMER
+        return {
+            "in_channels": in_channels,
+            "class_embed": class_embed,
+            "hidden_dim": keys.HIDDEN_DIM,
+            "mask_dim": keys.MASK_DIM,
+            "num_queries": keys.NUM_OBJECT_QUERIES,
+            "nheads": keys.NHEADS,
+            "dim_feedforward": keys.DIM_FEEDFORWARD,
+            "enc_layers": keys.ENC_LAYERS,
+            "dec_layers": keys.DEC_LAYERS,
+            "dropout": keys.DROPOUT,
+            "pre_norm": keys.PRE_NORM,
+            "enforce_input_project": keys.ENFORCE_INPUT_PROJ,
+        }
+
+    def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> MaskPrediction:
+        """
+        Args:
+            levels: one map (B, in_channels, h, w).
+            mask_features: (B, mask_dim, H, W).
+
+        Returns:
+            The last layer's prediction; in training with those of the layers before it.
+        """
+        (x,) = levels
+        queries = self.transformer(self.input_proj(x), self.query_embed.weight)
+        queries = queries if self.training else queries[-1:]
+        logits = self.class_embed(queries).unbind()
+        masks = [dot_masks(embedding, mask_features) for embedding in self.mask_embed(queries).unbind()]
+        *aux, last = map(MaskPrediction, logits, masks)
+        last.aux = aux
+        return last
