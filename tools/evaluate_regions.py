@@ -24,6 +24,7 @@ from tqdm import tqdm
 import clipdense  # noqa: F401
 from clipdense.checkpoint import CheckpointError, atomic_path
 from clipdense.clip import ClipModel, load_clip
+from clipdense.clip.attention import get_mode
 from clipdense.data.checks import check_dataset_names
 from clipdense.engine.setup import available_device
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView, best_dense_mode
@@ -72,8 +73,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def dense_views(clip: ClipModel, arguments: argparse.Namespace) -> list[DenseView]:
     modes = arguments.modes or [best_dense_mode(clip.visual)]
-    if modes == ["all"]:
-        modes = list(clip.visual.dense_modes)
+    if modes == ["all"]:  # one name each: methods share modes
+        named = {get_mode(mode): mode for mode in reversed(clip.visual.dense_modes)}
+        modes = list(named.values())[::-1]
     return [
         DenseView(mode, size, antialias)
         for mode in modes

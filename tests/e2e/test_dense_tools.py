@@ -57,6 +57,14 @@ def test_regions_over_sizes(tool, weights, tmp_path, capsys):
         assert picture.format == "PNG" and min(picture.size) > 300
 
 
+def test_every_mode_once(tool, weights, tmp_path):
+    rows = tmp_path / "rows.json"
+    arguments = ["--model", weights, "--modes", "all", "--image-size", "64", "--json", str(rows)]
+    assert tool("evaluate_regions")(arguments) == 0
+    modes = [row["mode"] for row in json.loads(rows.read_text())]
+    assert modes[:2] == ["plain", "value"] and not {"clipself", "maskclip"} & set(modes)
+
+
 def test_what_is_wrong_is_said_without_traceback(tool, weights, tmp_path, capsys):
     arguments = ["--model", weights, "--images", "1", "--dataset", "shapes_closed_panoptic_val"]
     table = tmp_path / "table.npy"

@@ -149,6 +149,10 @@ def test_base_is_what_shares_a_name_with_a_base_class_of_training(config) -> Non
     alone = Vocabulary.parse("banana")
     model.set_vocabulary(alone)
     torch.testing.assert_close(model.roi_heads.classes()[0], text[2:])
+    unknown = build_model(config("vit", "DATASETS.TRAIN", []))  # neither data nor weights name its classes
+    unknown.set_vocabulary(alone)
+    assert unknown.trained_on is None and unknown.roi_heads.classes()[1] is None  # fused as novel
+    assert (detect(unknown)[0].pred_classes == 0).all()
 
 
 def test_a_class_is_scored_the_same_among_others_but_for_the_softmax(config) -> None:
@@ -244,10 +248,9 @@ def test_weights_alone_know_the_training_words(config, tmp_path: Path) -> None:
     torch.save({"model": trained.state_dict()}, tmp_path / "trained.pth")
     model = load_into(build_model(config("vit", "MODEL.FVLM.TEXT", "weights")), tmp_path / "trained.pth")
     assert torch.equal(detect(model)[0].scores, detect(trained)[0].scores)
-    for vocabulary in ("red ring, blue star",):
-        model.set_vocabulary(Vocabulary.parse(vocabulary))
-        trained.set_vocabulary(Vocabulary.parse(vocabulary))
-        torch.testing.assert_close(detect(model)[0].scores, detect(trained)[0].scores)
+    for detector in (model, trained):
+        detector.set_vocabulary(Vocabulary.parse("red ring, blue star"))
+    torch.testing.assert_close(detect(model)[0].scores, detect(trained)[0].scores)
     with pytest.raises(ValueError, match="no embedding of 'cat'"):
         model.set_vocabulary(Vocabulary.parse("cat, red star"))
     with pytest.raises(CheckpointError, match="cls_score.background: not in the file"):

@@ -232,16 +232,16 @@ class FVLMROIHeads(StandardROIHeads):
 
         Args:
             text: (K, D) unit embeddings; None for those of training.
-            base: (K,) bool, which of them training had labels of; None: all.
+            base: (K,) bool, which of them training had labels of; None: not known, so that all are fused as
+                novel ones (F-VLM's code without a base indicator).
         """
         self._text, self._base = text, base
 
-    def classes(self) -> tuple[Tensor, Tensor]:
-        """Embeddings (K, D) and base mask (K,) of the classes of evaluation."""
+    def classes(self) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (K, D) and base mask (K,), see :meth:`set_classes`, of the classes of evaluation."""
         if self._text is None:
             return self.box_predictor.cls_score.text, self.box_predictor.class_weight[:-1] > 0
-        base = self._text.new_ones(len(self._text), dtype=torch.bool) if self._base is None else self._base
-        return self._text, base
+        return self._text, self._base
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]) -> Any:
         if self.training:
