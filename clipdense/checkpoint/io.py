@@ -1,4 +1,4 @@
-"""Weight files: safetensors, torch (weights only) and TorchScript in, safetensors out."""
+"""Weight files: safetensors, torch (weights only), TorchScript and pickles in, safetensors out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -44,7 +45,7 @@ class Checkpoint:
 
     Attributes:
         state: key -> tensor, unwrapped from `state_dict` / `model` / `module`, without a `module.` prefix.
-        format: "safetensors", "torch" or "torchscript".
+        format: "safetensors", "torch", "torchscript" or "pickle".
         metadata: what `save_checkpoint` stored (layout, options); empty for other files.
         extras: the other top-level entries of a torch file (meta, epoch ...).
     """
@@ -60,7 +61,8 @@ def read_checkpoint(path: str | Path, *, allow_pickle: bool = False, lazy: bool 
     """Read a weight file onto the CPU, running no code that it brings.
 
     Args:
-        path: safetensors, torch.save (loaded with weights_only), or TorchScript of OpenAI's known layout.
+        path: safetensors, torch.save (loaded with weights_only), TorchScript of OpenAI's known layout, or a
+            pickle of arrays (.pkl, Detectron2's model zoo).
         allow_pickle: also unpickle arbitrary objects and open any TorchScript file. Only for files that you
             trust.
         lazy: leave the tensors of a torch file on disk until they are used, e.g. where only shapes matter.
@@ -76,6 +78,8 @@ def read_checkpoint(path: str | Path, *, allow_pickle: bool = False, lazy: bool 
         return _read_safetensors(path)
     if _is_torchscript(path):
         return _read_torchscript(path, allow_pickle)
+    if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
+        return _read_pickle(path, allow_pickle)
     return _read_torch(path, allow_pickle, lazy)
 
 
@@ -187,6 +191,23 @@ def _read_torch(path: Path, allow_pickle: bool, lazy: bool) -> Checkpoint:
     return Checkpoint(path, state, "torch", extras=extras)
 
 
+def _read_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{path} is a pickle, and opening one can run what it holds: pass allow_pickle=True "
+            "(MODEL.CLIP.ALLOW_PICKLE True) if you trust it"
+        )
+    try:
+        with path.open("rb") as file:
+            payload = pickle.load(file, encoding="latin1")
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as e:
+        raise CheckpointError(f"{path} is truncated or not a pickle of arrays: fetch it again ({e})") from e
+    if not isinstance(payload, Mapping):
+        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a state dict")
+    state, extras = _unwrap(payload, path)
+    return Checkpoint(path, state, "pickle", extras=extras)
+
+
 def _unwrap(payload: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     extras: dict[str, Any] = {}
     for wrapper in ("state_dict", "model", "module"):
@@ -194,7 +215,8 @@ def _unwrap(payload: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], 
             extras = {str(k): v for k, v in payload.items() if k != wrapper}
             payload = payload[wrapper]
             break
-    state = {str(k): v for k, v in payload.items() if isinstance(v, Tensor)}
+    arrays = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in payload.items()}
+    state = {str(k): v for k, v in arrays.items() if isinstance(v, Tensor)}
     if not state:
         raise CheckpointError(f"{path} holds no tensors; its entries are {list(map(str, payload))[:20]}")
     if all(key.startswith("module.") for key in state):
