@@ -28,9 +28,11 @@ WHAT = "a training step | student forward and backward, teacher forward on the s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this suite; the defaults are the contract's."""
+    """Options of this suite."""
     parser.add_argument("--clip", default="EVA02-B-16", help="model name (weights are random)")
-    parser.add_argument("--size", type=int, default=512, help="side of the student's image in pixels")
+    parser.add_argument(
+        "--size", type=int, default=512, help="side of the student's image in pixels (published: 1024)"
+    )
     parser.add_argument("--batch", type=int, default=1, help="images")
     parser.add_argument("--workers", type=int, default=1, help="processes that read images")
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")

@@ -100,6 +100,9 @@ def test_empty_folders_and_taken_names(cfg: CfgNode, catalogs: None, tmp_path: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no images .*empty"):
         loaded(cfg, f"none:{tmp_path / 'empty'}")
+    (tmp_path / "empty.json").write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"no images in .*empty\.json"):
+        loaded(cfg, f"none_listed:{tmp_path / 'empty.json'}:{folder}")
     register_from_config(cfg)  # a second time, with the same paths
     cfg.DATASETS.IMAGES = [f"none:{folder}"]
     with pytest.raises(ValueError, match="taken"):

@@ -72,9 +72,14 @@ def _load_folder(folder: str) -> DatasetDicts:
 def _load_list(json_file: str, image_root: str) -> DatasetDicts:
     try:
         images = load_json(json_file)["images"]
-        return [{"file_name": os.path.join(image_root, i["file_name"]), "image_id": i["id"]} for i in images]
+        records = [
+            {"file_name": os.path.join(image_root, i["file_name"]), "image_id": i["id"]} for i in images
+        ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{json_file}: no list of images with id and file_name ({error!r})") from error
+    if not records:
+        raise ValueError(f"no images in {json_file}")
+    return records
 
 
 def _load_shards(shards: list[str]) -> DatasetDicts:
