@@ -33,6 +33,8 @@ class CropRule:
         expand: the box grows by it, at least 1, about its centre, cut to whole pixels and to the image.
         soft: blend with the mask's values instead of its pixels above the threshold ("matting").
         keep_empty: empty masks get a crop, too, of the whole image.
+        padded_logits: what the rule is made for: mask logits of the padded image (ZegFormer), rather than
+            probabilities of the image.
 
     Raises:
         ValueError: an unknown sampling or fill, a factor below 1, or what only "bicubic" has with another
@@ -46,6 +48,7 @@ class CropRule:
     expand: float = 1.0
     soft: bool = False
     keep_empty: bool = False
+    padded_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.sampling not in ("bicubic", "roi_align", "stretch"):
@@ -61,10 +64,9 @@ class CropRule:
 CROP_RULES: dict[str, CropRule] = {
     "ovseg": CropRule(threshold=0.4),
     "zsseg": CropRule(),
-    # of mask logits
-    "zegformer_cropmask": CropRule(threshold=0.0, sampling="roi_align", keep_empty=True),
-    "zegformer_crop": CropRule(threshold=0.0, sampling="roi_align", masked=False, keep_empty=True),
-    "zegformer_mask": CropRule(threshold=0.0, sampling="stretch", keep_empty=True),
+    "zegformer_cropmask": CropRule(0.0, "roi_align", keep_empty=True, padded_logits=True),
+    "zegformer_crop": CropRule(0.0, "roi_align", masked=False, keep_empty=True, padded_logits=True),
+    "zegformer_mask": CropRule(0.0, "stretch", keep_empty=True, padded_logits=True),
 }
 
 

@@ -5,6 +5,7 @@ from clipdense.systems.clipself import add_clipself_config
 from clipdense.systems.denseclip import add_denseclip_config
 from clipdense.systems.fvlm import add_fvlm_config
 from clipdense.systems.text_rcnn import add_text_rcnn_config
+from clipdense.systems.two_stage import add_two_stage_config
 
 from detectron2.config import CfgNode as CN
 
@@ -16,3 +17,4 @@ def add_systems_config(cfg: CN) -> None:
     add_denseclip_config(cfg)
     add_fvlm_config(cfg)
     add_text_rcnn_config(cfg)
+    add_two_stage_config(cfg)

@@ -2,7 +2,18 @@
 ZegFormer (Ding et al., CVPR 2022).
 """
 
+from clipdense.systems.two_stage import convert as convert
+from clipdense.systems.two_stage.config import add_two_stage_config
 from clipdense.systems.two_stage.encoder import RegionEncoder, cosine_logits
+from clipdense.systems.two_stage.meta_arch import OVSeg
+from clipdense.systems.two_stage.queries import QueryClassifier
 from clipdense.systems.two_stage.scores import Scoring
 
-__all__ = ["RegionEncoder", "Scoring", "cosine_logits"]
+__all__ = [
+    "OVSeg",
+    "QueryClassifier",
+    "RegionEncoder",
+    "Scoring",
+    "add_two_stage_config",
+    "cosine_logits",
+]

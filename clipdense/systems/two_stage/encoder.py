@@ -19,7 +19,7 @@ class RegionEncoder(nn.Module):
 
     Attributes:
         clip: the CLIP; its text tower is not used.
-        mask_prompts: tuned tokens in place of the patches outside a mask; None crops alone.
+        mask_prompts: tuned tokens in place of the patches outside a mask; None: CLIP sees the crops alone.
         rule: how masks become crops.
         batch_size: crops a forward.
     """
@@ -30,9 +30,13 @@ class RegionEncoder(nn.Module):
         rule: str | CropRule = "ovseg",
         *,
         mask_prompts: MaskPrompts | None = None,
+        use_mask_prompts: bool = True,
         batch_size: int = 64,
     ) -> None:
         """
+        Args:
+            use_mask_prompts: False leaves them out, though they are in the state.
+
         Raises:
             ValueError: an unknown rule, a CLIP whose images are not square, or mask prompts for a tower that
                 is no ViT.
@@ -45,6 +49,7 @@ class RegionEncoder(nn.Module):
             raise clip.visual.cannot("mask prompts", "only ViTs have tokens")
         self.clip, self.mask_prompts = clip, mask_prompts
         self.rule = get_crop_rule(rule)
+        self.use_mask_prompts = use_mask_prompts
         self.batch_size = batch_size
 
     def forward(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +74,7 @@ class RegionEncoder(nn.Module):
         embeddings = [image.new_zeros(0, self.clip.embed_dim, dtype=crops.image.dtype)]
         for part in crops.parts(self.batch_size):
             regions = crops.regions(part)
-            if self.mask_prompts is None:
+            if self.mask_prompts is None or not self.use_mask_prompts:
                 embeddings.append(self.clip.encode_image(regions))
             else:
                 inside = crops.region_masks(part)

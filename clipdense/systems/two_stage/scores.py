@@ -19,7 +19,7 @@ class Scoring:
 
     Attributes:
         source: "ensemble" fuses both; "proposals" and "clip" are one of them alone. With "clip", masks that
-            have no crop score 0.
+            have no crop are background.
         fusion: of the ensemble, a name in `clipdense.regions.FUSIONS`.
         settings: CLIP's weight for base and for novel classes.
         empty: what the ensemble does with masks that have no crop: "neutral" or "boost", see `fuse_valid`.
@@ -66,5 +66,6 @@ class Scoring:
         else:
             q = F.pad(clip.softmax(-1), (0, 1))
         if self.source == "clip":
-            return torch.zeros_like(p).masked_scatter(valid[:, None], q)
+            nothing = F.one_hot(torch.full_like(valid, p.shape[1] - 1, dtype=torch.long), p.shape[1]).to(p)
+            return nothing.masked_scatter(valid[:, None], q)
         return fuse_valid(get_fusion(self.fusion), p, q, valid, base, self.settings, self.empty)

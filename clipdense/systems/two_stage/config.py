@@ -1,0 +1,65 @@
+"""Configuration keys of two-stage systems; those of the mask proposals are MODEL.MASK_FORMER."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_two_stage_config(cfg: CN) -> None:
+    """Add ``MODEL.TWO_STAGE`` and ``TEST.MAX_DENSE_CLASSES`` to ``cfg`` (in place).
+
+    The defaults are OVSeg's (Liang et al., CVPR 2023), but for the policy for empty masks. zsseg's (Xu et
+    al., ECCV 2022) and ZegFormer's (Ding et al., CVPR 2022) stand beside them where they differ.
+    """
+    cfg.MODEL.TWO_STAGE = CN()
+    # Prompt templates of the text that queries are compared with, a set's name or one sentence with {} in it
+    # (ZegFormer: "zegformer_8" in training, "single_scene" in evaluation), and of the text that crops are
+    # compared with, "" for the same (ZegFormer: "zegformer_32").
+    cfg.MODEL.TWO_STAGE.TEMPLATES = "ovseg_14"
+    cfg.MODEL.TWO_STAGE.CROP_TEMPLATES = ""
+    # Learned vectors before and after every class name, whose templates end in a full stop (zsseg: [16, 0]
+    # with templates "{}.").
+    cfg.MODEL.TWO_STAGE.AFFIXES = [0, 0]
+    # Linear layers from a query to its embedding, and width of those between (ZegFormer: one).
+    cfg.MODEL.TWO_STAGE.EMBED_LAYERS = 2
+    cfg.MODEL.TWO_STAGE.EMBED_HIDDEN_DIM = 1024
+    # Whether the learned embedding of "no object" is scaled to length 1 as those of words are (ZegFormer:
+    # not).
+    cfg.MODEL.TWO_STAGE.UNIT_NO_OBJECT = True
+    # Cosines of crops are multiplied by it before the softmax; 0 for CLIP's own scale (ZegFormer).
+    cfg.MODEL.TWO_STAGE.CROP_SCALE = 100.0
+
+    # Mask prompts of CLIP's ViT: depth, 0 for none, and whether they are used.
+    cfg.MODEL.TWO_STAGE.MASK_PROMPTS = CN()
+    cfg.MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH = 0
+    cfg.MODEL.TWO_STAGE.MASK_PROMPTS.ENABLED = True
+
+    # How a mask becomes an image for CLIP: the attributes of clipdense.regions.CropRule. Published
+    # thresholds: OVSeg 0.4 (Swin-B), 0.5 (R101c), zsseg 0.5 or 0.4. ZegFormer: 0, "roi_align", KEEP_EMPTY and
+    # PADDED_LOGITS.
+    cfg.MODEL.TWO_STAGE.CROP = CN()
+    cfg.MODEL.TWO_STAGE.CROP.THRESHOLD = 0.4
+    cfg.MODEL.TWO_STAGE.CROP.SAMPLING = "bicubic"
+    cfg.MODEL.TWO_STAGE.CROP.MASKED = True
+    cfg.MODEL.TWO_STAGE.CROP.FILL = "mean"
+    cfg.MODEL.TWO_STAGE.CROP.EXPAND = 1.0
+    cfg.MODEL.TWO_STAGE.CROP.SOFT = False
+    cfg.MODEL.TWO_STAGE.CROP.KEEP_EMPTY = False
+    cfg.MODEL.TWO_STAGE.CROP.PADDED_LOGITS = False
+    # Crops that go through CLIP at a time.
+    cfg.MODEL.TWO_STAGE.CROP_BATCH_SIZE = 64
+
+    # How the scores of queries and crops become one: the attributes of Scoring in this room. ALPHA and BETA
+    # are CLIP's weights for base and novel classes (OVSeg: 0.7, 0.7; zsseg: 0.2, 0.8; ZegFormer: 1/3, 2/3,
+    # "zegformer" and CLIP_BACKGROUND). All published results have EMPTY "boost".
+    cfg.MODEL.TWO_STAGE.SCORES = CN()
+    cfg.MODEL.TWO_STAGE.SCORES.SOURCE = "ensemble"
+    cfg.MODEL.TWO_STAGE.SCORES.FUSION = "ovseg"
+    cfg.MODEL.TWO_STAGE.SCORES.ALPHA = 0.7
+    cfg.MODEL.TWO_STAGE.SCORES.BETA = 0.7
+    cfg.MODEL.TWO_STAGE.SCORES.EMPTY = "neutral"
+    cfg.MODEL.TWO_STAGE.SCORES.CLIP_BACKGROUND = False
+    # Taken from the semantic maps of base classes (ZegFormer: 0.1).
+    cfg.MODEL.TWO_STAGE.CALIBRATION = 0.0
+
+    # Up to so many classes semantic segmentation gives a map of scores for each of them, "sem_seg" (K, H, W);
+    # beyond, the best class of every pixel, "sem_seg_labels" (H, W). 0: always all maps.
+    cfg.TEST.MAX_DENSE_CLASSES = 256

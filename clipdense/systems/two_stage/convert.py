@@ -1,0 +1,207 @@
+"""Published OVSeg, zsseg and ZegFormer models, whose files hold their CLIP, too.
+
+Sizes are read from the tensors. What they cannot tell is as in the released configs
+(specs/ovseg_zegformer_maskformer.md 2.1, 3, 4): see `clipdense.maskformer.convert` for the proposals, and
+`_ovseg`, `_zsseg` and `_zegformer` here for thresholds and weights, which the published results differ in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipdense.checkpoint import (
+    CheckpointError,
+    DropRule,
+    ModelLayout,
+    config_leaves,
+    count_parts,
+    register_layout,
+    rename,
+    shown_size,
+)
+from clipdense.clip.layouts import OPENAI_CLIP, config_from_tensors
+from clipdense.maskformer.convert import (
+    DROPS,
+    backbone_options,
+    backbone_prefixes,
+    head_options,
+    head_prefixes,
+)
+
+__all__ = ["OVSEG", "ZEGFORMER", "ZSSEG"]
+
+State = Mapping[str, Tensor]
+
+_PREDICTOR, _ADAPTER = "sem_seg_head.predictor.", "clip_adapter."
+_EMBED = "head.predictor.class_embed.layers."
+_MASK_PROMPTS = f"{_ADAPTER}clip_model.visual.mask_embedding"
+_AFFIXES = f"{_ADAPTER}prompt_learner."
+
+_DROPS = (
+    *DROPS,
+    DropRule("CLIP's pixels", re.escape(_ADAPTER) + r"pixel_(mean|std)", "MODEL.CLIP says them"),
+    DropRule(
+        "tokens of sentences",
+        re.escape(_AFFIXES) + r"(start|dot|end|pad)_signal",
+        "they stand in the token table",
+    ),
+)
+
+
+def _clip_prefix(state: State) -> str:
+    own = f"{_PREDICTOR}clip_model."
+    return own if any(key.startswith(own) for key in state) else f"{_ADAPTER}clip_model."
+
+
+def _clip_prefixes(state: State) -> dict[str, str]:
+    theirs = _clip_prefix(state)
+    return {
+        theirs: "encoder.clip.text.",
+        **{f"{theirs}{x}": f"encoder.clip.{x}" for x in ("visual.", "logit_scale")},
+    }
+
+
+def _prefixes(state: State) -> dict[str, str]:
+    return {
+        **backbone_prefixes(state),
+        **head_prefixes(state),
+        **_clip_prefixes(state),
+        _MASK_PROMPTS: "encoder.mask_prompts.prompts",
+        f"{_ADAPTER}non_object_embedding": "classifier.no_object",
+        f"{_PREDICTOR}bg_feature": "classifier.no_object",
+        f"{_PREDICTOR}logit_scale": "classifier.scale",
+        f"{_PREDICTOR}projection_layer.": f"{_EMBED}0.",
+        f"{_AFFIXES}prefix_prompt": "prompts.prefix",
+        f"{_AFFIXES}suffix_prompt": "prompts.suffix",
+    }
+
+
+def _convert(state: State) -> dict[str, Tensor]:
+    prefixes = _prefixes(state)
+    ours = {rename(key, prefixes): value for key, value in state.items()}
+    scale = ours.get("classifier.scale")
+    ours["classifier.scale"] = torch.tensor(100.0) if scale is None else scale.float().exp().reshape(())
+    if "encoder.mask_prompts.prompts" in ours and not len(ours["encoder.mask_prompts.prompts"]):
+        del ours["encoder.mask_prompts.prompts"]
+    names = ("prompts.prefix", "prompts.suffix")
+    if learned := [ours[name] for name in names if name in ours]:  # an empty one has no key
+        ours = dict.fromkeys(names, learned[0][:0]) | ours
+    return ours
+
+
+def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
+    """What all three have in common."""
+    ours, prefix = _convert(state), _clip_prefix(state)
+    clip = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not clip:
+        raise CheckpointError(
+            "it holds no CLIP: convert a file that was saved with the CLIP that classifies crops"
+        )
+    config = config_from_tensors(OPENAI_CLIP.convert(clip), head_width=64, text_heads=None)
+    prompts = ours.get("encoder.mask_prompts.prompts")
+    weighted = "criterion.empty_weight" in state
+    return {
+        "MODEL.META_ARCHITECTURE": "OVSeg",
+        "MODEL.CLIP.PRETRAINED": "random",
+        "MODEL.CLIP.POSITION_GRID": 0,
+        **dict(config_leaves({**config, "quick_gelu": True}, "MODEL.CLIP.CONFIG")),
+        **({"MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(state["criterion.empty_weight"]) - 1} if weighted else {}),
+        **backbone_options(state),
+        **head_options(ours),
+        "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": 0.1 if weighted else 0.0,
+        "MODEL.TWO_STAGE.EMBED_LAYERS": count_parts(ours, _EMBED),
+        "MODEL.TWO_STAGE.EMBED_HIDDEN_DIM": shown_size(
+            ours, (f"{_EMBED}0.bias", 0), (f"{_EMBED}0.weight", 0)
+        ),
+        "MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH": 0 if prompts is None else len(prompts),
+        "MODEL.TWO_STAGE.AFFIXES": [len(ours.get(f"prompts.{x}fix", ())) for x in ("pre", "suf")],
+        "MODEL.TWO_STAGE.SCORES.EMPTY": "boost",
+    }
+
+
+def _ovseg(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
+    swin = "backbone.patch_embed.proj.weight" in state
+    return _options(state, classes) | {
+        "MODEL.TWO_STAGE.TEMPLATES": "ovseg_14",
+        "MODEL.TWO_STAGE.CROP.THRESHOLD": 0.4 if swin else 0.5,
+        "MODEL.TWO_STAGE.SCORES.FUSION": "ovseg",
+        "MODEL.TWO_STAGE.SCORES.ALPHA": 0.7,
+        "MODEL.TWO_STAGE.SCORES.BETA": 0.7,
+    }
+
+
+def _zsseg(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
+    learned = f"{_AFFIXES}prefix_prompt" in state or f"{_AFFIXES}suffix_prompt" in state
+    return _options(state, classes) | {
+        "MODEL.TWO_STAGE.TEMPLATES": "{}." if learned else "ovseg_14",
+        "MODEL.TWO_STAGE.CROP.THRESHOLD": 0.5 if learned else 0.4,
+        "MODEL.TWO_STAGE.SCORES.FUSION": "zsseg",
+        "MODEL.TWO_STAGE.SCORES.ALPHA": 0.2 if learned else 0.5,
+        "MODEL.TWO_STAGE.SCORES.BETA": 0.8 if learned else 0.5,
+    }
+
+
+def _zegformer(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
+    return _options(state, classes) | {
+        "MODEL.TWO_STAGE.TEMPLATES": "single_scene",
+        "MODEL.TWO_STAGE.CROP_TEMPLATES": "zegformer_32",
+        "MODEL.TWO_STAGE.UNIT_NO_OBJECT": False,
+        "MODEL.TWO_STAGE.CROP_SCALE": 0.0,
+        "MODEL.TWO_STAGE.CROP.THRESHOLD": 0.0,
+        "MODEL.TWO_STAGE.CROP.SAMPLING": "roi_align",
+        "MODEL.TWO_STAGE.CROP.KEEP_EMPTY": True,
+        "MODEL.TWO_STAGE.CROP.PADDED_LOGITS": True,
+        "MODEL.TWO_STAGE.SCORES.FUSION": "zegformer",
+        "MODEL.TWO_STAGE.SCORES.ALPHA": 1 / 3,
+        "MODEL.TWO_STAGE.SCORES.BETA": 2 / 3,
+        "MODEL.TWO_STAGE.SCORES.CLIP_BACKGROUND": True,
+        "MODEL.TWO_STAGE.CALIBRATION": 0.1,
+    }
+
+
+def _layout(
+    name: str,
+    about: str,
+    matches: Callable[[State], bool],
+    options: Callable[[State, Sequence[str] | None], dict[str, Any]],
+) -> ModelLayout:
+    return register_layout(
+        ModelLayout(
+            name=name,
+            about=about,
+            matches=matches,
+            convert=_convert,
+            options=options,
+            prefixes=_prefixes,
+            drops=_DROPS,
+        )
+    )
+
+
+def _adapts_clip(state: State) -> bool:
+    return f"{_ADAPTER}non_object_embedding" in state and f"{_PREDICTOR}class_embed.layers.0.weight" in state
+
+
+OVSEG = _layout(
+    "ovseg",
+    f"OVSeg as Detectron2 saves it: {_ADAPTER}*, {_MASK_PROMPTS}",
+    lambda state: _adapts_clip(state) and _MASK_PROMPTS in state,
+    _ovseg,
+)
+ZSSEG = _layout(
+    "zsseg",
+    f"zsseg as Detectron2 saves it: {_ADAPTER}*, no mask prompts",
+    lambda state: _adapts_clip(state) and _MASK_PROMPTS not in state,
+    _zsseg,
+)
+ZEGFORMER = _layout(
+    "zegformer",
+    f"ZegFormer as Detectron2 saves it: {_PREDICTOR}projection_layer.*, {_PREDICTOR}bg_feature",
+    lambda state: f"{_PREDICTOR}bg_feature" in state and f"{_PREDICTOR}projection_layer.weight" in state,
+    _zegformer,
+)

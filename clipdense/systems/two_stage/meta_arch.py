@@ -1,0 +1,231 @@
+"""OVSeg, zsseg and ZegFormer: mask proposals, named by their queries and by CLIP's view of their crops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.clip.mask_prompts import MaskPrompts
+from clipdense.clip.prompts import AffixPrompts
+from clipdense.clip.text import TextBank
+from clipdense.clip.towers import TransformerTower
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.maskformer import MLP, MaskFormer, MaskFormerHead, instance_inference, panoptic_inference
+from clipdense.maskformer.prediction import MaskPrediction
+from clipdense.maskformer.targets import pad_targets
+from clipdense.regions import CropRule, FusionSettings, semantic_labels, semantic_map
+from clipdense.systems.two_stage.encoder import RegionEncoder, cosine_logits
+from clipdense.systems.two_stage.queries import QueryClassifier
+from clipdense.systems.two_stage.scores import Scoring
+
+from detectron2.config import CfgNode, configurable
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.postprocessing import sem_seg_postprocess
+
+__all__ = ["OVSeg"]
+
+
+@META_ARCH_REGISTRY.register()
+class OVSeg(MaskFormer):
+    """Two stages (OVSeg, Liang et al., CVPR 2023; zsseg, Xu et al., ECCV 2022; ZegFormer, Ding et al., CVPR
+    2022): class-agnostic masks, each classified twice.
+
+    A query's embedding v is compared with the words: p. The crop that its mask cuts out of the image goes
+    through CLIP, and is compared with the words: q. Both are fused. The CLIP is frozen; what is trained are
+    the proposals, with the words of the training classes.
+
+    Attributes:
+        vocabulary: the classes of evaluation; None before there are any.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        encoder: RegionEncoder,
+        classifier: QueryClassifier,
+        templates: str = "ovseg_14",
+        crop_templates: str = "",
+        prompts: AffixPrompts | None = None,
+        scoring: Scoring | None = None,
+        crop_scale: float = 100.0,
+        calibration: float = 0.0,
+        max_dense_classes: int = 256,
+        vocabulary: Vocabulary | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            encoder: the CLIP branch; its CLIP has the text tower, too.
+            classifier: of queries, whose embeddings the head gives.
+            templates: of the text for queries; crop_templates: for crops, "" for the same.
+            prompts: learned vectors around class names.
+            scoring: default: OVSeg's.
+            crop_scale: cosines of crops are multiplied by it; 0 for CLIP's own scale.
+            calibration: taken from the semantic maps of base classes.
+            max_dense_classes: beyond, semantic segmentation gives labels only; 0: never.
+            vocabulary: of the training data, whose classes the labels count.
+            kwargs: of `MaskFormer`.
+        """
+        super().__init__(**kwargs)
+        self.encoder = encoder.requires_grad_(False)
+        self.classifier = classifier
+        self.prompts = prompts if prompts is None else prompts.requires_grad_(False)
+        self.scoring = Scoring() if scoring is None else scoring
+        self.crop_scale, self.calibration = crop_scale, calibration
+        self.max_dense_classes = max_dense_classes
+        self._banks = [
+            TextBank(encoder.clip, template, prompts=prompts)
+            for template in dict.fromkeys((templates, crop_templates or templates))
+        ]
+        self._labels = self.vocabulary = vocabulary
+        self._words: dict[str, list[Tensor]] = {}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """As `MaskFormer.from_config`, and ``MODEL.TWO_STAGE``."""
+        arguments = MaskFormer.from_config(cfg)
+        keys, scores = cfg.MODEL.TWO_STAGE, cfg.MODEL.TWO_STAGE.SCORES
+        clip = clip_from_config(cfg)
+        if clip.text is None:
+            raise ValueError(f"'{clip.name}' (MODEL.CLIP) has no text tower, which names the proposals")
+        hidden = cfg.MODEL.MASK_FORMER.HIDDEN_DIM
+        embed = MLP(hidden, keys.EMBED_HIDDEN_DIM, clip.embed_dim, keys.EMBED_LAYERS)
+        mask_prompts = None
+        if keys.MASK_PROMPTS.DEPTH:
+            height, width = clip.visual.grid
+            tower = clip.visual
+            if not isinstance(tower, TransformerTower):
+                raise tower.cannot("mask prompts", "only ViTs have tokens")
+            mask_prompts = MaskPrompts(keys.MASK_PROMPTS.DEPTH, height * width, tower.tap_channels[0])
+        rule = CropRule(**{key.lower(): value for key, value in keys.CROP.items()})
+        settings = FusionSettings(scores.ALPHA, scores.BETA)
+        vocabularies = [Vocabulary.from_metadata(MetadataCatalog.get(name)) for name in cfg.DATASETS.TRAIN]
+        return arguments | {
+            "head": MaskFormerHead(cfg, arguments["backbone"].output_shape(), class_embed=embed),
+            "encoder": RegionEncoder(
+                clip,
+                rule,
+                mask_prompts=mask_prompts,
+                use_mask_prompts=keys.MASK_PROMPTS.ENABLED,
+                batch_size=keys.CROP_BATCH_SIZE,
+            ),
+            "classifier": QueryClassifier(clip.embed_dim, unit_no_object=keys.UNIT_NO_OBJECT),
+            "templates": keys.TEMPLATES,
+            "crop_templates": keys.CROP_TEMPLATES,
+            "prompts": AffixPrompts(*keys.AFFIXES, clip.text.width) if any(keys.AFFIXES) else None,
+            "scoring": Scoring(scores.SOURCE, scores.FUSION, settings, scores.EMPTY, scores.CLIP_BACKGROUND),
+            "crop_scale": keys.CROP_SCALE,
+            "calibration": keys.CALIBRATION,
+            "max_dense_classes": cfg.TEST.MAX_DENSE_CLASSES,
+            "vocabulary": vocabularies[0] if vocabularies else None,
+        }
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Look for other classes in evaluation; their text is encoded once and kept. Base is what shares a
+        name with a class of the training data, where those are known.
+
+        Raises:
+            ValueError: names that cannot be embedded; the vocabulary stays as it was.
+        """
+        if self._labels is not None:
+            vocabulary = vocabulary.with_base_from(self._labels)
+        words = [bank(vocabulary) for bank in self._banks]
+        self.vocabulary, self._words["evaluation"] = vocabulary, words
+
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> Any:
+        """As `MaskFormer`: losses in training; otherwise for each image those that are on of ``sem_seg``
+        (K, H, W), or ``sem_seg_labels`` (H, W) of a large vocabulary, ``panoptic_seg`` and ``instances``.
+        """
+        images = self.preprocess_image(batched_inputs)
+        prediction = self.head(self.backbone(images.tensor))
+        size = (images.tensor.shape[-2], images.tensor.shape[-1])
+        if self.training:
+            targets = [self._targets(sample) for sample in batched_inputs]
+            words = self._embedded("training", self._labels)[0]
+            return self.criterion(self._classify(prediction, words), pad_targets(targets, size))
+        prediction = self._classify(prediction, self._embedded("evaluation", self.vocabulary)[0])
+        masks = F.interpolate(prediction.masks.float(), size, mode="bilinear", align_corners=False)
+        return [
+            self.postprocess(logits, mask, image_size, sample)
+            for logits, mask, image_size, sample in zip(
+                prediction.logits.float(), masks, images.image_sizes, batched_inputs, strict=True
+            )
+        ]
+
+    def scores(self, logits: Tensor, masks: Tensor, image_size: tuple[int, int], image: Tensor) -> Tensor:
+        """Fused scores (Q, K + 1) of one image's proposals.
+
+        Args:
+            logits: (Q, K + 1) of the queries.
+            masks: mask logits (Q, H, W) of the padded image.
+            image_size: height and width without padding.
+            image: (3, h, w), as the model's input.
+        """
+        if self.scoring.source == "proposals":
+            return self.scoring(logits, None, None, None)
+        assert self.vocabulary is not None
+        if not self.encoder.rule.padded_logits:
+            masks = masks[:, : image_size[0], : image_size[1]].sigmoid()
+        image = image.to(self.device)
+        embeddings, valid = self.encoder(image if self.input_format == "RGB" else image.flip(0), masks)
+        scale = self.crop_scale or self.encoder.clip.logit_scale.exp()
+        clip = cosine_logits(embeddings, self._embedded("evaluation", self.vocabulary)[-1], scale)
+        return self.scoring(logits, clip, valid, self._base())
+
+    def postprocess(
+        self, logits: Tensor, masks: Tensor, image_size: tuple[int, int], sample: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Outputs of one image; arguments as `MaskFormer.postprocess`."""
+        scores = self.scores(logits, masks, image_size, sample["image"])
+        height, width = sample.get("height", image_size[0]), sample.get("width", image_size[1])
+        output: dict[str, Any] = {}
+        if self.semantic_on:
+            probabilities = masks[:, : image_size[0], : image_size[1]].sigmoid()
+            arguments = scores[:, :-1], probabilities, (height, width)
+            calibration = {"base": self._base(), "calibration": self.calibration}
+            if 0 < self.max_dense_classes < scores.shape[1] - 1:
+                output["sem_seg_labels"] = semantic_labels(*arguments, **calibration)[0]
+            else:
+                output["sem_seg"] = semantic_map(*arguments, **calibration)
+        if self.panoptic_on or self.instance_on:
+            masks = sem_seg_postprocess(masks, image_size, height, width)
+            logits = scores.log()  # whose softmax are the scores, of sum 1
+        if self.panoptic_on:
+            output["panoptic_seg"] = panoptic_inference(
+                logits, masks, self._things(), **self.panoptic_settings
+            )
+        if self.instance_on:
+            things = self._things() if self.panoptic_on else None
+            output["instances"] = instance_inference(logits, masks, topk=self.topk, things=things)
+        return output
+
+    def before_load(self, state: dict[str, Tensor]) -> None:
+        """Called with a checkpoint's tensors before they are loaded: other weights embed words anew."""
+        self._words.clear()
+
+    def _classify(self, prediction: MaskPrediction, words: Tensor) -> MaskPrediction:
+        aux = [self._classify(layer, words) for layer in prediction.aux]
+        return MaskPrediction(self.classifier(prediction.logits, words), prediction.masks, aux)
+
+    def _embedded(self, use: str, vocabulary: Vocabulary | None) -> list[Tensor]:
+        """Embeddings (K, D) of words for queries, first, and for crops, last."""
+        if vocabulary is None:
+            raise ValueError(f"no classes for {use}: set_vocabulary, or data sets in DATASETS.TRAIN")
+        if use not in self._words:
+            self._words[use] = [bank(vocabulary) for bank in self._banks]
+        return [words.to(self.device) for words in self._words[use]]
+
+    def _base(self) -> Tensor | None:
+        base = None if self.vocabulary is None else self.vocabulary.base
+        return None if base is None else torch.tensor(base, device=self.device)
+
+    def _things(self) -> frozenset[int]:
+        flags = None if self.vocabulary is None else self.vocabulary.thing
+        return self.things if flags is None else frozenset(i for i, thing in enumerate(flags) if thing)

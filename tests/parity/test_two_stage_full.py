@@ -1,0 +1,153 @@
+"""OVSeg and ZegFormer: published file -> converter -> our model -> every recorded number."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from clipdense.checkpoint import model_layout
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.config import add_clipdense_config
+from clipdense.engine.build import build_model
+from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.setup import load_config
+from clipdense.engine.weights import convert_weights
+from clipdense.maskformer import MLP, MaskFormerHead
+from clipdense.systems.two_stage import QueryClassifier, Scoring, cosine_logits
+
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import two_stage_files as files  # noqa: E402
+from two_stage_files import close, far  # noqa: E402
+
+
+def converted(golden, folder, options):
+    """The model that a published file builds."""
+    torch.save({"model": files.whole_state(golden)}, folder / "published.pth")
+    target = folder / "converted.safetensors"
+    options = {"MODEL.DEVICE": "cpu", "MODEL.MASK_FORMER.NHEADS": golden.config["head"]["nheads"]} | options
+    conversion = convert_weights(folder / "published.pth", target, options=options)
+    assert conversion.layout == golden.id.split("/")[1].split("_")[0]
+    (folder / "config.yaml").write_text(yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target)}}))
+    model = build_model(load_config(str(folder / "config.yaml"))).eval()
+    TrainingCheckpointer(model).load_weights(str(target), complete=True)
+    return model
+
+
+def samples(golden):
+    return [
+        {"image": golden.part("in")[f"image{b}"], "height": h, "width": w}
+        for b, (h, w) in enumerate(golden.config["output_hw"])
+    ]
+
+
+@pytest.mark.golden(kind="ovseg_full")
+@torch.no_grad()
+def test_ovseg(golden, tmp_path):
+    c, batch = golden.config, samples(golden)
+    weight = c["clip_ensemble_weight"]
+    options = {f"MODEL.TWO_STAGE.SCORES.{key}": weight for key in ("ALPHA", "BETA")}
+    options["MODEL.TWO_STAGE.CROP.THRESHOLD"] = c["adapter"]["mask_thr"]
+    options["MODEL.TWO_STAGE.MASK_PROMPTS.ENABLED"] = c["adapter"]["mask_prompt_fwd"]
+    model = converted(golden, tmp_path, options)
+    model.set_vocabulary(Vocabulary.from_names(c["class_names"], separator=None))
+    images = model.preprocess_image(batch)
+    features = model.backbone(images.tensor)
+    for name in ("res2", "res3", "res4", "res5"):
+        close(golden, f"backbone_{name}", features[name], 1e-4)
+    prediction = model.head(features)
+    close(golden, "pred_embeddings", prediction.logits, 5e-4)
+    close(golden, "pred_masks", prediction.masks, 5e-4)
+    text = model._embedded("evaluation", model.vocabulary)[0]
+    masks = F.interpolate(prediction.masks, images.tensor.shape[-2:], mode="bilinear", align_corners=False)
+    for b, (h, w) in enumerate(images.image_sizes):
+        close(golden, f"pred_logits{b}", model.classifier(prediction.logits[b], text), 5e-3)
+        embeddings, valid = model.encoder(batch[b]["image"], masks[b, :, :h, :w].sigmoid())
+        close(golden, f"valid{b}", valid, 0)
+        no_object = torch.cat([text, model.classifier.no_object])
+        close(golden, f"clip_logits{b}", cosine_logits(embeddings, no_object), 5e-3)
+    outputs = model(batch)
+    for b, output in enumerate(outputs):
+        largest = golden.part("out")[f"sem_seg{b}"].abs().max().item()
+        close(golden, f"sem_seg{b}", output["sem_seg"], 1e-3 * largest)
+    model.max_dense_classes = 1
+    for dense, sparse in zip(outputs, model(batch), strict=True):
+        assert (sparse["sem_seg_labels"] == dense["sem_seg"].argmax(0)).float().mean() > 0.999
+    model.max_dense_classes = 0
+    model.scoring = Scoring("proposals")
+    largest = golden.part("out")["sem_seg0"].abs().max().item()
+    assert far(golden, "sem_seg0", model(batch)[0]["sem_seg"], 1e-3 * largest)
+
+
+@pytest.mark.golden(kind="zegformer_full")
+@torch.no_grad()
+def test_zegformer(golden, tmp_path):
+    c, batch = golden.config, samples(golden)
+    templates = {"imagenet_select": "zegformer_8", "single": "single_scene"}
+    model = converted(
+        golden,
+        tmp_path,
+        {
+            "MODEL.TWO_STAGE.TEMPLATES": templates[c["prompt_ensemble_type"]],
+            "MODEL.TWO_STAGE.CALIBRATION": c["gzero_calibrate"],
+        },
+    )
+    seen = set(c["train_classes"])
+    unseen = [i for i, name in enumerate(c["test_classes"]) if name not in seen]
+    model.set_vocabulary(Vocabulary.from_names(c["test_classes"], novel=unseen))
+    queries, crops = model._embedded("evaluation", model.vocabulary)
+    close(golden, "text_features_test", queries, 1e-5)
+    close(golden, "text_features_test_clip", crops, 1e-5)
+    images = model.preprocess_image(batch)
+    prediction = model.head(model.backbone(images.tensor))
+    close(golden, "pred_logits", model.classifier(prediction.logits, queries), 5e-3)
+    close(golden, "pred_masks", prediction.masks, 5e-4)
+    masks = F.interpolate(prediction.masks, images.tensor.shape[-2:], mode="bilinear", align_corners=False)
+    for b, sample in enumerate(batch):
+        embeddings, valid = model.encoder(sample["image"], masks[b])
+        assert valid.all()
+        close(golden, f"clip_image_features{b}", embeddings, 1e-3)
+    for b, output in enumerate(model(batch)):
+        close(golden, f"sem_seg{b}", output["sem_seg"], 1e-3)
+    model.calibration = 0.0
+    assert far(golden, "sem_seg0", model(batch)[0]["sem_seg"], 1e-3)
+
+
+@pytest.mark.golden(kind="zegformer_head")
+@torch.no_grad()
+def test_zegformer_head(golden):
+    h, features = golden.config["head"], dict(golden.part("in"))
+    text = features.pop("text_features_test")
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    keys = cfg.MODEL.MASK_FORMER
+    keys.PIXEL_DECODER.CONV_DIM, keys.MASK_DIM, keys.HIDDEN_DIM = (
+        h["conv_dim"],
+        h["mask_dim"],
+        h["hidden_dim"],
+    )
+    keys.NHEADS, keys.DIM_FEEDFORWARD = h["nheads"], h["dim_feedforward"]
+    keys.NUM_OBJECT_QUERIES, keys.DEC_LAYERS = h["num_queries"], h["dec_layers"]
+    shapes = {
+        f"res{i}": ShapeSpec(channels=channels, stride=2**i) for i, channels in enumerate(h["in_channels"], 2)
+    }
+    keys.DROPOUT = 0.0
+    embed = MLP(h["hidden_dim"], 0, text.shape[1], 1)
+    model = MaskFormerHead(cfg, shapes, class_embed=embed)
+    classifier = QueryClassifier(text.shape[1], unit_no_object=False)
+    layout = model_layout(golden.part("state"))
+    state = layout.convert(golden.part("state"))
+    files.load_strict(model, files.below(state, "head."), source=golden.id)
+    files.load_strict(classifier, files.below(state, "classifier."), source=golden.id)
+    prediction = model.train()(features)  # so that every layer predicts
+    for prefix, p in [("", prediction), *((f"aux{i}/", p) for i, p in enumerate(prediction.aux))]:
+        close(golden, f"{prefix}pred_masks", p.masks, 1e-4)
+        close(golden, f"{prefix}pred_logits", classifier(p.logits, text), 1e-3)
+    classifier.unit_no_object = True
+    assert far(golden, "pred_logits", classifier(prediction.logits, text), 1e-3)
