@@ -64,7 +64,8 @@ def test_sets_no_key_twice(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROJECTS)
 def test_full_size_models_are_built(name: str) -> None:
-    cfg = load_config(str(REPOSITORY / name), ["MODEL.DEVICE", "meta", "MODEL.CLIP.PRETRAINED", "random"])
+    overrides = ["MODEL.DEVICE", "meta", "MODEL.CLIP.PRETRAINED", "random", "MODEL.TIMM.PRETRAINED", "random"]
+    cfg = load_config(str(REPOSITORY / name), overrides)
     with torch.device("meta"):
         model = build_model(cfg)
     assert sum(p.numel() for p in model.parameters()) > 1e7
@@ -89,12 +90,14 @@ def test_takes_a_step(
     last = len(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes) - 1
     instances.gt_classes = torch.tensor([last])
     instances.gt_masks = BitMasks(torch.ones(1, 128, 160, dtype=torch.bool))
+    segment = torch.ones(128, 160, dtype=torch.int64)
+    maps = {"pan_seg": segment, "segments_info": [{"id": 1, "category_id": last}]}
     with EventStorage():
-        losses = model([image | {"instances": instances}])
+        losses = model([image | {"instances": instances} | maps])
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     assert total.isfinite()
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []
     with torch.no_grad():
-        assert "instances" in model.eval()([image])[0]
+        assert {"instances", "panoptic_seg"} & set(model.eval()([image])[0])
