@@ -41,6 +41,18 @@ def test_evaluation_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
         assert f"{row['values']['ours'][task]['AP']:.10f}" in printed
 
 
+def test_ovseg_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "benchmark.json"
+    words = ["ovseg", "--size", "60", "80", "--masks", "5", "--pairs", "1"]
+    reference = ["--reference", str(ROOT / "tests" / "crop_loop.py")]
+    assert tool.main([*words, *reference, "--json", str(path)]) == 0
+    crops, memory = json.loads(path.read_text())["rows"]
+    assert (crops["name"], memory["name"]) == ("ovseg/crop_stage", "ovseg/k847_extra_gb")
+    assert crops["ratio_is"] == "other / ours" and len(crops["raw"]["other"]) == 1
+    assert memory["other"] == pytest.approx(847 * 60 * 80 * 4 / 1e9) and memory["ours"] > 0
+    capsys.readouterr()
+
+
 @pytest.mark.slow
 def test_denseclip_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "benchmark.json"

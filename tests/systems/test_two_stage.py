@@ -1,0 +1,151 @@
+"""OVSeg: trained with the words of the data, any words in evaluation, every output, masks CLIP cannot see."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.config import add_clipdense_config
+from clipdense.regions import FusionSettings
+from clipdense.systems.two_stage import OVSeg, Scoring
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+CLASSES = ["red star", "blue star", "green ring", "grass"]
+NAME = "two_stage_test"
+
+
+def small_config() -> CfgNode:
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.INPUT.FORMAT = "OVSeg", "cpu", "RGB"
+    cfg.MODEL.CLIP.NAME = "shapes-vit"
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_resnet_backbone", 0
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
+    keys = cfg.MODEL.MASK_FORMER
+    keys.PIXEL_DECODER.CONV_DIM = keys.MASK_DIM = keys.HIDDEN_DIM = 32
+    keys.NHEADS, keys.DIM_FEEDFORWARD, keys.NUM_OBJECT_QUERIES, keys.DEC_LAYERS = 4, 32, 6, 2
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(CLASSES)
+    cfg.MODEL.TWO_STAGE.EMBED_HIDDEN_DIM = 16
+    cfg.MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH = 2
+    cfg.MODEL.TWO_STAGE.CROP_BATCH_SIZE = 4
+    cfg.DATASETS.TRAIN = (NAME,)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def built() -> OVSeg:
+    MetadataCatalog.get(NAME).set(stuff_classes=CLASSES)
+    torch.manual_seed(0)
+    model = build_model(small_config())
+    MetadataCatalog.remove(NAME)
+    return model
+
+
+@pytest.fixture
+def model(built: OVSeg) -> OVSeg:
+    """As it was built, whatever a test before has set."""
+    built.scoring, built.max_dense_classes, built.calibration = Scoring(), 256, 0.0
+    built.semantic_on, built.panoptic_on, built.instance_on = True, False, False
+    built.encoder.rule = replace(built.encoder.rule, threshold=0.4)
+    built.set_vocabulary(Vocabulary.from_names(CLASSES))
+    return built.eval()
+
+
+def batch() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    samples: list[dict[str, Any]] = []
+    for height, width in ((64, 96), (80, 72)):
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, 4, (height, width), generator=generator)
+        samples.append({"image": image, "sem_seg": labels, "height": height + 10, "width": width - 5})
+    return samples
+
+
+def test_training_moves_the_proposals_and_leaves_clip_alone(model: OVSeg) -> None:
+    model.train()
+    with EventStorage():
+        losses = model(batch())
+    assert {"loss_ce", "loss_mask", "loss_dice", "loss_ce_0"} <= set(losses)
+    sum(losses.values()).backward()
+    gradients = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "classifier.no_object" in gradients
+    assert any(name.startswith("head.predictor.class_embed") for name in gradients)
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_two_vocabularies_in_turns_encode_no_text_twice(
+    model: OVSeg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (
+        Vocabulary.from_names([f"{w} {i}" for i in range(n)]) for w, n in (("star", 3), ("ring", 7))
+    )
+    model.set_vocabulary(one)
+    first = model(batch())
+    model.set_vocabulary(other)
+    assert model(batch())[0]["sem_seg"].shape == (7, 74, 91)
+
+    def refuse(tokens: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("text is encoded again")
+
+    monkeypatch.setattr(model.encoder.clip, "encode_text", refuse)
+    model.set_vocabulary(one)
+    for ours, theirs in zip(model(batch()), first, strict=True):
+        torch.testing.assert_close(ours["sem_seg"], theirs["sem_seg"])
+
+
+@torch.no_grad()
+def test_base_classes_are_those_of_training(model: OVSeg) -> None:
+    model.set_vocabulary(Vocabulary.from_names(["hedge", "Red Star"]))
+    assert model.vocabulary.base == (False, True)
+    model.scoring = Scoring("ensemble", "zsseg", FusionSettings(0.0, 1.0), "boost")
+    masks = model.preprocess_image(batch())
+    prediction = model.head(model.backbone(masks.tensor))
+    logits = model.classifier(prediction.logits, model._embedded("evaluation", model.vocabulary)[0])[0]
+    large = torch.nn.functional.interpolate(prediction.masks, masks.tensor.shape[-2:], mode="bilinear")[0]
+    scores = model.scores(logits, large, masks.image_sizes[0], batch()[0]["image"])
+    torch.testing.assert_close(scores[:, 1:], logits.softmax(1)[:, 1:])
+    assert (scores[:, 0] - logits.softmax(1)[:, 0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_masks_that_clip_cannot_see(model: OVSeg) -> None:
+    """No mask is above 1: the proposals' own scores are left, or nothing is."""
+    model.encoder.rule = replace(model.encoder.rule, threshold=1.0)
+    neutral = model(batch())[0]["sem_seg"]
+    model.scoring = Scoring("proposals")
+    torch.testing.assert_close(neutral, model(batch())[0]["sem_seg"])
+    model.scoring = Scoring("clip")
+    assert not model(batch())[0]["sem_seg"].any()
+
+
+@torch.no_grad()
+def test_every_output(model: OVSeg) -> None:
+    model.panoptic_on = model.instance_on = True
+    model.panoptic_settings |= {"object_mask_threshold": 0.0, "overlap_threshold": 0.0}
+    output = model(batch())[1]
+    ids, segments = output["panoptic_seg"]
+    assert output["sem_seg"].shape == (4, 90, 67) and ids.shape == (90, 67)
+    assert set(ids.unique().tolist()) - {0} == {segment["id"] for segment in segments}
+    instances = output["instances"]
+    assert instances.image_size == (90, 67) and instances.scores.isfinite().all()
+    model.max_dense_classes = 3
+    labels = model(batch())[1]
+    assert "sem_seg" not in labels
+    assert (labels["sem_seg_labels"] == output["sem_seg"].argmax(0)).float().mean() > 0.999
+
+
+def test_without_words_nothing_is_looked_for(model: OVSeg) -> None:
+    model.vocabulary = None
+    model.before_load({})
+    with pytest.raises(ValueError, match="set_vocabulary"), torch.no_grad():
+        model(batch())
