@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -58,7 +58,10 @@ def rename(key: str, prefixes: Mapping[str, str]) -> str:
 LAYOUTS: dict[str, Layout] = {}
 
 
-def register_layout(layout: Layout) -> Layout:
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
+
+
+def register_layout(layout: AnyLayout) -> AnyLayout:
     """Add a layout; a room's converter calls this once."""
     if layout.name in LAYOUTS:
         raise ValueError(f"layout '{layout.name}' is registered twice")

@@ -57,7 +57,9 @@ class MaskPrompts(nn.Module):
             raise tower.cannot(
                 f"mask prompts of depth {len(self.prompts)}", f"it has {len(tower.blocks)} blocks"
             )
-        return tower(images, Want(pooled=True), hook=self.hook(patch_keep(masks, tower.stride))).pooled
+        hook = self.hook(patch_keep(masks, tower.stride))
+        embeddings: Tensor = tower(images, Want(pooled=True), hook=hook).pooled
+        return embeddings
 
 
 class _Replacement:

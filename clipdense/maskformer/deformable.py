@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -128,13 +128,12 @@ class DeformableEncoder(nn.Module):
 
     def __init__(self, dim: int, layers: int, **kwargs: Any) -> None:
         super().__init__()
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(DeformableEncoderLayer(dim, **kwargs) for _ in range(layers))}
-        )
+        blocks = [DeformableEncoderLayer(dim, **kwargs) for _ in range(layers)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
         self.level_embed = nn.Parameter(torch.empty(NUM_LEVELS, dim))
         xavier_matrices(self)
         nn.init.normal_(self.level_embed)
-        for layer in self.encoder["layers"]:
+        for layer in blocks:
             layer.self_attn.reset_parameters()
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -149,7 +148,7 @@ class DeformableEncoder(nn.Module):
         )
         reference = torch.cat([_centers(*size, device) for size in sizes])
         x = torch.cat([to_tokens(m) for m in maps], dim=1)
-        for layer in self.encoder["layers"]:
+        for layer in self.encoder["layers"].children():
             x = layer(x, position, reference, sizes)
         return [to_map(x, size) for x, size in zip(x.split([h * w for h, w in sizes], 1), sizes, strict=True)]
 
@@ -203,13 +202,13 @@ class MSDeformAttnPixelDecoder(nn.Module):
             )
         self.finer, self.coarser = list(shapes)[:-NUM_LEVELS], list(shapes)[: -NUM_LEVELS - 1 : -1]
         self.level_channels = [conv_dim] * NUM_LEVELS
+        convolutions = [nn.Conv2d(shapes[name].channels, conv_dim, 1) for name in self.coarser]
+        for convolution in convolutions:
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.zeros_(cast(Tensor, convolution.bias))
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(shapes[name].channels, conv_dim, 1), nn.GroupNorm(32, conv_dim))
-            for name in self.coarser
+            nn.Sequential(convolution, nn.GroupNorm(32, conv_dim)) for convolution in convolutions
         )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
         self.transformer = DeformableEncoder(
             conv_dim,
             enc_layers,

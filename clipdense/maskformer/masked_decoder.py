@@ -153,7 +153,9 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         """
         projected = [proj(x) for proj, x in zip(self.input_proj, levels, strict=True)]
         sizes = [x.shape[-2:] for x in projected]
-        positions = [to_tokens(sine_position(*x.shape[-2:], x.shape[1], x.device)) for x in projected]
+        positions = [
+            to_tokens(sine_position(x.shape[-2], x.shape[-1], x.shape[1], x.device)) for x in projected
+        ]
         memories = [
             to_tokens(x) + embedding for x, embedding in zip(projected, self.level_embed.weight, strict=True)
         ]

@@ -83,7 +83,7 @@ class TransformerEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, C, H, W) -> the same, every pixel having seen every other."""
-        position = to_tokens(sine_position(*x.shape[-2:], x.shape[1], x.device))
+        position = to_tokens(sine_position(x.shape[-2], x.shape[-1], x.shape[1], x.device))
         tokens = to_tokens(x)
         for layer in self.layers:
             tokens = layer(tokens, position)
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, query_position: Tensor) -> Tensor:
         """A map (B, C, H, W) and query positions (Q, C) -> queries after every layer (L, B, Q, C)."""
-        position = to_tokens(sine_position(*x.shape[-2:], x.shape[1], x.device))
+        position = to_tokens(sine_position(x.shape[-2], x.shape[-1], x.shape[1], x.device))
         return self.decoder(query_position, to_tokens(self.encoder(x)), position)
 
 

@@ -32,7 +32,7 @@ def semantic_map(
     Returns:
         (K, H, W).
     """
-    maps = (scores.T @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+    maps = (scores.T @ masks.flatten(1)).view(-1, *masks.shape[1:])
     if maps.shape[1:] != tuple(size):
         maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
     return calibrated_stacking(maps, base, calibration)
@@ -54,18 +54,15 @@ def semantic_labels(
     """
     largest = max(masks[0].numel(), size[0] * size[1])
     step = max(1, _BUDGET // (largest * scores.element_size()))
-    labels, top = None, None
+    labels = torch.zeros(size, dtype=torch.long, device=scores.device)
+    top = scores.new_full(size, -torch.inf)
     for start in range(0, scores.shape[1], step):
         part = slice(start, start + step)
         known = None if base is None else base[part]
         maps = semantic_map(scores[:, part], masks, size, base=known, calibration=calibration)
         best, index = maps.max(0)
-        if top is None:
-            labels, top = index, best
-        else:
-            labels = torch.where(best > top, index + start, labels)
-            top = torch.maximum(best, top)
-    assert labels is not None and top is not None
+        labels = torch.where(best > top, index + start, labels)
+        top = torch.maximum(best, top)
     return labels, top
 
 

@@ -81,7 +81,8 @@ def test_one_row_a_name_by_the_callers_vocabulary(tmp_path):
 
 def test_missing_names_are_listed_with_near_ones():
     table = TextTable(ROWS, TableIndex.from_content({"classes": NAMES}), source="text table 'x'")
-    expected = r"text table 'x' has no row for 'trafic light' \(near: 'traffic light'\), 'zebra'; tools/make_text_table"
+    missing = r"'trafic light' \(near: 'traffic light'\), 'zebra'"
+    expected = rf"text table 'x' has no row for {missing}; tools/make_text_table"
     with pytest.raises(ValueError, match=expected):
         table("cat, trafic light, zebra")
     with pytest.raises(ValueError, match="and 5 more"):

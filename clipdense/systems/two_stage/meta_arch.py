@@ -119,7 +119,9 @@ class OVSeg(MaskFormer):
             "classifier": QueryClassifier(clip.embed_dim, unit_no_object=keys.UNIT_NO_OBJECT),
             "templates": keys.TEMPLATES,
             "crop_templates": keys.CROP_TEMPLATES,
-            "prompts": AffixPrompts(*keys.AFFIXES, clip.text.width) if any(keys.AFFIXES) else None,
+            "prompts": AffixPrompts(keys.AFFIXES[0], keys.AFFIXES[1], clip.text.width)
+            if any(keys.AFFIXES)
+            else None,
             "scoring": Scoring(scores.SOURCE, scores.FUSION, settings, scores.EMPTY, scores.CLIP_BACKGROUND),
             "crop_scale": keys.CROP_SCALE,
             "calibration": keys.CALIBRATION,
@@ -189,7 +191,7 @@ class OVSeg(MaskFormer):
         if self.semantic_on:
             probabilities = masks[:, : image_size[0], : image_size[1]].sigmoid()
             arguments = scores[:, :-1], probabilities, (height, width)
-            calibration = {"base": self._base(), "calibration": self.calibration}
+            calibration: dict[str, Any] = {"base": self._base(), "calibration": self.calibration}
             if 0 < self.max_dense_classes < scores.shape[1] - 1:
                 output["sem_seg_labels"] = semantic_labels(*arguments, **calibration)[0]
             else:
