@@ -13,6 +13,9 @@ def add_evaluation_config(cfg: CN) -> None:
     cfg.TEST.MAX_DETS = 0
     # Whether results hold one entry per class as well: AP-<class>, PQ-<class>, IoU-<class> and ACC-<class>.
     cfg.TEST.PER_CLASS = False
+    # Up to so many classes open-vocabulary semantic segmentation gives a map of scores for each of them,
+    # "sem_seg" (K, H, W); beyond, the best class of every pixel, "sem_seg_labels" (H, W). 0: always all maps.
+    cfg.TEST.MAX_DENSE_CLASSES = 256
 
     # CLIPSelf's measure of dense features, for models that give a CLIP as output "clip".
     cfg.TEST.DENSE_REGIONS = CN()

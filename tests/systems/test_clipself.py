@@ -9,8 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import ClipModel, Want, load_clip
+from clipdense.engine.setup import load_config
 from clipdense.systems.clipself import CLIPSelf, loss
 from clipdense.systems.clipself.loss import concept_loss, cosine_loss, sample_concepts
+
+from detectron2.config import CfgNode as CN
 
 TOWERS = ("shapes-vit", "shapes-eva", "shapes-rn")
 
@@ -237,3 +240,16 @@ def test_concepts_take_the_place_of_distillation() -> None:
     model(none)["loss_concepts"].backward()  # images without annotations
     with pytest.raises(ValueError, match="the loss needs crops"):
         CLIPSelf(clip=nano("shapes-vit"))(samples)
+
+
+def test_the_clip_of_the_config() -> None:
+    """MODEL.CLIP means here what it means for trunks; what the exported file could not say is refused."""
+    cfg = load_config("configs/shapes/clipself_vit_patches.yaml")
+    cfg.defrost()
+    cfg.MODEL.CLIP.CONFIG = CN(nano("shapes-vit").config["model_cfg"], new_allowed=True)
+    cfg.MODEL.CLIP.CONFIG.vision_cfg.layers = 2
+    cfg.MODEL.CLIP.PRETRAINED = "random"
+    assert len(CLIPSelf(cfg).student.visual.blocks) == 2
+    cfg.MODEL.CLIP.POSITION_GRID = 4
+    with pytest.raises(ValueError, match="POSITION_GRID"):
+        CLIPSelf(cfg)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clipdense.clip import ClipModel, Want, load_clip
+from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.clip import ClipModel, Want
 from clipdense.clip.tables import TextTable
 from clipdense.clip.towers import Tower
 from clipdense.clip.towers.resnet import ResNetTower
@@ -109,14 +110,15 @@ class CLIPSelf(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Constructor arguments from ``MODEL.CLIP`` and ``MODEL.CLIPSELF``."""
+        """Constructor arguments from ``MODEL.CLIP`` and ``MODEL.CLIPSELF``.
+
+        Raises:
+            ValueError: a position grid, which the exported file could not say; and see `clip_from_config`.
+        """
         keys = cfg.MODEL.CLIPSELF
-        clip = load_clip(
-            cfg.MODEL.CLIP.NAME,
-            cfg.MODEL.CLIP.PRETRAINED,
-            allow_pickle=cfg.MODEL.CLIP.ALLOW_PICKLE,
-            position_rule=cfg.MODEL.CLIP.POSITION_RULE,
-        )
+        if cfg.MODEL.CLIP.POSITION_GRID:
+            raise ValueError("MODEL.CLIP.POSITION_GRID: the exported CLIP keeps its own grid; set it to 0")
+        clip = clip_from_config(cfg)
         return {
             "clip": clip,
             "mode": keys.MODE,

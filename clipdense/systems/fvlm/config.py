@@ -18,6 +18,8 @@ def add_fvlm_config(cfg: CN) -> None:
     cfg.MODEL.FVLM.TEXT_CLIP = []
     # Prompt templates of the text tower, a set's name or one sentence with {} in it.
     cfg.MODEL.FVLM.TEMPLATES = "clip_80"
+    # "mean" averages the names of a class; "first" takes the display name alone (published F-ViT).
+    cfg.MODEL.FVLM.SYNONYMS = "mean"
     # Embedding of the background: "text" (of the word "background"), or "learned" by the detector, so that
     # CLIP's scores know no background.
     cfg.MODEL.FVLM.BACKGROUND = "text"

@@ -14,9 +14,7 @@ def known_class_logits(logits: Tensor, class_weight: Tensor) -> Tensor:
     return logits.masked_fill(class_weight == 0, -torch.inf)
 
 
-def open_vocabulary_loss(
-    logits: Tensor, labels: Tensor, class_weight: Tensor, region_weight: Tensor | None = None
-) -> Tensor:
+def open_vocabulary_loss(logits: Tensor, labels: Tensor, class_weight: Tensor) -> Tensor:
     """Cross-entropy over the known classes and the background (F-ViT,
     specs/clipself_fvlm_catseg_odise_fcclip.md 2.2).
 
@@ -27,14 +25,10 @@ def open_vocabulary_loss(
         logits: (R, K + 1), the background last.
         labels: (R,) in 0 .. K; a region of a class of weight 0 has no loss.
         class_weight: (K + 1,), 0 for novel classes.
-        region_weight: (R,); regions of weight 0 are not counted. None: 1 each.
 
     Returns:
         Scalar; 0 without regions.
     """
-    if region_weight is None:
-        region_weight = logits.new_ones(len(logits))
     losses = F.cross_entropy(known_class_logits(logits, class_weight), labels, reduction="none")
-    weight = class_weight[labels] * region_weight
-    total = torch.where(weight > 0, losses * weight, 0).sum()
-    return total / (region_weight > 0).sum().clamp(min=1)
+    weight = class_weight[labels]
+    return torch.where(weight > 0, losses * weight, 0).sum() / max(1, len(labels))

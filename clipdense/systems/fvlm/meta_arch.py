@@ -120,8 +120,8 @@ class FVLM(GeneralizedRCNN):
         if self._text is None:
             text = known_rows(vocabulary, self.trained_on, heads.box_predictor.cls_score.text)
         else:
-            if isinstance(self._text, TextBank) and self._text.clip.text is not None:
-                self._text.clip.text.to(self.device)
+            if isinstance(self._text, TextBank):
+                self._text.clip.to(self.device)
             text = self._text(vocabulary).to(self.device)
         if self.trained_on is not None:
             vocabulary = vocabulary.with_base_from(self.trained_on)

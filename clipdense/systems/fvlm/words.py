@@ -39,8 +39,12 @@ def build_text(cfg: CfgNode) -> TextEmbedder | None:
             )
         clip = load_clip(*keys.TEXT_CLIP) if keys.TEXT_CLIP else clip_from_config(cfg)
         clip.visual = nn.Identity()  # type: ignore[assignment]  # the trunk has its own
-        return TextBank(clip, keys.TEMPLATES)
-    return TextTable.load(find_table(keys.TEXT, "MODEL.FVLM.TEXT (clip, weights, or a text table)"))
+        bank = TextBank(clip, keys.TEMPLATES, synonyms=keys.SYNONYMS)
+        if bank.device.type != "meta":
+            clip.to(cfg.MODEL.DEVICE)  # the words of LVIS in 63 templates are hours on a CPU
+        return bank
+    table = find_table(keys.TEXT, "MODEL.FVLM.TEXT (clip, weights, or a text table)")
+    return TextTable.load(table, synonyms=keys.SYNONYMS)
 
 
 def training_vocabulary(cfg: CfgNode) -> Vocabulary | None:

@@ -4,7 +4,7 @@ from detectron2.config import CfgNode as CN
 
 
 def add_two_stage_config(cfg: CN) -> None:
-    """Add ``MODEL.TWO_STAGE`` and ``TEST.MAX_DENSE_CLASSES`` to ``cfg`` (in place).
+    """Add ``MODEL.TWO_STAGE`` to ``cfg`` (in place).
 
     The defaults are OVSeg's (Liang et al., CVPR 2023), but for the policy for empty masks. zsseg's (Xu et
     al., ECCV 2022) and ZegFormer's (Ding et al., CVPR 2022) stand beside them where they differ.
@@ -59,7 +59,3 @@ def add_two_stage_config(cfg: CN) -> None:
     cfg.MODEL.TWO_STAGE.SCORES.CLIP_BACKGROUND = False
     # Taken from the semantic maps of base classes (ZegFormer: 0.1).
     cfg.MODEL.TWO_STAGE.CALIBRATION = 0.0
-
-    # Up to so many classes semantic segmentation gives a map of scores for each of them, "sem_seg" (K, H, W);
-    # beyond, the best class of every pixel, "sem_seg_labels" (H, W). 0: always all maps.
-    cfg.TEST.MAX_DENSE_CLASSES = 256
