@@ -7,6 +7,7 @@ from clipdense.evaluation.build import EVALUATOR_REGISTRY, build_evaluator
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
+from clipdense.evaluation.proposals import OracleClassEvaluator
 from clipdense.evaluation.semantic import SemanticEvaluator
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DenseRegionEvaluator",
     "DenseView",
     "InstanceEvaluator",
+    "OracleClassEvaluator",
     "PanopticEvaluator",
     "SemanticEvaluator",
     "build_evaluator",

@@ -7,6 +7,7 @@ import os
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
+from clipdense.evaluation.proposals import OracleClassEvaluator
 from clipdense.evaluation.semantic import SemanticEvaluator
 
 from detectron2.config import CfgNode
@@ -111,9 +112,10 @@ def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> Datas
         dense_regions(cfg, dataset_name, output_dir, optional=True),
     ]
     if all("sem_seg_file_name" in record for record in DatasetCatalog.get(dataset_name)[:1]):
-        evaluators.append(
-            SemanticEvaluator(dataset_name, output_dir, per_class=cfg.TEST.PER_CLASS, optional=True)
-        )
+        evaluators += [
+            SemanticEvaluator(dataset_name, output_dir, per_class=cfg.TEST.PER_CLASS, optional=True),
+            OracleClassEvaluator(dataset_name, per_class=cfg.TEST.PER_CLASS, optional=True),
+        ]
     if metadata.get("json_file") and PathManager.isfile(metadata.json_file):
         evaluators.append(_instances(cfg, dataset_name, output_dir, "coco", optional=True))
     return DatasetEvaluators(evaluators)

@@ -70,6 +70,8 @@ def add_maskformer_config(cfg: CN) -> None:
     cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
     # TEST.DETECTIONS_PER_IMAGE of them; with panoptic segmentation, things only.
     cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+    # The masks of all queries, whose evaluator tells them their classes: how good are they?
+    cfg.MODEL.MASK_FORMER.TEST.PROPOSALS_ON = False
     # Panoptic: class probability that a query must exceed, and the share of its mask that it must win.
     # Published for both versions on COCO: 0.8, 0.8.
     cfg.MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD = 0.8

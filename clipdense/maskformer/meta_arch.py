@@ -54,6 +54,7 @@ class MaskFormer(nn.Module):
         semantic_on: bool = True,
         panoptic_on: bool = False,
         instance_on: bool = False,
+        proposals_on: bool = False,
         object_mask_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
         pixel_threshold: float = 0.0,
@@ -69,7 +70,7 @@ class MaskFormer(nn.Module):
             targets: "semantic" or "panoptic", what is learned from.
             ignore_label: void in semantic maps.
             things: the classes (contiguous) of countable things.
-            semantic_on, panoptic_on, instance_on: the outputs.
+            semantic_on, panoptic_on, instance_on, proposals_on: the outputs.
             object_mask_threshold, overlap_threshold, pixel_threshold: see `panoptic_inference`.
             topk: instances of an image.
             resize_masks_first: resize mask logits to the output's size, rather than semantic scores; always
@@ -90,6 +91,7 @@ class MaskFormer(nn.Module):
         self.ignore_label = ignore_label
         self.things = frozenset(things)
         self.semantic_on, self.panoptic_on, self.instance_on = semantic_on, panoptic_on, instance_on
+        self.proposals_on = proposals_on
         self.panoptic_settings = {
             "object_mask_threshold": object_mask_threshold,
             "overlap_threshold": overlap_threshold,
@@ -122,6 +124,7 @@ class MaskFormer(nn.Module):
             "semantic_on": test.SEMANTIC_ON,
             "panoptic_on": test.PANOPTIC_ON,
             "instance_on": test.INSTANCE_ON,
+            "proposals_on": test.PROPOSALS_ON,
             "object_mask_threshold": test.OBJECT_MASK_THRESHOLD,
             "overlap_threshold": test.OVERLAP_THRESHOLD,
             "pixel_threshold": test.PIXEL_THRESHOLD,
@@ -143,7 +146,8 @@ class MaskFormer(nn.Module):
 
         Returns:
             In training the losses. Otherwise a list of dicts, with those of these that are on:
-            ``sem_seg`` (K, H, W) class scores, ``panoptic_seg`` (ids (H, W) int32, segments), ``instances``.
+            ``sem_seg`` (K, H, W) class scores, ``panoptic_seg`` (ids (H, W) int32, segments), ``instances``,
+            ``proposal_masks`` (Q, h, w) probabilities at the input's size.
         """
         images = self.preprocess_image(batched_inputs)
         prediction = self.head(self.backbone(images.tensor))
@@ -180,9 +184,11 @@ class MaskFormer(nn.Module):
             sample: says the size of the output.
         """
         height, width = sample.get("height", image_size[0]), sample.get("width", image_size[1])
+        output: dict[str, Any] = {}
+        if self.proposals_on:
+            output["proposal_masks"] = masks[:, : image_size[0], : image_size[1]].sigmoid()
         if self.resize_masks_first:
             masks = sem_seg_postprocess(masks, image_size, height, width)
-        output: dict[str, Any] = {}
         if self.semantic_on:
             scores = semantic_inference(logits, masks)
             if not self.resize_masks_first:

@@ -10,6 +10,12 @@ def add_two_stage_config(cfg: CN) -> None:
     al., ECCV 2022) and ZegFormer's (Ding et al., CVPR 2022) stand beside them where they differ.
     """
     cfg.MODEL.TWO_STAGE = CN()
+    # Name and weights of the CLIP of words and crops, as MODEL.CLIP.NAME and PRETRAINED; [] for MODEL.CLIP,
+    # which may be the backbone's, too.
+    cfg.MODEL.TWO_STAGE.CLIP = []
+    # A file that MaskAdaptedCLIP has exported: its image tower, with its mask prompts if it has any, sees the
+    # crops, whatever MODEL.WEIGHTS holds.
+    cfg.MODEL.TWO_STAGE.ADAPTED_CLIP = ""
     # Prompt templates of the text that queries are compared with, a set's name or one sentence with {} in it
     # (ZegFormer: "zegformer_8" in training, "single_scene" in evaluation), and of the text that crops are
     # compared with, "" for the same (ZegFormer: "zegformer_32").

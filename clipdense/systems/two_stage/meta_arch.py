@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.clip import load_clip
 from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.text import TextBank
@@ -29,6 +30,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 
 __all__ = ["OVSeg"]
+
+TEXT = "encoder.clip.text."
 
 
 @META_ARCH_REGISTRY.register()
@@ -54,6 +57,7 @@ class OVSeg(MaskFormer):
         crop_templates: str = "",
         prompts: AffixPrompts | None = None,
         scoring: Scoring | None = None,
+        keep_encoder: bool = False,
         crop_scale: float = 100.0,
         calibration: float = 0.0,
         max_dense_classes: int = 256,
@@ -67,6 +71,7 @@ class OVSeg(MaskFormer):
             templates: of the text for queries; crop_templates: for crops, "" for the same.
             prompts: learned vectors around class names.
             scoring: default: OVSeg's.
+            keep_encoder: the encoder of a file that is loaded gives way to this one, but for its text tower.
             crop_scale: cosines of crops are multiplied by it; 0 for CLIP's own scale.
             calibration: taken from the semantic maps of base classes.
             max_dense_classes: beyond, semantic segmentation gives labels only; 0: never.
@@ -78,6 +83,7 @@ class OVSeg(MaskFormer):
         self.classifier = classifier
         self.prompts = prompts if prompts is None else prompts.requires_grad_(False)
         self.scoring = Scoring() if scoring is None else scoring
+        self.keep_encoder = keep_encoder
         self.crop_scale, self.calibration = crop_scale, calibration
         self.max_dense_classes = max_dense_classes
         self._banks = [
@@ -92,13 +98,19 @@ class OVSeg(MaskFormer):
         """As `MaskFormer.from_config`, and ``MODEL.TWO_STAGE``."""
         arguments = MaskFormer.from_config(cfg)
         keys, scores = cfg.MODEL.TWO_STAGE, cfg.MODEL.TWO_STAGE.SCORES
-        clip = clip_from_config(cfg)
+        clip = load_clip(*keys.CLIP) if keys.CLIP else clip_from_config(cfg)
         if clip.text is None:
-            raise ValueError(f"'{clip.name}' (MODEL.CLIP) has no text tower, which names the proposals")
+            raise ValueError(f"'{clip.name}' has no text tower, which names the proposals")
         hidden = cfg.MODEL.MASK_FORMER.HIDDEN_DIM
         embed = MLP(hidden, keys.EMBED_HIDDEN_DIM, clip.embed_dim, keys.EMBED_LAYERS)
         mask_prompts = None
-        if keys.MASK_PROMPTS.DEPTH:
+        if keys.ADAPTED_CLIP:
+            from clipdense.clip.mask_prompts import load_mask_prompts
+
+            adapted = load_clip(clip.name, keys.ADAPTED_CLIP, text=False)
+            clip.visual, clip.logit_scale = adapted.visual, adapted.logit_scale
+            mask_prompts = load_mask_prompts(keys.ADAPTED_CLIP)
+        elif keys.MASK_PROMPTS.DEPTH:
             height, width = clip.visual.grid
             tower = clip.visual
             if not isinstance(tower, TransformerTower):
@@ -123,6 +135,7 @@ class OVSeg(MaskFormer):
             if any(keys.AFFIXES)
             else None,
             "scoring": Scoring(scores.SOURCE, scores.FUSION, settings, scores.EMPTY, scores.CLIP_BACKGROUND),
+            "keep_encoder": bool(keys.ADAPTED_CLIP),
             "crop_scale": keys.CROP_SCALE,
             "calibration": keys.CALIBRATION,
             "max_dense_classes": cfg.TEST.MAX_DENSE_CLASSES,
@@ -188,8 +201,10 @@ class OVSeg(MaskFormer):
         scores = self.scores(logits, masks, image_size, sample["image"])
         height, width = sample.get("height", image_size[0]), sample.get("width", image_size[1])
         output: dict[str, Any] = {}
+        probabilities = masks[:, : image_size[0], : image_size[1]].sigmoid()
+        if self.proposals_on:
+            output["proposal_masks"] = probabilities
         if self.semantic_on:
-            probabilities = masks[:, : image_size[0], : image_size[1]].sigmoid()
             arguments = scores[:, :-1], probabilities, (height, width)
             calibration: dict[str, Any] = {"base": self._base(), "calibration": self.calibration}
             if 0 < self.max_dense_classes < scores.shape[1] - 1:
@@ -209,8 +224,14 @@ class OVSeg(MaskFormer):
         return output
 
     def before_load(self, state: dict[str, Tensor]) -> None:
-        """Called with a checkpoint's tensors before they are loaded: other weights embed words anew."""
+        """Called with a checkpoint's tensors before they are loaded: other weights embed words anew, and an
+        adapted CLIP keeps its place."""
         self._words.clear()
+        if self.keep_encoder:
+            own = {f"encoder.{key}": value for key, value in self.encoder.state_dict().items()}
+            for key in [key for key in state if key.startswith("encoder.") and not key.startswith(TEXT)]:
+                del state[key]
+            state.update({key: value for key, value in own.items() if not key.startswith(TEXT)})
 
     def _classify(self, prediction: MaskPrediction, words: Tensor) -> MaskPrediction:
         aux = [self._classify(layer, words) for layer in prediction.aux]
