@@ -18,6 +18,8 @@ A table file (YAML)::
         overrides: {MODEL.BACKBONE.FREEZE_AT: 5}
         arguments: [--num-gpus, 1]        # for the tool
 
+``{seed}`` in an override or argument is the cell's seed: a file of the same seed in another table's folder.
+
 A metric is a path of keys: in ``results.json`` (of an evaluation alone, ``arguments: [--eval-only]``, in
 ``inference/results.json``; ``task/metric``, with the data set's name before it or, where there is one data
 set, without), or the last value under that name in ``metrics.json``. Another JSON file of the run is named
@@ -112,7 +114,8 @@ class Cell:
         values.update(zip(own, (self.seed, str(self.folder)), strict=True))
         words = [f"{key}={value}" if lazy else (key, str(value)) for key, value in values.items()]
         options = [word for item in words for word in ([item] if isinstance(item, str) else item)]
-        return [tool, "--config-file", self.row.config, *self.row.arguments, *options]
+        command = [tool, "--config-file", self.row.config, *self.row.arguments, *options]
+        return [word.replace("{seed}", str(self.seed)) for word in command]
 
     def read(self) -> dict[str, Any] | None:
         """What the finished run left; None where there is none, or one of another command line."""
