@@ -1,8 +1,10 @@
 """CLIPs of golden files of the OVSeg family, and tolerances that follow its README."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from clipdense.checkpoint import load_strict
@@ -10,6 +12,10 @@ from clipdense.clip import ClipModel
 from clipdense.clip.layouts import OPENAI_CLIP
 from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.model import build_clip
+from clipdense.engine.build import build_model
+from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.setup import load_config
+from clipdense.engine.weights import convert_weights
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -63,6 +69,38 @@ def mask_prompts(table: Tensor) -> MaskPrompts:
     prompts = MaskPrompts(*table.shape)
     load_strict(prompts, {"prompts": table}, source="mask_embedding")
     return prompts
+
+
+def converted(
+    golden: Any,
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    content: dict[str, Any] | None = None,
+    layout: str = "",
+) -> Any:
+    """The model that a published file builds.
+
+    Args:
+        options: config keys that the file cannot tell.
+        content: of the file, where it is not the golden one's state; layout: then the file's.
+    """
+    torch.save(content or {"model": whole_state(golden)}, folder / "published.pth")
+    target = folder / "converted.safetensors"
+    options = {"MODEL.DEVICE": "cpu", "MODEL.MASK_FORMER.NHEADS": golden.config["head"]["nheads"]} | options
+    conversion = convert_weights(folder / "published.pth", target, options=options)
+    assert conversion.layout == (layout or golden.id.split("/")[1].split("_")[0])
+    (folder / "config.yaml").write_text(yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target)}}))
+    model = build_model(load_config(str(folder / "config.yaml"))).eval()
+    TrainingCheckpointer(model).load_weights(str(target), complete=True)
+    return model
+
+
+def samples(golden: Any) -> list[dict[str, Any]]:
+    return [
+        {"image": golden.part("in")[f"image{b}"], "height": h, "width": w}
+        for b, (h, w) in enumerate(golden.config["output_hw"])
+    ]
 
 
 def close(golden: Any, name: str, value: Tensor, atol: float) -> None:

@@ -63,6 +63,8 @@ def main() -> None:
         lines = (f"  {key}: {value}" for key, value in done.options.items())
         print("config keys in the file:", *lines, sep="\n")
     print(f"written to {arguments.output}")
+    if done.licence:
+        print(f"licence of the published weights: {done.licence}")
 
 
 def class_names(arguments: argparse.Namespace) -> list[str] | None:

@@ -43,10 +43,12 @@ class ModelLayout(Layout):
         options: from the file's keys, and its classes where they are known, to the config keys that the model
             needs and their values. Raises CheckpointError where tensors determine no model.
         prefixes: from the file's keys to beginnings of keys, the file's -> the model's.
+        licence: of the published weights, where it does not allow every use; printed by the converter.
     """
 
     options: Callable[[Mapping[str, Tensor], Sequence[str] | None], dict[str, Any]]
     prefixes: Callable[[Mapping[str, Tensor]], dict[str, str]]
+    licence: str = ""
 
 
 def rename(key: str, prefixes: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipdense.checkpoint import CheckpointError, atomic_path, convert_model, read_checkpoint
+from clipdense.checkpoint import LAYOUTS, CheckpointError, atomic_path, convert_model, read_checkpoint
 
 from detectron2.checkpoint import DetectionCheckpointer
 
@@ -79,6 +79,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
         self.skip, self.allow_pickle, self.keep = tuple(skip), allow_pickle, keep
         self.logger = logging.getLogger(__name__)
         self._path, self._complete = "", False
+        self._optional: str | None = None
 
     def save(self, name: str, *, tag: bool = True, **data: Any) -> None:
         """Write ``<name>.pth`` with the model's state (unless ``data`` has a ``model``) and ``data``.
@@ -134,14 +135,15 @@ class TrainingCheckpointer(DetectionCheckpointer):
             raise FileNotFoundError(
                 f"weight file {path} does not exist (MODEL.WEIGHTS, or the checkpoint to resume from)"
             )
-        self._path, self._complete = path, complete
+        self._path, self._complete, self._optional = path, complete, None
         return self.load(path, checkpointables=[])
 
     def _load_file(self, f: str) -> dict[str, Any]:
         if not f.endswith((".pkl", ".pyth")):
             file = convert_model(read_checkpoint(f, allow_pickle=self.allow_pickle))
-            if "source" in file.metadata:  # a published model is there whole, or is not that model
-                self._complete = True
+            source = LAYOUTS.get(file.metadata.get("source", ""))
+            if source is not None:  # a published model is there whole, or is not that model
+                self._complete, self._optional = True, source.optional
             return {"model": file.state, **file.extras}
         if not self.allow_pickle:  # the layouts of Detectron2's model zoo
             raise CheckpointError(
@@ -170,7 +172,10 @@ class TrainingCheckpointer(DetectionCheckpointer):
         return any(fnmatch.fnmatchcase(key, pattern) for pattern in self.skip)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        missing = [k for k in incompatible.missing_keys if not self._skipped(k)]
+        elsewhere = re.compile(self._optional or r"(?!)")
+        missing = [
+            k for k in incompatible.missing_keys if not self._skipped(k) and not elsewhere.fullmatch(k)
+        ]
         unexpected, shapes = list(incompatible.unexpected_keys), incompatible.incorrect_shapes
         if self._zoo and len(unexpected) < self._offered:
             unexpected = []  # a model-zoo trunk comes with the classifier it was trained with

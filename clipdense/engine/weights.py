@@ -140,6 +140,7 @@ class Conversion:
         dropped: keys that were left out, by the name of the rule.
         options: config key -> value, as written.
         classes: their names; None where they are not known.
+        licence: of the published weights; "" where it allows every use.
     """
 
     layout: str
@@ -147,6 +148,7 @@ class Conversion:
     dropped: dict[str, list[str]]
     options: dict[str, Any]
     classes: list[str] | None
+    licence: str = ""
 
 
 def convert_weights(
@@ -186,7 +188,7 @@ def convert_weights(
     needed = {**config_options(file), **(options or {})}
     set_options(cfg, needed, str(source))
     metadata = {**file.metadata, "options": {**file.metadata["options"], "config": needed}}
-    report = account_model(cfg, file, drops=layout.drops)
+    report = account_model(cfg, file, drops=layout.drops, optional=layout.optional)
     if not report.complete:
         theirs = {ours: prefix for prefix, ours in layout.prefixes(read.state).items()}
         raise CheckpointError(
@@ -197,7 +199,8 @@ def convert_weights(
     state = {key: value for key, value in file.state.items() if key not in dropped}
     save_checkpoint(target, state, metadata)
     rules = {**report.dropped, **({"not part of the model": sorted(read.extras)} if read.extras else {})}
-    return Conversion(layout.name, len(state), rules, needed, metadata["options"].get("classes"))
+    names = metadata["options"].get("classes")
+    return Conversion(layout.name, len(state), rules, needed, names, layout.licence)
 
 
 def _convert_clip(
@@ -213,17 +216,22 @@ def _convert_clip(
     return Conversion(layout.name, len(report.loaded), rules, {}, None)
 
 
-def account_model(cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = ()) -> Report:
+def account_model(
+    cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = (), optional: str | None = None
+) -> Report:
     """Compare a file with the model that a config describes, which is built on the meta device.
 
     Args:
         drops: rules for keys of the file that are left out.
+        optional: pattern of keys that it may lack.
 
     Raises:
         CheckpointError: no model can be built.
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
+    if not (cfg.MODEL.CLIP.PRETRAINED or os.path.isfile(cfg.MODEL.CLIP.NAME)):
+        cfg.MODEL.CLIP.PRETRAINED = "random"  # only sizes matter
     if not cfg.MODEL.LANGUAGE.CLASSES and head_classes(cfg):  # the names are not known, and do not matter
         counted, _ = head_classes(cfg)[0]
         cfg.MODEL.LANGUAGE.CLASSES = [str(i) for i in range(_get(cfg, counted))]
@@ -232,7 +240,7 @@ def account_model(cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = ()
             model = build_model(cfg)
     except (ValueError, AssertionError) as e:  # torch asserts that heads divide widths
         raise CheckpointError(f"{file.path}: no model can be built for it ({e})") from e
-    return account(model.state_dict(), file.state, drops=drops)
+    return account(model.state_dict(), file.state, drops=drops, optional=optional)
 
 
 def _read(path: str, allow_pickle: bool) -> Checkpoint | None:

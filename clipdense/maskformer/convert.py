@@ -27,6 +27,7 @@ from clipdense.checkpoint import (
 __all__ = [
     "MASK2FORMER",
     "MASKFORMER",
+    "NON_COMMERCIAL",
     "backbone_options",
     "backbone_prefixes",
     "head_options",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 State = Mapping[str, Tensor]
+
+NON_COMMERCIAL = "CC BY-NC 4.0 (no commercial use)"
 
 DROPS = (
     DropRule("window indices", r"backbone\..*\.relative_position_index", "computed for every window"),
@@ -227,7 +230,7 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def _layout(name: str, about: str, decoder: str) -> ModelLayout:
+def _layout(name: str, about: str, decoder: str, licence: str = "") -> ModelLayout:
     def matches(state: State) -> bool:
         linear = f"{_HEAD}predictor.class_embed.weight" in state
         return linear and any(key.startswith(_HEAD + decoder) for key in state)
@@ -241,9 +244,10 @@ def _layout(name: str, about: str, decoder: str) -> ModelLayout:
             options=_options,
             prefixes=_prefixes,
             drops=DROPS,
+            licence=licence,
         )
     )
 
 
-MASKFORMER = _layout("maskformer", f"MaskFormer as Detectron2 saves it: {_HEAD}{_V1}*", _V1)
+MASKFORMER = _layout("maskformer", f"MaskFormer as Detectron2 saves it: {_HEAD}{_V1}*", _V1, NON_COMMERCIAL)
 MASK2FORMER = _layout("mask2former", f"Mask2Former as Detectron2 saves it: {_HEAD}{_V2}*", _V2)

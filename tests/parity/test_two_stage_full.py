@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
 from clipdense.checkpoint import model_layout
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.config import add_clipdense_config
-from clipdense.engine.build import build_model
-from clipdense.engine.checkpoint import TrainingCheckpointer
-from clipdense.engine.setup import load_config
-from clipdense.engine.weights import convert_weights
 from clipdense.maskformer import MLP, MaskFormerHead
 from clipdense.systems.two_stage import QueryClassifier, Scoring, cosine_logits
 
@@ -27,35 +22,15 @@ import two_stage_files as files  # noqa: E402
 from two_stage_files import close, far  # noqa: E402
 
 
-def converted(golden, folder, options):
-    """The model that a published file builds."""
-    torch.save({"model": files.whole_state(golden)}, folder / "published.pth")
-    target = folder / "converted.safetensors"
-    options = {"MODEL.DEVICE": "cpu", "MODEL.MASK_FORMER.NHEADS": golden.config["head"]["nheads"]} | options
-    conversion = convert_weights(folder / "published.pth", target, options=options)
-    assert conversion.layout == golden.id.split("/")[1].split("_")[0]
-    (folder / "config.yaml").write_text(yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target)}}))
-    model = build_model(load_config(str(folder / "config.yaml"))).eval()
-    TrainingCheckpointer(model).load_weights(str(target), complete=True)
-    return model
-
-
-def samples(golden):
-    return [
-        {"image": golden.part("in")[f"image{b}"], "height": h, "width": w}
-        for b, (h, w) in enumerate(golden.config["output_hw"])
-    ]
-
-
 @pytest.mark.golden(kind="ovseg_full")
 @torch.no_grad()
 def test_ovseg(golden, tmp_path):
-    c, batch = golden.config, samples(golden)
+    c, batch = golden.config, files.samples(golden)
     weight = c["clip_ensemble_weight"]
     options = {f"MODEL.TWO_STAGE.SCORES.{key}": weight for key in ("ALPHA", "BETA")}
     options["MODEL.TWO_STAGE.CROP.THRESHOLD"] = c["adapter"]["mask_thr"]
     options["MODEL.TWO_STAGE.MASK_PROMPTS.ENABLED"] = c["adapter"]["mask_prompt_fwd"]
-    model = converted(golden, tmp_path, options)
+    model = files.converted(golden, tmp_path, options)
     model.set_vocabulary(Vocabulary.from_names(c["class_names"], separator=None))
     images = model.preprocess_image(batch)
     features = model.backbone(images.tensor)
@@ -88,9 +63,9 @@ def test_ovseg(golden, tmp_path):
 @pytest.mark.golden(kind="zegformer_full")
 @torch.no_grad()
 def test_zegformer(golden, tmp_path):
-    c, batch = golden.config, samples(golden)
+    c, batch = golden.config, files.samples(golden)
     templates = {"imagenet_select": "zegformer_8", "single": "single_scene"}
-    model = converted(
+    model = files.converted(
         golden,
         tmp_path,
         {

@@ -1,4 +1,4 @@
-"""Published OVSeg, zsseg and ZegFormer models, whose files hold their CLIP, too.
+"""Published OVSeg, zsseg and ZegFormer models, whose files hold their CLIP, too, but for some of ZegFormer's.
 
 Sizes are read from the tensors. What they cannot tell is as in the released configs
 (specs/ovseg_zegformer_maskformer.md 2.1, 3, 4): see `clipdense.maskformer.convert` for the proposals, and
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from clipdense.checkpoint import (
-    CheckpointError,
     DropRule,
     ModelLayout,
     config_leaves,
@@ -27,13 +26,14 @@ from clipdense.checkpoint import (
 from clipdense.clip.layouts import OPENAI_CLIP, config_from_tensors
 from clipdense.maskformer.convert import (
     DROPS,
+    NON_COMMERCIAL,
     backbone_options,
     backbone_prefixes,
     head_options,
     head_prefixes,
 )
 
-__all__ = ["OVSEG", "ZEGFORMER", "ZSSEG"]
+__all__ = ["OVSEG", "ZEGFORMER", "ZEGFORMER_PROPOSALS", "ZSSEG"]
 
 State = Mapping[str, Tensor]
 
@@ -41,6 +41,7 @@ _PREDICTOR, _ADAPTER = "sem_seg_head.predictor.", "clip_adapter."
 _EMBED = "head.predictor.class_embed.layers."
 _MASK_PROMPTS = f"{_ADAPTER}clip_model.visual.mask_embedding"
 _AFFIXES = f"{_ADAPTER}prompt_learner."
+_ZEGFORMER_CLIP = f"{_PREDICTOR}clip_model."
 
 _DROPS = (
     *DROPS,
@@ -54,8 +55,8 @@ _DROPS = (
 
 
 def _clip_prefix(state: State) -> str:
-    own = f"{_PREDICTOR}clip_model."
-    return own if any(key.startswith(own) for key in state) else f"{_ADAPTER}clip_model."
+    own = any(key.startswith(_ZEGFORMER_CLIP) for key in state)
+    return _ZEGFORMER_CLIP if own else f"{_ADAPTER}clip_model."
 
 
 def _clip_prefixes(state: State) -> dict[str, str]:
@@ -96,20 +97,12 @@ def _convert(state: State) -> dict[str, Tensor]:
 
 def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
     """What all three have in common."""
-    ours, prefix = _convert(state), _clip_prefix(state)
-    clip = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if not clip:
-        raise CheckpointError(
-            "it holds no CLIP: convert a file that was saved with the CLIP that classifies crops"
-        )
-    config = config_from_tensors(OPENAI_CLIP.convert(clip), head_width=64, text_heads=None)
+    ours = _convert(state)
     prompts = ours.get("encoder.mask_prompts.prompts")
     weighted = "criterion.empty_weight" in state
     return {
         "MODEL.META_ARCHITECTURE": "OVSeg",
-        "MODEL.CLIP.PRETRAINED": "random",
-        "MODEL.CLIP.POSITION_GRID": 0,
-        **dict(config_leaves({**config, "quick_gelu": True}, "MODEL.CLIP.CONFIG")),
+        **_clip_options(state),
         **({"MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(state["criterion.empty_weight"]) - 1} if weighted else {}),
         **backbone_options(state),
         **head_options(ours),
@@ -121,6 +114,20 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
         "MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH": 0 if prompts is None else len(prompts),
         "MODEL.TWO_STAGE.AFFIXES": [len(ours.get(f"prompts.{x}fix", ())) for x in ("pre", "suf")],
         "MODEL.TWO_STAGE.SCORES.EMPTY": "boost",
+    }
+
+
+def _clip_options(state: State) -> dict[str, Any]:
+    """The file's CLIP; where it holds none, OpenAI's, whose weights MODEL.CLIP.PRETRAINED has to name."""
+    prefix = _clip_prefix(state)
+    clip = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not clip:
+        return {"MODEL.CLIP.NAME": "ViT-B-16-quickgelu"}
+    config = config_from_tensors(OPENAI_CLIP.convert(clip), head_width=64, text_heads=None)
+    return {
+        "MODEL.CLIP.PRETRAINED": "random",
+        "MODEL.CLIP.POSITION_GRID": 0,
+        **dict(config_leaves({**config, "quick_gelu": True}, "MODEL.CLIP.CONFIG")),
     }
 
 
@@ -169,6 +176,9 @@ def _layout(
     about: str,
     matches: Callable[[State], bool],
     options: Callable[[State, Sequence[str] | None], dict[str, Any]],
+    *,
+    licence: str = "",
+    optional: str | None = None,
 ) -> ModelLayout:
     return register_layout(
         ModelLayout(
@@ -179,6 +189,8 @@ def _layout(
             options=options,
             prefixes=_prefixes,
             drops=_DROPS,
+            licence=licence,
+            optional=optional,
         )
     )
 
@@ -187,11 +199,16 @@ def _adapts_clip(state: State) -> bool:
     return f"{_ADAPTER}non_object_embedding" in state and f"{_PREDICTOR}class_embed.layers.0.weight" in state
 
 
+def _is_zegformer(state: State) -> bool:
+    return f"{_PREDICTOR}bg_feature" in state and f"{_PREDICTOR}projection_layer.weight" in state
+
+
 OVSEG = _layout(
     "ovseg",
     f"OVSeg as Detectron2 saves it: {_ADAPTER}*, {_MASK_PROMPTS}",
     lambda state: _adapts_clip(state) and _MASK_PROMPTS in state,
     _ovseg,
+    licence=NON_COMMERCIAL,
 )
 ZSSEG = _layout(
     "zsseg",
@@ -201,7 +218,16 @@ ZSSEG = _layout(
 )
 ZEGFORMER = _layout(
     "zegformer",
-    f"ZegFormer as Detectron2 saves it: {_PREDICTOR}projection_layer.*, {_PREDICTOR}bg_feature",
-    lambda state: f"{_PREDICTOR}bg_feature" in state and f"{_PREDICTOR}projection_layer.weight" in state,
+    f"ZegFormer as Detectron2 saves it: {_PREDICTOR}projection_layer.*, {_ZEGFORMER_CLIP}*",
+    lambda state: _is_zegformer(state) and _clip_prefix(state) == _ZEGFORMER_CLIP,
     _zegformer,
+    licence=NON_COMMERCIAL,
+)
+ZEGFORMER_PROPOSALS = _layout(
+    "zegformer_proposals",
+    f"ZegFormer as it is trained, without CLIP: {_PREDICTOR}projection_layer.*, no {_ZEGFORMER_CLIP}*",
+    lambda state: _is_zegformer(state) and _clip_prefix(state) != _ZEGFORMER_CLIP,
+    _zegformer,
+    licence=NON_COMMERCIAL,
+    optional=r"encoder\.clip\..*",
 )

@@ -1,0 +1,165 @@
+"""Files of OVSeg, zsseg and ZegFormer: full-size ones map without rest, older and partial ones load."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipdense.checkpoint import Checkpoint, CheckpointError, config_options, convert_model, model_layout
+from clipdense.clip.layouts import JIT_ENTRIES
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.config import add_clipdense_config
+from clipdense.engine.weights import account_model, convert_weights, set_options
+from clipdense.systems.two_stage import Scoring
+
+from detectron2.config import get_cfg
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import two_stage_files as files  # noqa: E402
+from two_stage_files import close, far  # noqa: E402
+
+LAST_BIAS = "predictor.mask_embed.layers.2.bias"
+TEMPLATES = {"imagenet_select": "zegformer_8", "single": "single_scene"}
+
+
+def fits(golden, shapes, layout_name):
+    """Every key of the shapes is a model's, and the other way round; returns its config keys."""
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    layout = model_layout(state)
+    assert layout.name == layout_name
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+
+    def report(state):
+        file = convert_model(Checkpoint(golden.path, state, "torch"))
+        options = config_options(file)
+        keys = cfg.clone()
+        set_options(keys, options, golden.id)
+        return account_model(keys, file, layout.drops, layout.optional), options
+
+    whole, options = report(state)
+    assert whole.complete, str(whole)
+    lacking, _ = report({key: value for key, value in state.items() if LAST_BIAS not in key})
+    assert lacking.missing == [f"head.{LAST_BIAS}"]
+    another, _ = report({**state, "sem_seg_head.predictor.other.weight": torch.empty(1, device="meta")})
+    assert another.unexpected == ["head.predictor.other.weight"]
+    return options
+
+
+@pytest.mark.golden(manifest="ovseg_*")
+def test_full_size_ovseg_maps_without_rest(golden):
+    options = fits(golden, golden.shapes, "ovseg")
+    prompts = golden.shapes["clip_adapter.clip_model.visual.mask_embedding"]
+    assert options["MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH"] == prompts[0]
+    assert options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] == golden.shapes["criterion.empty_weight"][0] - 1
+
+
+@pytest.mark.golden(manifest="zsseg_*")
+def test_full_size_zsseg_maps_without_rest(golden):
+    prefix = golden.shapes["clip_adapter.prompt_learner.prefix_prompt"][0]
+    options = fits(golden, golden.shapes, "zsseg")
+    assert options["MODEL.TWO_STAGE.AFFIXES"] == [prefix, 0]
+    assert options["MODEL.TWO_STAGE.TEMPLATES"] == "{}."
+    absent = json.loads(golden.path.read_text())["_info"]["absent_in_cross_dataset_file"]
+    options = fits(golden, {k: v for k, v in golden.shapes.items() if k not in absent}, "zsseg")
+    assert options["MODEL.TWO_STAGE.AFFIXES"] == [0, 0]
+    assert options["MODEL.TWO_STAGE.TEMPLATES"] == "ovseg_14"
+
+
+@pytest.mark.golden(manifest="zegformer_*")
+def test_full_size_zegformer_maps_without_rest(golden):
+    """As it is trained, and as it is evaluated, with OpenAI's CLIP beside it."""
+    options = fits(golden, golden.shapes, "zegformer_proposals")
+    assert options["MODEL.CLIP.NAME"] == "ViT-B-16-quickgelu"
+    listed = json.loads((golden.path.parent / "openai_clip_ViT-B-16.json").read_text())
+    optional = json.loads(golden.path.read_text())["_info"]["optional_in_checkpoint"]
+    clip = {optional["prefix"] + k: v for k, v in listed.items() if k not in ("_info", *JIT_ENTRIES)}
+    assert len(clip) == optional["num_tensors"]
+    options = fits(golden, golden.shapes | clip, "zegformer")
+    assert options["MODEL.CLIP.CONFIG.vision_cfg.patch_size"] == 16
+    clip.popitem()
+    with pytest.raises(AssertionError, match=r"missing in the file: encoder\.clip\."):
+        fits(golden, golden.shapes | clip, "zegformer")
+
+
+def ovseg_options(golden):
+    c = golden.config
+    options = {f"MODEL.TWO_STAGE.SCORES.{key}": c["clip_ensemble_weight"] for key in ("ALPHA", "BETA")}
+    options["MODEL.TWO_STAGE.CROP.THRESHOLD"] = c["adapter"]["mask_thr"]
+    return options | {"MODEL.TWO_STAGE.MASK_PROMPTS.ENABLED": c["adapter"]["mask_prompt_fwd"]}
+
+
+@torch.no_grad()
+def segment(golden, model):
+    model.set_vocabulary(Vocabulary.from_names(golden.config["class_names"], separator=None))
+    return model(files.samples(golden))[0]["sem_seg"]
+
+
+def tolerance(golden):
+    return 1e-3 * golden.part("out")["sem_seg0"].abs().max().item()
+
+
+@pytest.mark.golden(kind="ovseg_full")
+def test_older_files(golden, tmp_path):
+    """From before heads had parts, saved from several processes, and without class weights."""
+    head, predictor = "sem_seg_head.pixel_decoder.", "sem_seg_head."
+    state = {
+        f"module.{key.replace(head, predictor)}": value
+        for key, value in files.whole_state(golden).items()
+        if key != "criterion.empty_weight"
+    }
+    options = ovseg_options(golden)
+    content = {"model": state, "iteration": 3, "optimizer": {}}
+    model = files.converted(golden, tmp_path, options, content=content)
+    close(golden, "sem_seg0", segment(golden, model), tolerance(golden))
+    del state[f"module.sem_seg_head.{LAST_BIAS}"]
+    torch.save({"model": state}, tmp_path / "lacking.pth")
+    with pytest.raises(CheckpointError, match=r"lacks sem_seg_head\.predictor\.mask_embed\.layers\.2\.bias"):
+        convert_weights(tmp_path / "lacking.pth", tmp_path / "lacking.safetensors", options=options)
+
+
+@pytest.mark.golden(kind="ovseg_full")
+def test_files_without_mask_prompts(golden, tmp_path):
+    """They are OVSeg's that sees crops alone, whatever the number of training classes."""
+    state = files.whole_state(golden)
+    del state["clip_adapter.clip_model.visual.mask_embedding"]
+    state["criterion.empty_weight"] = torch.ones(3)
+    options = ovseg_options(golden)
+    model = files.converted(golden, tmp_path, options, content={"model": state}, layout="zsseg")
+    plain = segment(golden, model)
+    complete = files.converted(golden, tmp_path, options | {"MODEL.TWO_STAGE.MASK_PROMPTS.ENABLED": False})
+    torch.testing.assert_close(plain, segment(golden, complete))
+    model.scoring = Scoring("proposals")
+    assert far(golden, "sem_seg0", segment(golden, model), tolerance(golden))
+
+
+@pytest.mark.golden(kind="zegformer_full")
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")  # the accounts' model
+@torch.no_grad()
+def test_zegformer_without_clip(golden, tmp_path):
+    """Its CLIP is MODEL.CLIP's, whose weights are not in the file, and nothing else may be missing."""
+    prefix = "sem_seg_head.predictor.clip_model."
+    clip, _ = files.load(golden, prefix)
+    clip.save(tmp_path / "clip.safetensors")
+    state = {k: v for k, v in files.whole_state(golden).items() if not k.startswith(prefix)}
+    c = golden.config
+    options = {
+        "MODEL.TWO_STAGE.TEMPLATES": TEMPLATES[c["prompt_ensemble_type"]],
+        "MODEL.TWO_STAGE.CALIBRATION": c["gzero_calibrate"],
+        "MODEL.CLIP.NAME": str(tmp_path / "clip.safetensors"),
+    }
+    arguments = {"content": {"model": state}, "layout": "zegformer_proposals"}
+    model = files.converted(golden, tmp_path, options, **arguments)
+    seen = set(c["train_classes"])
+    novel = [i for i, name in enumerate(c["test_classes"]) if name not in seen]
+    model.set_vocabulary(Vocabulary.from_names(c["test_classes"], novel=novel))
+    for b, output in enumerate(model(files.samples(golden))):
+        close(golden, f"sem_seg{b}", output["sem_seg"], 1e-3)
+    torch.nn.init.normal_(model.encoder.clip.visual.proj)
+    assert far(golden, "sem_seg0", model(files.samples(golden))[0]["sem_seg"], 1e-3)
+    del state[f"sem_seg_head.{LAST_BIAS}"]
+    with pytest.raises(CheckpointError, match=r"lacks sem_seg_head\.predictor\.mask_embed\.layers\.2\.bias"):
+        files.converted(golden, tmp_path, options, **arguments)
