@@ -212,6 +212,18 @@ def test_lazy_configs_take_other_overrides(tmp_path: Path) -> None:
     assert command[3:5] == ["optimizer.lr=0.1", "train.seed=1"]
 
 
+def test_files_of_the_own_seed(tmp_path: Path) -> None:
+    overrides = {"MODEL.WEIGHTS": "runs/seed_{seed}/model.pth", "DATA": ["{seed}.jsonl"]}
+    rows = [{"name": "next", "config": "a.yaml", "overrides": overrides}]
+    cells = load_table(write_table(tmp_path, rows=rows, overrides={})).cells()
+    assert cells[2].command("train.py")[3:7] == [
+        "MODEL.WEIGHTS",
+        "runs/seed_4/model.pth",
+        "DATA",
+        "['4.jsonl']",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
