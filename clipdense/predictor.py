@@ -191,7 +191,9 @@ class Predictor:
         is_open = _is_open(self.model)
         self.metadata = _metadata(self.cfg, noted, trained_first=not is_open)
         if is_open:
-            self.model.set_vocabulary(Vocabulary.from_metadata(self.metadata))
+            split = not isinstance(self.cfg, CfgNode) or self.cfg.DATASETS.SPLIT_NAMES
+            vocabulary = Vocabulary.from_metadata(self.metadata, separator="," if split else None)
+            self.model.set_vocabulary(vocabulary)
 
     def _sample(self, image: ImageSource) -> dict[str, Any]:
         return map_image(self._mapper, load_image(image, self._mapper.image_format))

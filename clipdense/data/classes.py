@@ -1,11 +1,13 @@
-"""The class list that the data sets of a config share."""
+"""The class lists of data sets, and that which the data sets of a config share."""
 
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.checks import check_dataset_names, dataset_classes
 from clipdense.data.datasets import register_from_config
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-__all__ = ["class_names"]
+__all__ = ["class_names", "dataset_vocabulary"]
 
 
 def class_names(cfg: CfgNode, kind: str = "thing_classes") -> list[str]:
@@ -33,3 +35,15 @@ def class_names(cfg: CfgNode, kind: str = "thing_classes") -> list[str]:
                 f"class lists; the first differences: {', '.join(differing) or 'their lengths'}"
             )
     return first
+
+
+def dataset_vocabulary(cfg: CfgNode, name: str) -> Vocabulary:
+    """The vocabulary of a registered data set; ``DATASETS.SPLIT_NAMES`` says what commas in names mean.
+
+    Raises:
+        ValueError: a data set without classes, or with two that are the same.
+    """
+    metadata = MetadataCatalog.get(name)
+    if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
+        DatasetCatalog.get(name)  # a COCO file's classes are known once it has been read
+    return Vocabulary.from_metadata(metadata, separator="," if cfg.DATASETS.SPLIT_NAMES else None)

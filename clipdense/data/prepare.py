@@ -7,48 +7,80 @@ on.
 
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+import pickle
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
 from PIL import Image
+from scipy.io import loadmat
 from tqdm import tqdm
 
 from clipdense.data.datasets.layouts import load_json
-from clipdense.data.image import read_labels
+from clipdense.data.image import read_image, read_labels
 
-__all__ = ["ade20k_panoptic", "convert_labels", "panoptic_to_semantic", "select_categories"]
+__all__ = [
+    "ade20k_full",
+    "ade20k_panoptic",
+    "convert_labels",
+    "panoptic_to_semantic",
+    "read_matlab_labels",
+    "read_object_names",
+    "select_categories",
+]
 
 Labels = npt.NDArray[np.int64]
 
 
 def convert_labels(
-    source: Path, target: Path, convert: Callable[[Labels], Labels], names: Sequence[str] | None = None
+    source: Path,
+    target: Path,
+    convert: Callable[[Labels], Labels],
+    names: Sequence[str] | None = None,
+    *,
+    suffix: str = ".png",
+    read: Callable[[Path], Labels] = read_labels,
+    wide: bool = False,
 ) -> int:
-    """Convert every label PNG of a folder.
+    """Convert every label map of a folder, several at a time.
 
     Args:
         source, target: folders.
-        convert: (H, W) labels -> (H, W) labels in 0..255.
-        names: file stems (default: every PNG).
+        convert: (H, W) labels -> (H, W) labels in 0..255, or 0..65535 if `wide`.
+        names: file stems (default: every file).
+        suffix: of the source files.
+        read: a source file -> (H, W) labels.
+        wide: write 16-bit .tif instead of 8-bit .png.
 
     Returns:
         The number of files converted now.
 
     Raises:
-        FileNotFoundError: a folder without PNGs, or a named one that is missing.
+        FileNotFoundError: a folder without label maps, or a named one that is missing.
+        ValueError: a label that `convert`, a table, does not have.
     """
-    paths = sorted(source.glob("*.png")) if names is None else [source / f"{name}.png" for name in names]
+    paths = sorted(source.glob(f"*{suffix}")) if names is None else [source / f"{n}{suffix}" for n in names]
     if not paths:
-        raise FileNotFoundError(f"no label maps (*.png) in {source}")
+        raise FileNotFoundError(f"no label maps (*{suffix}) in {source}")
     target.mkdir(parents=True, exist_ok=True)
-    missing = [path for path in paths if not (target / path.name).is_file()]
-    for path in tqdm(missing, desc=str(target), unit="file"):
-        _save(Image.fromarray(convert(read_labels(path)).astype(np.uint8)), target / path.name)
-    return len(missing)
+    ending, dtype = (".tif", np.uint16) if wide else (".png", np.uint8)
+    jobs = {path: target / f"{path.stem}{ending}" for path in paths}
+    jobs = {path: goal for path, goal in jobs.items() if not goal.is_file()}
+
+    def run(path: Path) -> None:
+        try:
+            labels = convert(read(path))
+        except IndexError as error:
+            raise ValueError(f"{path}: a label that is none of the data set's ({error})") from error
+        _save(Image.fromarray(labels.astype(dtype)), jobs[path])
+
+    return _in_threads(run, list(jobs), str(target))
 
 
 def panoptic_to_semantic(panoptic_json: Path, panoptic_root: Path, target: Path) -> int:
@@ -139,6 +171,101 @@ def ade20k_panoptic(root: Path, folder: str, split: str, things: Sequence[int], 
         _save_json(content, root / f"ade20k_{kind}_{split}.json")
 
 
+def ade20k_full(root: Path, split: str, ids: Mapping[int, int], void: int, side: int = 512) -> int:
+    """ADE20K with any of its 3,688 objects as classes: images whose short side is at most `side`, and 16-bit
+    label maps, as MaskFormer (Cheng et al., NeurIPS 2021) evaluates them.
+
+    ``images/ADE/<split>/``: beside each .jpg, at any depth, a ``_seg.png``, whose red and green are the
+    object, R // 10 * 256 + G. Written are ``images_detectron2/<split>/`` and
+    ``annotations_detectron2/<split>/``; images that are small enough are copied as they are.
+
+    Args:
+        root: ADE20K_2021_17_01.
+        split: training or validation.
+        ids: object -> class; all others are void.
+        void: the label of what is no class.
+        side: short side of larger images, which are resized bilinearly, their labels by nearest neighbour.
+
+    Returns:
+        The number of images made now.
+
+    Raises:
+        FileNotFoundError: no images, or one without label map.
+    """
+    source = root / "images" / "ADE" / split
+    paths = sorted(source.rglob("*.jpg"))
+    if not paths:
+        raise FileNotFoundError(f"no images (*.jpg) in {source}; it is a part of ADE20K_2021_17_01.zip")
+    images, labels = (root / f"{kind}_detectron2" / split for kind in ("images", "annotations"))
+    for folder in (images, labels):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(path: Path) -> None:
+        # the label map is written last: where it is, both are
+        colors = read_image(path.with_name(f"{path.stem}_seg.png")).astype(np.int64)
+        objects = colors[..., 0] // 10 * 256 + colors[..., 1]
+        values, where = np.unique(objects, return_inverse=True)
+        classes = np.array([ids.get(int(v), void) for v in values], np.uint16)[where.reshape(objects.shape)]
+        height, width = objects.shape
+        short = min(height, width)
+        if short > side:
+            size = round(width / short * side), round(height / short * side)
+            image = cv2.resize(read_image(path), size, interpolation=cv2.INTER_LINEAR)
+            classes = cv2.resize(classes, size, interpolation=cv2.INTER_NEAREST)
+            _save(Image.fromarray(image), images / path.name)
+        else:
+            shutil.copyfile(path, images / path.name)
+        _save(Image.fromarray(classes), labels / f"{path.stem}.tif")
+
+    return _in_threads(run, [p for p in paths if not (labels / f"{p.stem}.tif").is_file()], str(labels))
+
+
+def read_object_names(path: Path) -> list[str]:
+    """The names of ADE20K's objects from its index (index_ade20k.pkl), number 1 first.
+
+    Nothing in the pickle is run: what is neither text, number nor list is left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no list ``objectnames``.
+    """
+    with path.open("rb") as file:
+        try:
+            names = _ListsOnly(file).load()["objectnames"]
+        except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError, AttributeError) as error:
+            raise ValueError(f"{path}: no index of ADE20K ({error!r})") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: its objectnames are no list of names")
+    return names
+
+
+class _ListsOnly(pickle.Unpickler):
+    """Unpickles plain Python; a blank stands for any other object."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The blank's class, whatever is asked for."""
+        return _Blank
+
+
+class _Blank:
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def read_matlab_labels(path: Path) -> Labels:
+    """``LabelMap`` (H, W) of a MATLAB file, as PASCAL-Context publishes it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no MATLAB file, or one without it.
+    """
+    try:
+        return np.asarray(loadmat(path)["LabelMap"], np.int64)
+    except (KeyError, ValueError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"{path}: no MATLAB file with a LabelMap ({error!r})") from error
+
+
 def select_categories(
     source: Path,
     target: Path,
@@ -182,10 +309,28 @@ def _segment(ids: Labels, mask: npt.NDArray[np.bool_], segment_id: int, category
     return {"id": segment_id, "category_id": category, "area": int(mask.sum()), "bbox": box, "iscrowd": 0}
 
 
+_FORMATS: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95},
+    ".tif": {"format": "TIFF", "compression": "tiff_lzw"},
+}
+
+
+def _in_threads(run: Callable[[Path], None], paths: Sequence[Path], title: str) -> int:
+    """Call `run` on every path, with a progress bar; the first error stops all. Returns their number."""
+    with ThreadPoolExecutor() as pool:
+        try:
+            list(tqdm(pool.map(run, paths), desc=title, total=len(paths), unit="file"))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return len(paths)
+
+
 def _save(image: Image.Image, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        image.save(temporary, "PNG")
+        image.save(temporary, **_FORMATS[path.suffix])
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.classes import dataset_vocabulary
 from clipdense.data.loader import build_test_loader
 from clipdense.evaluation import build_evaluator
 from clipdense.score_map import has_score_map, score_classes, score_maps
@@ -47,7 +48,7 @@ def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str,
         ValueError: the model cannot take a data set's classes; before anything is evaluated.
     """
     results = {}
-    with _vocabularies(model, cfg.DATASETS.TEST) as vocabularies:
+    with _vocabularies(cfg, model) as vocabularies:
         for name in cfg.DATASETS.TEST:
             if name in vocabularies:
                 model.set_vocabulary(vocabularies[name])
@@ -61,7 +62,7 @@ def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str,
 
 
 @contextmanager
-def _vocabularies(model: Any, names: Iterable[str]) -> Iterator[dict[str, Vocabulary]]:
+def _vocabularies(cfg: CfgNode, model: Any) -> Iterator[dict[str, Vocabulary]]:
     """What an open-vocabulary model is told for each data set; nothing for a model that names fixed classes.
 
     All are set once, so that words without an embedding are known before hours of evaluation; text is encoded
@@ -70,7 +71,7 @@ def _vocabularies(model: Any, names: Iterable[str]) -> Iterator[dict[str, Vocabu
     if not hasattr(model, "set_vocabulary"):
         yield {}
         return
-    vocabularies = {name: _vocabulary(name) for name in names}
+    vocabularies = {name: dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TEST}
     before = getattr(model, "vocabulary", None)
     try:
         for name, vocabulary in vocabularies.items():
@@ -82,13 +83,6 @@ def _vocabularies(model: Any, names: Iterable[str]) -> Iterator[dict[str, Vocabu
     finally:
         if before is not None:
             model.set_vocabulary(before)
-
-
-def _vocabulary(name: str) -> Vocabulary:
-    metadata = MetadataCatalog.get(name)
-    if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
-        DatasetCatalog.get(name)  # a COCO file's classes are known once it has been read
-    return Vocabulary.from_metadata(metadata)
 
 
 def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], folder: str) -> None:

@@ -85,6 +85,16 @@ def test_each_data_set_has_its_own_words(tmp_path: Path, animals: dict[str, Any]
     assert model.vocabulary.names == ("trained",)
 
 
+def test_commas_part_synonyms_or_stand_in_names(tmp_path: Path, animals: dict[str, Any]) -> None:
+    MetadataCatalog.get("toy_cats").set(stuff_classes=["sky, clouds", "grass "])
+    del MetadataCatalog.get("toy_cats").thing_classes, MetadataCatalog.get("toy_cats").novel_classes
+    for split, synonyms in ((True, ("sky", "clouds")), (False, ("sky, clouds",))):
+        options = ("DATASETS.TEST", ("toy_cats",), "DATASETS.SPLIT_NAMES", split)
+        model = Open()
+        evaluate_datasets(engine_toy.toy_config(tmp_path, *options), model)
+        assert model.told[0].synonyms == (synonyms, ("grass",))
+
+
 def test_words_that_the_model_cannot_take_are_said_first(tmp_path: Path, animals: dict[str, Any]) -> None:
     MetadataCatalog.get("toy_birds").class_synonyms.append(["dog"])
     MetadataCatalog.get("toy_birds").thing_classes.append("dog")

@@ -1,5 +1,6 @@
 """Data sets, registered with Detectron2 when this package is imported."""
 
+from clipdense.data.datasets.open_semantic import register_open_semantic
 from clipdense.data.datasets.open_vocabulary import register_open_vocabulary
 from clipdense.data.datasets.own import register_from_config
 from clipdense.data.datasets.real import register_real
@@ -8,5 +9,6 @@ from clipdense.data.datasets.shapes import register_shapes
 __all__ = ["register_from_config"]
 
 register_real()
+register_open_semantic()
 register_open_vocabulary()
 register_shapes()

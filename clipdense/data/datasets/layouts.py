@@ -84,29 +84,34 @@ def load_panoptic(
 
 
 def load_sem_seg(
-    label_root: str | Path, image_root: str | Path, image_ext: str = ".jpg", names: list[str] | None = None
+    label_root: str | Path,
+    image_root: str | Path,
+    image_ext: str = ".jpg",
+    names: list[str] | None = None,
+    label_ext: str = ".png",
 ) -> DatasetDicts:
-    """Semantic segmentation: label PNGs and images with equal stems.
+    """Semantic segmentation: label maps and images with equal stems.
 
     Args:
         label_root: folder of label maps.
         image_root: folder of images; images without labels are no part of the data set.
         image_ext: their ending.
         names: stems to take (default: every label map).
+        label_ext: ending of label maps.
 
     Raises:
         FileNotFoundError: a folder without label maps, or a listed file that is missing.
     """
     label_root, image_root = Path(label_root), Path(image_root)
     if names is None:
-        names = sorted(path.stem for path in label_root.glob("*.png"))
+        names = sorted(path.stem for path in label_root.glob(f"*{label_ext}"))
         if not names:
-            raise FileNotFoundError(f"no label maps (*.png) in {label_root}")
+            raise FileNotFoundError(f"no label maps (*{label_ext}) in {label_root}")
     dicts = [
         {
             "file_name": str(image_root / f"{n}{image_ext}"),
             "image_id": n,
-            "sem_seg_file_name": str(label_root / f"{n}.png"),
+            "sem_seg_file_name": str(label_root / f"{n}{label_ext}"),
         }
         for n in names
     ]

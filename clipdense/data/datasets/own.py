@@ -1,4 +1,4 @@
-"""A user's own data: COCO-format files, and images alone, named in the config."""
+"""A user's own data: COCO-format files, images alone, and mask-category pairs, named in the config."""
 
 import os
 from functools import partial
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clipdense.data.datasets.images import register_images
 from clipdense.data.datasets.layouts import DatasetDicts, load_json
+from clipdense.data.mask_pairs import register_mask_pairs
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -15,22 +16,31 @@ __all__ = ["register_from_config"]
 
 
 def register_from_config(cfg: CfgNode) -> None:
-    """Register what ``DATASETS.COCO_JSON`` and ``DATASETS.IMAGES`` list; what is registered already, with
-    the same paths, is left as it is.
+    """Register what ``DATASETS.COCO_JSON``, ``DATASETS.IMAGES`` and ``DATASETS.MASK_PAIRS`` list; what is
+    registered already, with the same paths, is left as it is.
 
     Raises:
         ValueError: an entry that is not "name:annotations.json:image_folder" (of images, "name:source" or
-            "name:images.json:image_folder"), a name that is taken, or a file without categories.
+            "name:images.json:image_folder"; of pairs, "name:source" or "name:pairs.jsonl:image_folder"), a
+            name that is taken, or a file without categories.
         FileNotFoundError: a json file, a folder or a shard is not there.
     """
     for entry in cfg.DATASETS.IMAGES:
-        parts = [os.path.expanduser(os.path.expandvars(part.strip())) for part in str(entry).split(":")]
+        parts = _parts(entry)
         if len(parts) not in (2, 3) or not all(parts):
             raise ValueError(
                 f"DATASETS.IMAGES: {entry!r} reads neither name:folder nor name:images.json:image_folder nor "
                 "name:shards.tar (example: photos:data/photos)"
             )
         register_images(*parts)
+    for entry in cfg.DATASETS.MASK_PAIRS:
+        parts = _parts(entry)
+        if len(parts) not in (2, 3) or not all(parts):
+            raise ValueError(
+                f"DATASETS.MASK_PAIRS: {entry!r} reads neither name:data_set nor name:pairs.jsonl nor "
+                "name:pairs.parquet:image_folder (example: nouns:data/nouns.jsonl:data/photos)"
+            )
+        register_mask_pairs(*parts)
     for entry in cfg.DATASETS.COCO_JSON:
         parts = [os.path.expandvars(part.strip()) for part in str(entry).split(":")]
         if len(parts) != 3 or not all(parts):
@@ -59,6 +69,10 @@ def register_from_config(cfg: CfgNode) -> None:
             thing_classes=list(categories.values()),
             thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(categories)},
         )
+
+
+def _parts(entry: object) -> list[str]:
+    return [os.path.expanduser(os.path.expandvars(part.strip())) for part in str(entry).split(":")]
 
 
 def _categories(json_file: Path) -> dict[int, str]:

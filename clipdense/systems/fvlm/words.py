@@ -11,10 +11,10 @@ from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary, canonical
 from clipdense.data.checks import check_dataset_names
+from clipdense.data.classes import dataset_vocabulary
 from clipdense.data.datasets import register_from_config
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 __all__ = ["BACKGROUND", "build_text", "known_rows", "training_vocabulary"]
 
@@ -58,12 +58,7 @@ def training_vocabulary(cfg: CfgNode) -> Vocabulary | None:
     if not names:
         return None
     check_dataset_names(names)
-    vocabularies = []
-    for name in names:
-        metadata = MetadataCatalog.get(name)
-        if not metadata.get("thing_classes"):
-            DatasetCatalog.get(name)  # a COCO file's classes are known once it has been read
-        vocabularies.append(Vocabulary.from_metadata(metadata))
+    vocabularies = [dataset_vocabulary(cfg, name) for name in names]
     for name, vocabulary in zip(names, vocabularies, strict=True):
         if vocabulary != vocabularies[0]:
             raise ValueError(

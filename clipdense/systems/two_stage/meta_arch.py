@@ -15,7 +15,9 @@ from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.text import TextBank
 from clipdense.clip.towers import TransformerTower
+from clipdense.clip.trained_on import TrainedOn
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.classes import dataset_vocabulary
 from clipdense.maskformer import MLP, MaskFormer, MaskFormerHead, instance_inference, panoptic_inference
 from clipdense.maskformer.prediction import MaskPrediction
 from clipdense.maskformer.targets import pad_targets
@@ -25,7 +27,6 @@ from clipdense.systems.two_stage.queries import QueryClassifier
 from clipdense.systems.two_stage.scores import Scoring
 
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 
@@ -35,7 +36,7 @@ TEXT = "encoder.clip.text."
 
 
 @META_ARCH_REGISTRY.register()
-class OVSeg(MaskFormer):
+class OVSeg(TrainedOn, MaskFormer):
     """Two stages (OVSeg, Liang et al., CVPR 2023; zsseg, Xu et al., ECCV 2022; ZegFormer, Ding et al., CVPR
     2022): class-agnostic masks, each classified twice.
 
@@ -91,6 +92,7 @@ class OVSeg(MaskFormer):
             for template in dict.fromkeys((templates, crop_templates or templates))
         ]
         self._labels = self.vocabulary = vocabulary
+        self.set_trained_on(vocabulary)
         self._words: dict[str, list[Tensor]] = {}
 
     @classmethod
@@ -118,7 +120,7 @@ class OVSeg(MaskFormer):
             mask_prompts = MaskPrompts(keys.MASK_PROMPTS.DEPTH, height * width, tower.tap_channels[0])
         rule = CropRule(**{key.lower(): value for key, value in keys.CROP.items()})
         settings = FusionSettings(scores.ALPHA, scores.BETA)
-        vocabularies = [Vocabulary.from_metadata(MetadataCatalog.get(name)) for name in cfg.DATASETS.TRAIN]
+        vocabularies = [dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TRAIN]
         return arguments | {
             "head": MaskFormerHead(cfg, arguments["backbone"].output_shape(), class_embed=embed),
             "encoder": RegionEncoder(
@@ -144,13 +146,12 @@ class OVSeg(MaskFormer):
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Look for other classes in evaluation; their text is encoded once and kept. Base is what shares a
-        name with a class of the training data, where those are known.
+        name with a class of training, where those are known.
 
         Raises:
             ValueError: names that cannot be embedded; the vocabulary stays as it was.
         """
-        if self._labels is not None:
-            vocabulary = vocabulary.with_base_from(self._labels)
+        vocabulary = self.seen_in_training(vocabulary)
         words = [bank(vocabulary) for bank in self._banks]
         self.vocabulary, self._words["evaluation"] = vocabulary, words
 
@@ -162,6 +163,8 @@ class OVSeg(MaskFormer):
         prediction = self.head(self.backbone(images.tensor))
         size = (images.tensor.shape[-2], images.tensor.shape[-1])
         if self.training:
+            if self.trained_on is not self._labels:  # the weights now learn other classes than they knew
+                self.set_trained_on(self._labels)
             targets = [self._targets(sample) for sample in batched_inputs]
             words = self._embedded("training", self._labels)[0]
             return self.criterion(self._classify(prediction, words), pad_targets(targets, size))
@@ -225,8 +228,9 @@ class OVSeg(MaskFormer):
 
     def before_load(self, state: dict[str, Tensor]) -> None:
         """Called with a checkpoint's tensors before they are loaded: other weights embed words anew, and an
-        adapted CLIP keeps its place."""
+        adapted CLIP keeps its place. What was trained on which classes is as the checkpoint says."""
         self._words.clear()
+        self.restore_trained_on(state, self._labels)
         if self.keep_encoder:
             own = {f"encoder.{key}": value for key, value in self.encoder.state_dict().items()}
             for key in [key for key in state if key.startswith("encoder.") and not key.startswith(TEXT)]:

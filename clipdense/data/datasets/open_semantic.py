@@ -1,0 +1,105 @@
+"""Semantic segmentation with many classes: COCO-Stuff, the whole ADE20K, PASCAL-Context.
+
+`datasets/prepare_coco_stuff.py`, `prepare_ade20k_full.py` and `prepare_pascal_context.py` make the label maps
+from what is published. ADE20K's 150 classes are Detectron2's, Pascal VOC's are in `real`.
+"""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+from clipdense.data.datasets.layouts import load_sem_seg
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+__all__ = [
+    "ADE20K_FULL",
+    "COCO_STUFF",
+    "COCO_STUFF_BASE",
+    "COCO_STUFF_NOVEL",
+    "COCO_STUFF_VALUES",
+    "PASCAL_CONTEXT_459",
+    "PASCAL_CONTEXT_59",
+    "WIDE_IGNORE",
+    "register_open_semantic",
+]
+
+_NAMES = json.loads(Path(__file__).with_name("class_lists.json").read_text("utf-8"))
+
+COCO_STUFF: list[str] = _NAMES["coco_stuff"]
+"""The 171 classes, 80 things first."""
+
+COCO_STUFF_NOVEL = [
+    *("cow", "giraffe", "suitcase", "frisbee", "skateboard", "carrot", "scissors", "cardboard", "clouds"),
+    *("grass", "playingfield", "river", "road", "tree", "wall-concrete"),
+]
+"""The 15 classes that are never labelled in training (SPNet, Xian et al., CVPR 2019; ZegFormer, zsseg)."""
+
+COCO_STUFF_BASE = [name for name in COCO_STUFF if name not in COCO_STUFF_NOVEL]
+
+COCO_STUFF_VALUES = [
+    value for value in range(182) if value not in {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+]
+"""Grey values of the published label maps (category id - 1) of the 171 classes, in order; 11 values name
+nothing."""
+
+ADE20K_FULL: list[str] = _NAMES["ade20k_full"]
+"""The 847 classes, each with its synonyms parted by commas."""
+
+PASCAL_CONTEXT_459: list[str] = _NAMES["pascal_context_459"]
+PASCAL_CONTEXT_59: list[str] = _NAMES["pascal_context_59"]
+"""The most frequent of the 459, as OVSeg names them."""
+
+WIDE_IGNORE = 65535
+"""Void in 16-bit label maps."""
+
+
+def register_open_semantic(root: Path | None = None) -> None:
+    """Register the data sets; the folder is ``DETECTRON2_DATASETS`` unless it is given.
+
+    | name | classes | layout below the root |
+    | --- | --- | --- |
+    | coco_2017_{train,val}_stuff_sem_seg | 171 | coco/stuffthingmaps_detectron2/{train,val}2017/ |
+    | ovcoco_stuff_2017_train | the 156 base classes | coco/stuffthingmaps_detectron2/train2017_base/ |
+    | ovcoco_stuff_2017_val | 171, with ``novel_classes`` | as coco_2017_val_stuff_sem_seg |
+    | ade20k_full_sem_seg_{train,val} | 847 | ADE20K_2021_17_01/{images,annotations}_detectron2/ |
+    | pascal_context_{59,459}_sem_seg_{train,val} | 59, 459 | VOC2010/annotations_detectron2/ |
+
+    Labels of the 847 and the 459 classes are 16-bit, with void `WIDE_IGNORE`; the others' void is 255.
+    """
+    if root is None:
+        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    coco, ade, voc = root / "coco", root / "ADE20K_2021_17_01", root / "VOC2010"
+    stuff = coco / "stuffthingmaps_detectron2"
+    for split, folder in (("train", "training"), ("val", "validation")):
+        images = coco / f"{split}2017"
+        _register(f"coco_2017_{split}_stuff_sem_seg", COCO_STUFF, stuff / images.name, images)
+        _register(
+            f"ade20k_full_sem_seg_{split}",
+            ADE20K_FULL,
+            ade / "annotations_detectron2" / folder,
+            ade / "images_detectron2" / folder,
+        )
+        for names in (PASCAL_CONTEXT_59, PASCAL_CONTEXT_459):
+            labels = voc / "annotations_detectron2" / f"pc{len(names)}_{split}"
+            _register(f"pascal_context_{len(names)}_sem_seg_{split}", names, labels, voc / "JPEGImages")
+    base, val = stuff / "train2017_base", stuff / "val2017"
+    _register("ovcoco_stuff_2017_train", COCO_STUFF_BASE, base, coco / "train2017")
+    _register("ovcoco_stuff_2017_val", COCO_STUFF, val, coco / "val2017", COCO_STUFF_NOVEL)
+
+
+def _register(
+    name: str, classes: list[str], labels: Path, images: Path, novel: list[str] | None = None
+) -> None:
+    wide = len(classes) > 255
+    load = partial(load_sem_seg, labels, images, label_ext=".tif" if wide else ".png")
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        evaluator_type="sem_seg",
+        ignore_label=WIDE_IGNORE if wide else 255,
+        stuff_classes=classes,
+        image_root=str(images),
+        sem_seg_root=str(labels),
+        **({"novel_classes": novel} if novel else {}),
+    )
