@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ _ROOT_TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embed
 # Early files lack BatchNorm's counters, which matter to nothing but momentum=None.
 _COUNTERS = r".*\.num_batches_tracked"
 _LOGITS = ("logit_scale", "logit_bias")
+
+MASK_PROMPTS = "visual.mask_embedding"
+"""Key of mask prompts (depth, h * w or 1, C) in the file of a CLIP that was adapted to masks."""
+_MASK_PROMPTS = DropRule("mask prompts", re.escape(MASK_PROMPTS), "load_mask_prompts reads them")
 
 
 def _scalar_logits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,7 +41,10 @@ OPENAI_CLIP = register_layout(
             "token_embedding.weight" in state and any(k.startswith("visual.") for k in state)
         ),
         convert=_from_openai,
-        drops=(DropRule("torchscript scalars", "|".join(JIT_ENTRIES), "sizes that the tensors show anyway"),),
+        drops=(
+            DropRule("torchscript scalars", "|".join(JIT_ENTRIES), "sizes that the tensors show anyway"),
+            _MASK_PROMPTS,
+        ),
         optional=_COUNTERS,
     )
 )
@@ -101,6 +109,7 @@ OPEN_CLIP = register_layout(
             and not _is_eva(state)
         ),
         convert=_scalar_logits,
+        drops=(_MASK_PROMPTS,),
         optional=_COUNTERS,
     )
 )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipdense.checkpoint import read_checkpoint
+
 from .attention import TokenStream
+from .layouts import MASK_PROMPTS
 from .towers import BlockHook, TransformerTower, Want
 
-__all__ = ["MaskPrompts", "patch_keep"]
+__all__ = ["MaskPrompts", "load_mask_prompts", "patch_keep"]
 
 
 def patch_keep(masks: Tensor, stride: int) -> Tensor:
@@ -60,6 +64,20 @@ class MaskPrompts(nn.Module):
         hook = self.hook(patch_keep(masks, tower.stride))
         embeddings: Tensor = tower(images, Want(pooled=True), hook=hook).pooled
         return embeddings
+
+
+def load_mask_prompts(path: str | Path, *, allow_pickle: bool = False) -> MaskPrompts | None:
+    """The mask prompts that the file of a CLIP holds beside it; None where it holds none.
+
+    Args:
+        allow_pickle: see `clipdense.checkpoint.read_checkpoint`, whose errors this raises.
+    """
+    prompts = read_checkpoint(path, allow_pickle=allow_pickle, lazy=True).state.get(MASK_PROMPTS)
+    if prompts is None or not len(prompts):
+        return None
+    module = MaskPrompts(*prompts.shape)
+    module.load_state_dict({"prompts": prompts})
+    return module
 
 
 class _Replacement:

@@ -205,6 +205,23 @@ def load_clip(
     return _finish(clip, precision)
 
 
+def pixel_statistics(
+    model: str | Path = "", pretrained: str | Path | None = None, *, allow_pickle: bool = False
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`ClipModel.pixel_mean` and `pixel_std` of what `load_clip` would load, without building it.
+
+    Raises:
+        As `load_clip`.
+    """
+    source = resolve(str(model), str(pretrained or ""))
+    config = source.config
+    if config is None and source.files:
+        file = read_checkpoint(source.files[0], allow_pickle=allow_pickle, lazy=True)
+        config = file.metadata.get("options", {}).get("config")
+    pixels = (config or {}).get("preprocess_cfg", {})
+    return tuple(pixels.get("mean", OPENAI_DATASET_MEAN)), tuple(pixels.get("std", OPENAI_DATASET_STD))
+
+
 def _layout(file: Checkpoint) -> Layout | None:
     """None for one tower of a model (the nano files), which has the model's own keys."""
     towers = {key.split(".")[0] for key in file.state} - {"logit_scale", "logit_bias"}

@@ -6,6 +6,7 @@
 from clipdense.evaluation.build import EVALUATOR_REGISTRY, build_evaluator
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
+from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
 from clipdense.evaluation.proposals import OracleClassEvaluator
 from clipdense.evaluation.semantic import SemanticEvaluator
@@ -16,6 +17,7 @@ __all__ = [
     "DenseView",
     "InstanceEvaluator",
     "OracleClassEvaluator",
+    "MaskClassificationEvaluator",
     "PanopticEvaluator",
     "SemanticEvaluator",
     "build_evaluator",

@@ -6,6 +6,7 @@ import os
 
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
+from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
 from clipdense.evaluation.proposals import OracleClassEvaluator
 from clipdense.evaluation.semantic import SemanticEvaluator
@@ -110,6 +111,9 @@ def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> Datas
             optional=True,
         ),
         dense_regions(cfg, dataset_name, output_dir, optional=True),
+        MaskClassificationEvaluator(
+            dataset_name, output_dir, templates=cfg.TEST.MASK_CLASSIFICATION.TEMPLATES, optional=True
+        ),
     ]
     if all("sem_seg_file_name" in record for record in DatasetCatalog.get(dataset_name)[:1]):
         evaluators += [

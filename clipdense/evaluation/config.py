@@ -29,3 +29,8 @@ def add_evaluation_config(cfg: CN) -> None:
     # Prompt templates of the class names (CLIPSelf: "vild_63"), or a file with the class embeddings.
     cfg.TEST.DENSE_REGIONS.TEMPLATES = "single"
     cfg.TEST.DENSE_REGIONS.TABLE = ""
+
+    # Prompt templates of the class names that a model's region encoder (its output "region_encoder") tells
+    # ground-truth masks by.
+    cfg.TEST.MASK_CLASSIFICATION = CN()
+    cfg.TEST.MASK_CLASSIFICATION.TEMPLATES = "ovseg_14"

@@ -32,7 +32,7 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_image, read_labels
 from clipdense.data.letterbox import crop_box, enlarge_box, letterbox
 from clipdense.evaluation.base import Results, TaskEvaluator
-from clipdense.evaluation.groups import class_groups
+from clipdense.evaluation.groups import class_attributes, class_groups
 from clipdense.regions import pool_boxes, pool_masks, resize_masks
 
 from detectron2.data import MetadataCatalog
@@ -380,19 +380,13 @@ class DenseRegionEvaluator(TaskEvaluator):
     def _accuracies(self, source: str, features: Tensor, labels: Tensor, things: Tensor) -> dict[str, float]:
         assert self._text is not None
         groups = class_groups(self._metadata, self._names)
+        attributes = class_attributes(self._metadata, self._names)
         result: dict[str, float] = {}
         for kind, chosen in (("thing", things), ("stuff", ~things)):
             scores = features[chosen] @ self._text.T
-            accuracy = region_accuracy(scores, labels[chosen], groups, self._attributes())
+            accuracy = region_accuracy(scores, labels[chosen], groups, attributes)
             result |= {f"{source}.{kind}.{name}": value for name, value in accuracy.items()}
         return result
-
-    def _attributes(self) -> dict[str, list[str]]:
-        """``class_attributes``, which the metadata lists by thing class, by label."""
-        things = self._metadata.get("thing_classes", [])
-        listed = self._metadata.get("class_attributes", {})
-        tables = {name: dict(zip(things, values, strict=False)) for name, values in listed.items()}
-        return {name: [table.get(c, "") for c in self._names] for name, table in tables.items()}
 
     def _read_annotations(self) -> None:
         # at the first image, when the loader has seen to it that the data set is there

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["class_groups"]
+__all__ = ["class_attributes", "class_groups"]
 
 
 def class_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
@@ -44,3 +44,13 @@ def class_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
         if given in groups and other not in groups:
             groups[other] = [i for i in range(len(names)) if i not in set(groups[given])]
     return groups
+
+
+def class_attributes(metadata: Any, names: Sequence[str]) -> dict[str, list[str]]:
+    """The metadata's ``class_attributes`` (attribute -> one value a thing class) as one value for each of
+    `names`, "" where a class has none.
+    """
+    things = metadata.get("thing_classes") or []
+    listed = metadata.get("class_attributes") or {}
+    tables = {name: dict(zip(things, values, strict=False)) for name, values in listed.items()}
+    return {name: [table.get(c, "") for c in names] for name, table in tables.items()}

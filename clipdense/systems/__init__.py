@@ -5,7 +5,7 @@ from clipdense.systems.clipself import add_clipself_config
 from clipdense.systems.denseclip import add_denseclip_config
 from clipdense.systems.fvlm import add_fvlm_config
 from clipdense.systems.text_rcnn import add_text_rcnn_config
-from clipdense.systems.two_stage import add_two_stage_config
+from clipdense.systems.two_stage import add_adaptation_config, add_two_stage_config
 
 from detectron2.config import CfgNode as CN
 
@@ -18,3 +18,4 @@ def add_systems_config(cfg: CN) -> None:
     add_fvlm_config(cfg)
     add_text_rcnn_config(cfg)
     add_two_stage_config(cfg)
+    add_adaptation_config(cfg)

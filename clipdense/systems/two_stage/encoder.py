@@ -11,7 +11,9 @@ from clipdense.clip.towers import TransformerTower
 from clipdense.regions import CropRule, get_crop_rule
 from clipdense.regions.crops import crop_masks
 
-__all__ = ["RegionEncoder", "cosine_logits"]
+from detectron2.config import CfgNode
+
+__all__ = ["RegionEncoder", "cosine_logits", "crop_rule"]
 
 
 class RegionEncoder(nn.Module):
@@ -52,6 +54,21 @@ class RegionEncoder(nn.Module):
         self.use_mask_prompts = use_mask_prompts
         self.batch_size = batch_size
 
+    @property
+    def prompted(self) -> bool:
+        """Whether there are mask prompts that are used."""
+        return self.mask_prompts is not None and self.use_mask_prompts
+
+    def encode(self, regions: Tensor, region_masks: Tensor | None) -> Tensor:
+        """Normalised crops (n, 3, S, S) and, where mask prompts are used, their masks (n, 1, S, S) ->
+        embeddings (n, D), not L2-normalised.
+        """
+        if not self.prompted:
+            return self.clip.encode_image(regions)
+        assert self.mask_prompts is not None and region_masks is not None
+        embeddings: Tensor = self.mask_prompts(self.clip.visual, regions, region_masks)
+        return embeddings
+
     def forward(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Embed one image's masks; a crop goes through CLIP once, however many masks are equal.
 
@@ -73,13 +90,14 @@ class RegionEncoder(nn.Module):
         )
         embeddings = [image.new_zeros(0, self.clip.embed_dim, dtype=crops.image.dtype)]
         for part in crops.parts(self.batch_size):
-            regions = crops.regions(part)
-            if self.mask_prompts is None or not self.use_mask_prompts:
-                embeddings.append(self.clip.encode_image(regions))
-            else:
-                inside = crops.region_masks(part)
-                embeddings.append(self.mask_prompts(self.clip.visual, regions, inside))
+            inside = crops.region_masks(part) if self.prompted else None
+            embeddings.append(self.encode(crops.regions(part), inside))
         return torch.cat(embeddings)[crops.index], crops.valid
+
+
+def crop_rule(cfg: CfgNode) -> CropRule:
+    """The rule that ``MODEL.TWO_STAGE.CROP`` describes."""
+    return CropRule(**{key.lower(): value for key, value in cfg.MODEL.TWO_STAGE.CROP.items()})
 
 
 def cosine_logits(embeddings: Tensor, text: Tensor, scale: float | Tensor = 100.0) -> Tensor:
