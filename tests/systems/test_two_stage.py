@@ -1,6 +1,9 @@
 """OVSeg: trained with the words of the data, any words in evaluation, every output, masks CLIP cannot see."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,8 @@ import torch
 
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.config import add_clipdense_config
+from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.data.image import read_image
 from clipdense.regions import FusionSettings
 from clipdense.systems.two_stage import OVSeg, Scoring
 
@@ -33,7 +38,7 @@ def small_config() -> CfgNode:
     keys.PIXEL_DECODER.CONV_DIM = keys.MASK_DIM = keys.HIDDEN_DIM = 32
     keys.NHEADS, keys.DIM_FEEDFORWARD, keys.NUM_OBJECT_QUERIES, keys.DEC_LAYERS = 4, 32, 6, 2
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(CLASSES)
-    cfg.MODEL.TWO_STAGE.EMBED_HIDDEN_DIM = 16
+    cfg.MODEL.TWO_STAGE.EMBED_HIDDEN_DIM, cfg.MODEL.TWO_STAGE.TEMPLATES = 16, "single"
     cfg.MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH = 2
     cfg.MODEL.TWO_STAGE.CROP_BATCH_SIZE = 4
     cfg.DATASETS.TRAIN = (NAME,)
@@ -83,24 +88,36 @@ def test_training_moves_the_proposals_and_leaves_clip_alone(model: OVSeg) -> Non
 
 
 @torch.no_grad()
-def test_two_vocabularies_in_turns_encode_no_text_twice(
-    model: OVSeg, monkeypatch: pytest.MonkeyPatch
+def test_photographs_through_20_and_1203_names(
+    model: OVSeg, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, other = (
-        Vocabulary.from_names([f"{w} {i}" for i in range(n)]) for w, n in (("star", 3), ("ring", 7))
-    )
-    model.set_vocabulary(one)
-    first = model(batch())
-    model.set_vocabulary(other)
-    assert model(batch())[0]["sem_seg"].shape == (7, 74, 91)
+    """The same images, the same model: the second time no text is encoded. So many names give labels."""
+    lists = {20: "catseg_voc20.json", 1203: "clipself_lvis_v1_all_classes.json"}
+    vocabularies = {
+        n: Vocabulary.from_names(json.loads((data_dir / "class_lists" / name).read_text()))
+        for n, name in lists.items()
+    }
+    files = sorted((data_dir / "voc2012" / "JPEGImages").glob("*.jpg"))[:2]
+    images = [torch.from_numpy(read_image(str(f), "RGB")[::4, ::4].copy()).permute(2, 0, 1) for f in files]
+
+    def look(n: int) -> list[dict[str, Any]]:
+        model.set_vocabulary(vocabularies[n])
+        return model([{"image": image} for image in images])
+
+    first = {n: look(n) for n in lists}
+    assert first[20][0]["sem_seg"].shape == (20, *images[0].shape[1:])
+    assert first[1203][1]["sem_seg_labels"].shape == images[1].shape[1:]
 
     def refuse(tokens: torch.Tensor) -> torch.Tensor:
         raise AssertionError("text is encoded again")
 
     monkeypatch.setattr(model.encoder.clip, "encode_text", refuse)
-    model.set_vocabulary(one)
-    for ours, theirs in zip(model(batch()), first, strict=True):
-        torch.testing.assert_close(ours["sem_seg"], theirs["sem_seg"])
+    for n, outputs in first.items():
+        for ours, theirs in zip(look(n), outputs, strict=True):
+            for key in ours:
+                torch.testing.assert_close(ours[key], theirs[key])
+    with pytest.raises(AssertionError, match="encoded again"):
+        model.set_vocabulary(Vocabulary.from_names(["a name of no list"]))
 
 
 @torch.no_grad()
@@ -149,3 +166,28 @@ def test_without_words_nothing_is_looked_for(model: OVSeg) -> None:
     model.before_load({})
     with pytest.raises(ValueError, match="set_vocabulary"), torch.no_grad():
         model(batch())
+
+
+def test_checkpoints_know_what_they_were_trained_on(model: OVSeg, tmp_path: Path) -> None:
+    """Base is what the weights have seen, also where the run's data are others; older files do not say."""
+    path = tmp_path / "trained.pth"
+    torch.save({"model": model.state_dict()}, path)
+    other = "two_stage_other"
+    MetadataCatalog.get(other).set(stuff_classes=["cat", "red star", "dog", "fox"])
+    cfg = small_config()
+    cfg.DATASETS.TRAIN = (other,)
+    try:
+        loaded = build_model(cfg)
+    finally:
+        MetadataCatalog.remove(other)
+    TrainingCheckpointer(loaded).load_weights(str(path), complete=True)
+    assert loaded.trained_on.names == tuple(CLASSES)
+    loaded.set_vocabulary(Vocabulary.from_names(["cat", "blue star"]))
+    assert loaded.vocabulary.base == (False, True)
+    with EventStorage():
+        loaded.train()(batch())  # trained on, it learns other classes
+    assert loaded.trained_on.names[0] == "cat"
+    content = {key: value for key, value in model.state_dict().items() if key != "trained_on_json"}
+    torch.save({"model": content}, path)
+    TrainingCheckpointer(loaded).load_weights(str(path), complete=True)
+    assert loaded.trained_on.names[0] == "cat"
