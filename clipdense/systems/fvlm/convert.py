@@ -29,6 +29,7 @@ from clipdense.checkpoint import (
 )
 from clipdense.clip.eva import EVA02_CLIP
 from clipdense.clip.layouts import EVA_CLIP
+from clipdense.clip.trained_on import KEY as TRAINED_ON
 
 __all__ = ["FVIT"]
 
@@ -94,7 +95,7 @@ def _convert(state: State) -> dict[str, Tensor]:
     if (scale := converted.get(f"{_CLASSIFIER}log_scale")) is not None:
         converted[f"{_CLASSIFIER}log_scale"] = scale.log()
     # which classes it was trained on, the file does not say
-    return converted | {"trained_on_json": torch.zeros(0, dtype=torch.uint8)}
+    return converted | {TRAINED_ON: torch.zeros(0, dtype=torch.uint8)}
 
 
 def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipdense.backbone import JOINT, FrozenCLIPTrunk
 from clipdense.clip.text import TextBank, TextEmbedder
+from clipdense.clip.trained_on import TrainedOn
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.systems.fvlm.roi_heads import CLIP_EMBEDDING, FVLMROIHeads
 from clipdense.systems.fvlm.words import BACKGROUND, build_text, known_rows, training_vocabulary
@@ -26,7 +27,7 @@ _TEXT_KEY = "roi_heads.box_predictor.cls_score.text"
 
 
 @META_ARCH_REGISTRY.register()
-class FVLM(GeneralizedRCNN):
+class FVLM(TrainedOn, GeneralizedRCNN):
     """A detector whose classes are any words (Kuo et al., F-VLM, ICLR 2023; F-ViT: Wu et al., CLIPSelf, ICLR
     2024).
 
@@ -36,11 +37,7 @@ class FVLM(GeneralizedRCNN):
 
     Attributes:
         vocabulary: the classes of evaluation.
-        trained_on: the classes that the weights were trained on, with their base flags; None where neither
-            the data nor the weights say.
     """
-
-    trained_on_json: Tensor
 
     @configurable
     def __init__(
@@ -67,7 +64,7 @@ class FVLM(GeneralizedRCNN):
         self._text = text
         self._labels = vocabulary
         self.square_size = square_size
-        self._set_trained_on(vocabulary)
+        self.set_trained_on(vocabulary)
         self.vocabulary = vocabulary
 
     @classmethod
@@ -123,8 +120,7 @@ class FVLM(GeneralizedRCNN):
             if isinstance(self._text, TextBank):
                 self._text.clip.to(self.device)
             text = self._text(vocabulary).to(self.device)
-        if self.trained_on is not None:
-            vocabulary = vocabulary.with_base_from(self.trained_on)
+        vocabulary = self.seen_in_training(vocabulary)
         base = None if vocabulary.base is None else torch.tensor(vocabulary.base, device=self.device)
         heads.set_classes(text, base)
         self.vocabulary = vocabulary
@@ -136,7 +132,7 @@ class FVLM(GeneralizedRCNN):
         """
         if self.training:
             if self.trained_on is not self._labels:  # the weights now learn other classes than they knew
-                self._set_trained_on(self._labels)
+                self.set_trained_on(self._labels)
             if self._labels is not None and self._labels.base is not None:
                 batched_inputs = [self._base_only(sample) for sample in batched_inputs]
         return super().forward(batched_inputs)
@@ -178,20 +174,9 @@ class FVLM(GeneralizedRCNN):
         detector can be trained further on others, or none of its own: where words can be embedded, their
         embeddings are this model's.
         """
-        stored = state.get("trained_on_json")
-        if stored is not None and len(stored):
-            vocabulary = Vocabulary.from_json(bytes(stored.tolist()).decode())
-            self._set_trained_on(self._labels if vocabulary == self._labels else vocabulary)
-        state["trained_on_json"] = self.trained_on_json
+        self.restore_trained_on(state, self._labels)
         if self._text is not None:
             state[_TEXT_KEY] = self.roi_heads.box_predictor.cls_score.text
-
-    def _set_trained_on(self, vocabulary: Vocabulary | None) -> None:
-        self.trained_on = vocabulary
-        text = b"" if vocabulary is None else vocabulary.to_json().encode()
-        with torch.device("cpu"):
-            content = torch.tensor(list(text), dtype=torch.uint8)
-        self.register_buffer("trained_on_json", content.to(self.device))
 
     def _base_only(self, sample: dict[str, Any]) -> dict[str, Any]:
         assert self._labels is not None and self._labels.base is not None

@@ -24,6 +24,7 @@ from clipdense.checkpoint import (
     shown_size,
 )
 from clipdense.clip.layouts import OPENAI_CLIP, config_from_tensors
+from clipdense.clip.trained_on import KEY as TRAINED_ON
 from clipdense.maskformer.convert import (
     DROPS,
     NON_COMMERCIAL,
@@ -86,6 +87,7 @@ def _convert(state: State) -> dict[str, Tensor]:
     prefixes = _prefixes(state)
     ours = {rename(key, prefixes): value for key, value in state.items()}
     scale = ours.get("classifier.scale")
+    ours[TRAINED_ON] = torch.zeros(0, dtype=torch.uint8)  # the file does not say which classes
     ours["classifier.scale"] = torch.tensor(100.0) if scale is None else scale.float().exp().reshape(())
     if "encoder.mask_prompts.prompts" in ours and not len(ours["encoder.mask_prompts.prompts"]):
         del ours["encoder.mask_prompts.prompts"]
