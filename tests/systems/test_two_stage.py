@@ -3,18 +3,20 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from clipdense.checkpoint import save_checkpoint
+from clipdense.clip import load_clip
+from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.config import add_clipdense_config
-from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.data.image import read_image
+from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.regions import FusionSettings
-from clipdense.systems.two_stage import OVSeg, Scoring
+from clipdense.systems.two_stage import MaskAdaptedCLIP, OVSeg, RegionEncoder, Scoring
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
@@ -191,3 +193,29 @@ def test_checkpoints_know_what_they_were_trained_on(model: OVSeg, tmp_path: Path
     torch.save({"model": content}, path)
     TrainingCheckpointer(loaded).load_weights(str(path), complete=True)
     assert loaded.trained_on.names[0] == "cat"
+
+
+@torch.no_grad()
+def test_an_adapted_clip_takes_its_place(model: OVSeg, tmp_path: Path) -> None:
+    """Its image tower and prompts stay when weights are loaded; the rest is that of the weights."""
+    MetadataCatalog.get(NAME).set(stuff_classes=CLASSES)
+    adapted = MaskAdaptedCLIP(
+        encoder=RegionEncoder(load_clip("shapes-vit"), mask_prompts=MaskPrompts(1, 64, 128))
+    )
+    for parameter in adapted.encoder.clip.visual.parameters():
+        parameter.add_(0.01)
+    save_checkpoint(tmp_path / "adapted.safetensors", *adapted.export_state())
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+
+    cfg = small_config()
+    cfg.MODEL.TWO_STAGE.ADAPTED_CLIP = str(tmp_path / "adapted.safetensors")
+    built = build_model(cfg)
+    MetadataCatalog.remove(NAME)
+    TrainingCheckpointer(built).load_weights(str(tmp_path / "model.pth"), complete=True)
+    state, published, own = built.state_dict(), model.state_dict(), adapted.encoder.state_dict()
+    for key, value in state.items():
+        part = key.removeprefix("encoder.")
+        replaced = key.startswith("encoder.") and not part.startswith("clip.text.")
+        torch.testing.assert_close(value, own[part] if replaced else published[key])
+    assert len(state["encoder.mask_prompts.prompts"]) == 1
+    assert not torch.equal(state["encoder.clip.visual.proj"], published["encoder.clip.visual.proj"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip import load_clip
-from clipdense.clip.mask_prompts import MaskPrompts
+from clipdense.clip.mask_prompts import MaskPrompts, load_mask_prompts
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.text import TextBank
 from clipdense.clip.towers import TransformerTower
@@ -21,8 +21,8 @@ from clipdense.data.classes import dataset_vocabulary
 from clipdense.maskformer import MLP, MaskFormer, MaskFormerHead, instance_inference, panoptic_inference
 from clipdense.maskformer.prediction import MaskPrediction
 from clipdense.maskformer.targets import pad_targets
-from clipdense.regions import CropRule, FusionSettings, semantic_labels, semantic_map
-from clipdense.systems.two_stage.encoder import RegionEncoder, cosine_logits
+from clipdense.regions import FusionSettings, semantic_labels, semantic_map
+from clipdense.systems.two_stage.encoder import RegionEncoder, cosine_logits, crop_rule
 from clipdense.systems.two_stage.queries import QueryClassifier
 from clipdense.systems.two_stage.scores import Scoring
 
@@ -107,8 +107,6 @@ class OVSeg(TrainedOn, MaskFormer):
         embed = MLP(hidden, keys.EMBED_HIDDEN_DIM, clip.embed_dim, keys.EMBED_LAYERS)
         mask_prompts = None
         if keys.ADAPTED_CLIP:
-            from clipdense.clip.mask_prompts import load_mask_prompts
-
             adapted = load_clip(clip.name, keys.ADAPTED_CLIP, text=False)
             clip.visual, clip.logit_scale = adapted.visual, adapted.logit_scale
             mask_prompts = load_mask_prompts(keys.ADAPTED_CLIP)
@@ -118,17 +116,18 @@ class OVSeg(TrainedOn, MaskFormer):
             if not isinstance(tower, TransformerTower):
                 raise tower.cannot("mask prompts", "only ViTs have tokens")
             mask_prompts = MaskPrompts(keys.MASK_PROMPTS.DEPTH, height * width, tower.tap_channels[0])
-        rule = CropRule(**{key.lower(): value for key, value in keys.CROP.items()})
         settings = FusionSettings(scores.ALPHA, scores.BETA)
         vocabularies = [dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TRAIN]
         return arguments | {
             "head": MaskFormerHead(cfg, arguments["backbone"].output_shape(), class_embed=embed),
             "encoder": RegionEncoder(
                 clip,
-                rule,
+                crop_rule(cfg),
                 mask_prompts=mask_prompts,
                 use_mask_prompts=keys.MASK_PROMPTS.ENABLED,
                 batch_size=keys.CROP_BATCH_SIZE,
+                precision=keys.PRECISION,
+                compile=keys.COMPILE,
             ),
             "classifier": QueryClassifier(clip.embed_dim, unit_no_object=keys.UNIT_NO_OBJECT),
             "templates": keys.TEMPLATES,
@@ -136,7 +135,9 @@ class OVSeg(TrainedOn, MaskFormer):
             "prompts": AffixPrompts(keys.AFFIXES[0], keys.AFFIXES[1], clip.text.width)
             if any(keys.AFFIXES)
             else None,
-            "scoring": Scoring(scores.SOURCE, scores.FUSION, settings, scores.EMPTY, scores.CLIP_BACKGROUND),
+            "scoring": Scoring(
+                scores.SOURCE, scores.FUSION, settings, scores.EMPTY, scores.CLIP_BACKGROUND, scores.PRUNE
+            ),
             "keep_encoder": bool(keys.ADAPTED_CLIP),
             "crop_scale": keys.CROP_SCALE,
             "calibration": keys.CALIBRATION,
@@ -192,10 +193,13 @@ class OVSeg(TrainedOn, MaskFormer):
         if not self.encoder.rule.padded_logits:
             masks = masks[:, : image_size[0], : image_size[1]].sigmoid()
         image = image.to(self.device)
-        embeddings, valid = self.encoder(image if self.input_format == "RGB" else image.flip(0), masks)
+        wanted = self.scoring.wanted(logits)
+        embeddings, valid = self.encoder(
+            image if self.input_format == "RGB" else image.flip(0), masks, wanted
+        )
         scale = self.crop_scale or self.encoder.clip.logit_scale.exp()
         clip = cosine_logits(embeddings, self._embedded("evaluation", self.vocabulary)[-1], scale)
-        return self.scoring(logits, clip, valid, self._base())
+        return self.scoring(logits, clip, valid, self._base(), wanted)
 
     def postprocess(
         self, logits: Tensor, masks: Tensor, image_size: tuple[int, int], sample: dict[str, Any]
