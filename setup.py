@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+EXTRAS = {"efficientnet": "extras.txt", "mining": "mining.txt", "test": "test.txt"}
 
 
 def requirements(name: str) -> list[str]:
@@ -29,5 +30,5 @@ setup(
         "clipdense.configs": ["**/*.yaml", "**/*.py"],
     },
     install_requires=requirements("base.txt"),
-    extras_require={"efficientnet": requirements("extras.txt"), "test": requirements("test.txt")},
+    extras_require={name: requirements(file) for name, file in EXTRAS.items()},
 )
