@@ -52,6 +52,10 @@ def add_two_stage_config(cfg: CN) -> None:
     cfg.MODEL.TWO_STAGE.CROP.PADDED_LOGITS = False
     # Crops that go through CLIP at a time.
     cfg.MODEL.TWO_STAGE.CROP_BATCH_SIZE = 64
+    # Of CLIP's forwards in evaluation: "fp32", or "fp16" or "bf16" by autocast; and torch.compile. `ovseg` of
+    # tools/benchmark.py measures what they save and change.
+    cfg.MODEL.TWO_STAGE.PRECISION = "fp32"
+    cfg.MODEL.TWO_STAGE.COMPILE = False
 
     # How the scores of queries and crops become one: the attributes of Scoring in this room. ALPHA and BETA
     # are CLIP's weights for base and novel classes (OVSeg: 0.7, 0.7; zsseg: 0.2, 0.8; ZegFormer: 1/3, 2/3,
@@ -63,5 +67,7 @@ def add_two_stage_config(cfg: CN) -> None:
     cfg.MODEL.TWO_STAGE.SCORES.BETA = 0.7
     cfg.MODEL.TWO_STAGE.SCORES.EMPTY = "neutral"
     cfg.MODEL.TWO_STAGE.SCORES.CLIP_BACKGROUND = False
+    # Queries whose best class has a lower probability in the proposals' own scores are not shown to CLIP.
+    cfg.MODEL.TWO_STAGE.SCORES.PRUNE = 0.0
     # Taken from the semantic maps of base classes (ZegFormer: 0.1).
     cfg.MODEL.TWO_STAGE.CALIBRATION = 0.0

@@ -25,6 +25,8 @@ class Scoring:
         empty: what the ensemble does with masks that have no crop: "neutral" or "boost", see `fuse_valid`.
         clip_background: the proposals' background logit stands beside CLIP's class logits in its softmax
             (ZegFormer); otherwise CLIP shares all of 1 among the classes.
+        prune: queries whose best class is less probable than this among the proposals' own scores keep those,
+            and CLIP does not see their crops; 0: none.
 
     Raises:
         ValueError: an unknown source, fusion or policy.
@@ -35,6 +37,7 @@ class Scoring:
     settings: FusionSettings = field(default_factory=lambda: FusionSettings(0.7, 0.7))
     empty: str = "neutral"
     clip_background: bool = False
+    prune: float = 0.0
 
     def __post_init__(self) -> None:
         get_fusion(self.fusion)
@@ -45,14 +48,24 @@ class Scoring:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
 
+    def wanted(self, proposals: Tensor) -> Tensor | None:
+        """The queries (Q,) that CLIP is to see, from their logits (Q, K + 1); None: all."""
+        return proposals.softmax(-1)[:, :-1].amax(-1) >= self.prune if self.prune else None
+
     def __call__(
-        self, proposals: Tensor, clip: Tensor | None, valid: Tensor | None, base: Tensor | None
+        self,
+        proposals: Tensor,
+        clip: Tensor | None,
+        valid: Tensor | None,
+        base: Tensor | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             proposals: logits (Q, K + 1), the background last.
             clip: logits (V, K) of the masks where `valid` (Q,) is true; None for "proposals".
             base: (K,) bool, or None.
+            wanted: what `wanted` gave.
 
         Returns:
             (Q, K + 1), the background last; 0 for it where CLIP alone scores and knows none.
@@ -68,4 +81,5 @@ class Scoring:
         if self.source == "clip":
             nothing = F.one_hot(torch.full_like(valid, p.shape[1] - 1, dtype=torch.long), p.shape[1]).to(p)
             return nothing.masked_scatter(valid[:, None], q)
-        return fuse_valid(get_fusion(self.fusion), p, q, valid, base, self.settings, self.empty)
+        fused = fuse_valid(get_fusion(self.fusion), p, q, valid, base, self.settings, self.empty)
+        return fused if wanted is None else torch.where(wanted[:, None], fused, p)
