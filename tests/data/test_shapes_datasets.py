@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clipdense.data.datasets.shapes import register_shapes
-from clipdense.data.loader import build_test_loader, build_train_loader
+from clipdense.data.loader import build_test_loader, build_train_loader, load_dataset_dicts
 from clipdense.data.shapes import splits
 from clipdense.data.shapes.world import BASE, CLASSES, GROUNDS, NOVEL
 
@@ -164,3 +164,15 @@ def test_loaders(small, cfg):
                 assert (labels[mask] == category).all()
             assert labels.max() == 255 or labels.max() < 68
     assert len([x for batch in build_test_loader(cfg, "shapes_ov_val") for x in batch]) == 8
+
+
+def test_mask_pairs_of_base_annotations_name_no_novel_class(small, cfg):
+    novel = {CLASSES[k] for k in NOVEL}
+    sources = ("shapes_closed_panoptic_mini_train", "shapes_ov_panoptic_mini_train")
+    cfg.DATASETS.MASK_PAIRS = [f"every:{sources[0]}", f"base:{sources[1]}"]
+    every, base, both = (
+        load_dataset_dicts(cfg, names, training=True) for names in (["every"], ["base"], ["every", "base"])
+    )
+    assert novel & {pair["noun"] for pair in every}  # the same images show some
+    assert base and not novel & {pair["noun"] for pair in base}
+    assert len(both) == len(every) + len(base)  # a mixture, uniform over pairs

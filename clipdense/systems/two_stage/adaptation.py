@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn.distributed import differentiable_all_gather
+from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,10 +25,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 
-__all__ = ["MaskAdaptedCLIP", "noun_contrast"]
+__all__ = ["MaskAdaptedCLIP"]
 
 TRAINABLE = ("image", "prompts", "both")
-DUPLICATES = ("negative", "positive")
 
 
 @META_ARCH_REGISTRY.register()
@@ -39,6 +37,9 @@ class MaskAdaptedCLIP(nn.Module):
     The image tower, mask prompts in place of its masked patches, or both are trained, with the temperature;
     the text tower stays as it is, and so do statistics of BatchNorms. One after the other is a run that
     starts from the file which the one before exported: its mask prompts come along.
+
+    Equal nouns in a batch count as negatives, as published. As the text tower is locked, their embeddings are
+    equal, and targets that they share would give the same loss.
 
     Attributes:
         encoder: embeds masked crops.
@@ -51,7 +52,6 @@ class MaskAdaptedCLIP(nn.Module):
         encoder: RegionEncoder,
         trainable: str = "image",
         templates: str = "{}",
-        duplicates: str = "negative",
         max_logit_scale: float = 100.0,
     ) -> None:
         """
@@ -59,7 +59,6 @@ class MaskAdaptedCLIP(nn.Module):
             encoder: with the CLIP to train, text tower included, and its mask prompts.
             trainable: "image", "prompts" or "both".
             templates: of the nouns, see `TextBank`.
-            duplicates: see `noun_contrast`.
             max_logit_scale: upper bound of the temperature exp(logit_scale), whose lower one is 1.
 
         Raises:
@@ -67,12 +66,10 @@ class MaskAdaptedCLIP(nn.Module):
                 none.
         """
         super().__init__()
-        for key, value, known in (
-            ("TRAINABLE", trainable, TRAINABLE),
-            ("DUPLICATES", duplicates, DUPLICATES),
-        ):
-            if value not in known:
-                raise ValueError(f"MODEL.MASK_ADAPTED_CLIP.{key} {value!r} is none of {', '.join(known)}")
+        if trainable not in TRAINABLE:
+            raise ValueError(
+                f"MODEL.MASK_ADAPTED_CLIP.TRAINABLE {trainable!r} is none of {', '.join(TRAINABLE)}"
+            )
         if trainable != "image" and not encoder.prompted:
             raise ValueError(
                 f"MODEL.MASK_ADAPTED_CLIP.TRAINABLE {trainable!r} needs mask prompts: set "
@@ -86,7 +83,7 @@ class MaskAdaptedCLIP(nn.Module):
         if trainable != "image":
             assert encoder.mask_prompts is not None
             encoder.mask_prompts.requires_grad_(True)
-        self.duplicates, self.max_logit_scale = duplicates, math.log(max_logit_scale)
+        self.max_logit_scale = math.log(max_logit_scale)
         self._bank = TextBank(clip, templates)
         self.train()
 
@@ -118,7 +115,6 @@ class MaskAdaptedCLIP(nn.Module):
             "encoder": encoder,
             "trainable": keys.TRAINABLE,
             "templates": keys.TEMPLATES,
-            "duplicates": keys.DUPLICATES,
             "max_logit_scale": keys.MAX_LOGIT_SCALE,
         }
 
@@ -151,14 +147,14 @@ class MaskAdaptedCLIP(nn.Module):
             torch.stack([sample[key] for sample in batched_inputs]).to(self.device, non_blocking=True)
             for key in ("region", "region_mask")
         )
-        nouns = [sample["noun"] for sample in batched_inputs]
         u = F.normalize(self.encoder.encode(regions, masks).float(), dim=-1)
-        v = self._bank.embed_names(nouns).to(self.device)
+        v = self._bank.embed_names([sample["noun"] for sample in batched_inputs]).to(self.device)
         self._clamp_scale()
-        scale = self.encoder.clip.logit_scale.exp()
-        return {
-            "loss_contrastive": noun_contrast(u, v, _identities(nouns).to(u.device), scale, self.duplicates)
-        }
+        # gradients flow through what is gathered: the average over processes is that of the global batch
+        loss = ClipLoss(
+            local_loss=True, gather_with_grad=True, rank=comm.get_rank(), world_size=comm.get_world_size()
+        )
+        return {"loss_contrastive": loss(u, v, self.encoder.clip.logit_scale.exp())}
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The CLIP, what `load_clip(file)` takes, and its mask prompts, what `load_mask_prompts` does.
@@ -173,40 +169,6 @@ class MaskAdaptedCLIP(nn.Module):
     @torch.no_grad()
     def _clamp_scale(self) -> None:
         self.encoder.clip.logit_scale.clamp_(0, self.max_logit_scale)
-
-
-def noun_contrast(u: Tensor, v: Tensor, nouns: Tensor, scale: Tensor, duplicates: str = "negative") -> Tensor:
-    """CLIP's symmetric contrastive loss (Radford et al., 2021) over the global batch of all processes.
-
-    With "negative" it is open_clip's `ClipLoss`. With "positive" the target of a row is shared by all pairs
-    of the same noun.
-
-    Args:
-        u: (B, D) unit embeddings of this process's regions.
-        v: (B, D) unit embeddings of their nouns.
-        nouns: (B,) int64, equal where the nouns are.
-        scale: temperature exp(logit_scale).
-        duplicates: other pairs of the same noun are "negative" or "positive".
-
-    Returns:
-        Scalar, whose average over processes, gradients included, is that of the global batch on one process
-        (equal B everywhere).
-    """
-    all_u, all_v, all_nouns = (torch.cat(differentiable_all_gather(x)) for x in (u, v, nouns))
-    if duplicates == "positive":
-        positives = (nouns[:, None] == all_nouns).float()
-    else:
-        own = torch.arange(len(u), device=u.device) + comm.get_rank() * len(u)
-        positives = F.one_hot(own, len(all_u)).float()
-    targets = positives / positives.sum(1, keepdim=True)
-    to_nouns, to_regions = (F.cross_entropy(scale * x @ y.T, targets) for x, y in ((u, all_v), (v, all_u)))
-    return (to_nouns + to_regions) / 2
-
-
-def _identities(nouns: Sequence[str]) -> Tensor:
-    """(n,) int64 that are the same for a noun in every process."""
-    digests = (blake2b(noun.strip().casefold().encode(), digest_size=8).digest() for noun in nouns)
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
 
 def _mask_prompts(cfg: CfgNode, clip: ClipModel) -> MaskPrompts | None:

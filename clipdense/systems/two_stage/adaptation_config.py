@@ -16,9 +16,6 @@ def add_adaptation_config(cfg: CN) -> None:
     # Prompt templates of the nouns, a set's name or one sentence with {} in it, whose embeddings are
     # averaged. OVSeg: the captions of its pairs as they are, whose form is not published.
     cfg.MODEL.MASK_ADAPTED_CLIP.TEMPLATES = "{}"
-    # Other pairs of a batch with the same noun: "negative" (published), or "positive": they share the target.
-    # With few classes most batches hold a noun twice.
-    cfg.MODEL.MASK_ADAPTED_CLIP.DUPLICATES = "negative"
     # The learned temperature exp(logit_scale) is kept between 1 and this.
     cfg.MODEL.MASK_ADAPTED_CLIP.MAX_LOGIT_SCALE = 100.0
 
