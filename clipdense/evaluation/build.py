@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from clipdense.data.checks import check_dataset_names
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
@@ -78,7 +79,27 @@ def lvis(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
 @EVALUATOR_REGISTRY.register()
 def sem_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
     """Semantic segmentation."""
-    return SemanticEvaluator(dataset_name, output_dir, per_class=cfg.TEST.PER_CLASS)
+    return _semantic(cfg, dataset_name, output_dir)
+
+
+def _semantic(cfg: CfgNode, dataset_name: str, output_dir: str, optional: bool = False) -> SemanticEvaluator:
+    tables = {}
+    for entry in cfg.TEST.SEMANTIC.ALLOWED_PAIRS:
+        name, _, path = str(entry).rpartition(":")
+        if not name:
+            raise ValueError(
+                f"TEST.SEMANTIC.ALLOWED_PAIRS: {entry!r} does not read name:file.json "
+                "(example: ade20k_sem_seg_val:datasets/allowed_pairs_ade20k.json)"
+            )
+        check_dataset_names([name])
+        tables[name] = os.path.expanduser(os.path.expandvars(path))
+    return SemanticEvaluator(
+        dataset_name,
+        output_dir,
+        per_class=cfg.TEST.PER_CLASS,
+        allowed_pairs=tables.get(dataset_name),
+        optional=optional,
+    )
 
 
 @EVALUATOR_REGISTRY.register()
@@ -117,7 +138,7 @@ def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> Datas
     ]
     if all("sem_seg_file_name" in record for record in DatasetCatalog.get(dataset_name)[:1]):
         evaluators += [
-            SemanticEvaluator(dataset_name, output_dir, per_class=cfg.TEST.PER_CLASS, optional=True),
+            _semantic(cfg, dataset_name, output_dir, optional=True),
             OracleClassEvaluator(dataset_name, per_class=cfg.TEST.PER_CLASS, optional=True),
         ]
     if metadata.get("json_file") and PathManager.isfile(metadata.json_file):

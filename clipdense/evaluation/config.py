@@ -17,6 +17,12 @@ def add_evaluation_config(cfg: CN) -> None:
     # "sem_seg" (K, H, W); beyond, the best class of every pixel, "sem_seg_labels" (H, W). 0: always all maps.
     cfg.TEST.MAX_DENSE_CLASSES = 256
 
+    cfg.TEST.SEMANTIC = CN()
+    # Classes that may stand for others, beside the strict score: a list of "data_set:file.json", where the
+    # file holds {"true class": ["class that may stand for it", ...]}. "~" and environment variables are
+    # expanded. Results get mIoU_forgiving, mIoU_d2_forgiving and pACC_forgiving.
+    cfg.TEST.SEMANTIC.ALLOWED_PAIRS = []
+
     # CLIPSelf's measure of dense features, for models that give a CLIP as output "clip".
     cfg.TEST.DENSE_REGIONS = CN()
     # Last-block mode of the image tower; "" for the best of an image tower as it is ("clipself", "value").

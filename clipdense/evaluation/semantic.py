@@ -1,15 +1,24 @@
-"""Mean intersection over union of semantic segmentation."""
+"""Mean intersection over union of semantic segmentation.
+
+There are two definitions of the mean, which differ in what they make of a class that is predicted but
+nowhere labelled. To ``mIoU`` it is a class of IoU 0 (Detectron2 0.6, and with it OVSeg, ZegFormer and
+zsseg). ``mIoU_d2`` leaves it out: the mean over labelled classes (Detectron2 since July 2022).
+Vocabularies of hundreds of classes have many such.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.datasets.layouts import load_json
 from clipdense.data.image import read_labels
 from clipdense.evaluation.base import Results, TaskEvaluator, class_table
 from clipdense.evaluation.detections import RLE, encode_masks
@@ -18,7 +27,7 @@ from clipdense.evaluation.groups import class_groups
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import create_small_table
 
-__all__ = ["SemanticEvaluator", "segmentation_metrics"]
+__all__ = ["SemanticEvaluator", "forgive", "load_allowed_pairs", "segmentation_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +37,19 @@ Array = npt.NDArray[np.float64]
 class SemanticEvaluator(TaskEvaluator):
     """IoU of ``"sem_seg"`` (K, H, W), or of ``"sem_seg_labels"`` (H, W) where a vocabulary is large.
 
-    Results are ``{"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC"}}`` in percent (see `segmentation_metrics`),
-    Detectron2's keys. Groups of classes in the metadata add ``mIoU_<group>``, and base with novel their
-    harmonic mean ``hIoU``. `per_class` adds ``IoU-<class>`` and ``ACC-<class>``. The predictions are written
-    to ``sem_seg_predictions.json`` in COCO's format for stuff.
+    Results are ``{"sem_seg": {"mIoU", "mIoU_d2", "fwIoU", "mACC", "pACC"}}`` in percent (see
+    `segmentation_metrics`), Detectron2's keys. Groups of classes in the metadata add ``mIoU_<group>`` and
+    ``mIoU_d2_<group>``, and base with novel their harmonic means ``hIoU`` and ``hIoU_d2``. `per_class` adds
+    ``IoU-<class>`` and ``ACC-<class>``, `allowed_pairs` ``mIoU_forgiving``, ``mIoU_d2_forgiving`` and
+    ``pACC_forgiving``. The predictions are written to ``sem_seg_predictions.json`` in COCO's format for
+    stuff.
 
     Args:
         dataset_name: registered data set whose dicts have ``sem_seg_file_name``, whose metadata
             ``stuff_classes`` and ``ignore_label``.
         output_dir: folder for the predictions; None keeps nothing.
         per_class: whether to report every class.
+        allowed_pairs: a file for `load_allowed_pairs`: predictions that count as hits beside the right one.
     """
 
     outputs = ("sem_seg", "sem_seg_labels")
@@ -48,6 +60,7 @@ class SemanticEvaluator(TaskEvaluator):
         output_dir: str | None = None,
         *,
         per_class: bool = False,
+        allowed_pairs: str | os.PathLike[str] | None = None,
         distributed: bool = True,
         optional: bool = False,
     ) -> None:
@@ -58,6 +71,7 @@ class SemanticEvaluator(TaskEvaluator):
         self._classes = list(metadata.stuff_classes)
         self._ignore = metadata.get("ignore_label")
         self._groups = class_groups(metadata, self._classes)
+        self._allowed = None if allowed_pairs is None else load_allowed_pairs(allowed_pairs, self._classes)
         self._ground_truth = {
             d["file_name"]: d["sem_seg_file_name"] for d in DatasetCatalog.get(dataset_name)
         }
@@ -94,12 +108,18 @@ class SemanticEvaluator(TaskEvaluator):
             confusion[cells] += counts
         if self._output_dir:
             self.save("sem_seg_predictions.json", [segment for record in records for segment in record[2]])
-        metrics, iou, accuracy = segmentation_metrics(confusion.reshape(k, k))
-        for group, classes in self._groups.items():
-            metrics[f"mIoU_{group}"] = _mean_iou(iou[classes])
-        if "mIoU_novel" in metrics:
-            base, novel = metrics["mIoU_base"], metrics["mIoU_novel"]
-            metrics["hIoU"] = 2 * base * novel / (base + novel) if base + novel > 0 else 0.0 * (base + novel)
+        confusion = confusion.reshape(k, k)
+        metrics, iou, accuracy = segmentation_metrics(confusion)
+        for mean, values in (("IoU", iou), ("IoU_d2", np.where(np.isnan(accuracy), np.nan, iou))):
+            for group, classes in self._groups.items():
+                metrics[f"m{mean}_{group}"] = _mean(values[classes])
+            if "novel" in self._groups:
+                base, novel = metrics[f"m{mean}_base"], metrics[f"m{mean}_novel"]
+                total = base + novel
+                metrics[f"h{mean}"] = 2 * base * novel / total if total > 0 else 0.0 * total
+        if self._allowed is not None:
+            forgiven = segmentation_metrics(forgive(confusion, self._allowed))[0]
+            metrics |= {f"{key}_forgiving": forgiven[key] for key in ("mIoU", "mIoU_d2", "pACC")}
         logger.info("%s:\n%s", self._name, create_small_table(metrics))
         if self._per_class:
             by_class = class_table("IoU", zip(self._classes, iou.tolist(), strict=True))
@@ -119,17 +139,18 @@ class SemanticEvaluator(TaskEvaluator):
         ]
 
 
-def _mean_iou(iou: Array) -> float:
-    """Mean over the classes that occur."""
-    return float(iou[~np.isnan(iou)].mean()) if not np.isnan(iou).all() else float("nan")
+def _mean(values: Array) -> float:
+    """Mean of those that are not NaN."""
+    return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
 
 
 def segmentation_metrics(confusion: npt.NDArray[np.int64]) -> tuple[dict[str, float], Array, Array]:
     """Metrics of a (K, K) confusion matrix (actual, predicted) of pixels.
 
     Returns:
-        Means in percent: ``mIoU`` over the classes that are labelled or predicted somewhere, ``fwIoU``
-        weighted by labelled pixels, ``mACC`` over the labelled classes, ``pACC`` over pixels. IoU of each
+        Means in percent: ``mIoU`` over the classes that are labelled or predicted somewhere, ``mIoU_d2``
+        over the labelled ones, ``fwIoU`` weighted by labelled pixels, ``mACC`` over the labelled classes,
+        ``pACC`` over pixels. IoU of each
         class (K,) in percent: zero for one that is predicted but never labelled, NaN for one that is neither.
         Accuracy of each class (K,): NaN where not labelled.
     """
@@ -139,11 +160,60 @@ def segmentation_metrics(confusion: npt.NDArray[np.int64]) -> tuple[dict[str, fl
     accuracy = 100 * np.divide(hit, actual, out=unknown.copy(), where=actual > 0)
     labelled = actual > 0
     if not labelled.any():
-        return dict.fromkeys(("mIoU", "fwIoU", "mACC", "pACC"), float("nan")), iou, accuracy
+        return dict.fromkeys(("mIoU", "mIoU_d2", "fwIoU", "mACC", "pACC"), float("nan")), iou, accuracy
     means = {
-        "mIoU": _mean_iou(iou),
+        "mIoU": _mean(iou),
+        "mIoU_d2": float(iou[labelled].mean()),
         "fwIoU": float((iou[labelled] * actual[labelled]).sum() / actual.sum()),
         "mACC": float(accuracy[labelled].mean()),
         "pACC": 100 * float(hit.sum() / actual.sum()),
     }
     return means, iou, accuracy
+
+
+def forgive(confusion: npt.NDArray[np.int64], allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """A confusion matrix in which allowed confusions are hits.
+
+    Args:
+        confusion: (K, K) pixels (actual, predicted).
+        allowed: (K, K), true where the predicted class may stand for the actual one.
+    """
+    moved = np.where(allowed, confusion, 0)
+    return np.asarray(confusion - moved + np.diag(moved.sum(1)))
+
+
+def load_allowed_pairs(path: str | os.PathLike[str], classes: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which class may stand for which: synonyms, parts, kinds.
+
+    Args:
+        path: a JSON file ``{"true class": ["class that may stand for it", ...], ...}``. It holds for this
+            direction only: who calls a house a building may still be wrong to call any building a house.
+        classes: K names. Those in the file are any of a class's synonyms, or the whole string.
+
+    Returns:
+        (K, K) bool, (actual, predicted); the diagonal is false.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such table, or a name that is no class, with those that look like it.
+    """
+    content = load_json(os.fspath(path))
+    if not isinstance(content, dict) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in content.values()
+    ):
+        raise ValueError(f'{path}: expected {{"true class": ["class that may stand for it", ...], ...}}')
+    vocabulary = Vocabulary.from_names(classes)
+    whole = {name.strip(): i for i, name in enumerate(classes)}
+
+    def index(name: str) -> int:
+        try:
+            return whole[name] if name in whole else vocabulary.index(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    allowed = np.zeros((len(classes), len(classes)), bool)
+    for name, others in content.items():
+        for other in others:
+            allowed[index(name), index(other)] = True
+    np.fill_diagonal(allowed, False)
+    return allowed

@@ -14,6 +14,7 @@ from clipdense.evaluation import (
     EVALUATOR_REGISTRY,
     DenseRegionEvaluator,
     InstanceEvaluator,
+    MaskClassificationEvaluator,
     PanopticEvaluator,
     SemanticEvaluator,
     build_evaluator,
@@ -142,6 +143,7 @@ def test_panoptic_data_sets_are_evaluated_by_what_the_model_gives(
     assert [type(e) for e in build_evaluator(cfg, name)._evaluators] == [
         PanopticEvaluator,
         DenseRegionEvaluator,
+        MaskClassificationEvaluator,
     ]
     name = register([record], evaluator_type="sem_seg", stuff_classes=["cat", "sky"], ignore_label=255)
     assert isinstance(build_evaluator(cfg, name), SemanticEvaluator)
@@ -225,3 +227,20 @@ def test_two_processes_are_one_evaluation(tmp_path: Path, run_python: Any) -> No
     boxes, labels = map(json.loads, run_python(_TWO_PROCESSES, str(tmp_path)).splitlines())
     assert boxes["bbox"]["AP"] == pytest.approx(100)  # one process alone would find half
     assert labels["sem_seg"]["pACC"] == pytest.approx(50)
+
+
+def test_allowed_pairs_of_a_data_set(cfg: CfgNode, register: Any, tmp_path: Path) -> None:
+    (tmp_path / "pairs.json").write_text('{"house": ["building"]}')
+    name = register(stuff_classes=["house", "building"], ignore_label=255, evaluator_type="sem_seg")
+    other = register(stuff_classes=["sky"], ignore_label=255, evaluator_type="sem_seg")
+    cfg.TEST.SEMANTIC.ALLOWED_PAIRS = [f"{name}:{tmp_path}/pairs.json"]
+    for data, told in ((name, True), (other, False)):
+        evaluator = build_evaluator(cfg, data)
+        evaluator.reset()
+        assert ("mIoU_forgiving" in evaluator.evaluate()["sem_seg"]) == told
+    cfg.TEST.SEMANTIC.ALLOWED_PAIRS = ["pairs.json"]
+    with pytest.raises(ValueError, match="ALLOWED_PAIRS: 'pairs.json' does not read name:file.json"):
+        build_evaluator(cfg, name)
+    cfg.TEST.SEMANTIC.ALLOWED_PAIRS = [f"{name}x:pairs.json"]
+    with pytest.raises(ValueError, match="is not registered"):
+        build_evaluator(cfg, name)

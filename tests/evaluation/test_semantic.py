@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from clipdense.data.datasets.open_semantic import COCO_STUFF, COCO_STUFF_NOVEL
 from clipdense.evaluation import SemanticEvaluator
-from clipdense.evaluation.semantic import segmentation_metrics
+from clipdense.evaluation.semantic import forgive, load_allowed_pairs, segmentation_metrics
+
+from detectron2.data import MetadataCatalog
 
 
 @pytest.fixture
@@ -19,8 +22,9 @@ def make(register: Any, tmp_path: Path) -> Any:
     def run(labels: list[np.ndarray], classes: list[str], **metadata: Any) -> str:
         dicts = []
         for i, label in enumerate(labels):
-            Image.fromarray(label).save(tmp_path / f"{i}.png")
-            dicts.append({"file_name": f"{i}.jpg", "sem_seg_file_name": str(tmp_path / f"{i}.png")})
+            path = tmp_path / f"{i}{'.tif' if label.dtype == np.uint16 else '.png'}"
+            Image.fromarray(label).save(path)
+            dicts.append({"file_name": f"{i}.jpg", "sem_seg_file_name": str(path)})
         return str(register(dicts, stuff_classes=classes, **{"ignore_label": 255, **metadata}))
 
     return run
@@ -50,10 +54,14 @@ def test_by_hand(make: Any, tmp_path: Path) -> None:
         assert got[f"IoU-{label}"] == pytest.approx(100 * value)
     assert math.isnan(got["IoU-d"]) and math.isnan(got["ACC-c"])
     assert got["mIoU"] == pytest.approx(100 * sum(iou.values()) / 3)
+    assert got["mIoU_d2"] == pytest.approx(100 * sum(iou.values()) / 2)
     assert got["fwIoU"] == pytest.approx(100 * (3 * iou["a"] + 3 * iou["b"]) / 6)
     assert got["mACC"] == pytest.approx(100 * 2 / 3) and got["pACC"] == pytest.approx(100 * 4 / 6)
     assert got["mIoU_novel"] == pytest.approx(50) and got["mIoU_base"] == pytest.approx(100 / 3)
     assert got["hIoU"] == pytest.approx(2 * 50 * 100 / 3 / (50 + 100 / 3))
+    assert got["mIoU_d2_novel"] == pytest.approx(50) and got["mIoU_d2_base"] == pytest.approx(200 / 3)
+    assert got["hIoU_d2"] == pytest.approx(2 * 50 * 200 / 3 / (50 + 200 / 3))
+    assert not any("forgiving" in key for key in got)
     saved = json.loads((tmp_path / "out" / "sem_seg_predictions.json").read_text())
     assert [row["category_id"] for row in saved] == [7, 8, 9] and saved[0]["segmentation"]["size"] == [2, 4]
 
@@ -112,3 +120,95 @@ def test_errors_name_the_cause(make: Any) -> None:
     name = make([np.array([[0, 1]], np.uint8)], ["a", "b"])
     with pytest.raises(ValueError, match=r"prediction of 0\.jpg: labels 0 to 5"):
         evaluate(name, [np.array([[0, 5]])])
+
+
+def published_means(confusion: np.ndarray) -> tuple[float, float]:
+    """Both definitions of the mean, class by class: OVSeg's (Detectron2 0.6), and Detectron2's since."""
+    total, labelled, occurring = 0.0, 0, 0
+    for k in range(len(confusion)):
+        hit = int(confusion[k, k])
+        in_truth, in_prediction = int(confusion[k].sum()), int(confusion[:, k].sum())
+        occurring += in_truth + in_prediction > 0
+        if in_truth > 0:
+            labelled += 1
+            total += hit / (in_truth + in_prediction - hit)
+    return 100 * total / occurring, 100 * total / labelled
+
+
+def test_both_definitions_on_random_confusions() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        confusion = rng.integers(0, 9, (7, 7)) * (rng.random((7, 7)) < 0.5)
+        confusion[rng.random(7) < 0.4] = 0  # nowhere labelled, but for some predicted
+        confusion[0, 0] += 1
+        confusion[:, rng.choice(np.arange(1, 7), 2)] = 0
+        got = segmentation_metrics(confusion)[0]
+        assert (got["mIoU"], got["mIoU_d2"]) == pytest.approx(published_means(confusion), abs=1e-10)
+    confusion = np.zeros((21, 21), np.int64)
+    confusion[0, :20] = [1900, *[10] * 19]  # one class of IoU 0.909, 19 that are predicted alone
+    got = segmentation_metrics(confusion)[0]
+    assert got["mIoU"] == pytest.approx(got["mIoU_d2"] / 20) and got["mIoU_d2"] > 90
+
+
+def test_wide_labels(make: Any) -> None:
+    """Of 300 classes, void 65535; what is predicted there does not count."""
+    actual = np.array([[299, 299, 256, 65535, 0]], np.uint16)
+    name = make([actual], [f"class {i}" for i in range(300)], ignore_label=65535)
+    got = evaluate(name, [np.array([[299, 256, 256, 7, 0]])], per_class=True)
+    assert (got["IoU-class 299"], got["IoU-class 256"], got["IoU-class 0"]) == (50, 50, 100)
+    assert math.isnan(got["IoU-class 7"]) and got["mIoU"] == got["mIoU_d2"] == pytest.approx(200 / 3)
+
+
+def test_seen_and_unseen_of_coco_stuff(make: Any) -> None:
+    cow, tree, person = map(COCO_STUFF.index, ("cow", "tree", "person"))
+    name = make(
+        [np.array([[cow, tree, person, person]], np.uint8)], COCO_STUFF, novel_classes=COCO_STUFF_NOVEL
+    )
+    got = evaluate(name, [np.array([[cow, person, person, person]])])
+    assert got["mIoU_novel"] == 50 and got["mIoU_base"] == pytest.approx(200 / 3)
+    assert got["hIoU"] == got["hIoU_d2"] == pytest.approx(2 * 50 * 200 / 3 / (50 + 200 / 3))
+
+
+CLASSES = ["building, edifice", "house", "skyscraper", "sky"]
+
+
+def test_forgiven_confusions(make: Any, tmp_path: Path) -> None:
+    """Into one direction, and the strict score stays what it is."""
+    table = tmp_path / "pairs.json"
+    table.write_text(json.dumps({"house": ["building"], "skyscraper": ["building, edifice"]}))
+    actual = np.array([[1, 1, 1, 2, 0, 0, 3, 3]], np.uint8)
+    predicted = np.array([[0, 1, 3, 0, 1, 0, 3, 3]])
+    name = make([actual], CLASSES)
+    got, strict = evaluate(name, [predicted], allowed_pairs=table), evaluate(name, [predicted])
+    # building 1/2, house 2/4, skyscraper 1/1, sky 2/3
+    assert got["mIoU_forgiving"] == pytest.approx(100 * (1 / 2 + 2 / 4 + 1 + 2 / 3) / 4)
+    assert got["mIoU_d2_forgiving"] == got["mIoU_forgiving"]
+    assert got["pACC_forgiving"] == pytest.approx(100 * 6 / 8)
+    assert strict.items() <= got.items() and strict["mIoU"] < got["mIoU_forgiving"]
+
+
+def test_forgiving_pixel_by_pixel() -> None:
+    """As if the predictions had been right there."""
+    rng = np.random.default_rng(0)
+    actual, predicted = rng.integers(0, 6, (2, 5000))
+    allowed = (rng.random((6, 6)) < 0.3) & ~np.eye(6, dtype=bool)
+    amended = np.where(allowed[actual, predicted], actual, predicted)
+    confusion, wanted = (
+        np.bincount(actual * 6 + p, minlength=36).reshape(6, 6) for p in (predicted, amended)
+    )
+    assert np.array_equal(forgive(confusion, allowed), wanted) and not np.array_equal(confusion, wanted)
+
+
+def test_tables_of_allowed_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({"hose": ["sky"]}))
+    with pytest.raises(ValueError, match=r"pairs\.json: no class 'hose' .*did you mean 'house'"):
+        load_allowed_pairs(path, CLASSES)
+    path.write_text(json.dumps([["house", "building"]]))
+    with pytest.raises(ValueError, match=r"pairs\.json: expected .*true class"):
+        load_allowed_pairs(path, CLASSES)
+    path.write_text(json.dumps({"house": ["house", "Edifice"]}))
+    assert np.argwhere(load_allowed_pairs(path, CLASSES)).tolist() == [[1, 0]]
+    shipped = Path(__file__).parents[2] / "datasets" / "allowed_pairs_ade20k.json"
+    allowed = load_allowed_pairs(shipped, MetadataCatalog.get("ade20k_sem_seg_val").stuff_classes)
+    assert allowed.sum() == sum(map(len, json.loads(shipped.read_text()).values())) > 50
