@@ -28,7 +28,7 @@ from clipdense.checkpoint import (
 )
 
 from .eva import EVA02_CLIP, EVA02Model
-from .layouts import EVA_CLIP, JIT_ENTRIES, OPENAI_CLIP, config_from_tensors
+from .layouts import EVA_CLIP, JIT_ENTRIES, MASK_PROMPTS, OPENAI_CLIP, config_from_tensors
 from .sources import Source, resolve
 from .tokenizer import CLIP_VOCABULARY, build_tokenizer, token_counts
 from .towers import TextTower, Tower, TowerOutput, Want, build_tower
@@ -243,8 +243,10 @@ def _config(
     layout, file = states[0] if states else (None, None)
     stored: Any = file.metadata.get("options", {}).get("config") if file is not None else None
     trained = source.quick_gelu if stored is None else stored["model_cfg"]["quick_gelu"]
-    if file is not None and layout is OPENAI_CLIP and all(key in file.state for key in JIT_ENTRIES):
-        trained = True  # only OpenAI's TorchScript files have these entries
+    if file is not None and layout is OPENAI_CLIP:
+        # OpenAI's TorchScript files alone have these entries, and OVSeg's CLIPs alone mask prompts
+        known = all(key in file.state for key in JIT_ENTRIES) or MASK_PROMPTS in file.state
+        trained = True if known else trained
     if layout is EVA_CLIP:
         trained = False  # EVA's text towers have the exact GELU
     if source.config is None and stored is None:

@@ -28,6 +28,7 @@ from clipdense.checkpoint import (
     save_checkpoint,
 )
 from clipdense.clip import load_clip
+from clipdense.clip.layouts import MASK_PROMPTS
 from clipdense.config import add_clipdense_config
 from clipdense.data.checks import head_classes
 from clipdense.data.classes import class_names
@@ -210,8 +211,9 @@ def _convert_clip(
         clip = load_clip(name or read.path, read.path if name else None, allow_pickle=allow_pickle)
     except ValueError as e:
         raise CheckpointError(f"{e} (--option MODEL.CLIP.NAME=...)") from e
-    clip.save(target)
-    report = account(clip.state_dict(), layout.convert(read.state), drops=layout.drops)
+    prompts = {key: value for key, value in read.state.items() if key == MASK_PROMPTS}
+    save_checkpoint(target, {**clip.state_dict(), **prompts}, clip.file_metadata())
+    report = account({**clip.state_dict(), **prompts}, layout.convert(read.state), drops=layout.drops)
     rules = {**report.dropped, **({"not part of the model": sorted(read.extras)} if read.extras else {})}
     return Conversion(layout.name, len(report.loaded), rules, {}, None)
 
