@@ -12,11 +12,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["Results", "TaskEvaluator", "class_table", "save_json"]
+__all__ = ["AlternativeEvaluators", "Results", "TaskEvaluator", "class_table", "save_json"]
 
 Results = OrderedDict[str, dict[str, float]]
 
@@ -89,6 +89,29 @@ class TaskEvaluator(DatasetEvaluator):
         """Write JSON into the output folder, if there is one."""
         if self._output_dir:
             save_json(os.path.join(self._output_dir, name), content)
+
+
+class AlternativeEvaluators(DatasetEvaluators):
+    """Optional evaluators of which a model must serve one at least.
+
+    Args:
+        evaluators: each a `TaskEvaluator`.
+    """
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Take the outputs of a batch.
+
+        Raises:
+            KeyError: the model gives nothing that is to be evaluated.
+        """
+        needed = [name for evaluator in self._evaluators for name in evaluator.outputs]
+        for output in outputs:
+            if not output.keys() & set(needed):
+                given = ", ".join(sorted(output)) or "nothing"
+                raise KeyError(
+                    f"the data set needs the output {' or '.join(needed)}, but the model gives {given}"
+                )
+        super().process(inputs, outputs)
 
 
 def save_json(path: str, content: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from clipdense.data.checks import check_dataset_names
+from clipdense.evaluation.base import AlternativeEvaluators
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
@@ -78,8 +79,23 @@ def lvis(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
 
 @EVALUATOR_REGISTRY.register()
 def sem_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
-    """Semantic segmentation."""
-    return _semantic(cfg, dataset_name, output_dir)
+    """Semantic segmentation, or, of a model that gives its region encoder, the names of labelled masks."""
+    return AlternativeEvaluators(
+        [
+            _semantic(cfg, dataset_name, output_dir, optional=True),
+            _mask_classification(cfg, dataset_name, output_dir),
+        ]
+    )
+
+
+def _mask_classification(cfg: CfgNode, dataset_name: str, output_dir: str) -> MaskClassificationEvaluator:
+    return MaskClassificationEvaluator(
+        dataset_name,
+        output_dir,
+        templates=cfg.TEST.MASK_CLASSIFICATION.TEMPLATES,
+        separator="," if cfg.DATASETS.SPLIT_NAMES else None,
+        optional=True,
+    )
 
 
 def _semantic(cfg: CfgNode, dataset_name: str, output_dir: str, optional: bool = False) -> SemanticEvaluator:
@@ -120,8 +136,8 @@ def dense_regions(
 
 @EVALUATOR_REGISTRY.register()
 def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
-    """Panoptic segmentation, with semantic and instance segmentation where data set and model have them; and
-    dense regions where the model gives a CLIP."""
+    """Panoptic segmentation, with semantic and instance segmentation where data set and model have them;
+    dense regions where the model gives a CLIP, the names of masks where it gives its region encoder."""
     metadata = MetadataCatalog.get(dataset_name)
     evaluators: list[DatasetEvaluator] = [
         PanopticEvaluator(
@@ -132,9 +148,7 @@ def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> Datas
             optional=True,
         ),
         dense_regions(cfg, dataset_name, output_dir, optional=True),
-        MaskClassificationEvaluator(
-            dataset_name, output_dir, templates=cfg.TEST.MASK_CLASSIFICATION.TEMPLATES, optional=True
-        ),
+        _mask_classification(cfg, dataset_name, output_dir),
     ]
     if all("sem_seg_file_name" in record for record in DatasetCatalog.get(dataset_name)[:1]):
         evaluators += [

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 class MaskClassificationEvaluator(TaskEvaluator):
-    """Accuracy of a region encoder on the annotated segments of a panoptic data set.
+    """Accuracy of a region encoder on the annotated segments of a panoptic data set, or on
+    the regions that each class has in an image of a semantic one.
 
     A model is evaluated on what it gives as output ``region_encoder``: called with an image (3, H, W), RGB in
     0 .. 255, and masks (n, H, W) it gives embeddings (n, D) and which masks (n,) are valid; its ``clip`` has
@@ -51,6 +52,7 @@ class MaskClassificationEvaluator(TaskEvaluator):
             the metadata's ``stuff_classes``.
         output_dir: folder for ``mask_classification.json``, the metrics; None writes nothing.
         templates: prompt templates of the class names, see `TextBank`.
+        separator: parts the names of a class, see `Vocabulary.from_metadata`.
     """
 
     outputs = ("region_encoder",)
@@ -61,12 +63,13 @@ class MaskClassificationEvaluator(TaskEvaluator):
         output_dir: str | None = None,
         *,
         templates: str | Sequence[str] = "ovseg_14",
+        separator: str | None = ",",
         distributed: bool = True,
         optional: bool = False,
     ) -> None:
         super().__init__(output_dir, distributed=distributed, optional=optional)
         self._name, self._metadata = dataset_name, MetadataCatalog.get(dataset_name)
-        self._templates = templates
+        self._templates, self._separator = templates, separator
         self._images: dict[str, dict[str, Any]] = {}
         self._text: Tensor | None = None
 
@@ -104,7 +107,7 @@ class MaskClassificationEvaluator(TaskEvaluator):
         labels, areas, embeddings = (
             torch.cat([record[key] for record in records]) for key in ("labels", "areas", "embeddings")
         )
-        vocabulary = Vocabulary.from_metadata(self._metadata)
+        vocabulary = self._vocabulary()
         names = list(self._metadata.stuff_classes)
         groups, attributes = class_groups(self._metadata, names), class_attributes(self._metadata, names)
         scores = embeddings @ self._text.T
@@ -136,4 +139,7 @@ class MaskClassificationEvaluator(TaskEvaluator):
 
     def _embed_classes(self, clip: ClipModel) -> Tensor:
         """Unit class embeddings (K, D) on the CPU."""
-        return TextBank(clip, self._templates)(Vocabulary.from_metadata(self._metadata)).cpu()
+        return TextBank(clip, self._templates)(self._vocabulary()).cpu()
+
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.from_metadata(self._metadata, separator=self._separator)

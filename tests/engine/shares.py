@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipdense.clip import load_clip
+from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.config import add_clipdense_config
 from clipdense.engine.distributed import SyncBatchNorm, convert_sync_batchnorm
 from clipdense.engine.trainer import Trainer, distribute
 from clipdense.systems.clip_pretrain import ContrastiveCLIP
+from clipdense.systems.two_stage import MaskAdaptedCLIP, RegionEncoder
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine.hooks import CallbackHook
@@ -211,6 +213,21 @@ def contrastive(uneven: bool = False) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in found.items()}
 
 
+def mask_adapted() -> dict[str, Tensor]:
+    """MaskAdaptedCLIP, whose loss compares the regions of all processes; two nouns are the same."""
+    torch.manual_seed(0)
+    encoder = RegionEncoder(load_clip("shapes-vit", "random"), mask_prompts=MaskPrompts(2, 64, 128))
+    net = distribute(MaskAdaptedCLIP(encoder=encoder, trainable="both")).train()
+    random = torch.Generator().manual_seed(0)
+    batch = []
+    for noun in ("red star", "sand", "blue ring", "sand"):
+        mask = torch.zeros(1, 64, 64)
+        mask[:, 10:50, :30] = 1
+        batch.append({"region": torch.randn(3, 64, 64, generator=random), "region_mask": mask, "noun": noun})
+    found = gradients(net, net(share(batch)))
+    return {name.removeprefix("module."): value for name, value in found.items()}
+
+
 def results(folder: str) -> dict[str, dict[str, Tensor]]:
     """Everything, by name."""
     sync = "MODEL.SYNC_BN", True
@@ -224,6 +241,7 @@ def results(folder: str) -> dict[str, dict[str, Tensor]]:
         "a signal to one process": interruption(f"{folder}/e"),
         "Mask R-CNN": mask_rcnn(),
         "ContrastiveCLIP": contrastive(),
+        "MaskAdaptedCLIP": mask_adapted(),
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 EQUAL = [
     *("BatchNorm1d", "BatchNorm2d", "BatchNormAct2d", "BatchNorm2d, one process idle"),
-    *("training", "training in parts", "Mask R-CNN", "ContrastiveCLIP"),
+    *("training", "training in parts", "Mask R-CNN", "ContrastiveCLIP", "MaskAdaptedCLIP"),
     *("a NaN on one process", "a signal to one process"),
 ]
 

@@ -16,7 +16,6 @@ from clipdense.evaluation import (
     InstanceEvaluator,
     MaskClassificationEvaluator,
     PanopticEvaluator,
-    SemanticEvaluator,
     build_evaluator,
 )
 
@@ -146,7 +145,9 @@ def test_panoptic_data_sets_are_evaluated_by_what_the_model_gives(
         MaskClassificationEvaluator,
     ]
     name = register([record], evaluator_type="sem_seg", stuff_classes=["cat", "sky"], ignore_label=255)
-    assert isinstance(build_evaluator(cfg, name), SemanticEvaluator)
+    evaluator = build_evaluator(cfg, name)
+    with pytest.raises(KeyError, match="sem_seg or sem_seg_labels or region_encoder, but .* gives instances"):
+        evaluator.process([record], [{"instances": None}])
 
 
 def test_pascal_voc(cfg: CfgNode, register: Any, tmp_path: Path) -> None:
@@ -235,9 +236,8 @@ def test_allowed_pairs_of_a_data_set(cfg: CfgNode, register: Any, tmp_path: Path
     other = register(stuff_classes=["sky"], ignore_label=255, evaluator_type="sem_seg")
     cfg.TEST.SEMANTIC.ALLOWED_PAIRS = [f"{name}:{tmp_path}/pairs.json"]
     for data, told in ((name, True), (other, False)):
-        evaluator = build_evaluator(cfg, data)
-        evaluator.reset()
-        assert ("mIoU_forgiving" in evaluator.evaluate()["sem_seg"]) == told
+        semantic = build_evaluator(cfg, data)._evaluators[0]
+        assert ("mIoU_forgiving" in semantic.score([])["sem_seg"]) == told
     cfg.TEST.SEMANTIC.ALLOWED_PAIRS = ["pairs.json"]
     with pytest.raises(ValueError, match="ALLOWED_PAIRS: 'pairs.json' does not read name:file.json"):
         build_evaluator(cfg, name)
