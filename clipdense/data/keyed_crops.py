@@ -1,0 +1,81 @@
+"""Import of mask-category pairs that were saved as crops with a painted background (OVSeg's released format).
+
+The mask of such a crop is told from a colour. Here that is done once, from files that keep it exactly; the
+pairs then have their masks.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pycocotools.mask as mask_util
+from PIL import Image, UnidentifiedImageError
+
+__all__ = ["BACKGROUND", "keyed_mask", "read_keyed_csv", "read_keyed_pair"]
+
+BACKGROUND = (124, 116, 103)
+"""RGB of the background, ImageNet's mean colour, rounded (specs/ovseg_zegformer_maskformer.md 2.7)."""
+
+LOSSLESS = ("BMP", "PNG", "PPM", "TIFF")
+_COLUMNS = ("filepath", "title")
+
+
+def read_keyed_csv(path: str | Path) -> list[tuple[str, str]]:
+    """The rows of a tab-separated file with the columns ``filepath`` and ``title``: image files and nouns.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a column is missing, or a row lacks an entry; names the line.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"{path}: no column {' and no column '.join(missing)} (tab-separated)")
+        rows = []
+        for row in reader:
+            name, noun = (row[column] for column in _COLUMNS)
+            if not name or not noun:
+                raise ValueError(f"{path}, line {reader.line_num}: lacks filepath or title")
+            rows.append((name, noun))
+    return rows
+
+
+def keyed_mask(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """The pixels (H, W, 3), RGB, that are not exactly of the colour `BACKGROUND`: (H, W)."""
+    return (pixels != np.array(BACKGROUND, np.uint8)).any(-1)
+
+
+def read_keyed_pair(name: str, noun: str, image_root: str | Path) -> dict[str, Any] | None:
+    """The pair (see `clipdense.data.mask_pairs.read_pairs`) of one crop; None if all of it is background.
+
+    Raises:
+        FileNotFoundError: no such image.
+        ValueError: a file of a lossy format, or no image; names it.
+    """
+    path = os.path.join(image_root, name)
+    try:
+        with Image.open(path) as image:
+            if image.format not in LOSSLESS:
+                raise ValueError(
+                    f"{path} is a {image.format} file, which need not keep colours: its background, RGB "
+                    f"{BACKGROUND}, cannot be told. Import the crops as they were saved first "
+                    f"({', '.join(LOSSLESS)})"
+                )
+            mask = keyed_mask(np.array(image.convert("RGB")))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a readable image") from error
+    if not mask.any():
+        return None
+    code = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    return {
+        "file_name": name,
+        "height": mask.shape[0],
+        "width": mask.shape[1],
+        "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode()},
+        "noun": noun,
+    }
