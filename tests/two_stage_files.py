@@ -90,6 +90,7 @@ def converted(
     options = {"MODEL.DEVICE": "cpu", "MODEL.MASK_FORMER.NHEADS": golden.config["head"]["nheads"]} | options
     conversion = convert_weights(folder / "published.pth", target, options=options)
     assert conversion.layout == (layout or golden.id.split("/")[1].split("_")[0])
+    assert ("CC BY-NC" in conversion.licence) == (conversion.layout != "zsseg")
     (folder / "config.yaml").write_text(yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target)}}))
     model = build_model(load_config(str(folder / "config.yaml"))).eval()
     TrainingCheckpointer(model).load_weights(str(target), complete=True)

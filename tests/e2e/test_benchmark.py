@@ -43,7 +43,7 @@ def test_evaluation_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
 
 def test_ovseg_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "benchmark.json"
-    words = ["ovseg", "--size", "60", "80", "--masks", "5", "--pairs", "1"]
+    words = ["ovseg", "--size", "60", "80", "--masks", "5", "--pairs", "1", "--rows", "crop_stage", "k847"]
     reference = ["--reference", str(ROOT / "tests" / "crop_loop.py")]
     assert tool.main([*words, *reference, "--json", str(path)]) == 0
     crops, memory = json.loads(path.read_text())["rows"]
@@ -51,6 +51,20 @@ def test_ovseg_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     assert crops["ratio_is"] == "other / ours" and len(crops["raw"]["other"]) == 1
     assert memory["other"] == pytest.approx(847 * 60 * 80 * 4 / 1e9) and memory["ours"] > 0
     capsys.readouterr()
+
+
+def test_ovseg_forwards(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "benchmark.json"
+    words = ["ovseg", "--config-file", str(ROOT / "configs" / "shapes" / "ovseg.yaml"), "--pairs", "1"]
+    words += ["--size", "128", "160", "--masks", "4", "--rows", "end_to_end", "bf16", "pruned"]
+    assert tool.main([*words, "--json", str(path)]) == 0
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == [f"ovseg/{x}" for x in ("end_to_end_flops", "end_to_end", "bf16", "pruned")]
+    assert 1 <= rows["ovseg/end_to_end_flops"]["ratio"] < 1.2
+    rounded, pruned = (rows[f"ovseg/{x}"]["values"] for x in ("bf16", "pruned"))
+    assert rounded["crops"] == 4 and 0 < rounded["logits_mean_change"] <= rounded["logits_max_change"] < 20
+    assert pruned["crops"] == 2 and pruned["logits_max_change"] < 1e-3
+    assert "CLIP sees 2 of 4 masks" in capsys.readouterr().out
 
 
 @pytest.mark.slow

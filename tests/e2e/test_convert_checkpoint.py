@@ -54,6 +54,7 @@ def test_report(run: Callable[..., None], tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "names.txt").write_text("\n".join(files.CLASSES))
     run(tmp_path / "m.pth", tmp_path / "m.safetensors", "--classes", tmp_path / "names.txt", *HEADS)
     printed = capsys.readouterr().out
+    assert "licence" not in printed
     for line in (
         f"m.pth is of layout denseclip_mask_rcnn; {len(content['state_dict'])} tensors kept",
         "left out, not part of the model: meta, optimizer",
