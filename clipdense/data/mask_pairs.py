@@ -32,6 +32,7 @@ __all__ = [
     "pair_mask",
     "read_pairs",
     "register_mask_pairs",
+    "segment_classes",
     "write_pairs",
 ]
 
@@ -174,6 +175,19 @@ def labelled_segments(record: Mapping[str, Any], ignore_label: int = 255) -> Lab
     return LabelledSegments(record["sem_seg_file_name"], classes, classes)
 
 
+def segment_classes(name: str) -> list[str]:
+    """Class names of a data set's segments, in order of contiguous id.
+
+    Raises:
+        ValueError: the data set does not name them all in ``stuff_classes`` (Detectron2's separated panoptic
+            sets label things as one class).
+    """
+    classes = [c.strip() for c in MetadataCatalog.get(name).get("stuff_classes") or ()]
+    if not classes or classes[0] == "things":
+        raise ValueError(f"data set {name} does not name things and stuff together, in stuff_classes")
+    return classes
+
+
 def ground_truth_pairs(name: str) -> list[Pair]:
     """The annotated segments of a registered data set, each with the name of its class.
 
@@ -183,22 +197,17 @@ def ground_truth_pairs(name: str) -> list[Pair]:
         As `read_pairs`, but for the mask: where ``label_file_name`` has the value ``label``.
 
     Raises:
-        ValueError: the data set has no panoptic and no semantic segmentations.
+        ValueError: the data set has no panoptic and no semantic segmentations; and see `segment_classes`.
     """
-    metadata, pairs = MetadataCatalog.get(name), []
-    records = DatasetCatalog.get(name)
+    records, classes, pairs = DatasetCatalog.get(name), segment_classes(name), []
+    ignore = MetadataCatalog.get(name).get("ignore_label", 255)
     semantic = not any("pan_seg_file_name" in record for record in records[:1])
     quiet = not semantic or not comm.is_main_process()  # label maps have to be read only there
     for record in tqdm(records, f"Segments of {name}", unit="image", disable=True if quiet else None):
-        segments = labelled_segments(record, metadata.get("ignore_label", 255))
+        segments = labelled_segments(record, ignore)
         image = {key: record[key] for key in ("file_name", "image_id", "height", "width") if key in record}
         pairs += [
-            {
-                **image,
-                "label_file_name": segments.file_name,
-                "label": label,
-                "noun": metadata.stuff_classes[k].strip(),
-            }
+            {**image, "label_file_name": segments.file_name, "label": label, "noun": classes[k]}
             for label, k in zip(segments.labels, segments.classes, strict=True)
         ]
     return pairs

@@ -18,7 +18,7 @@ from clipdense.clip import ClipModel
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_image, read_labels
-from clipdense.data.mask_pairs import labelled_segments
+from clipdense.data.mask_pairs import labelled_segments, segment_classes
 from clipdense.evaluation.base import Results, TaskEvaluator
 from clipdense.evaluation.dense_regions import region_accuracy
 from clipdense.evaluation.groups import class_attributes, class_groups
@@ -43,7 +43,7 @@ class MaskClassificationEvaluator(TaskEvaluator):
 
     Results are ``{"mask_classification": metrics}`` in percent: ``top1``, ``macc1``, ``macc5`` and those of
     groups and attributes (see `region_accuracy`) over segments; the same of things and of stuff, as
-    ``thing.top1`` etc.; and ``mIoU``, ``mIoU_<group>`` and ``hIoU`` (see `SemanticEvaluator`) of the semantic
+    ``thing.top1`` etc.; and ``mIoU``, ``mIoU_d2``, ``mIoU_<group>`` and ``hIoU`` (see `SemanticEvaluator`) of the semantic
     map whose segments are the annotated ones, painted in the predicted classes. ``n`` is the number of
     segments.
 
@@ -82,6 +82,7 @@ class MaskClassificationEvaluator(TaskEvaluator):
         """Classes, areas in pixels and embeddings of one image's segments."""
         encoder = output["region_encoder"]
         if self._text is None:
+            segment_classes(self._name)  # that there are some, before hours of work
             self._text = self._embed_classes(encoder.clip)
         if not self._images:  # read at the first image, when the loader has seen to it that they are there
             self._images = {d["file_name"]: d for d in DatasetCatalog.get(self._name)}
@@ -117,25 +118,10 @@ class MaskClassificationEvaluator(TaskEvaluator):
             for kind, chosen in (("thing", things), ("stuff", ~things)):
                 accuracy = region_accuracy(scores[chosen], labels[chosen], groups, attributes)
                 metrics |= {f"{kind}.{name}": value for name, value in accuracy.items()}
-        metrics |= self._map_metrics(labels, scores.argmax(1), areas, groups)
+        metrics |= _map_metrics(labels, scores.argmax(1), areas, groups, len(names))
         self.save("mask_classification.json", metrics)
         logger.info("%s:\n%s", self._name, create_small_table(metrics))
         return Results(mask_classification=metrics)
-
-    def _map_metrics(
-        self, labels: Tensor, predicted: Tensor, areas: Tensor, groups: dict[str, list[int]]
-    ) -> dict[str, float]:
-        k = len(self._metadata.stuff_classes)
-        confusion = torch.zeros(k * k, dtype=torch.int64).index_add_(0, labels * k + predicted, areas)
-        means, iou, _ = segmentation_metrics(confusion.view(k, k).numpy())
-        metrics = {"mIoU": means["mIoU"]}
-        for group, classes in groups.items():
-            known = iou[classes][~np.isnan(iou[classes])]
-            metrics[f"mIoU_{group}"] = float(known.mean()) if len(known) else float("nan")
-        if {"mIoU_base", "mIoU_novel"} <= metrics.keys():
-            base, novel = metrics["mIoU_base"], metrics["mIoU_novel"]
-            metrics["hIoU"] = 2 * base * novel / (base + novel) if base + novel > 0 else 0.0 * (base + novel)
-        return metrics
 
     def _embed_classes(self, clip: ClipModel) -> Tensor:
         """Unit class embeddings (K, D) on the CPU."""
@@ -143,3 +129,19 @@ class MaskClassificationEvaluator(TaskEvaluator):
 
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary.from_metadata(self._metadata, separator=self._separator)
+
+
+def _map_metrics(
+    labels: Tensor, predicted: Tensor, areas: Tensor, groups: dict[str, list[int]], k: int
+) -> dict[str, float]:
+    """IoU of segments (n,) of k classes that are painted in the predicted ones."""
+    confusion = torch.zeros(k * k, dtype=torch.int64).index_add_(0, labels * k + predicted, areas)
+    means, iou, _ = segmentation_metrics(confusion.view(k, k).numpy())
+    metrics = {name: means[name] for name in ("mIoU", "mIoU_d2")}
+    for group, classes in groups.items():
+        known = iou[classes][~np.isnan(iou[classes])]
+        metrics[f"mIoU_{group}"] = float(known.mean()) if len(known) else float("nan")
+    if {"mIoU_base", "mIoU_novel"} <= metrics.keys():
+        base, novel = metrics["mIoU_base"], metrics["mIoU_novel"]
+        metrics["hIoU"] = 2 * base * novel / (base + novel) if base + novel > 0 else 0.0 * (base + novel)
+    return metrics

@@ -16,6 +16,7 @@ from clipdense.data.mask_pairs import (
     pair_mask,
     read_pairs,
     register_mask_pairs,
+    segment_classes,
     write_pairs,
 )
 
@@ -156,3 +157,9 @@ def test_ground_truth_of_semantic_maps(world: str) -> None:
     del record["sem_seg_file_name"]
     with pytest.raises(ValueError, match="neither panoptic nor semantic"):
         labelled_segments(record)
+
+
+def test_separated_panoptic_sets_have_no_names_for_their_segments() -> None:
+    with pytest.raises(ValueError, match="coco_2017_val_panoptic_separated does not name things and stuff"):
+        segment_classes("coco_2017_val_panoptic_separated")
+    assert segment_classes("shapes_ov_panoptic_mini_val")[-1] == "tiles"

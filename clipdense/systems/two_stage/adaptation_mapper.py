@@ -60,7 +60,7 @@ class MaskPairMapper:
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Constructor arguments from ``INPUT.MASK_PAIRS``, ``MODEL.TWO_STAGE.CROP`` and ``MODEL.CLIP``."""
         keys, clip = cfg.INPUT.MASK_PAIRS, cfg.MODEL.CLIP
-        arguments = {"is_train": is_train, "rule": crop_rule(cfg)}
+        arguments: dict[str, Any] = {"is_train": is_train, "rule": crop_rule(cfg)}
         if not is_train:
             return arguments
         mean, std = pixel_statistics(clip.NAME, clip.PRETRAINED, allow_pickle=clip.ALLOW_PICKLE)
@@ -88,7 +88,9 @@ class MaskPairMapper:
             BadImageError: the image cannot be decoded.
             ValueError: a mask of another size than the image, or an empty one; names both.
         """
-        sample = {key: dataset_dict[key] for key in ("file_name", "image_id") if key in dataset_dict}
+        sample: dict[str, Any] = {
+            key: dataset_dict[key] for key in ("file_name", "image_id") if key in dataset_dict
+        }
         if not self.is_train:
             return sample
         pixels = read_image_or_skip(dataset_dict["file_name"], "RGB", self.skip_bad_images)
