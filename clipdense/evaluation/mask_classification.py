@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 class MaskClassificationEvaluator(TaskEvaluator):
-    """Accuracy of a region encoder on the annotated segments of a panoptic data set, or on
-    the regions that each class has in an image of a semantic one.
+    """Accuracy of a region encoder on the annotated segments of a panoptic data set, or on the region that
+    each class has in an image of a semantic one.
 
     A model is evaluated on what it gives as output ``region_encoder``: called with an image (3, H, W), RGB in
     0 .. 255, and masks (n, H, W) it gives embeddings (n, D) and which masks (n,) are valid; its ``clip`` has
@@ -43,9 +43,9 @@ class MaskClassificationEvaluator(TaskEvaluator):
 
     Results are ``{"mask_classification": metrics}`` in percent: ``top1``, ``macc1``, ``macc5`` and those of
     groups and attributes (see `region_accuracy`) over segments; the same of things and of stuff, as
-    ``thing.top1`` etc.; and ``mIoU``, ``mIoU_d2``, ``mIoU_<group>`` and ``hIoU`` (see `SemanticEvaluator`) of the semantic
-    map whose segments are the annotated ones, painted in the predicted classes. ``n`` is the number of
-    segments.
+    ``thing.top1`` etc.; and ``mIoU``, ``mIoU_d2``, ``mIoU_<group>`` and ``hIoU`` (see `SemanticEvaluator`) of
+    the semantic map whose segments are the annotated ones, painted in the predicted classes. ``n`` is the
+    number of segments.
 
     Args:
         dataset_name: registered data set with panoptic (or semantic) segmentations, and all its classes in
