@@ -13,8 +13,8 @@ KEY = "trained_on_json"
 """Of the state: `Vocabulary.to_json` as bytes; empty where the classes are not known."""
 
 
-class TrainedOn(nn.Module):
-    """Mixin of models of any words, for which base classes are those that their weights have seen.
+class TrainedOn:
+    """Mixin of modules that find any words, for which base classes are those that their weights have seen.
 
     Attributes:
         trained_on: the classes of training, with their base flags; None where neither the data nor the
@@ -26,6 +26,7 @@ class TrainedOn(nn.Module):
 
     def set_trained_on(self, vocabulary: Vocabulary | None) -> None:
         """Say what the weights are trained on."""
+        assert isinstance(self, nn.Module)
         self.trained_on = vocabulary
         text = b"" if vocabulary is None else vocabulary.to_json().encode()
         with torch.device("cpu"):
