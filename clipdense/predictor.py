@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class Predictor:
     (upright) original: ``instances`` and, from models that have them, ``sem_seg`` (or ``sem_seg_labels``) and
     ``panoptic_seg``.
 
+    A model that compares words calls everything the word that fits best, a single one anything at all.
+    Background words are what it may call the rest: where one of them wins, an output has nothing (``sem_seg``
+    is 0 for all classes, ``sem_seg_labels`` -1, the segment id 0).
+
     Attributes:
         cfg: the config, overrides included.
         model: in evaluation mode.
@@ -69,6 +74,7 @@ class Predictor:
         device: str | None = None,
         score_threshold: float | None = None,
         vocabulary: Words | None = None,
+        background: Words | None = None,
     ) -> None:
         """
         Args:
@@ -81,6 +87,7 @@ class Predictor:
             score_threshold: instances below it are left out, 0..1; None for the model's own threshold.
             vocabulary: what an open-vocabulary model looks for, see `set_vocabulary`; None for the classes of
                 the test set.
+            background: what it may call anything else, see `set_vocabulary`.
 
         Raises:
             ConfigError: the config is wrong, names no weights or no classes, or other classes than published
@@ -99,24 +106,28 @@ class Predictor:
             )
         self._mapper = _build_mapper(self.cfg)
         words = None if vocabulary is None else Vocabulary.parse(vocabulary)
+        self._classes: int | None = None
         self.model: Any = build_model(self.cfg).eval()
-        if words is not None:
+        if words is not None or background is not None:
             _check_open(self.model)
         checkpointer = TrainingCheckpointer(self.model, "", options.weights_skip, options.allow_pickle)
         noted = checkpointer.load_weights(options.weights, complete=True).get("metadata", {})
         if words is None:
-            self._take_known_classes({**options.metadata, **noted})
-        else:
-            self.set_vocabulary(words)
+            known = self._take_known_classes({**options.metadata, **noted})
+            words = None if background is None else known
+        if words is not None:
+            self.set_vocabulary(words, background)
 
-    def set_vocabulary(self, vocabulary: Words) -> None:
+    def set_vocabulary(self, vocabulary: Words, background: Words | None = None) -> None:
         """Let an open-vocabulary model look for other classes from now on; `metadata` then names them.
 
         Nothing is built anew, and text is encoded for names that have not been seen yet only.
 
         Args:
             vocabulary: what `Vocabulary.parse` takes: "cat|kitten, red car" (bars part synonyms), the path of
-                a class-list file (.txt, .json), a list of names, or a `Vocabulary`.
+                a class-list file (.txt, .json), a list of names, or a `Vocabulary`. Where it does not say
+                which classes are things, all are.
+            background: words likewise that stand for anything else and are left out of outputs.
 
         Raises:
             ConfigError: the model's vocabulary is closed.
@@ -125,9 +136,11 @@ class Predictor:
         """
         vocabulary = Vocabulary.parse(vocabulary)
         _check_open(self.model)
-        self.model.set_vocabulary(vocabulary)
+        vocabulary = replace(vocabulary, thing=vocabulary.thing or (True,) * len(vocabulary))
         names = list(vocabulary.names)
-        things = [i for i in range(len(names)) if vocabulary.thing is None or vocabulary.thing[i]]
+        things = [i for i, thing in enumerate(vocabulary.thing or ()) if thing]
+        self.model.set_vocabulary(vocabulary if background is None else _joined(vocabulary, background))
+        self._classes = None if background is None else len(names)
         self.metadata = Metadata(
             thing_classes=names,
             # as in Detectron2's standard panoptic metadata: both lists name every class
@@ -186,14 +199,16 @@ class Predictor:
         """
         return score_maps(self.model, [self._sample(image)])[0], self.score_classes
 
-    def _take_known_classes(self, noted: dict[str, Any]) -> None:
-        """The classes that data sets and weights name."""
+    def _take_known_classes(self, noted: dict[str, Any]) -> Vocabulary | None:
+        """The classes that data sets and weights name; returned as what an open-vocabulary model was told."""
         is_open = _is_open(self.model)
         self.metadata = _metadata(self.cfg, noted, trained_first=not is_open)
-        if is_open:
-            split = not isinstance(self.cfg, CfgNode) or self.cfg.DATASETS.SPLIT_NAMES
-            vocabulary = Vocabulary.from_metadata(self.metadata, separator="," if split else None)
-            self.model.set_vocabulary(vocabulary)
+        if not is_open:
+            return None
+        split = not isinstance(self.cfg, CfgNode) or self.cfg.DATASETS.SPLIT_NAMES
+        vocabulary = Vocabulary.from_metadata(self.metadata, separator="," if split else None)
+        self.model.set_vocabulary(vocabulary)
+        return vocabulary
 
     def _sample(self, image: ImageSource) -> dict[str, Any]:
         return map_image(self._mapper, load_image(image, self._mapper.image_format))
@@ -210,6 +225,8 @@ class Predictor:
         # not inference_mode: who gets a box may want to change it in place
         with torch.no_grad():
             outputs: list[Output] = self.model(samples)
+            if self._classes is not None:
+                outputs = [_without_background(output, self._classes) for output in outputs]
         if self.score_threshold is not None:
             for output in outputs:
                 if "instances" in output:
@@ -270,6 +287,33 @@ def _build_mapper(cfg: Any) -> Any:
             "Detectron2's DatasetMapper: how images are resized is not known"
         )
     return mapper
+
+
+def _joined(vocabulary: Vocabulary, background: Words) -> Vocabulary:
+    """The classes, and after them those of the background, which are stuff."""
+    words = Vocabulary.parse(background)
+    base, thing = vocabulary.base, vocabulary.thing or ()
+    rest = (False,) * len(words)
+    return Vocabulary(vocabulary.synonyms + words.synonyms, base and base + rest, thing + rest)
+
+
+def _without_background(output: Output, classes: int) -> Output:
+    """An output of the first so many classes, with nothing where a later one won."""
+    output = dict(output)
+    if "instances" in output:
+        output["instances"] = output["instances"][output["instances"].pred_classes < classes]
+    if "sem_seg" in output:
+        scores = output["sem_seg"]
+        output["sem_seg"] = scores[:classes] * (scores.argmax(dim=0) < classes)
+    if "sem_seg_labels" in output:
+        labels = output["sem_seg_labels"]
+        output["sem_seg_labels"] = labels.where(labels < classes, -1)
+    if "panoptic_seg" in output:
+        ids, segments = output["panoptic_seg"]
+        kept = [segment for segment in segments if segment["category_id"] < classes]
+        known = torch.isin(ids, ids.new_tensor([segment["id"] for segment in kept]))
+        output["panoptic_seg"] = ids * known, kept
+    return output
 
 
 def _is_open(model: Any) -> bool:

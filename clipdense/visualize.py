@@ -7,7 +7,8 @@ the same colour in every picture of a data set.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -15,17 +16,20 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from clipdense.canvas import Canvas, Picture, fitted, load_font, resize
 from clipdense.curve import class_color, draw_curve
 from clipdense.data.image import read_image, read_labels
+from clipdense.segments import class_labels, output_kind, output_segments
 
 from detectron2.structures import BitMasks, BoxMode, Instances
-from detectron2.utils.visualizer import GenericMask, Visualizer
+from detectron2.utils.visualizer import GenericMask
 
 __all__ = [
     "class_color",
     "draw_curve",
+    "draw_legend",
     "draw_output",
     "draw_panel",
     "draw_score_panel",
@@ -36,13 +40,10 @@ __all__ = [
     "save_picture",
 ]
 
-Picture = npt.NDArray[np.uint8]
-Color = tuple[float, float, float]
-
 CELL = 512
 """Longer side of an image in a grid, in pixels."""
 
-_GAP, _TITLE = 8, 26
+_GAP, _TITLE, _ROWS = 8, 26, 40
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -78,7 +79,7 @@ def draw_panel(
     tiles = []
     for record in records:
         image = _image(record)
-        left = draw_truth(image, record, metadata, cell=cell, kind=_kind(record["output"]))
+        left = draw_truth(image, record, metadata, cell=cell, kind=output_kind(record["output"]))
         right = draw_output(image, record["output"], metadata, score_threshold=score_threshold, cell=cell)
         name = os.path.basename(str(record.get("file_name", record.get("image_id", ""))))
         tiles.append(
@@ -143,7 +144,7 @@ def draw_score_panel(
     for record, score in zip(records, scores, strict=True):
         image = _image(record)
         name = os.path.basename(str(record.get("file_name", record.get("image_id", ""))))
-        tiles.append(_titled(_resize(image, _size(image, cell), cv2.INTER_CUBIC), name))
+        tiles.append(_titled(resize(image, fitted(image, cell), cv2.INTER_CUBIC), name))
         rows = sorted(record.get("annotations", ()), key=lambda row: -row["bbox"][2] * row["bbox"][3])
         best = np.argsort(-score.max(axis=(1, 2)))
         chosen = list(dict.fromkeys([*(row["category_id"] for row in rows), *best]))[:shown]
@@ -162,16 +163,33 @@ def draw_output(
     *,
     score_threshold: float = 0.5,
     cell: int = CELL,
+    kind: str | None = None,
+    legend: bool = False,
 ) -> Picture:
-    """An image (H, W, 3) uint8 RGB with a model's output on it, enlarged or reduced to `cell` pixels."""
-    canvas = _Canvas(image, cell)
-    kind = _kind(output)
-    if kind == "panoptic_seg":
+    """An image with a model's output on it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        output: what the model gives for it.
+        metadata: class names.
+        score_threshold: instances below it are not drawn, 0..1.
+        cell: longer side of the image in the picture, in pixels.
+        kind: what is drawn: "panoptic", "instances" or "semantic"; by default the first that is there.
+        legend: whether to name below the picture what is in it, and how much of it.
+
+    Returns:
+        (H', W', 3) uint8 RGB.
+
+    Raises:
+        ValueError: an output without what is to be drawn.
+    """
+    canvas = Canvas(image, cell)
+    kind = output_kind(output, kind)
+    if kind == "panoptic":
         segmentation, segments = output["panoptic_seg"]
         canvas.panoptic(_array(segmentation), segments, metadata)
-    elif kind == "sem_seg":
-        labels = output["sem_seg_labels"] if "sem_seg_labels" in output else output["sem_seg"].argmax(dim=0)
-        canvas.labels(_array(labels), metadata)
+    elif kind == "semantic":
+        canvas.labels(class_labels(output), metadata)
     else:
         instances: Instances = output["instances"].to("cpu")
         instances = instances[instances.scores >= score_threshold]
@@ -185,7 +203,9 @@ def draw_output(
             metadata,
             instances.scores.tolist(),
         )
-    return canvas.picture()
+    if not legend:
+        return canvas.picture()
+    return draw_legend(canvas.picture(), _contents(output, kind, metadata, score_threshold))
 
 
 def draw_truth(
@@ -194,16 +214,15 @@ def draw_truth(
     """An image (H, W, 3) uint8 RGB with the annotations of its dataset dict, enlarged or reduced to `cell`
     pixels.
 
-    `kind` chooses among several: ``"instances"``, ``"panoptic_seg"``, ``"sem_seg"``; by default the first
-        that is there.
+    `kind` chooses among several: "panoptic", "instances", "semantic"; by default the first that is there.
     """
-    canvas = _Canvas(image, cell)
-    kinds = {"panoptic_seg": "pan_seg_file_name", "instances": "annotations", "sem_seg": "sem_seg_file_name"}
+    canvas = Canvas(image, cell)
+    kinds = {"panoptic": "pan_seg_file_name", "instances": "annotations", "semantic": "sem_seg_file_name"}
     present = [name for name, key in kinds.items() if record.get(key)]
     chosen = kind if kind in present else next(iter(present), None)
-    if chosen == "panoptic_seg":
+    if chosen == "panoptic":
         canvas.panoptic(read_labels(record["pan_seg_file_name"]), record["segments_info"], metadata)
-    elif chosen == "sem_seg":
+    elif chosen == "semantic":
         canvas.labels(read_labels(record["sem_seg_file_name"]), metadata)
     elif chosen == "instances":
         rows = [row for row in record["annotations"] if not row.get("iscrowd")]
@@ -213,6 +232,35 @@ def draw_truth(
         masks = [GenericMask(row["segmentation"], *size).mask > 0 for row in rows] if masked else None
         canvas.things(np.array(boxes).reshape(-1, 4), masks, [row["category_id"] for row in rows], metadata)
     return canvas.picture()
+
+
+def draw_legend(picture: Picture, rows: Sequence[tuple[str, int | None]]) -> Picture:
+    """The picture with classes named below it, each beside a square of its colour.
+
+    Args:
+        picture: (H, W, 3) uint8 RGB.
+        rows: a text and its class; None for an empty square. Beyond 40 they are counted only.
+    """
+    if not rows:
+        return picture
+    if len(rows) > _ROWS:
+        rows = [*rows[:_ROWS], (f"and {len(rows) - _ROWS} more", None)]
+    size = int(np.clip(picture.shape[1] // 40, 13, 26))
+    font, x, y, width = load_font(size), _GAP, _GAP, picture.shape[1]
+    places = []
+    for text, _ in rows:
+        needed = round(1.5 * size + font.getlength(text) + 1.5 * size)
+        if x > _GAP and x + needed > width:
+            x, y = _GAP, y + round(1.6 * size)
+        places.append((x, y))
+        x += needed
+    page = Image.new("RGB", (width, y + round(1.6 * size)), _PAPER)
+    ink = ImageDraw.Draw(page)
+    for (text, category), (x, y) in zip(rows, places, strict=True):
+        color = None if category is None else tuple(round(255 * c) for c in class_color(category))
+        ink.rectangle((x, y + 2, x + size, y + 2 + size), fill=color, outline=_INK)
+        ink.text((x + 1.5 * size, y), text, fill=_INK, font=font)
+    return np.concatenate([picture, np.asarray(page)])
 
 
 def overlay_heat(
@@ -242,10 +290,10 @@ def overlay_heat(
     known = np.isfinite(values)
     low = float(values[known].min(initial=np.inf)) if low is None else low
     high = float(values[known].max(initial=-np.inf)) if high is None else high
-    background = _resize(image, _size(image, cell), cv2.INTER_CUBIC)
+    background = resize(image, fitted(image, cell), cv2.INTER_CUBIC)
     share = np.where(known, (values - low) / max(high - low, 1e-12), 0).clip(0, 1)
-    weight = alpha * _resize(known.astype(np.float32), background.shape[:2], cv2.INTER_LINEAR)[..., None]
-    share = _resize(share.astype(np.float32), background.shape[:2], cv2.INTER_LINEAR)
+    weight = alpha * resize(known.astype(np.float32), background.shape[:2], cv2.INTER_LINEAR)[..., None]
+    share = resize(share.astype(np.float32), background.shape[:2], cv2.INTER_LINEAR)
     colors = 255 * matplotlib.colormaps[colormap](share)[..., :3]
     return np.asarray((1 - weight) * background + weight * colors).round().clip(0, 255).astype(np.uint8)
 
@@ -282,151 +330,34 @@ def draw_score_map(
     return picture
 
 
-class _Canvas:
-    """An image, resized, with Detectron2's Visualizer on it; names are placed last, where they hide least."""
-
-    def __init__(self, image: Picture, cell: int) -> None:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"expected an image (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
-        self._original = image.shape[:2]
-        self._shape = _size(image, cell)
-        self._visualizer = Visualizer(_resize(image, self._shape, cv2.INTER_CUBIC))
-        self._font_size = max(11, round(cell / 38))
-        self._names: list[tuple[str, Color, list[tuple[float, float]]]] = []
-
-    def picture(self) -> Picture:
-        """The drawing, (H', W', 3) uint8 RGB."""
-        taken: list[tuple[float, float, float, float]] = []
-        font = _font(self._font_size)
-        for name, color, places in self._names:
-            width, height = font.getlength(name) + 4, 1.35 * self._font_size
-            corners = [self._inside(x, y, width, height) for x, y in places]
-            boxes = [(x, y, x + width, y + height) for x, y in corners]
-            best = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
-            taken.append(best)
-            self._visualizer.draw_text(
-                name,
-                (best[0] + 2, best[1] + 2),
-                font_size=self._font_size * 72 / self._visualizer.output.fig.dpi,
-                color=tuple(0.45 + 0.55 * c for c in color),  # light enough for the dark ground of names
-                horizontal_alignment="left",
-            )
-        self._names = []
-        return np.ascontiguousarray(self._visualizer.get_output().get_image())
-
-    def things(
-        self,
-        boxes: npt.NDArray[np.floating] | None,
-        masks: list[npt.NDArray[np.bool_]] | None,
-        classes: list[int],
-        metadata: Any,
-        scores: Sequence[float | None] | None = None,
-    ) -> None:
-        """Boxes (N, 4) x0, y0, x1, y1 and masks N x (H, W), both in pixels of the original image."""
-        if not classes:
-            return
-        resized = None if masks is None else [self._mask(mask) for mask in masks]
-        if boxes is not None:
-            boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-            boxes = boxes * (np.array(self._shape[::-1] * 2) / np.array(self._original[::-1] * 2))
-        # a light fill: the colour of a thing may be what names it
-        colors = [class_color(c) for c in classes]
-        alpha = 0.2 if boxes is not None else 0.4
-        self._visualizer.overlay_instances(boxes=boxes, masks=resized, assigned_colors=colors, alpha=alpha)
-        names = metadata.get("thing_classes") or ()
-        height = 1.35 * self._font_size
-        for i, (category, score) in enumerate(zip(classes, scores or [None] * len(classes), strict=True)):
-            if boxes is not None:
-                x0, y0, x1, y1 = boxes[i]
-                places = [
-                    (x0, y0 - height),
-                    (x0, y1),
-                    (x0, y0),
-                    (x1, y0),
-                    (x1, y1 - height),
-                    (x0, (y0 + y1) / 2),
-                ]
-            else:
-                places = self._centres(resized[i] if resized else None, _label(category, names, score))
-            self._names.append((_label(category, names, score), colors[i], places))
-
-    def panoptic(
-        self, ids: npt.NDArray[Any], segments: Sequence[Mapping[str, Any]] | None, metadata: Any
-    ) -> None:
-        """Segment ids (H, W); stuff first, things above it."""
-        if segments is None:
-            divisor = metadata.label_divisor
-            countable = set(metadata.thing_dataset_id_to_contiguous_id.values())
-            labels = [label for label in np.unique(ids).tolist() if label >= 0]
-            segments = [
-                {"id": v, "category_id": v // divisor, "isthing": v // divisor in countable} for v in labels
-            ]
-        stuff = [(ids == s["id"], s["category_id"]) for s in segments if not s["isthing"]]
-        self._regions(stuff, metadata.get("stuff_classes") or (), alpha=0.4)
-        things = [s for s in segments if s["isthing"] and (ids == s["id"]).any()]
-        masks = [ids == s["id"] for s in things]
-        scores = [s.get("score") for s in things]
-        self.things(None, masks, [s["category_id"] for s in things], metadata, scores)
-
-    def labels(self, labels: npt.NDArray[Any], metadata: Any) -> None:
-        """A class for each pixel (H, W); what is no class is left clear."""
-        names = metadata.stuff_classes
-        present, counts = np.unique(labels, return_counts=True)
-        known = [int(c) for c in present[np.argsort(-counts)] if 0 <= c < len(names)]
-        self._regions([(labels == c, c) for c in known], names, alpha=0.45)
-
-    def _regions(
-        self, regions: Iterable[tuple[npt.NDArray[Any], int]], names: Sequence[str], alpha: float
-    ) -> None:
-        for mask, category in regions:
-            resized, color = self._mask(mask), class_color(category)
-            if not resized.any():
-                continue
-            self._visualizer.draw_binary_mask(
-                resized, color=color, edge_color=(1, 1, 1), alpha=alpha, area_threshold=30
-            )
-            if resized.mean() > 0.004:  # a name on what is large enough to carry it
-                self._names.append((_label(category, names), color, self._centres(resized, names[category])))
-
-    def _centres(self, mask: Picture | None, name: str) -> list[tuple[float, float]]:
-        """Corners for a name in the middle of a mask's largest part, or a little above or below it."""
-        if mask is None or not mask.any():
-            return [(0, 0)]
-        _, parts, stats, _ = cv2.connectedComponentsWithStats(mask)
-        rows, columns = np.nonzero(parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
-        x = float(np.median(columns)) - _font(self._font_size).getlength(name) / 2
-        y, step = float(np.median(rows)), 1.4 * self._font_size
-        return [(x, y + k * step) for k in (-0.5, 0.5, -1.5, 1.5, -2.5, 2.5)]
-
-    def _inside(self, x: float, y: float, width: float, height: float) -> tuple[float, float]:
-        return max(0, min(x, self._shape[1] - width)), max(0, min(y, self._shape[0] - height))
-
-    def _mask(self, mask: npt.NDArray[Any]) -> Picture:
-        """A mask (H, W) at the canvas's size, its outline smooth."""
-        resized = _resize(np.asarray(mask, np.float32), self._shape, cv2.INTER_LINEAR)
-        return (resized > 0.5).astype(np.uint8)
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Common area of two boxes x0, y0, x1, y1."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _label(category: int, names: Sequence[str], score: float | None = None) -> str:
-    name = names[category] if category < len(names) else str(category)
-    return name if score is None else f"{name} {100 * score:.0f}%"
-
-
-def _kind(output: Mapping[str, Any]) -> str:
-    """What of a model's output is drawn."""
-    for kind in ("panoptic_seg", "instances", "sem_seg"):
-        if kind in output or f"{kind}_labels" in output:
-            return kind
-    raise ValueError(f"nothing to draw in an output of {', '.join(sorted(output)) or 'nothing'}")
+def _contents(
+    output: Mapping[str, Any], kind: str, metadata: Any, threshold: float
+) -> list[tuple[str, int | None]]:
+    """What is in an output: a text and its class, or None for what has none; the most first."""
+    names = metadata.get("thing_classes" if kind == "instances" else "stuff_classes") or ()
+    count: Counter[int] = Counter()
+    area: Counter[int] = Counter()
+    total = 1
+    if kind == "instances":
+        instances = output["instances"]
+        count.update(instances.pred_classes[instances.scores >= threshold].tolist())
+    else:
+        for segment in output_segments(output, kind, metadata):
+            category, total = segment["category_id"], segment["mask"].size
+            count[category] += segment.get("isthing", False)
+            area[category] += int(segment["mask"].sum())
+    rows: list[tuple[str, int | None]] = []
+    for category, amount in (area or count).most_common():
+        name = names[category] if category < len(names) else str(category)
+        number = f"{count[category]} \u00d7 " if count[category] else ""
+        rows.append((number + name + (f"  {100 * amount / total:.0f}%" if area else ""), category))
+    if kind != "instances" and (rest := total - area.total()):
+        rows.append((f"unlabelled  {100 * rest / total:.0f}%", None))
+    return rows
 
 
 def _describe(output: Mapping[str, Any], threshold: float) -> str:
-    if _kind(output) != "instances":
+    if output_kind(output) != "instances":
         return "prediction"
     shown = int((output["instances"].scores >= threshold).sum())
     return f"prediction  {shown} with score \u2265 {threshold:g}"
@@ -446,29 +377,10 @@ def _array(values: Any) -> npt.NDArray[Any]:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def _size(image: Picture, cell: int) -> tuple[int, int]:
-    """(height, width) with the longer side at `cell` pixels."""
-    height, width = image.shape[:2]
-    scale = cell / max(height, width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def _resize(array: npt.NDArray[Any], size: tuple[int, int], interpolation: int) -> npt.NDArray[Any]:
-    if array.shape[0] > size[0] and interpolation == cv2.INTER_CUBIC:
-        interpolation = cv2.INTER_AREA  # smaller without aliasing
-    return np.asarray(cv2.resize(array, size[::-1], interpolation=interpolation))
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(
-        os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size
-    )
-
-
 def _titled(picture: Picture, title: str) -> Picture:
     """The picture with a line of text above it."""
     strip = Image.new("RGB", (picture.shape[1], _TITLE), _PAPER)
-    ImageDraw.Draw(strip).text((2, 4), title, fill=_INK, font=_font(15))
+    ImageDraw.Draw(strip).text((2, 4), title, fill=_INK, font=load_font(15))
     return np.concatenate([np.asarray(strip), picture])
 
 

@@ -90,6 +90,25 @@ class OpenBrightBox(BrightBox):
         return output
 
 
+@META_ARCH_REGISTRY.register()
+class OpenBrightMap(OpenBrightBox):
+    """A semantic map and segments: the box is the class that names its colour, the rest the last class."""
+
+    def find(self, sample: dict[str, Any]) -> dict[str, Any]:
+        output = super().find(sample)
+        assert self.vocabulary is not None and self.vocabulary.thing is not None
+        found, last = output.pop("instances"), len(self.vocabulary) - 1
+        box = int(found.pred_classes[0])
+        inside = found.pred_masks.any(0)
+        scores = torch.zeros(last + 1, *inside.shape)
+        scores[box] = inside.float()
+        scores[last] += 0.5
+        segments = [
+            {"id": i, "category_id": c, "isthing": self.vocabulary.thing[c]} for i, c in ((1, last), (2, box))
+        ]
+        return {"sem_seg": scores, "panoptic_seg": (1 + inside.int(), segments)}
+
+
 @contextmanager
 def dataset(records: list[dict[str, Any]] | None = None, classes: list[str] | None = None) -> Iterator[str]:
     """A registered data set, while the block lasts; its name."""

@@ -21,7 +21,7 @@ from clipdense.data.loader import build_test_loader
 from clipdense.engine.build import build_model
 from clipdense.engine.options import ConfigError
 from clipdense.engine.setup import load_config
-from clipdense.predictor import Predictor
+from clipdense.predictor import Predictor, _without_background
 from clipdense.score_map import _without_padding
 
 from detectron2.config import CfgNode, LazyConfig
@@ -371,6 +371,42 @@ def test_another_vocabulary_builds_nothing_anew(
         predictor.set_vocabulary(["green box", "very " * 80 + "long"])
     assert predictor.metadata.thing_classes == ["red box", "azure box"]
     assert predictor.model.vocabulary.names == ("red box", "azure box")
+
+
+def test_background_words(tmp_path: Path, config: Path) -> None:
+    """They are looked for, and left out of every output."""
+    predictor = Predictor(
+        write_model(tmp_path, "none", "OpenBrightBox"), vocabulary="cat, red", background="blue"
+    )
+    assert predictor.model.vocabulary.names == ("cat", "red", "blue")
+    assert predictor.model.vocabulary.thing == (True, True, False)
+    assert predictor.metadata.thing_classes == ["cat", "red"]
+    assert len(predictor(scene())["instances"]) == 0
+    predictor.set_vocabulary("cat, blue")
+    check(predictor(scene()), 1)
+    with pytest.raises(ValueError, match="are the same"):
+        predictor.set_vocabulary("cat, blue", "Blue")
+    # beside the classes of the test set
+    test_set = load_config(str(config)).DATASETS.TEST[0]
+    predictor = Predictor(write_model(tmp_path, test_set, "OpenBrightBox"), background=["others"])
+    assert predictor.model.vocabulary.names == (*CLASSES, "others")
+    assert predictor.metadata.thing_classes == CLASSES
+    with pytest.raises(ConfigError, match="closed vocabulary"):
+        Predictor(config, background="others")
+
+
+def test_outputs_without_background() -> None:
+    scores = torch.tensor([[[0.5, 0.1, 0.0]], [[0.4, 0.2, 0.0]], [[0.3, 0.3, 0.2]]])
+    ids, segments = (
+        torch.tensor([[1, 2, 3]]),
+        [{"id": i, "category_id": c} for i, c in ((1, 0), (2, 2), (3, 1))],
+    )
+    output = {"sem_seg": scores, "sem_seg_labels": scores.argmax(0), "panoptic_seg": (ids, segments)}
+    got = _without_background(output, 2)
+    assert torch.equal(got["sem_seg"], torch.tensor([[[0.5, 0, 0]], [[0.4, 0, 0]]]))
+    assert got["sem_seg_labels"].tolist() == [[0, -1, -1]]
+    assert got["panoptic_seg"][0].tolist() == [[1, 0, 3]]
+    assert got["panoptic_seg"][1] == [segments[0], segments[2]]
 
 
 def test_things_and_stuff_of_a_vocabulary(tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from clipdense import visualize
+from clipdense.canvas import Canvas, load_font
 from clipdense.curve import class_color, read_metrics
+from clipdense.segments import class_labels
 from clipdense.visualize import (
     draw_curve,
+    draw_legend,
     draw_output,
     draw_panel,
     draw_score_map,
@@ -136,15 +139,45 @@ def test_semantic_and_panoptic(tmp_path: Path) -> None:
     draw_panel([record(output={"sem_seg": scores}, **files)], METADATA, tmp_path / "panel.png", cell=128)
 
 
+def test_pixels_without_scores_are_left_clear() -> None:
+    scores = torch.zeros(3, SIZE, SIZE)
+    scores[0, :32], scores[2, 32:48] = 0.1, 0.1
+    labels = class_labels({"sem_seg": scores})
+    assert [labels[y, 5] for y in (3, 40, 60)] == [0, 2, -1]
+    assert class_labels({"sem_seg": scores[:1]})[40, 5] == -1
+    drawn = draw_output(IMAGE, {"sem_seg": scores}, METADATA, cell=192).astype(int)
+    assert np.abs(drawn[150:] - 120).max() < 8 and np.abs(drawn[80:88] - 120).max() > 20
+
+
+def test_legend() -> None:
+    scores = torch.zeros(3, SIZE, SIZE)
+    scores[0, :16], scores[2, 16:48] = 1, 1
+    rows = visualize._contents({"sem_seg": scores}, "semantic", METADATA, 0.5)
+    assert rows == [("sand  50%", 2), ("red star  25%", 0), ("unlabelled  25%", None)]
+    both = {"instances": Instances.cat([instances(0.9), instances(0.6), instances(0.1)])}
+    assert visualize._contents(both, "instances", METADATA, 0.5) == [("2 \u00d7 red star", 0)]
+    segments = [{"id": i, "category_id": 0, "isthing": True} for i in (1, 2)]
+    ids = torch.arange(4).repeat_interleave(16)[:, None].expand(64, 64)
+    rows = visualize._contents({"panoptic_seg": (ids, segments)}, "panoptic", METADATA, 0.5)
+    assert rows == [("2 \u00d7 red star  50%", 0), ("unlabelled  50%", None)]
+    picture = draw_legend(IMAGE.repeat(4, 0).repeat(4, 1), [("red star", 0), ("sand", 2)])
+    assert picture.shape[1] == 256 and np.array_equal(picture[:256], IMAGE.repeat(4, 0).repeat(4, 1))
+    below = picture[256:].reshape(-1, 3)
+    for category in (0, 2):
+        assert (below == [round(255 * c) for c in class_color(category)]).all(1).sum() > 100
+    many = draw_legend(picture, [(f"class {i}", i) for i in range(100)])
+    assert many.shape[0] < draw_legend(picture, [(f"class {i}", i) for i in range(40)]).shape[0] + 60
+
+
 def test_names_stay_inside_and_apart() -> None:
-    canvas = visualize._Canvas(IMAGE, 256)
+    canvas = Canvas(IMAGE, 256)
     boxes = np.array([[50, 0, 64, 10], [50, 1, 64, 11], [0, 60, 6, 64]], float)
     canvas.things(boxes, None, [0, 1, 0], METADATA)
     placed = []
     draw_text = canvas._visualizer.draw_text
     canvas._visualizer.draw_text = lambda text, at, **kw: (placed.append(at), draw_text(text, at, **kw))
     canvas.picture()
-    width = visualize._font(canvas._font_size).getlength("red star")
+    width = load_font(canvas._font_size).getlength("red star")
     assert all(0 <= x <= 256 - width and 0 <= y <= 256 - canvas._font_size for x, y in placed)
     assert abs(placed[0][1] - placed[1][1]) > canvas._font_size  # the second gave way
 

@@ -4,15 +4,22 @@
     python tools/demo.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml --input photos/ 'more/*.jpg' \\
         --opts MODEL.WEIGHTS output/demo/model_final.pth
     python tools/demo.py --config-file ... --input a.jpg --vocabulary "cat|kitten, red car" --opts ...
+    python tools/demo.py --config-file ... --input a.jpg --vocabulary "cat" --background "others" --opts ...
     python tools/demo.py --config-file ... --input a.jpg --score-map "red star" --opts ...
+    python tools/demo.py --config-file ... --list-classes --opts ...
 
 Into the output folder come:
-    <image>.jpg           detections (or the panoptic or semantic map) drawn on the image
+    <image>.jpg           detections (or the panoptic or semantic map, see --show) drawn on the image, and
+                          below it what is in it; what has no class is left clear
     <image>_<class>.jpg   with --score-map: where the backbone sees that class, and its lowest and highest
                           score; blue to red spans the scores of all classes in this image
     results.json          "images", "categories" and "annotations" as in a COCO file: "bbox" is x, y, width,
                           height in pixels of the upright image, "segmentation" a run-length encoded mask,
-                          with "score" and "category" (the class name); "failed": images that cannot be read
+                          with "score" and "category" (the class name); "segments" likewise, without "score":
+                          the parts of the map that is drawn; "failed": images that cannot be read
+
+A model that compares words (OVSeg) calls everything the word that fits best. Words for what is not looked for
+belong into --background: what fits them best is left out.
 
 Images that cannot be read are listed at the end, and the exit status is 1; the others are done all the same.
 """
@@ -31,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_util
+import torch
 from PIL import Image
 
 import clipdense
@@ -38,7 +47,8 @@ from clipdense.checkpoint import CheckpointError, atomic_path
 from clipdense.clip.vocabulary import near
 from clipdense.data.image import read_image
 from clipdense.engine.options import ConfigError
-from clipdense.evaluation.detections import Detections
+from clipdense.evaluation.detections import Detections, encode_masks
+from clipdense.segments import KINDS, output_kind, output_segments
 from clipdense.visualize import draw_output, draw_score_map, save_picture
 
 # Longer side of a picture, in pixels: names stay legible on small images, large ones are reduced.
@@ -53,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--config-file", required=True, metavar="FILE", help="the model's config (.yaml, .py)"
     )
     parser.add_argument(
-        "--input", required=True, nargs="+", metavar="IMAGES", help="files, folders, or quoted globs"
+        "--input", nargs="+", default=[], metavar="IMAGES", help="files, folders, or quoted globs"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("output/predictions"), metavar="DIR", help="default: %(default)s"
@@ -72,6 +82,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "synonyms) or a class-list file (.txt, .json); open-vocabulary models only",
     )
     parser.add_argument(
+        "--background",
+        metavar="WORDS",
+        help='words for anything else ("others, wall|floor"); what fits them best is left out',
+    )
+    parser.add_argument(
+        "--show",
+        choices=list(KINDS),
+        help="what is drawn and listed, of a model that can give several (default: the first of them that it "
+        "gives)",
+    )
+    parser.add_argument(
+        "--list-classes", action="store_true", help="print what the model looks for, and end there"
+    )
+    parser.add_argument(
         "--score-map",
         nargs="+",
         default=[],
@@ -88,6 +112,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.score_threshold <= 1:
         parser.error(f"--score-threshold must lie in 0 to 1, not {arguments.score_threshold}")
+    if not arguments.input and not arguments.list_classes:
+        parser.error("--input is missing: files, folders, or quoted globs")
     return arguments
 
 
@@ -96,17 +122,24 @@ def main(argv: list[str] | None = None) -> int:
     # detectron2 0.6 on today's torch
     warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.meshgrid", UserWarning)
     paths, failed = find_images(args.input)
-    if not paths:
+    if not paths and not args.list_classes:
         raise FileNotFoundError("no images: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
-    args.output.mkdir(parents=True, exist_ok=True)
+    if not args.list_classes:
+        args.output.mkdir(parents=True, exist_ok=True)
     predictor = clipdense.Predictor(
         args.config_file,
-        opts=args.opts,
+        opts=[*outputs_on(args.config_file, args.show), *args.opts],
         score_threshold=args.score_threshold,
         vocabulary=args.vocabulary,
+        background=args.background,
     )
+    classes = predictor.metadata.get("stuff_classes") or predictor.metadata.get("thing_classes") or ()
+    if args.list_classes:
+        print("\n".join(classes))
+        return 0
     check_classes(args.score_map, predictor)
-    results = Results(predictor.metadata.get("thing_classes") or (), failed)
+    results = Results(predictor.metadata, failed)
+    kind = None
     names = Names(args.output, paths)
     start = time.perf_counter()
     try:
@@ -116,17 +149,18 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             image = read_image(path)
             cell = int(np.clip(max(image.shape[:2]), SMALLEST, LARGEST))
-            picture = names.take(path.stem)
-            save_picture(
-                draw_output(image, output, predictor.metadata, score_threshold=0, cell=cell), picture
+            picture, kind = names.take(path.stem), output_kind(output, args.show)
+            drawn = draw_output(
+                image, output, predictor.metadata, score_threshold=0, cell=cell, kind=kind, legend=True
             )
-            results.add(path, image.shape[:2], picture, output)
+            save_picture(drawn, picture)
+            results.add(path, image.shape[:2], picture, output, kind)
             if args.score_map:
-                scores, classes = predictor.score_map(image)
+                scores, scored = predictor.score_map(image)
                 for name in args.score_map:
                     draw_score_map(
                         image,
-                        scores[classes.index(name)],
+                        scores[scored.index(name)],
                         names.take(f"{path.stem}_{name}"),
                         title=name,
                         low=float(scores.min()),
@@ -135,10 +169,12 @@ def main(argv: list[str] | None = None) -> int:
                     )
     finally:  # what is done is kept, also when it is interrupted
         results.save(args.output / "results.json")
-    print(
-        f"{len(results.images)} images, {len(results.annotations)} detections, "
-        f"{time.perf_counter() - start:.1f} seconds: {args.output}"
-    )
+    found = f"{len(results.annotations)} detections"
+    if kind not in (None, "instances"):
+        found += f", {len(results.segments)} segments"
+        if len(classes) == 1 and args.background is None and args.vocabulary:
+            print('One word alone fits everything best: --background "others" gives the rest a name.')
+    print(f"{len(results.images)} images, {found}, {time.perf_counter() - start:.1f} seconds: {args.output}")
     for name, why in failed.items():
         print(f"failed: {why if name in why else f'{name}: {why}'}", file=sys.stderr)
     return 1 if failed else 0
@@ -163,6 +199,14 @@ def find_images(inputs: Iterable[str]) -> tuple[list[Path], dict[str, str]]:
             failed[name] = "a folder without images" if path.is_dir() else "there is no such file"
         found.update(dict.fromkeys(matches))
     return list(found), failed
+
+
+def outputs_on(config: str, show: str | None) -> list[str]:
+    """Overrides that let models that can give several outputs give the one that is to be shown."""
+    keys = {"panoptic": "PANOPTIC_ON", "instances": "INSTANCE_ON", "semantic": "SEMANTIC_ON"}
+    if show is None or config.endswith(".py"):
+        return []
+    return [f"MODEL.MASK_FORMER.TEST.{keys[show]}", "True"]
 
 
 def check_classes(wanted: Sequence[str], predictor: clipdense.Predictor) -> None:
@@ -196,16 +240,29 @@ class Names:
 class Results:
     """What ``results.json`` holds."""
 
-    def __init__(self, classes: Sequence[str], failed: dict[str, str]) -> None:
-        self._classes, self._failed = classes, failed
+    def __init__(self, metadata: Any, failed: dict[str, str]) -> None:
+        self._metadata, self._failed = metadata, failed
+        self._classes = metadata.get("thing_classes") or metadata.get("stuff_classes") or ()
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
+        self.segments: list[dict[str, Any]] = []
 
-    def add(self, path: Path, size: tuple[int, int], picture: Path, output: dict[str, Any]) -> None:
-        """Add an image of a size (height, width) and its detections."""
+    def add(
+        self, path: Path, size: tuple[int, int], picture: Path, output: dict[str, Any], kind: str
+    ) -> None:
+        """Add an image of a size (height, width), its detections, and what is drawn, a key of `KINDS`."""
         number = len(self.images)
         entry = {"id": number, "file_name": str(path), "height": size[0], "width": size[1]}
         self.images.append(entry | {"picture": picture.name})
+        if kind != "instances":
+            names = self._metadata.get("stuff_classes") or ()
+            found = output_segments(output, kind, self._metadata)
+            masks = encode_masks(torch.tensor(np.array([s.pop("mask") for s in found], bool)))
+            for segment, mask in zip(found, masks, strict=True):
+                c = segment["category_id"]
+                row = {"id": len(self.segments), "image_id": number, **segment, "segmentation": mask}
+                row |= {"bbox": mask_util.toBbox(mask).tolist(), "area": int(mask_util.area(mask))}
+                self.segments.append(row | {"category": names[c] if c < len(names) else str(c)})
         if "instances" not in output:
             return
         for row in Detections.from_instances(output["instances"], number).to_json():
@@ -219,6 +276,7 @@ class Results:
             "images": self.images,
             "categories": [{"id": i, "name": name} for i, name in enumerate(self._classes)],
             "annotations": self.annotations,
+            "segments": self.segments,
             "failed": [{"file_name": name, "reason": why} for name, why in self._failed.items()],
         }
         with atomic_path(path) as part:

@@ -92,7 +92,9 @@ def test_a_picture_and_rows_of_each_image(run: Run, photos: Path, tmp_path: Path
     assert code == 0
     drawn = pictures(tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"one.jpg", "two.jpg", "results.json"}
-    assert all(picture.shape == (384, 512, 3) for picture in drawn.values())
+    # below the image stands what is in it
+    assert all(p.shape[1] == 512 and 384 < p.shape[0] < 420 for p in drawn.values())
+    assert all(p[388:].min() < 60 and p[388:].mean() > 200 for p in drawn.values())
     # an outline in the class's colour is all the green there is at the box's upper edge
     assert all(picture[55:75, 200:300, 1].max() > 60 for picture in drawn.values())
     out = capsys.readouterr()
@@ -131,7 +133,7 @@ def test_turned_images_are_upright(run: Run, tmp_path: Path) -> None:
     _, results = run(tmp_path / "turned.png")
     assert (results["images"][0]["height"], results["images"][0]["width"]) == (60, 80)
     assert results["annotations"][0]["bbox"] == pytest.approx([20, 10, 30, 20], abs=1)
-    assert pictures(tmp_path / "out")["turned.jpg"].shape[:2] == (384, 512)
+    assert pictures(tmp_path / "out")["turned.jpg"].shape[1] == 512
 
 
 def test_bad_images_are_listed_and_the_others_done(
@@ -179,7 +181,7 @@ def test_threshold(run: Run, tmp_path: Path) -> None:
     assert len(run(path)[1]["annotations"]) == 1
     drawn = pictures(tmp_path / "out")["dim.jpg"].astype(int)
     assert run(path, options=("--score-threshold", "0.6"))[1]["annotations"] == []
-    assert np.abs(pictures(tmp_path / "out")["dim.jpg"] - drawn).max() > 60
+    assert np.abs(pictures(tmp_path / "out")["dim.jpg"] - drawn[:384]).max() > 60
 
 
 def test_any_words(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -241,9 +243,70 @@ def test_panoptic_maps_are_drawn(run: Run, tmp_path: Path) -> None:
     _, results = run(path, architecture="BrightPanoptic")
     assert len(results["annotations"]) == 1
     panoptic = pictures(tmp_path / "out")["a.jpg"].astype(int)
-    assert (
-        instances[300:, 400:].max() < 40 and panoptic[300:, 400:].mean() > 40
-    )  # the ground is coloured, too
+    # the ground is coloured, too
+    assert instances[300:380, 400:].max() < 40 and panoptic[300:380, 400:].mean() > 40
+    ground, box = results["segments"]
+    assert (ground["category"], ground["isthing"], box["category"], box["isthing"]) == (
+        "red box",
+        False,
+        "blue box",
+        True,
+    )
+    assert ground["area"] + box["area"] == 60 * 80 and box["bbox"] == pytest.approx([20, 10, 30, 20], abs=1)
+    _, results = run(path, architecture="BrightPanoptic", options=("--show", "instances"))
+    assert results["segments"] == []
+    again = pictures(tmp_path / "out")["a.jpg"].astype(int)
+    assert np.abs(again - instances).max() < 30
+    _, results = run(path, architecture="BrightPanoptic", options=("--show", "semantic"))
+    assert [s["category"] for s in results["segments"]] == ["red box", "blue box"]
+    with pytest.raises(ValueError, match="gives nothing panoptic to show, but: instances"):
+        run(path, options=("--show", "panoptic"))
+
+
+@pytest.mark.parametrize("kind", ["semantic", "panoptic"])
+def test_what_is_background_is_left_clear(run: Run, tmp_path: Path, capsys: Any, kind: str) -> None:
+    path = save(tmp_path / "a.png", BLUE)
+    words = ("--vocabulary", "cat, blue thing", "--background", "wall|floor, others", "--show", kind)
+    _, results = run(path, options=words, architecture="OpenBrightMap")
+    assert [c["name"] for c in results["categories"]] == ["cat", "blue thing"]
+    (segment,) = results["segments"]
+    assert segment["category"] == "blue thing" and segment["area"] == pytest.approx(600, rel=0.1)
+    drawn = pictures(tmp_path / "out")["a.jpg"].astype(int)
+    assert drawn[300:380, 400:].max() < 40 < drawn[100:150, 200:300].mean()
+    assert "One word alone" not in capsys.readouterr().out
+    _, results = run(path, options=("--vocabulary", "blue", *words[4:]), architecture="OpenBrightMap")
+    assert sum(segment["area"] for segment in results["segments"]) == 60 * 80
+    assert '--background "others"' in capsys.readouterr().out
+
+
+def test_the_classes_that_are_looked_for(demo: Any, name: str, tmp_path: Path, capsys: Any) -> None:
+    config = str(write_model(tmp_path, name))
+    assert demo.main(["--config-file", config, "--list-classes"]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == CLASSES
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--config-file", config])
+    assert "--input is missing" in capsys.readouterr().err
+
+
+def test_masks_of_any_words(demo: Any, photos: Path, tmp_path: Path) -> None:
+    """An OVSeg that has learnt nothing names every pixel; with background words, some or none."""
+    torch.manual_seed(0)
+    weights = tmp_path / "model.pth"
+    config = "configs/shapes/ovseg.yaml"
+    torch.save({"model": build_model(load_config(config, ["MODEL.DEVICE", "cpu"])).state_dict()}, weights)
+
+    def run(*words: str) -> list[dict[str, Any]]:
+        options = ["--config-file", config, "--output", str(tmp_path / "out"), *words]
+        options += ["--input", str(photos / "one.png"), "--opts", "MODEL.WEIGHTS", str(weights)]
+        assert demo.main([*options, "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "96"]) == 0
+        return json.loads((tmp_path / "out" / "results.json").read_text())["segments"]
+
+    segments = run("--vocabulary", "cat, red car", "--show", "semantic")
+    assert sum(s["area"] for s in segments) == 60 * 80
+    assert {s["category"] for s in segments} <= {"cat", "red car"}
+    background = run("--vocabulary", "cat", "--background", "red car", "--show", "semantic")
+    assert sum(s["area"] for s in background) == sum(s["area"] for s in segments if s["category"] == "cat")
+    assert all(s["isthing"] for s in run("--vocabulary", "cat, red car", "--show", "panoptic"))
 
 
 def test_large_images_make_pictures_of_a_size_to_look_at(run: Run, tmp_path: Path) -> None:
