@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,12 +135,5 @@ def _map_metrics(
 ) -> dict[str, float]:
     """IoU of segments (n,) of k classes that are painted in the predicted ones."""
     confusion = torch.zeros(k * k, dtype=torch.int64).index_add_(0, labels * k + predicted, areas)
-    means, iou, _ = segmentation_metrics(confusion.view(k, k).numpy())
-    metrics = {name: means[name] for name in ("mIoU", "mIoU_d2")}
-    for group, classes in groups.items():
-        known = iou[classes][~np.isnan(iou[classes])]
-        metrics[f"mIoU_{group}"] = float(known.mean()) if len(known) else float("nan")
-    if {"mIoU_base", "mIoU_novel"} <= metrics.keys():
-        base, novel = metrics["mIoU_base"], metrics["mIoU_novel"]
-        metrics["hIoU"] = 2 * base * novel / (base + novel) if base + novel > 0 else 0.0 * (base + novel)
-    return metrics
+    metrics, _, _ = segmentation_metrics(confusion.view(k, k).numpy(), groups)
+    return {name: value for name, value in metrics.items() if "IoU" in name and name != "fwIoU"}

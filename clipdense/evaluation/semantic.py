@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,20 +103,13 @@ class SemanticEvaluator(TaskEvaluator):
     def score(self, records: list[Any]) -> Results:
         """IoU and accuracy, means and groups."""
         k = len(self._classes)
-        confusion = np.zeros(k * k, np.int64)
+        pixels = np.zeros(k * k, np.int64)
         for cells, counts, _ in records:
-            confusion[cells] += counts
+            pixels[cells] += counts
         if self._output_dir:
             self.save("sem_seg_predictions.json", [segment for record in records for segment in record[2]])
-        confusion = confusion.reshape(k, k)
-        metrics, iou, accuracy = segmentation_metrics(confusion)
-        for mean, values in (("IoU", iou), ("IoU_d2", np.where(np.isnan(accuracy), np.nan, iou))):
-            for group, classes in self._groups.items():
-                metrics[f"m{mean}_{group}"] = _mean(values[classes])
-            if "novel" in self._groups:
-                base, novel = metrics[f"m{mean}_base"], metrics[f"m{mean}_novel"]
-                total = base + novel
-                metrics[f"h{mean}"] = 2 * base * novel / total if total > 0 else 0.0 * total
+        confusion = pixels.reshape(k, k)
+        metrics, iou, accuracy = segmentation_metrics(confusion, self._groups)
         if self._allowed is not None:
             forgiven = segmentation_metrics(forgive(confusion, self._allowed))[0]
             metrics |= {f"{key}_forgiving": forgiven[key] for key in ("mIoU", "mIoU_d2", "pACC")}
@@ -144,30 +137,43 @@ def _mean(values: Array) -> float:
     return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
 
 
-def segmentation_metrics(confusion: npt.NDArray[np.int64]) -> tuple[dict[str, float], Array, Array]:
-    """Metrics of a (K, K) confusion matrix (actual, predicted) of pixels.
+def segmentation_metrics(
+    confusion: npt.NDArray[np.int64], groups: Mapping[str, Sequence[int]] | None = None
+) -> tuple[dict[str, float], Array, Array]:
+    """Metrics of pixels.
+
+    Args:
+        confusion: (K, K), (actual, predicted).
+        groups: name -> classes.
 
     Returns:
         Means in percent: ``mIoU`` over the classes that are labelled or predicted somewhere, ``mIoU_d2``
         over the labelled ones, ``fwIoU`` weighted by labelled pixels, ``mACC`` over the labelled classes,
-        ``pACC`` over pixels. IoU of each
-        class (K,) in percent: zero for one that is predicted but never labelled, NaN for one that is neither.
-        Accuracy of each class (K,): NaN where not labelled.
+        ``pACC`` over pixels; ``mIoU_<group>`` and ``mIoU_d2_<group>``, and where there are novel classes the
+        harmonic means of base and novel ones ``hIoU`` and ``hIoU_d2``. IoU of each class (K,) in percent:
+        zero for one that is predicted but never labelled, NaN for one that is neither. Accuracy of each
+        class (K,): NaN where not labelled.
     """
     hit, actual, predicted = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
     unknown = np.full(len(hit), np.nan)
     iou = 100 * np.divide(hit, actual + predicted - hit, out=unknown.copy(), where=actual + predicted > 0)
     accuracy = 100 * np.divide(hit, actual, out=unknown.copy(), where=actual > 0)
     labelled = actual > 0
-    if not labelled.any():
-        return dict.fromkeys(("mIoU", "mIoU_d2", "fwIoU", "mACC", "pACC"), float("nan")), iou, accuracy
-    means = {
-        "mIoU": _mean(iou),
-        "mIoU_d2": float(iou[labelled].mean()),
-        "fwIoU": float((iou[labelled] * actual[labelled]).sum() / actual.sum()),
-        "mACC": float(accuracy[labelled].mean()),
-        "pACC": 100 * float(hit.sum() / actual.sum()),
-    }
+    means = dict.fromkeys(("mIoU", "mIoU_d2", "fwIoU", "mACC", "pACC"), float("nan"))
+    if labelled.any():
+        means = {
+            "mIoU": _mean(iou),
+            "mIoU_d2": _mean(iou[labelled]),
+            "fwIoU": float((iou[labelled] * actual[labelled]).sum() / actual.sum()),
+            "mACC": float(accuracy[labelled].mean()),
+            "pACC": 100 * float(hit.sum() / actual.sum()),
+        }
+    for suffix, values in (("", iou), ("_d2", np.where(labelled, iou, np.nan))):
+        group = {name: _mean(values[classes]) for name, classes in (groups or {}).items()}
+        means |= {f"mIoU{suffix}_{name}": mean for name, mean in group.items()}
+        if "novel" in group:
+            product, total = group["base"] * group["novel"], group["base"] + group["novel"]
+            means[f"hIoU{suffix}"] = 2 * product / total if total != 0 else 0.0
     return means, iou, accuracy
 
 
