@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
 
 import clipdense  # noqa: F401
 from clipdense.checkpoint import CheckpointError, atomic_path
@@ -171,6 +171,8 @@ def finish(run: MiningRun, arguments: argparse.Namespace) -> None:
         sample += [pair for i, pair in enumerate(shard["pairs"], seen) if i % step == 0]
         seen += len(shard["pairs"])
     draw_pairs(sample[:SHEET], run.folder / "sheet.png")
+    for leftover in (run.folder / "shards").glob(".*"):  # of killed processes
+        leftover.unlink(missing_ok=True)
     print(statistics_table(numbers))
     print(f"{numbers['pairs']} pairs: {path}")
 
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.meshgrid", UserWarning)
     try:
         mine(arguments)
-    except (ValueError, OSError, ImportError, CheckpointError, mp.ProcessException) as error:
+    except (ValueError, OSError, ImportError, CheckpointError, ProcessException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -274,7 +274,7 @@ def assign(
     scores = cosine_logits(embeddings, text, 1.0)
     if not len(scores):
         return [None] * scores.shape[1]
-    best, index = scores.max(0)
+    best = scores.amax(0)
     second = scores.masked_fill(scores == best, -torch.inf).amax(0)
     kept = (best >= filters.min_score) & (best - second >= filters.margin)
     index = (scores == best).byte().argmax(0)

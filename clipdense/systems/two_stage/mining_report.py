@@ -18,7 +18,7 @@ from clipdense.data.image import read_image
 from clipdense.systems.two_stage.mining import RLE, Record, ground_truth_masks
 from clipdense.visualize import save_picture
 
-__all__ = ["ClassAgreement", "MiningStatistics", "draw_pairs"]
+__all__ = ["ClassAgreement", "MiningStatistics", "draw_pairs", "statistics_table"]
 
 _QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from filelock import FileLock, Timeout
+from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
 from clipdense.checkpoint import atomic_path, config_leaves
@@ -252,7 +253,7 @@ class MiningRun:
             taken, done = context.Value("q", 0), context.Value("q", 0)
             jobs = min(jobs, len(todo))
             # torch's start_processes: workers end with this process, however it ends
-            processes = mp.start_processes(
+            processes = start_processes(
                 _worker, (self, todo, taken, done, jobs), nprocs=jobs, join=False, start_method="spawn"
             )
             try:

@@ -1,0 +1,135 @@
+"""tools/mine_masks.py on a few shapes: a killed run, several processes, other options in the same folder."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+
+from clipdense.data.mask_pairs import pair_mask, read_pairs
+from clipdense.data.shapes.make import annotation_file
+from clipdense.systems.two_stage.mining import MaskMiner
+
+from detectron2.data import DatasetCatalog
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "mine_masks.py"
+pytestmark = pytest.mark.usefixtures("small_shapes")
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("mine_masks", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def arguments(small_shapes, small_shapes_root, tmp_path_factory):
+    """Of four images, whose captions and instances are files: other processes need no registered data."""
+    instances = [
+        {"image_id": record["image_id"], "segmentation": annotation["segmentation"]}
+        for record in DatasetCatalog.get("shapes_closed_train")
+        for annotation in record["annotations"]
+    ]
+    proposals = tmp_path_factory.mktemp("proposals") / "proposals.json"
+    proposals.write_text(json.dumps(instances))
+    captions = annotation_file(small_shapes_root, "captions", "train")
+    return [
+        *("--config-file", str(ROOT / "configs/shapes/ovseg.yaml"), "--shard-size", "1"),
+        *("--data", str(captions), "--image-root", str(small_shapes_root / "train")),
+        *("--proposals", str(proposals)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(main, arguments, tmp_path_factory):
+    """Folder of a run without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert (
+        main([*arguments, "--captions", "5", "--truth", "shapes_closed_train", "--output", str(folder)]) == 0
+    )
+    return folder
+
+
+def test_a_run(whole):
+    pairs, statistics = read_pairs(whole / "pairs.jsonl"), json.loads((whole / "stats.json").read_text())
+    images = DatasetCatalog.get("shapes_closed_train")
+    assert {p["file_name"] for p in pairs} == {r["file_name"] for r in images}
+    assert statistics["pairs"] == len(pairs) == statistics["nouns_of_images"]
+    assert statistics["captions"] == 20 and statistics["images"] == statistics["images_with_pairs"] == 4
+    assert all(p["noun"] in p["caption"].lower() and pair_mask(p).any() for p in pairs)
+    # the nano CLIP knows shapes: nearly all nouns that are classes get the right one of the true masks
+    assert statistics["classes"]["named"] >= 10 and statistics["classes"]["absent"] == 0
+    assert statistics["classes"]["right"] >= 0.8 <= statistics["classes"]["inside"]
+    with Image.open(whole / "sheet.png") as sheet:
+        assert sheet.format == "PNG" and min(sheet.size) >= 128
+
+
+def test_a_killed_run_loses_and_repeats_nothing(main, arguments, whole, tmp_path, capsys):
+    folder = tmp_path / "killed"
+    command = [*arguments, "--captions", "5", "--truth", "shapes_closed_train", "--output", str(folder)]
+    if (child := os.fork()) == 0:  # dies as by kill -9 in the middle of the third shard
+        try:
+            torch.set_num_threads(1)
+            calls, call = iter(range(100)), MaskMiner.__call__
+
+            def call_or_die(*args):
+                if next(calls) == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args)
+
+            MaskMiner.__call__ = call_or_die
+            main(command)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    first = sorted((folder / "shards").glob("*.json"))
+    assert [path.name for path in first] == ["00000.json", "00001.json"]
+    assert not (folder / "pairs.jsonl").exists()
+    before = [path.stat().st_mtime_ns for path in first]
+    assert main([*command, "--jobs", "2"]) == 0
+    assert [path.stat().st_mtime_ns for path in first] == before
+    for name in ("pairs.jsonl", "stats.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert f"{folder}/pairs.jsonl" in capsys.readouterr().out
+
+
+def test_machines_share_a_folder(main, arguments, whole, tmp_path, capsys):
+    command = [*arguments, "--captions", "5", "--output", str(tmp_path), "--format", "parquet"]
+    assert main([*command, "--shard", "2/2"]) == 0
+    assert "2 of 4 shards are done" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "shards").glob("*.json")) == ["00001.json", "00003.json"]
+    assert not list(tmp_path.glob("pairs.*"))
+    assert main([*command, "--shard", "1/2"]) == 0
+    assert read_pairs(tmp_path / "pairs.parquet") == read_pairs(whole / "pairs.jsonl")
+
+
+def test_what_is_wrong_is_said(main, arguments, whole, tmp_path, capsys):
+    def error(*more: str) -> str:
+        assert main([*arguments, "--output", str(whole), *more]) == 1
+        return capsys.readouterr().err
+
+    bytes_before = (whole / "pairs.jsonl").read_bytes()
+    assert "captions was 5, is 1" in error()
+    filters = error("--captions", "5", "--min-area", "9", "--lemma")
+    assert "'min_area': 0" in filters and "'min_area': 9" in filters and "'lemma': True" in filters
+    assert "MODEL.TWO_STAGE.TEMPLATES was single, is vild_63" in error(
+        "--captions", "5", "MODEL.TWO_STAGE.TEMPLATES", "vild_63"
+    )
+    with FileLock(whole / ".part_1_of_1.lock"):
+        assert "another process is mining part 1 of 1" in error("--captions", "5")
+    assert (whole / "pairs.jsonl").read_bytes() == bytes_before
+    proposals = arguments.index("--proposals")
+    arguments = [*arguments[:proposals], "--output", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "set MODEL.WEIGHTS" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--shard", "3/2"])
+    assert "--shard is I/N" in capsys.readouterr().err

@@ -1,0 +1,305 @@
+"""Mining: every noun takes the closest proposal; filters; sources of proposals; agreement with classes."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from PIL import Image
+
+from clipdense.clip import load_clip
+from clipdense.clip.text import TextBank
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.config import add_clipdense_config
+from clipdense.data.mask_pairs import pair_mask
+from clipdense.engine.options import ConfigError
+from clipdense.systems.two_stage.mining import (
+    FileProposals,
+    Filters,
+    GroundTruthProposals,
+    MaskMiner,
+    ModelProposals,
+    NounEmbedder,
+    assign,
+)
+from clipdense.systems.two_stage.mining_report import ClassAgreement, MiningStatistics
+from clipdense.systems.two_stage.mining_run import build_miner, captioned_images, mine_shard
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+class MeanColor:
+    """Stands for CLIP: a mask's embedding is the mean colour in it, a noun's its colour."""
+
+    def __call__(self, image: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        valid = masks.flatten(1).any(1)
+        return torch.stack([image[:, mask].float().mean(1) for mask in masks[valid]]), valid
+
+
+def color_of(noun: str) -> torch.Tensor | None:
+    for word in noun.split():
+        if word in COLORS:
+            return torch.tensor(COLORS[word]) / 255.0
+    return None  # as a noun that is too long
+
+
+def stripes() -> np.ndarray:
+    """Six columns each of red, green and blue, 4 rows."""
+    return np.repeat(np.array([list(COLORS.values())], np.uint8), 6, axis=1).repeat(4, axis=0)
+
+
+def box(x0: int, x1: int, y1: int = 4) -> torch.Tensor:
+    mask = torch.zeros(4, 18, dtype=torch.bool)
+    mask[:y1, x0:x1] = True
+    return mask
+
+
+# Beside the pure ones: a corner of green (2 pixels), half red and half green, nothing, and red again.
+MASKS = torch.stack([box(0, 12), box(6, 8, 1), box(0, 6), box(0, 0), box(6, 12), box(12, 18), box(0, 6)])
+RECORD = {"file_name": "/a.png", "image_id": 7}
+
+
+def mine(nouns: dict[str, str], **filters: Any) -> list[dict[str, Any]]:
+    miner = MaskMiner(lambda record, image: MASKS, MeanColor(), color_of, Filters(**filters))
+    return miner(RECORD, stripes(), nouns)
+
+
+def test_every_noun_takes_the_closest_mask():
+    pairs = mine({"blue thing": "a blue thing", "red": "red, and red", "walrus": "", "green": "so green"})
+    assert [p["noun"] for p in pairs] == ["blue thing", "red", "green"]
+    for pair, mask in zip(pairs, (MASKS[5], MASKS[2], MASKS[1]), strict=True):
+        assert np.array_equal(pair_mask(json.loads(json.dumps(pair))), mask.numpy())
+    entries = {k: v for k, v in pairs[1].items() if k != "segmentation"}
+    assert entries == {
+        **RECORD,
+        "height": 4,
+        "width": 18,
+        "noun": "red",
+        "score": 1.0,
+        "caption": "red, and red",
+    }
+    assert mine({"walrus": ""}) == [] == mine({})
+
+
+def test_filters():
+    def area(nouns: dict[str, str], **filters: Any) -> list[int]:
+        return [int(pair_mask(pair).sum()) for pair in mine(nouns, **filters)]
+
+    assert area({"green": ""}) == [2]  # equal to the whole stripe for CLIP; the first is taken
+    assert area({"green": ""}, min_area=2) == [2]
+    assert area({"green": ""}, min_area=3) == [24]
+    assert area({"green": ""}, min_area=49) == []
+    # the second best of red is half red: cosine 0.707; its equal is no second
+    assert area({"red": ""}, margin=0.29) == [24]
+    assert area({"red": ""}, margin=0.30) == []
+    text = torch.tensor([[1.0, 1.0, 0.0]])
+    embeddings = torch.eye(3) * 5
+    assert assign(embeddings, text) == [(0, pytest.approx(0.7071, abs=1e-4))]
+    assert assign(embeddings, text, Filters(min_score=0.70))[0] is not None
+    assert assign(embeddings, text, Filters(min_score=0.71)) == [None]
+    assert assign(embeddings[:0], text) == [None]
+    assert assign(embeddings[:1], text, Filters(margin=2.0))[0] is not None  # there is no second
+
+
+def small_config() -> CfgNode:
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.INPUT.FORMAT = "OVSeg", "cpu", "BGR"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    cfg.MODEL.CLIP.NAME, cfg.MODEL.TWO_STAGE.TEMPLATES = "shapes-vit", "single"
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_resnet_backbone", 0
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
+    keys = cfg.MODEL.MASK_FORMER
+    keys.PIXEL_DECODER.CONV_DIM = keys.MASK_DIM = keys.HIDDEN_DIM = 32
+    keys.NHEADS, keys.DIM_FEEDFORWARD, keys.NUM_OBJECT_QUERIES, keys.DEC_LAYERS = 4, 32, 6, 2
+    return cfg
+
+
+def test_a_models_masks_are_what_it_classifies(tmp_path):
+    cfg = small_config()
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS"):
+        build_miner(cfg)
+    torch.manual_seed(0)
+    miner = build_miner(cfg, lambda record, image: MASKS)
+    assert miner.embed("red star") is not None and len(miner.proposals(RECORD, stripes())) == len(MASKS)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    miner = build_miner(cfg)
+    assert isinstance(miner.proposals, ModelProposals)
+    model = miner.proposals.model
+    model.set_vocabulary(Vocabulary.from_names(["red star", "grass"]))
+    model.proposals_on, model.semantic_on = True, False
+    image = torch.randint(0, 256, (50, 70, 3), dtype=torch.uint8).numpy()
+    with torch.no_grad():
+        inputs = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
+        expected = model([{"image": inputs}])[0]["proposal_masks"] > model.encoder.rule.threshold
+        found = miner.proposals(RECORD, image)
+    assert found.shape == (6, 50, 70) and found.dtype == torch.bool
+    assert torch.equal(found, expected) and found.any()
+    cfg.MODEL.META_ARCHITECTURE = "MaskFormer"
+    with pytest.raises(ConfigError, match="OVSeg, not MaskFormer"):
+        build_miner(cfg)
+
+
+def test_ground_truth_as_proposals(tmp_path):
+    square = [[1.0, 1.0, 5.0, 1.0, 5.0, 3.0, 1.0, 3.0]]
+    full = mask_util.encode(np.asfortranarray(box(6, 12).numpy(), np.uint8))
+    counts = {"size": [4, 18], "counts": [0, 4, 68]}
+    annotations = [
+        {"category_id": 0, "segmentation": square},
+        {"category_id": 0, "segmentation": full},
+        {"category_id": 1, "segmentation": counts},
+        {"category_id": 1, "segmentation": full, "iscrowd": 1},
+        {"category_id": 1},
+    ]
+    known = {"file_name": "/a.png", "annotations": annotations}
+    masks = GroundTruthProposals([known])(RECORD, stripes())
+    assert masks.flatten(1).sum(1).tolist() == [8, 24, 4] and torch.equal(masks[1], box(6, 12))
+    assert torch.equal(masks[2], box(0, 1))
+    assert GroundTruthProposals([])(RECORD, stripes()).shape == (0, 4, 18)
+
+    ids = np.zeros((4, 18, 3), np.uint8)
+    ids[:, 6:12, 0], ids[:, 12:, 1] = 3, 1  # 3 and 256
+    Image.fromarray(ids).save(tmp_path / "ids.png")
+    panoptic = {
+        **known,
+        "pan_seg_file_name": str(tmp_path / "ids.png"),
+        "segments_info": [{"id": 256, "category_id": 1}, {"id": 3, "category_id": 0}],
+    }
+    assert torch.equal(GroundTruthProposals([panoptic])(RECORD, stripes()), MASKS[[5, 4]])
+    Image.fromarray(np.where(ids[..., 0] == 3, 255, ids[..., 1])).save(tmp_path / "labels.png")
+    semantic = {"file_name": "/a.png", "sem_seg_file_name": str(tmp_path / "labels.png")}
+    assert torch.equal(GroundTruthProposals([semantic])(RECORD, stripes()), MASKS[[2, 5]])
+
+
+def test_proposals_of_a_file(tmp_path):
+    rle = mask_util.encode(np.asfortranarray(box(6, 12).numpy(), np.uint8))
+    item = {"image_id": 7, "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}}
+    path = tmp_path / "proposals.json"
+    path.write_text(json.dumps([item, item | {"image_id": 8}]))
+    proposals = FileProposals(path)
+    assert torch.equal(proposals(RECORD, stripes()), MASKS[[4]])
+    assert len(proposals({"file_name": "/b.png", "image_id": 9}, stripes())) == 0
+    with pytest.raises(ValueError, match=r"/a.png has 3 x 18 pixels, its proposals have 4 x 18"):
+        proposals(RECORD, stripes()[:3])
+    path.write_text(json.dumps([{"image_id": 7}]))
+    with pytest.raises(ValueError, match="not a json list of image_id and segmentation"):
+        FileProposals(path)
+
+
+def test_nouns_are_embedded_alone_and_never_cut():
+    bank = TextBank(load_clip("shapes-vit"), "ovseg_14", cache_dir=None, progress=False)
+    embed = NounEmbedder(bank)
+    assert embed("red star " * 40) is None
+    first = embed("red star")
+    bank.embed_names(["red star", "a very long and winding road", "grass"])
+    assert torch.equal(NounEmbedder(bank)("red star"), first) and first.norm() == pytest.approx(1)
+
+
+def test_captioned_images(tmp_path):
+    lines = tmp_path / "own.jsonl"
+    lines.write_text('{"file_name": "a.png", "captions": ["x", "y", "z"]}\n')
+    expected = {"file_name": str(tmp_path / "a.png"), "image_id": "a.png", "captions": ["x", "y"]}
+    assert captioned_images(str(lines), captions=2) == [expected]
+    elsewhere = captioned_images(str(lines), str(tmp_path / "b"), captions=2, images=1)
+    assert elsewhere == [expected | {"file_name": str(tmp_path / "b/a.png")}]
+    lines.write_text('{"file_name": "a.png", "captions": ["x"]}\n{"file_name": "b.png"}\n')
+    with pytest.raises(ValueError, match=r"own\.jsonl, line 2: no file_name and captions"):
+        captioned_images(str(lines))
+    with pytest.raises(ValueError, match="coco_2017_val"):
+        captioned_images("coco_2017_vall")
+
+
+def test_a_shard_counts_what_it_leaves_out(tmp_path):
+    Image.fromarray(stripes()).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    records = [
+        {"file_name": str(tmp_path / "a.png"), "image_id": 1, "captions": ["red", "green red walrus"]},
+        {"file_name": str(tmp_path / "b.png"), "image_id": 2, "captions": ["blue"]},
+    ]
+    miner = MaskMiner(lambda record, image: MASKS, MeanColor(), color_of)
+    done: list[int] = []
+    shard = mine_shard(miner, lambda captions: [c.split() for c in captions], records, lambda: done.append(1))
+    assert len(done) == 2
+    assert [(p["noun"], p["caption"]) for p in shard["pairs"]] == [
+        ("red", "red"),
+        ("green", "green red walrus"),
+    ]
+    del shard["pairs"]
+    assert shard == {
+        "images": 2,
+        "captions": 3,
+        "nouns": 4,
+        "too_long": ["walrus"],
+        "unreadable": [str(tmp_path / "b.png")],
+    }
+
+
+def _pair(noun: str, mask: torch.Tensor, **more: Any) -> dict[str, Any]:
+    rle = mask_util.encode(np.asfortranarray(mask.numpy(), np.uint8))
+    segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+    pair = {"file_name": "/a.png", "height": 4, "width": 18, "segmentation": segmentation}
+    return pair | {"noun": noun, "score": 0.5, **more}
+
+
+def test_agreement_with_classes():
+    def annotation(label: int, mask: torch.Tensor) -> dict[str, Any]:
+        return {"category_id": label, "segmentation": _pair("", mask)["segmentation"]}
+
+    truth = {
+        "file_name": "/a.png",
+        "annotations": [annotation(0, box(0, 4)), annotation(0, box(6, 10)), annotation(1, box(12, 18))],
+    }
+    agreement = ClassAgreement([truth], Vocabulary.from_names(["dog", "hot dog", "knife", "berry"]))
+    named = {
+        "dogs": 0,
+        "brown dog": 0,
+        "hot dogs": 1,
+        "big knives": 2,
+        "berries": 3,
+        "dog house": None,
+        "": None,
+    }
+    assert {noun: agreement.class_of(noun) for noun in named} == named
+    for pair in (
+        _pair("dog", box(0, 8)),  # IoU with the first 0.5, 6 of 8 columns inside
+        _pair("dogs", box(0, 10)),  # with both together 0.8
+        _pair("brown dog", box(1, 2)),  # 0.25, inside
+        _pair("hot dog", box(0, 6)),  # of another class
+        _pair("hot dog", box(10, 18)),  # 0.75, 6 of 8 inside
+        _pair("knife", box(0, 6)),  # none in this image
+        _pair("sky", box(0, 6)),
+        _pair("dog", box(0, 6), file_name="/unknown.png"),
+    ):
+        agreement.add(pair)
+    assert agreement.result() == {"named": 5, "absent": 1, "right": 3 / 5, "inside": 4 / 5}
+
+
+def test_statistics():
+    statistics = MiningStatistics()
+    shard = {"images": 2, "captions": 4, "nouns": 5, "too_long": ["x"], "unreadable": ["/c.png"]}
+    pairs = [_pair("dog", box(0, 9), score=0.2), _pair("dog", box(0, 18), score=0.4)]
+    statistics.add({**shard, "pairs": pairs})
+    statistics.add({**shard, "pairs": [_pair("sky", box(0, 0), score=0.6, file_name="/b.png")]})
+    result = statistics.result()
+    assert (result["images"], result["images_with_pairs"], result["captions"]) == (4, 2, 8)
+    assert (result["nouns_of_images"], result["pairs"], result["nouns"]) == (10, 3, 2)
+    assert result["pairs_per_image"] == 0.75 and result["most_frequent"] == [("dog", 2), ("sky", 1)]
+    assert result["scores"]["50"] == 0.4 and result["areas"] == {
+        "0": 0.0,
+        "5": 0.05,
+        "25": 0.25,
+        "50": 0.5,
+        "75": 0.75,
+        "95": 0.95,
+        "100": 1.0,
+    }
+    assert result["too_long"] == ["x"] and result["unreadable"] == ["/c.png", "/c.png"]
+    assert "classes" not in result
