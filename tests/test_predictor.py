@@ -395,6 +395,14 @@ def test_background_words(tmp_path: Path, config: Path) -> None:
         Predictor(config, background="others")
 
 
+def test_commas_in_the_names_of_the_test_set(tmp_path: Path) -> None:
+    with dataset(classes=["red box, crimson box", "cat"]) as name:
+        config = write_model(tmp_path, name, "OpenBrightBox")
+        for split, first in ((True, ("red box", "crimson box")), (False, ("red box, crimson box",))):
+            predictor = Predictor(config, opts=["DATASETS.SPLIT_NAMES", split])
+            assert predictor.model.vocabulary.synonyms == (first, ("cat",))
+
+
 def test_outputs_without_background() -> None:
     scores = torch.tensor([[[0.5, 0.1, 0.0]], [[0.4, 0.2, 0.0]], [[0.3, 0.3, 0.2]]])
     ids, segments = (

@@ -52,7 +52,7 @@ class SemanticEvaluator(TaskEvaluator):
         allowed_pairs: a file for `load_allowed_pairs`: predictions that count as hits beside the right one.
     """
 
-    outputs = ("sem_seg", "sem_seg_labels")
+    outputs: tuple[str, ...] = ("sem_seg", "sem_seg_labels")
 
     def __init__(
         self,
