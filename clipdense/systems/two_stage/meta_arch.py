@@ -220,7 +220,7 @@ class OVSeg(TrainedOn, MaskFormer):
                 output["sem_seg"] = semantic_map(*arguments, **calibration)
         if self.panoptic_on or self.instance_on:
             masks = sem_seg_postprocess(masks, image_size, height, width)
-            logits = scores.log()  # whose softmax are the scores, of sum 1
+            logits = scores.log()  # whose softmax gives them a sum of 1, background included
         if self.panoptic_on:
             output["panoptic_seg"] = panoptic_inference(
                 logits, masks, self._things(), **self.panoptic_settings
