@@ -103,7 +103,9 @@ def test_what_the_package_imports_is_required():
     modules -= {"clipdense", "detectron2", "fvcore", "iopath", "omegaconf"} | sys.stdlib_module_names
     distributions = packages_distributions()
     folder = ROOT / "requirements"
-    known = set.union(*(_names(folder / f"{name}.txt") for name in ("base", "detectron2", "extras", "mining")))
+    known = set.union(
+        *(_names(folder / f"{name}.txt") for name in ("base", "detectron2", "extras", "mining"))
+    )
     unknown = {
         module
         for module in modules
