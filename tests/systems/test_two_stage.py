@@ -163,6 +163,19 @@ def test_every_output(model: OVSeg) -> None:
     assert (labels["sem_seg_labels"] == output["sem_seg"].argmax(0)).float().mean() > 0.999
 
 
+@torch.no_grad()
+def test_the_best_mask_of_each_class(model: OVSeg) -> None:
+    """Where no class has its best mask, there is nothing."""
+    model.proposals_on = model.best_masks = True
+    model.set_vocabulary(Vocabulary.from_names(CLASSES[:1]))
+    output = model(batch())[0]
+    binary = (output["proposal_masks"] > model.encoder.rule.threshold).float()
+    maps = torch.nn.functional.interpolate(binary[None], (74, 91), mode="bilinear", align_corners=False)[0]
+    ratio = [(output["sem_seg"][0] - output["sem_seg"].amax() * one).abs().max() for one in maps]
+    assert min(ratio) < 1e-6 and output["sem_seg"].amax() > 0
+    model.proposals_on = model.best_masks = False
+
+
 def test_without_words_nothing_is_looked_for(model: OVSeg) -> None:
     model.vocabulary = None
     model.before_load({})

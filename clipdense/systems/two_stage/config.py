@@ -71,3 +71,5 @@ def add_two_stage_config(cfg: CN) -> None:
     cfg.MODEL.TWO_STAGE.SCORES.PRUNE = 0.0
     # Taken from the semantic maps of base classes (ZegFormer: 0.1).
     cfg.MODEL.TWO_STAGE.CALIBRATION = 0.0
+    # Semantic maps of the best query of each class alone, its mask binarised (OVSeg's demo).
+    cfg.MODEL.TWO_STAGE.BEST_MASKS = False

@@ -21,7 +21,7 @@ from clipdense.data.classes import dataset_vocabulary
 from clipdense.maskformer import MLP, MaskFormer, MaskFormerHead, instance_inference, panoptic_inference
 from clipdense.maskformer.prediction import MaskPrediction
 from clipdense.maskformer.targets import pad_targets
-from clipdense.regions import FusionSettings, semantic_labels, semantic_map
+from clipdense.regions import FusionSettings, best_masks, semantic_labels, semantic_map
 from clipdense.systems.two_stage.encoder import RegionEncoder, cosine_logits, crop_rule
 from clipdense.systems.two_stage.queries import QueryClassifier
 from clipdense.systems.two_stage.scores import Scoring
@@ -61,6 +61,7 @@ class OVSeg(TrainedOn, MaskFormer):
         keep_encoder: bool = False,
         crop_scale: float = 100.0,
         calibration: float = 0.0,
+        best_masks: bool = False,
         max_dense_classes: int = 256,
         vocabulary: Vocabulary | None = None,
         **kwargs: Any,
@@ -75,6 +76,7 @@ class OVSeg(TrainedOn, MaskFormer):
             keep_encoder: the encoder of a file that is loaded gives way to this one, but for its text tower.
             crop_scale: cosines of crops are multiplied by it; 0 for CLIP's own scale.
             calibration: taken from the semantic maps of base classes.
+            best_masks: make semantic maps of the best query of each class alone, its mask binarised.
             max_dense_classes: beyond, semantic segmentation gives labels only; 0: never.
             vocabulary: of the training data, whose classes the labels count.
             kwargs: of `MaskFormer`.
@@ -86,6 +88,7 @@ class OVSeg(TrainedOn, MaskFormer):
         self.scoring = Scoring() if scoring is None else scoring
         self.keep_encoder = keep_encoder
         self.crop_scale, self.calibration = crop_scale, calibration
+        self.best_masks = best_masks
         self.max_dense_classes = max_dense_classes
         self._banks = [
             TextBank(encoder.clip, template, prompts=prompts)
@@ -141,6 +144,7 @@ class OVSeg(TrainedOn, MaskFormer):
             "keep_encoder": bool(keys.ADAPTED_CLIP),
             "crop_scale": keys.CROP_SCALE,
             "calibration": keys.CALIBRATION,
+            "best_masks": keys.BEST_MASKS,
             "max_dense_classes": cfg.TEST.MAX_DENSE_CLASSES,
             "vocabulary": vocabularies[0] if vocabularies else None,
         }
@@ -212,7 +216,11 @@ class OVSeg(TrainedOn, MaskFormer):
         if self.proposals_on:
             output["proposal_masks"] = probabilities
         if self.semantic_on:
-            arguments = scores[:, :-1], probabilities, (height, width)
+            classes, maps = scores[:, :-1], probabilities
+            if self.best_masks:
+                best = best_masks(classes)
+                classes, maps = classes[best], (maps[best] > self.encoder.rule.threshold).float()
+            arguments = classes, maps, (height, width)
             calibration: dict[str, Any] = {"base": self._base(), "calibration": self.calibration}
             if 0 < self.max_dense_classes < scores.shape[1] - 1:
                 output["sem_seg_labels"] = semantic_labels(*arguments, **calibration)[0]
