@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -128,14 +129,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def find_proposals(choice: str) -> Proposals | None:
-    """None for the model's."""
+def find_proposals(choice: str, images: Sequence[dict[str, Any]]) -> Proposals | None:
+    """Of some images; None for the model's."""
     if choice == "model":
         return None
     if choice.startswith(GROUND_TRUTH):
         name = choice.removeprefix(GROUND_TRUTH)
         check_dataset_names([name])
-        return GroundTruthProposals(DatasetCatalog.get(name))
+        files = {image["file_name"] for image in images}  # no others: every process gets a copy
+        return GroundTruthProposals(
+            r for r in DatasetCatalog.get(name) if os.path.abspath(r["file_name"]) in files
+        )
     return FileProposals(choice)
 
 
@@ -183,13 +187,14 @@ def mine(arguments: argparse.Namespace) -> None:
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     nouns = {"heads": arguments.heads, "lemma": arguments.lemma}
+    records = captioned_images(
+        arguments.data, arguments.image_root, captions=arguments.captions, images=arguments.images
+    )
     run = MiningRun(
         folder=arguments.output,
         cfg=cfg,
-        records=captioned_images(
-            arguments.data, arguments.image_root, captions=arguments.captions, images=arguments.images
-        ),
-        proposals=find_proposals(arguments.proposals),
+        records=records,
+        proposals=find_proposals(arguments.proposals, records),
         nouns=nouns,
         filters=Filters(arguments.min_area, arguments.min_score, arguments.margin),
         shard_size=arguments.shard_size,

@@ -102,7 +102,8 @@ def test_a_killed_run_loses_and_repeats_nothing(main, arguments, whole, tmp_path
 
 
 def test_machines_share_a_folder(main, arguments, whole, tmp_path, capsys):
-    command = [*arguments, "--captions", "5", "--output", str(tmp_path), "--format", "parquet"]
+    truth = ["--proposals", "ground_truth:shapes_closed_train"]  # as in the file
+    command = [*arguments, *truth, "--captions", "5", "--output", str(tmp_path), "--format", "parquet"]
     assert main([*command, "--shard", "2/2"]) == 0
     assert "2 of 4 shards are done" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "shards").glob("*.json")) == ["00001.json", "00003.json"]
