@@ -95,7 +95,7 @@ class Canvas:
         colors = [class_color(c) for c in classes]
         alpha = 0.2 if boxes is not None else 0.4
         self._visualizer.overlay_instances(boxes=boxes, masks=resized, assigned_colors=colors, alpha=alpha)
-        names = metadata.get("thing_classes") or ()
+        names = metadata.get("thing_classes") or metadata.get("stuff_classes") or ()
         height = 1.35 * self._font_size
         for i, (category, score) in enumerate(zip(classes, scores or [None] * len(classes), strict=True)):
             if boxes is not None:
@@ -142,7 +142,8 @@ class Canvas:
                 resized, color=color, edge_color=(1, 1, 1), alpha=alpha, area_threshold=30
             )
             if resized.mean() > 0.004:  # a name on what is large enough to carry it
-                self._names.append((_label(category, names), color, self._centres(resized, names[category])))
+                name = _label(category, names)
+                self._names.append((name, color, self._centres(resized, name)))
 
     def _centres(self, mask: Picture | None, name: str) -> list[tuple[float, float]]:
         """Corners for a name in the middle of a mask's largest part, or a little above or below it."""

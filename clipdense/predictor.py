@@ -56,8 +56,8 @@ class Predictor:
     ``panoptic_seg``.
 
     A model that compares words calls everything the word that fits best, a single one anything at all.
-    Background words are what it may call the rest: where one of them wins, an output has nothing (``sem_seg``
-    is 0 for all classes, ``sem_seg_labels`` -1, the segment id 0).
+    Background words are what it may call the rest: where one of them wins, a map has nothing (``sem_seg``
+    is 0 for all classes, ``sem_seg_labels`` -1, the segment id 0); instances of them are left out.
 
     Attributes:
         cfg: the config, overrides included.

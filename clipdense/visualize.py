@@ -334,7 +334,9 @@ def _contents(
     output: Mapping[str, Any], kind: str, metadata: Any, threshold: float
 ) -> list[tuple[str, int | None]]:
     """What is in an output: a text and its class, or None for what has none; the most first."""
-    names = metadata.get("thing_classes" if kind == "instances" else "stuff_classes") or ()
+    names = metadata.get("stuff_classes") or ()
+    if kind == "instances":
+        names = metadata.get("thing_classes") or names
     count: Counter[int] = Counter()
     area: Counter[int] = Counter()
     total = 1

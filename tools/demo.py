@@ -256,9 +256,8 @@ class Results:
         self.images.append(entry | {"picture": picture.name})
         if kind != "instances":
             names = self._metadata.get("stuff_classes") or ()
-            found = output_segments(output, kind, self._metadata)
-            masks = encode_masks(torch.tensor(np.array([s.pop("mask") for s in found], bool)))
-            for segment, mask in zip(found, masks, strict=True):
+            for segment in output_segments(output, kind, self._metadata):
+                (mask,) = encode_masks(torch.from_numpy(segment.pop("mask"))[None])
                 c = segment["category_id"]
                 row = {"id": len(self.segments), "image_id": number, **segment, "segmentation": mask}
                 row |= {"bbox": mask_util.toBbox(mask).tolist(), "area": int(mask_util.area(mask))}

@@ -138,7 +138,8 @@ def find_proposals(choice: str, images: Sequence[dict[str, Any]]) -> Proposals |
         check_dataset_names([name])
         files = {image["file_name"] for image in images}  # no others: every process gets a copy
         return GroundTruthProposals(
-            r for r in DatasetCatalog.get(name) if os.path.abspath(r["file_name"]) in files
+            (r for r in DatasetCatalog.get(name) if os.path.abspath(r["file_name"]) in files),
+            MetadataCatalog.get(name).get("ignore_label", 255),
         )
     return FileProposals(choice)
 
@@ -151,7 +152,8 @@ def find_agreement(data: str, truth: str | None) -> ClassAgreement | None:
         return None
     name = truth or data
     records = DatasetCatalog.get(name)  # a COCO file's classes are known once it has been read
-    return ClassAgreement(records, Vocabulary.from_metadata(MetadataCatalog.get(name)))
+    metadata = MetadataCatalog.get(name)
+    return ClassAgreement(records, Vocabulary.from_metadata(metadata), metadata.get("ignore_label", 255))
 
 
 def finish(run: MiningRun, arguments: argparse.Namespace) -> None:
@@ -186,6 +188,8 @@ def mine(arguments: argparse.Namespace) -> None:
     register_from_config(cfg)
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
+    if arguments.truth is not None:  # before hours of mining, not after
+        check_dataset_names([arguments.truth])
     nouns = {"heads": arguments.heads, "lemma": arguments.lemma}
     records = captioned_images(
         arguments.data, arguments.image_root, captions=arguments.captions, images=arguments.images

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 __all__ = ["BACKGROUND", "keyed_mask", "read_keyed_csv", "read_keyed_pair"]
 
@@ -67,8 +67,10 @@ def read_keyed_pair(name: str, noun: str, image_root: str | Path) -> dict[str, A
                     f"({', '.join(LOSSLESS)})"
                 )
             mask = keyed_mask(np.array(image.convert("RGB")))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not a readable image") from error
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
     if not mask.any():
         return None
     code = mask_util.encode(np.asfortranarray(mask, np.uint8))

@@ -209,7 +209,10 @@ class DetectionMapper:
         labels = None
         if self.is_train and "sem_seg_file_name" in sample:
             labels = read_labels(sample.pop("sem_seg_file_name"))
-        augmented = T.AugInput(image, sem_seg=None if labels is None else labels.astype(np.uint8))
+        shown = labels
+        if labels is not None:  # floats are what Detectron2 resizes beside bytes
+            shown = labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.float32)
+        augmented = T.AugInput(image, sem_seg=shown)
         transforms = self.augmentations(augmented)
         height, width = augmented.image.shape[:2]
         sample["image"] = _to_tensor(augmented.image)

@@ -86,7 +86,10 @@ def write_pairs(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:
             arrow, parquet = _pyarrow(path)
-            parquet.write_table(arrow.Table.from_pylist([dict(record) for record in records]), partial_path)
+            rows = list(records)
+            columns = list(dict.fromkeys(key for row in rows for key in row))  # the first may lack some
+            table = arrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
+            parquet.write_table(table, partial_path)
 
 
 def _rows(path: Path) -> Iterator[Pair]:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import pycocotools.mask as mask_util
 from PIL import Image
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 from tqdm import tqdm
 
 from clipdense.data.datasets.layouts import load_json
@@ -262,7 +264,7 @@ def read_matlab_labels(path: Path) -> Labels:
     """
     try:
         return np.asarray(loadmat(path)["LabelMap"], np.int64)
-    except (KeyError, ValueError, NotImplementedError, TypeError) as error:
+    except (KeyError, ValueError, NotImplementedError, TypeError, MatReadError, zlib.error) as error:
         raise ValueError(f"{path}: no MATLAB file with a LabelMap ({error!r})") from error
 
 

@@ -83,6 +83,7 @@ def sem_seg(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluato
     return AlternativeEvaluators(
         [
             _semantic(cfg, dataset_name, output_dir, optional=True),
+            OracleClassEvaluator(dataset_name, per_class=cfg.TEST.PER_CLASS, optional=True),
             _mask_classification(cfg, dataset_name, output_dir),
         ]
     )

@@ -219,7 +219,6 @@ def load_allowed_pairs(path: str | os.PathLike[str], classes: Sequence[str]) -> 
 
     allowed = np.zeros((len(classes), len(classes)), bool)
     for name, others in content.items():
-        for other in others:
-            allowed[index(name), index(other)] = True
+        allowed[index(name), [index(other) for other in others]] = True
     np.fill_diagonal(allowed, False)
     return allowed

@@ -15,8 +15,8 @@ __all__ = ["SegmentationMapper"]
 
 @MAPPER_REGISTRY.register()
 class SegmentationMapper(DetectionMapper):
-    """`DetectionMapper` that in training crops what it has resized (MaskFormer, appendix): never almost one
-    class alone, and in random colours."""
+    """`DetectionMapper` that in training crops what it has resized (MaskFormer, appendix), so that no class
+    fills more of it than ``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA``, and changes its colours."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def crop_masks(
     boxes, columns, rows = _projections(masks, rule.threshold)
     valid = columns.any(1)
     whole = boxes.new_tensor([0, 0, masks.shape[2], masks.shape[1]])
-    boxes = torch.where(valid[:, None], boxes, whole)
+    boxes = whole.expand_as(boxes) if rule.sampling == "stretch" else boxes.where(valid[:, None], whole)
     if rule.keep_empty:
         valid = torch.ones_like(valid)
     kept = valid.nonzero().squeeze(1)

@@ -146,7 +146,8 @@ def test_panoptic_data_sets_are_evaluated_by_what_the_model_gives(
     ]
     name = register([record], evaluator_type="sem_seg", stuff_classes=["cat", "sky"], ignore_label=255)
     evaluator = build_evaluator(cfg, name)
-    with pytest.raises(KeyError, match="sem_seg or sem_seg_labels or region_encoder, but .* gives instances"):
+    needed = "sem_seg or sem_seg_labels or proposal_masks or region_encoder"
+    with pytest.raises(KeyError, match=f"{needed}, but .* gives instances"):
         evaluator.process([record], [{"instances": None}])
 
 

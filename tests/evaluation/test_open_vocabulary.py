@@ -24,7 +24,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from detectron2.structures import Boxes, Instances
 
-SETS = [name for name in DatasetCatalog.list() if name.startswith(("ovcoco_", "ovlvis_"))]
+SETS = [name for name in DatasetCatalog.list() if name.startswith(("ovcoco_2017", "ovlvis_"))]
 
 
 @pytest.fixture

@@ -89,6 +89,17 @@ def test_only_empty_masks() -> None:
     assert (kept.regions() == 0).all()
 
 
+def test_stretched_images_come_with_whole_masks() -> None:
+    masks = torch.zeros(1, 32, 32)
+    masks[0, 8:16, 8:24] = 9
+    rule = get_crop_rule("zegformer_mask")
+    crops = crop_masks(
+        torch.rand(3, 32, 32), masks, rule, size=32, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3
+    )
+    assert crops.boxes.tolist() == [[0, 0, 32, 32]]
+    assert torch.equal(crops.region_masks()[0, 0] > 0, masks[0] > 0)
+
+
 def test_boxes() -> None:
     masks = torch.zeros(3, 10, 12)
     masks[0, 2:5, 3:11] = 1

@@ -177,6 +177,7 @@ def test_ground_truth_as_proposals(tmp_path):
     Image.fromarray(np.where(ids[..., 0] == 3, 255, ids[..., 1])).save(tmp_path / "labels.png")
     semantic = {"file_name": "/a.png", "sem_seg_file_name": str(tmp_path / "labels.png")}
     assert torch.equal(GroundTruthProposals([semantic])(RECORD, stripes()), MASKS[[2, 5]])
+    assert torch.equal(GroundTruthProposals([semantic], 0)(RECORD, stripes()), MASKS[[5, 4]])
 
 
 def test_proposals_of_a_file(tmp_path):
@@ -191,6 +192,9 @@ def test_proposals_of_a_file(tmp_path):
         proposals(RECORD, stripes()[:3])
     path.write_text(json.dumps([{"image_id": 7}]))
     with pytest.raises(ValueError, match="not a json list of image_id and segmentation"):
+        FileProposals(path)
+    path.write_text(json.dumps([{"image_id": 7, "segmentation": [[1.0, 1.0, 5.0, 1.0, 5.0, 3.0]]}]))
+    with pytest.raises(ValueError, match="polygons, not run lengths"):
         FileProposals(path)
 
 

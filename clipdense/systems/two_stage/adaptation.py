@@ -51,7 +51,7 @@ class MaskAdaptedCLIP(nn.Module):
         *,
         encoder: RegionEncoder,
         trainable: str = "image",
-        templates: str = "{}",
+        templates: str = "name",
         max_logit_scale: float = 100.0,
     ) -> None:
         """

@@ -13,9 +13,9 @@ def add_adaptation_config(cfg: CN) -> None:
     # What is trained beside the temperature: "image" (the image tower), "prompts" (the mask prompts), "both".
     # The text tower never is.
     cfg.MODEL.MASK_ADAPTED_CLIP.TRAINABLE = "image"
-    # Prompt templates of the nouns, a set's name or one sentence with {} in it, whose embeddings are
-    # averaged. OVSeg: the captions of its pairs as they are, whose form is not published.
-    cfg.MODEL.MASK_ADAPTED_CLIP.TEMPLATES = "{}"
+    # Prompt templates of the nouns, a set's name ("name": the noun alone) or one sentence with {} in it;
+    # their embeddings are averaged. OVSeg: the captions of its pairs as they are, of unknown form.
+    cfg.MODEL.MASK_ADAPTED_CLIP.TEMPLATES = "name"
     # The learned temperature exp(logit_scale) is kept between 1 and this.
     cfg.MODEL.MASK_ADAPTED_CLIP.MAX_LOGIT_SCALE = 100.0
 

@@ -103,16 +103,20 @@ class OVSeg(TrainedOn, MaskFormer):
         """As `MaskFormer.from_config`, and ``MODEL.TWO_STAGE``."""
         arguments = MaskFormer.from_config(cfg)
         keys, scores = cfg.MODEL.TWO_STAGE, cfg.MODEL.TWO_STAGE.SCORES
-        clip = load_clip(*keys.CLIP) if keys.CLIP else clip_from_config(cfg)
+        pickles = {"allow_pickle": cfg.MODEL.CLIP.ALLOW_PICKLE}
+        clip = load_clip(*keys.CLIP, **pickles) if keys.CLIP else clip_from_config(cfg)
         if clip.text is None:
             raise ValueError(f"'{clip.name}' has no text tower, which names the proposals")
         hidden = cfg.MODEL.MASK_FORMER.HIDDEN_DIM
         embed = MLP(hidden, keys.EMBED_HIDDEN_DIM, clip.embed_dim, keys.EMBED_LAYERS)
         mask_prompts = None
         if keys.ADAPTED_CLIP:
-            adapted = load_clip(clip.name, keys.ADAPTED_CLIP, text=False)
+            if cfg.MODEL.CLIP.POSITION_GRID and not keys.CLIP:
+                raise ValueError("MODEL.CLIP.POSITION_GRID: an adapted CLIP keeps its own grid; set it to 0")
+            name = keys.CLIP[0] if keys.CLIP else cfg.MODEL.CLIP.NAME
+            adapted = load_clip(name, keys.ADAPTED_CLIP, text=False, **pickles)
             clip.visual, clip.logit_scale = adapted.visual, adapted.logit_scale
-            mask_prompts = load_mask_prompts(keys.ADAPTED_CLIP)
+            mask_prompts = load_mask_prompts(keys.ADAPTED_CLIP, **pickles)
         elif keys.MASK_PROMPTS.DEPTH:
             height, width = clip.visual.grid
             tower = clip.visual
@@ -218,8 +222,9 @@ class OVSeg(TrainedOn, MaskFormer):
         if self.semantic_on:
             classes, maps = scores[:, :-1], probabilities
             if self.best_masks:
-                best = best_masks(classes)
-                classes, maps = classes[best], (maps[best] > self.encoder.rule.threshold).float()
+                rule, best = self.encoder.rule, best_masks(classes)
+                limits = masks[:, : image_size[0], : image_size[1]] if rule.padded_logits else probabilities
+                classes, maps = classes[best], (limits[best] > rule.threshold).float()
             arguments = classes, maps, (height, width)
             calibration: dict[str, Any] = {"base": self._base(), "calibration": self.calibration}
             if 0 < self.max_dense_classes < scores.shape[1] - 1:

@@ -97,14 +97,21 @@ class ModelProposals:
 class GroundTruthProposals:
     """The annotated segments of a data set: of panoptic segmentation, else instances, else one a class."""
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Record], ignore_label: int = 255) -> None:
+        """
+        Args:
+            ignore_label: void in semantic maps.
+        """
+        self._ignore_label = ignore_label
         self._records = {os.path.abspath(record["file_name"]): record for record in records}
 
     def __call__(self, record: Record, image: Picture) -> Tensor:
         """See `Proposals`; none for an image that the data set does not have."""
         known = self._records.get(record["file_name"])
-        masks = [] if known is None else [mask for _, mask in ground_truth_masks(known, image.shape[:2])]
-        return _decode(masks, image)
+        if known is None:
+            return _decode([], image)
+        found = ground_truth_masks(known, image.shape[:2], self._ignore_label)
+        return _decode([mask for _, mask in found], image)
 
 
 class FileProposals:
@@ -138,11 +145,14 @@ class FileProposals:
         return _decode(masks, image)
 
 
-def ground_truth_masks(record: Record, size: tuple[int, ...]) -> list[tuple[int, RLE]]:
+def ground_truth_masks(
+    record: Record, size: tuple[int, ...], ignore_label: int = 255
+) -> list[tuple[int, RLE]]:
     """The annotated segments of a dataset dict, as (contiguous class, COCO RLE).
 
     Args:
         size: height and width of the image.
+        ignore_label: void in semantic maps.
 
     Returns:
         Panoptic segments where there are any; else instances; else one segment for each class of a semantic
@@ -154,7 +164,7 @@ def ground_truth_masks(record: Record, size: tuple[int, ...]) -> list[tuple[int,
             for annotation in record["annotations"]
             if annotation.get("segmentation") and not annotation.get("iscrowd")
         ]
-    segments = labelled_segments(record)
+    segments = labelled_segments(record, ignore_label)
     labels = read_labels(segments.file_name)
     pairs = zip(segments.classes, segments.labels, strict=True)
     return [(label, _mask(labels == value)) for label, value in pairs]
@@ -299,7 +309,8 @@ def _mask(mask: npt.NDArray[np.bool_]) -> RLE:
 def _encoded(segmentation: Any, size: tuple[int, ...] | None) -> RLE:
     """Any segmentation of COCO's (polygons, counts in full or compressed) as compressed RLE."""
     if isinstance(segmentation, list):
-        assert size is not None
+        if size is None:
+            raise TypeError("polygons, not run lengths")
         segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, size[0], size[1]))
     elif isinstance(segmentation["counts"], list):
         segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])

@@ -32,11 +32,13 @@ class ClassAgreement:
     at least half of it lies on them.
     """
 
-    def __init__(self, records: Iterable[Record], vocabulary: Vocabulary) -> None:
+    def __init__(self, records: Iterable[Record], vocabulary: Vocabulary, ignore_label: int = 255) -> None:
         """
         Args:
             records: dataset dicts with segments, whose classes `vocabulary` names.
+            ignore_label: void in semantic maps.
         """
+        self._ignore_label = ignore_label
         self._records = {os.path.abspath(record["file_name"]): record for record in records}
         self._classes = {
             form: k
@@ -62,7 +64,7 @@ class ClassAgreement:
             return
         if self._last[0] != pair["file_name"]:
             size = pair["height"], pair["width"]
-            self._last = pair["file_name"], ground_truth_masks(known, size)
+            self._last = pair["file_name"], ground_truth_masks(known, size, self._ignore_label)
         segments = [mask for k, mask in self._last[1] if k == label]
         if not segments:
             self._counts["absent"] += 1
@@ -209,5 +211,5 @@ def _forms(name: str) -> list[str]:
     if name.endswith("y"):
         plurals.append(f"{name[:-1]}ies")
     if name.endswith(("fe", "f")):
-        plurals.append(name.rstrip("fe") + "ves")
+        plurals.append(name.removesuffix("e").removesuffix("f") + "ves")
     return [name, *plurals]

@@ -25,8 +25,8 @@ class Scoring:
         empty: what the ensemble does with masks that have no crop: "neutral" or "boost", see `fuse_valid`.
         clip_background: the proposals' background logit stands beside CLIP's class logits in its softmax
             (ZegFormer); otherwise CLIP shares all of 1 among the classes.
-        prune: queries whose best class is less probable than this among the proposals' own scores keep those,
-            and CLIP does not see their crops; 0: none.
+        prune: CLIP does not see the crops of queries whose best class is less probable than this among the
+            proposals' own scores, which such queries keep; with "clip" they are background. 0: none.
 
     Raises:
         ValueError: an unknown source, fusion or policy.
