@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["KINDS", "class_labels", "output_kind", "output_segments", "panoptic_segments"]
+__all__ = ["KINDS", "class_labels", "output_kind", "output_segments", "panoptic_segments", "to_array"]
 
 KINDS = {"panoptic": "panoptic_seg", "instances": "instances", "semantic": "sem_seg"}
 """What can be shown of an output -> its key; the first that is there by default."""
@@ -37,10 +37,10 @@ def output_kind(output: Output, wanted: str | None = None) -> str:
 def class_labels(output: Output) -> npt.NDArray[np.int64]:
     """The class of every pixel (H, W) of a semantic output; -1 where it has none: all its scores are 0."""
     if "sem_seg_labels" in output:
-        return np.asarray(_array(output["sem_seg_labels"]), np.int64)
+        return np.asarray(to_array(output["sem_seg_labels"]), np.int64)
     scores = torch.as_tensor(output["sem_seg"])
     labels = torch.where((scores != 0).any(dim=0), scores.argmax(dim=0), -1)
-    return np.asarray(_array(labels), np.int64)
+    return np.asarray(to_array(labels), np.int64)
 
 
 def panoptic_segments(
@@ -62,7 +62,7 @@ def output_segments(output: Output, kind: str, metadata: Any) -> list[dict[str, 
         For each ``category_id``, ``mask`` (H, W) bool and, if panoptic, ``isthing``.
     """
     if kind == "panoptic":
-        ids = _array(output["panoptic_seg"][0])
+        ids = to_array(output["panoptic_seg"][0])
         listed = panoptic_segments(ids, output["panoptic_seg"][1], metadata)
         found = [
             {"category_id": s["category_id"], "isthing": bool(s["isthing"]), "mask": ids == s["id"]}
@@ -74,5 +74,6 @@ def output_segments(output: Output, kind: str, metadata: Any) -> list[dict[str, 
     return sorted((s for s in found if s["mask"].any()), key=lambda s: -int(s["mask"].sum()))
 
 
-def _array(values: Any) -> npt.NDArray[Any]:
+def to_array(values: Any) -> npt.NDArray[Any]:
+    """A tensor on any device, or what NumPy takes, as an array."""
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from clipdense.canvas import Canvas, Picture, fitted, load_font, resize
 from clipdense.curve import class_color, draw_curve
 from clipdense.data.image import read_image, read_labels
-from clipdense.segments import class_labels, output_kind, output_segments
+from clipdense.segments import class_labels, output_kind, output_segments, to_array
 
 from detectron2.structures import BitMasks, BoxMode, Instances
 from detectron2.utils.visualizer import GenericMask
@@ -187,7 +187,7 @@ def draw_output(
     kind = output_kind(output, kind)
     if kind == "panoptic":
         segmentation, segments = output["panoptic_seg"]
-        canvas.panoptic(_array(segmentation), segments, metadata)
+        canvas.panoptic(to_array(segmentation), segments, metadata)
     elif kind == "semantic":
         canvas.labels(class_labels(output), metadata)
     else:
@@ -198,7 +198,7 @@ def draw_output(
             instances.pred_boxes.tensor.numpy() if instances.has("pred_boxes") else None,
             None
             if masks is None
-            else list(_array(masks.tensor if isinstance(masks, BitMasks) else masks) > 0),
+            else list(to_array(masks.tensor if isinstance(masks, BitMasks) else masks) > 0),
             instances.pred_classes.tolist(),
             metadata,
             instances.scores.tolist(),
@@ -286,7 +286,7 @@ def overlay_heat(
     Returns:
         (H', W', 3) uint8 RGB.
     """
-    values = _array(heat).astype(np.float64)
+    values = to_array(heat).astype(np.float64)
     known = np.isfinite(values)
     low = float(values[known].min(initial=np.inf)) if low is None else low
     high = float(values[known].max(initial=-np.inf)) if high is None else high
@@ -322,7 +322,7 @@ def draw_score_map(
     Returns:
         (H', W', 3) uint8 RGB.
     """
-    values = _array(score)
+    values = to_array(score)
     heat = overlay_heat(image, values, low=low, high=high, cell=cell)
     picture = _titled(heat, f"{title}  {values.min():.2f} to {values.max():.2f}".strip())
     if path is not None:
@@ -373,10 +373,6 @@ def _image(record: Mapping[str, Any]) -> Picture:
     if isinstance(record.get("image"), np.ndarray):
         return np.asarray(record["image"])
     return read_image(record["file_name"])
-
-
-def _array(values: Any) -> npt.NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
 def _titled(picture: Picture, title: str) -> Picture:

@@ -13,7 +13,7 @@ from clipdense.checkpoint import read_checkpoint
 
 from .attention import TokenStream
 from .layouts import MASK_PROMPTS
-from .towers import BlockHook, TransformerTower, Want
+from .towers import BlockHook, Tower, TransformerTower, Want
 
 __all__ = ["MaskPrompts", "load_mask_prompts", "patch_keep"]
 
@@ -45,6 +45,18 @@ class MaskPrompts(nn.Module):
         """
         super().__init__()
         self.prompts = nn.Parameter(torch.randn(depth, positions, width) * std)
+
+    @classmethod
+    def of(cls, tower: Tower, depth: int) -> MaskPrompts:
+        """New ones of a depth for a tower.
+
+        Raises:
+            ValueError: it is no ViT.
+        """
+        if not isinstance(tower, TransformerTower):
+            raise tower.cannot("mask prompts", "only ViTs have tokens")
+        height, width = tower.grid
+        return cls(depth, height * width, tower.tap_channels[0])
 
     def hook(self, keep: Tensor) -> BlockHook:
         """The hook for a batch whose patches `keep` (N, h * w) stay."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from clipdense.data.image import read_labels
 from clipdense.evaluation.base import Results
 from clipdense.evaluation.semantic import SemanticEvaluator
 from clipdense.regions import semantic_labels
@@ -29,12 +28,10 @@ class OracleClassEvaluator(SemanticEvaluator):
 
     def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> Any:
         """What `SemanticEvaluator` keeps of the proposals' map."""
-        actual = torch.from_numpy(read_labels(self._ground_truth[sample["file_name"]])).long()
         masks = output["proposal_masks"].float()
+        actual, judged = (torch.from_numpy(a).to(masks.device) for a in self._labels(sample["file_name"]))
         size = (actual.shape[0], actual.shape[1])
         inside = F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0] > 0.5
-        judged = torch.ones_like(actual, dtype=torch.bool) if self._ignore is None else actual != self._ignore
-        judged, actual = judged.to(masks.device), actual.to(masks.device)
         counts = masks.new_zeros(len(masks), len(self._classes))
         counts.index_add_(1, actual[judged], inside[:, judged].float())
         told = F.one_hot(counts.argmax(dim=1), counts.shape[1]) * counts.any(dim=1, keepdim=True)

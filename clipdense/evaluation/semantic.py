@@ -83,22 +83,30 @@ class SemanticEvaluator(TaskEvaluator):
         labels = output["sem_seg_labels"] if "sem_seg_labels" in output else output["sem_seg"].argmax(dim=0)
         predicted = labels.cpu().numpy().astype(np.int64)
         file_name = sample["file_name"]
-        gt_file = self._ground_truth[file_name]
-        actual = read_labels(gt_file)
+        actual, judged = self._labels(file_name)
         if predicted.shape != actual.shape:
             raise ValueError(f"{file_name}: prediction of shape {predicted.shape}, labels of {actual.shape}")
         k = len(self._classes)
-        judged = np.ones(actual.shape, bool) if self._ignore is None else actual != self._ignore
-        for source, values in ((f"prediction of {file_name}", predicted), (gt_file, actual)):
-            found = values[judged]
-            if found.size and not 0 <= found.min() <= found.max() < k:
-                raise ValueError(
-                    f"{source}: labels {found.min()} to {found.max()}, but '{self._name}' has {k} classes "
-                    f"(void is {self._ignore})"
-                )
+        self._check(predicted[judged], f"prediction of {file_name}")
         counts = np.bincount(actual[judged] * k + predicted[judged], minlength=k * k)
         cells = np.flatnonzero(counts)
         return cells, counts[cells], self._encode(file_name, labels) if self._output_dir else []
+
+    def _labels(self, file_name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """The true classes (H, W) of an image, and where they count."""
+        path = self._ground_truth[file_name]
+        actual = read_labels(path).astype(np.int64)
+        judged = np.ones(actual.shape, bool) if self._ignore is None else actual != self._ignore
+        self._check(actual[judged], path)
+        return actual, judged
+
+    def _check(self, labels: npt.NDArray[np.int64], source: str) -> None:
+        k = len(self._classes)
+        if labels.size and not 0 <= labels.min() <= labels.max() < k:
+            raise ValueError(
+                f"{source}: labels {labels.min()} to {labels.max()}, but '{self._name}' has {k} classes "
+                f"(void is {self._ignore})"
+            )
 
     def score(self, records: list[Any]) -> Results:
         """IoU and accuracy, means and groups."""

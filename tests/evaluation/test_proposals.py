@@ -49,3 +49,11 @@ def test_masks_of_another_size(register: Any, tmp_path: Path) -> None:
     masks[0, :, :3] = masks[1, :, 3:] = 1
     assert evaluate(name, masks)["mIoU"] == pytest.approx(100)
     assert evaluate(name, torch.zeros(2, 4, 6))["IoU-b"] == 0  # nothing is told a class
+
+
+def test_labels_beyond_the_classes_are_named(register: Any, tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 6), 7, np.uint8)).save(tmp_path / "0.png")
+    dicts = [{"file_name": "0.jpg", "sem_seg_file_name": str(tmp_path / "0.png")}]
+    name = register(dicts, stuff_classes=["a", "b"], ignore_label=255)
+    with pytest.raises(ValueError, match=r"0\.png: labels 7 to 7, but '.*' has 2 classes"):
+        evaluate(name, torch.ones(1, 4, 6))

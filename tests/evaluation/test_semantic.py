@@ -115,9 +115,9 @@ def test_errors_name_the_cause(make: Any) -> None:
     name = make([np.array([[0, 7]], np.uint8)], ["a", "b"])
     with pytest.raises(ValueError, match=r"0\.png: labels 0 to 7, but .* has 2 classes \(void is 255\)"):
         evaluate(name, [np.zeros((1, 2), np.int64)])
+    name = make([np.array([[0, 1]], np.uint8)], ["a", "b"])
     with pytest.raises(ValueError, match=r"0\.jpg: prediction of shape \(2, 2\), labels of \(1, 2\)"):
         evaluate(name, [np.zeros((2, 2), np.int64)])
-    name = make([np.array([[0, 1]], np.uint8)], ["a", "b"])
     with pytest.raises(ValueError, match=r"prediction of 0\.jpg: labels 0 to 5"):
         evaluate(name, [np.array([[0, 5]])])
 

@@ -18,7 +18,6 @@ from clipdense.clip import ClipModel
 from clipdense.clip.layouts import MASK_PROMPTS
 from clipdense.clip.mask_prompts import MaskPrompts, load_mask_prompts
 from clipdense.clip.text import TextBank
-from clipdense.clip.towers import TransformerTower
 from clipdense.systems.two_stage.encoder import RegionEncoder, crop_rule
 
 from detectron2.config import CfgNode, configurable
@@ -183,10 +182,4 @@ def _mask_prompts(cfg: CfgNode, clip: ClipModel) -> MaskPrompts | None:
             )
         if stored is not None:
             return stored
-    if not depth:
-        return None
-    tower = clip.visual
-    if not isinstance(tower, TransformerTower):
-        raise tower.cannot("mask prompts", "only ViTs have tokens")
-    height, width = tower.grid
-    return MaskPrompts(depth, height * width, tower.tap_channels[0])
+    return MaskPrompts.of(clip.visual, depth) if depth else None

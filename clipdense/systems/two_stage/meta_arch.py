@@ -14,7 +14,6 @@ from clipdense.clip import load_clip
 from clipdense.clip.mask_prompts import MaskPrompts, load_mask_prompts
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.text import TextBank
-from clipdense.clip.towers import TransformerTower
 from clipdense.clip.trained_on import TrainedOn
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import dataset_vocabulary
@@ -118,11 +117,7 @@ class OVSeg(TrainedOn, MaskFormer):
             clip.visual, clip.logit_scale = adapted.visual, adapted.logit_scale
             mask_prompts = load_mask_prompts(keys.ADAPTED_CLIP, **pickles)
         elif keys.MASK_PROMPTS.DEPTH:
-            height, width = clip.visual.grid
-            tower = clip.visual
-            if not isinstance(tower, TransformerTower):
-                raise tower.cannot("mask prompts", "only ViTs have tokens")
-            mask_prompts = MaskPrompts(keys.MASK_PROMPTS.DEPTH, height * width, tower.tap_channels[0])
+            mask_prompts = MaskPrompts.of(clip.visual, keys.MASK_PROMPTS.DEPTH)
         settings = FusionSettings(scores.ALPHA, scores.BETA)
         vocabularies = [dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TRAIN]
         return arguments | {
