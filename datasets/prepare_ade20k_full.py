@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipdense.clip.vocabulary import near
 from clipdense.data.datasets.open_semantic import ADE20K_FULL, WIDE_IGNORE
-from clipdense.data.prepare import ade20k_full, read_object_names
+from clipdense.data.preparation import ade20k_full, read_object_names
 
 
 def main() -> None:

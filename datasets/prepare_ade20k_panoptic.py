@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from clipdense.data.datasets.real import ADE20K_CLASSES, ADE20K_THINGS
-from clipdense.data.prepare import ade20k_panoptic
+from clipdense.data.preparation import ade20k_panoptic
 
 
 def main() -> None:

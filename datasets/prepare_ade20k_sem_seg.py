@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipdense.data.prepare import convert_labels
+from clipdense.data.preparation import convert_labels
 
 
 def main() -> None:

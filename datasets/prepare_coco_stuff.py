@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from clipdense.data.datasets.open_semantic import COCO_STUFF, COCO_STUFF_BASE, COCO_STUFF_VALUES
-from clipdense.data.prepare import convert_labels
+from clipdense.data.preparation import convert_labels
 
 
 def main() -> None:

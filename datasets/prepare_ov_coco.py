@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from clipdense.data.datasets.open_vocabulary import OV_COCO, OV_COCO_BASE
-from clipdense.data.prepare import select_categories
+from clipdense.data.preparation import select_categories
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from clipdense.data.datasets.open_vocabulary import LVIS_RARE, OV_LVIS_FILES
-from clipdense.data.prepare import select_categories
+from clipdense.data.preparation import select_categories
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
-from clipdense.data.prepare import panoptic_to_semantic
+from clipdense.data.preparation import panoptic_to_semantic
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clipdense.data.datasets.open_semantic import PASCAL_CONTEXT_59, PASCAL_CONTEXT_459, WIDE_IGNORE
-from clipdense.data.prepare import convert_labels, read_matlab_labels
+from clipdense.data.preparation import convert_labels, read_matlab_labels
 
 
 def main() -> None:

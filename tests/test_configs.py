@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from clipdense.engine.build import build_model
-from clipdense.engine.setup import load_config
+from clipdense.run.setup import load_config
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances

@@ -59,7 +59,7 @@ def test_what_needs_detectron2_says_so(run_python):
     source = """
 import clipdense
 try:
-    import clipdense.config
+    import clipdense.run.config
 except ModuleNotFoundError as error:
     print(error.name)
 """

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import Row, load_suite, suites, table
 
 import clipdense
-from clipdense.benchmark import Row, load_suite, suites, table
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import yaml
 from clipdense.checkpoint import CheckpointError
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.options import ConfigError
-from clipdense.engine.weights import convert_weights
+from clipdense.run.weights import convert_weights
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 

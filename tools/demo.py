@@ -43,13 +43,14 @@ import torch
 from PIL import Image
 
 import clipdense
-from clipdense.checkpoint import CheckpointError, atomic_path
+from clipdense.checkpoint import CheckpointError
 from clipdense.clip.vocabulary import near
 from clipdense.data.image import read_image
 from clipdense.engine.options import ConfigError
 from clipdense.evaluation.detections import Detections, encode_masks
-from clipdense.segments import KINDS, output_kind, output_segments
-from clipdense.visualize import draw_output, draw_score_map, save_picture
+from clipdense.files import atomic_path
+from clipdense.visualization.panels import draw_output, draw_score_map, save_picture
+from clipdense.visualization.segments import KINDS, output_kind, output_segments
 
 # Longer side of a picture, in pixels: names stay legible on small images, large ones are reduced.
 SMALLEST, LARGEST = 512, 2048

@@ -18,11 +18,11 @@ from tqdm import tqdm
 import clipdense  # noqa: F401
 from clipdense.checkpoint import CheckpointError
 from clipdense.clip import load_clip
-from clipdense.clusters import cluster_map, draw_clusters
 from clipdense.data.checks import check_dataset_names
 from clipdense.data.image import read_image
-from clipdense.engine.setup import available_device
 from clipdense.evaluation.dense_regions import dense_map
+from clipdense.run.setup import available_device
+from clipdense.visualization.clusters import cluster_map, draw_clusters
 
 from detectron2.data import DatasetCatalog
 

@@ -22,12 +22,13 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import clipdense  # noqa: F401
-from clipdense.checkpoint import CheckpointError, atomic_path
+from clipdense.checkpoint import CheckpointError
 from clipdense.clip import ClipModel, load_clip
 from clipdense.clip.attention import get_mode
 from clipdense.data.checks import check_dataset_names
-from clipdense.engine.setup import available_device
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView, best_dense_mode
+from clipdense.files import atomic_path
+from clipdense.run.setup import available_device
 
 from detectron2.data import DatasetCatalog
 
@@ -137,7 +138,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from clipdense.curve import class_color
+    from clipdense.visualization.curves import class_color
 
     figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)

@@ -18,8 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clipdense.data.keyed_crops import read_keyed_csv, read_keyed_pair
 from clipdense.data.mask_pairs import write_pairs
+from clipdense.systems.mask_adaptation.keyed_crops import read_keyed_csv, read_keyed_pair
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,21 +34,22 @@ from typing import Any
 from torch.multiprocessing.spawn import ProcessException
 
 import clipdense  # noqa: F401
-from clipdense.checkpoint import CheckpointError, atomic_path
+from clipdense.checkpoint import CheckpointError
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.checks import check_dataset_names
 from clipdense.data.datasets import register_from_config
 from clipdense.data.mask_pairs import write_pairs
 from clipdense.data.nouns import noun_model
-from clipdense.engine.setup import available_device, load_config
-from clipdense.systems.two_stage.mining import FileProposals, Filters, GroundTruthProposals, Proposals
-from clipdense.systems.two_stage.mining_report import (
+from clipdense.files import atomic_path
+from clipdense.run.setup import available_device, load_config
+from clipdense.systems.mining.pairs import FileProposals, Filters, GroundTruthProposals, Proposals
+from clipdense.systems.mining.report import (
     ClassAgreement,
     MiningStatistics,
     draw_pairs,
     statistics_table,
 )
-from clipdense.systems.two_stage.mining_run import MiningRun, captioned_images
+from clipdense.systems.mining.run import MiningRun, captioned_images
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 

@@ -4,7 +4,7 @@
     python tools/run_table.py TABLE.yaml --retry          # failed cells once more
     python tools/run_table.py TABLE.yaml --collect        # only what is there
 
-The table file is described in clipdense/run_table.py.
+The table file is described in clipdense/run/table.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clipdense.run_table import TableError, load_table, markdown, run_cells
+from clipdense.run.table import TableError, load_table, markdown, run_cells
 
 TRAIN_NET = str(Path(__file__).with_name("train_net.py"))
 

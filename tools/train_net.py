@@ -14,8 +14,8 @@ from clipdense.engine.build import evaluate_weights
 from clipdense.engine.launch import launch
 from clipdense.engine.options import ConfigError
 from clipdense.engine.report import print_results, verify
-from clipdense.engine.setup import setup
 from clipdense.engine.trainer import Trainer
+from clipdense.run.setup import setup
 
 from detectron2.engine import default_argument_parser
 

@@ -1,19 +1,19 @@
 """Detectron2 backbones: CLIP towers and timm models as trunks, with an FPN or a simple feature pyramid."""
 
-from detectron2.projects import deeplab as deeplab  # registers build_resnet_deeplab_backbone
+from clipdense.backbone import flops as flops
+from clipdense.backbone.clip_trunk import CLIPTrunk
+from clipdense.backbone.context_decoder import ContextDecoder
+from clipdense.backbone.fpn import FPN, build_trunk_fpn_backbone
+from clipdense.backbone.frozen_clip import FrozenCLIPTrunk
+from clipdense.backbone.interpolated import InterpolatedTrunk
+from clipdense.backbone.language import LanguageTrunk
+from clipdense.backbone.pooler import AnyStridePooler
+from clipdense.backbone.simple_pyramid import SimpleFeaturePyramid, build_trunk_simple_pyramid_backbone
+from clipdense.backbone.swin import SwinTrunk
+from clipdense.backbone.timm_trunk import TimmTrunk
+from clipdense.backbone.trunk import JOINT, SCORE, Trunk
 
-from . import flops as flops
-from .clip_trunk import CLIPTrunk
-from .context_decoder import ContextDecoder
-from .fpn import FPN, build_trunk_fpn_backbone
-from .frozen_clip import FrozenCLIPTrunk
-from .interpolated import InterpolatedTrunk
-from .language import LanguageTrunk
-from .pooler import AnyStridePooler
-from .simple_pyramid import SimpleFeaturePyramid, build_trunk_simple_pyramid_backbone
-from .swin import SwinTrunk
-from .timm_trunk import TimmTrunk
-from .trunk import JOINT, SCORE, Trunk
+from detectron2.projects import deeplab as deeplab  # registers build_resnet_deeplab_backbone
 
 __all__ = [
     "JOINT",

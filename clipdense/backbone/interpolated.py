@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clipdense.backbone.fpn import passed_on
+from clipdense.backbone.frozen_clip import FrozenCLIPTrunk
+from clipdense.backbone.simple_pyramid import as_stride, rescale
+from clipdense.backbone.trunk import JOINT
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-
-from .fpn import passed_on
-from .frozen_clip import FrozenCLIPTrunk
-from .simple_pyramid import as_stride, rescale
-from .trunk import JOINT
 
 __all__ = ["InterpolatedTrunk"]
 

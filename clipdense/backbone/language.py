@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 
+from clipdense.backbone.class_text import ClassTable, ClassText
+from clipdense.backbone.clip_trunk import CLIPTrunk, clip_from_config
+from clipdense.backbone.context_decoder import ContextDecoder
+from clipdense.backbone.trunk import SCORE
 from clipdense.clip.position import resize_table
 from clipdense.clip.towers.base import to_map
 from clipdense.clip.towers.resnet import attention_pool
@@ -19,11 +23,6 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-
-from .class_text import ClassTable, ClassText
-from .clip_trunk import CLIPTrunk, clip_from_config
-from .context_decoder import ContextDecoder
-from .trunk import SCORE
 
 __all__ = ["DensePool", "LanguageTrunk"]
 

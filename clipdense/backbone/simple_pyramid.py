@@ -10,13 +10,13 @@ import fvcore.nn.weight_init as weight_init
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from clipdense.backbone.fpn import build_top_block, build_trunk, passed_on
+from clipdense.backbone.trunk import JOINT, SCORE
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-
-from .fpn import build_top_block, build_trunk, passed_on
-from .trunk import JOINT, SCORE
 
 
 def _norm(name: str, channels: int) -> nn.Module | None:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+from clipdense.backbone.timm_trunk import TimmTrunk
+
 from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY
-
-from .timm_trunk import TimmTrunk
 
 __all__ = ["SwinTrunk"]
 

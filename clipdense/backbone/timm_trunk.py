@@ -11,13 +11,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from clipdense.backbone.timm_weights import load_timm_weights
+from clipdense.backbone.trunk import NUM_STAGES, Trunk, check_pixel_statistics, feature_name
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-
-from .timm_weights import load_timm_weights
-from .trunk import NUM_STAGES, Trunk, check_pixel_statistics, feature_name
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class TimmTrunk(Trunk):
             "out_features": cfg.MODEL.TRUNK.OUT_FEATURES,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
             "norm": cfg.MODEL.TRUNK.NORM,
-            "allow_pickle": cfg.MODEL.TIMM.ALLOW_PICKLE,
+            "allow_pickle": cfg.MODEL.ALLOW_PICKLE,
             "kwargs": dict(cfg.MODEL.TIMM.KWARGS),
         }
 

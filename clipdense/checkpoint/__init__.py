@@ -2,11 +2,17 @@
 detectron2.
 """
 
-from .accounting import CheckpointMismatch, DropRule, Report, account, load_strict
-from .convert import MODEL_LAYOUT, class_differences, config_options, convert_model, model_layout
-from .io import Checkpoint, CheckpointError, atomic_path, read_checkpoint, save_checkpoint
-from .layouts import LAYOUTS, Layout, ModelLayout, detect_layout, register_layout, rename
-from .sizes import config_leaves, count_parts, shown_size
+from clipdense.checkpoint.accounting import CheckpointMismatch, DropRule, Report, account, load_strict
+from clipdense.checkpoint.convert import (
+    MODEL_LAYOUT,
+    class_differences,
+    config_options,
+    convert_model,
+    model_layout,
+)
+from clipdense.checkpoint.io import Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
+from clipdense.checkpoint.layouts import LAYOUTS, Layout, ModelLayout, detect_layout, register_layout, rename
+from clipdense.checkpoint.sizes import config_leaves, count_parts, shown_size
 
 __all__ = [
     "LAYOUTS",
@@ -19,7 +25,6 @@ __all__ = [
     "ModelLayout",
     "Report",
     "account",
-    "atomic_path",
     "class_differences",
     "config_leaves",
     "config_options",

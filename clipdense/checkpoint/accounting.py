@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .io import CheckpointError
+from clipdense.checkpoint.io import CheckpointError
 
 
 @dataclass(frozen=True)

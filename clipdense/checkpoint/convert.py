@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .io import Checkpoint, CheckpointError
-from .layouts import LAYOUTS, ModelLayout
+from clipdense.checkpoint.io import Checkpoint, CheckpointError
+from clipdense.checkpoint.layouts import LAYOUTS, ModelLayout
 
 MODEL_LAYOUT = "clipdense"
 """`layout` in the metadata of a file that holds a whole model under our keys.

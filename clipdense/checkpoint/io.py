@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import pickletools
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from clipdense.files import atomic_path
 
 METADATA_KEY = "clipdense"
 
@@ -95,26 +94,6 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Map
         save_file(tensors, partial, {"format": "pt", METADATA_KEY: json.dumps(dict(metadata))})
 
 
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well and vanishes otherwise."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp's files are private
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(9)
@@ -144,7 +123,7 @@ def _read_torchscript(path: Path, allow_pickle: bool) -> Checkpoint:
     if not allow_pickle and not _is_openai_archive(path):
         raise CheckpointError(
             f"{path} is a TorchScript file of unknown layout, and opening one can run what it holds: "
-            f"pass allow_pickle=True (MODEL.CLIP.ALLOW_PICKLE True) if you trust it"
+            f"pass allow_pickle=True (MODEL.ALLOW_PICKLE True) if you trust it"
         )
     try:
         with warnings.catch_warnings():
@@ -179,7 +158,7 @@ def _read_torch(path: Path, allow_pickle: bool, lazy: bool) -> Checkpoint:
             raise CheckpointError(f"{path} is neither safetensors nor a torch file: {e}") from e
         raise CheckpointError(
             f"{path} holds pickled objects other than tensors, and unpickling can run code: "
-            f"pass allow_pickle=True (MODEL.CLIP.ALLOW_PICKLE True) if you trust it. {e}"
+            f"pass allow_pickle=True (MODEL.ALLOW_PICKLE True) if you trust it. {e}"
         ) from e
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
         raise CheckpointError(f"{path} is truncated or not a torch file: fetch it again ({e})") from e
@@ -195,7 +174,7 @@ def _read_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is a pickle, and opening one can run what it holds: pass allow_pickle=True "
-            "(MODEL.CLIP.ALLOW_PICKLE True) if you trust it"
+            "(MODEL.ALLOW_PICKLE True) if you trust it"
         )
     try:
         with path.open("rb") as file:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .accounting import DropRule
-from .io import CheckpointError
+from clipdense.checkpoint.accounting import DropRule
+from clipdense.checkpoint.io import CheckpointError
 
 State = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .io import CheckpointError
+from clipdense.checkpoint.io import CheckpointError
 
 __all__ = ["config_leaves", "count_parts", "shown_size"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .position import Grid, rotate
+from clipdense.clip.position import Grid, rotate
 
 
 @dataclass

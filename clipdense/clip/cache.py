@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipdense.checkpoint import atomic_path
+from clipdense.files import atomic_path
 
 __all__ = ["RowStore", "default_cache_dir", "module_fingerprint"]
 

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from clipdense.checkpoint import DropRule, Layout, register_layout
-
-from .eva import EVA02_CLIP
+from clipdense.clip.eva import EVA02_CLIP
 
 # In a TorchScript state dict only; a plain one does not have them.
 JIT_ENTRIES = ("input_resolution", "context_length", "vocab_size")

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.checkpoint import read_checkpoint
-
-from .attention import TokenStream
-from .layouts import MASK_PROMPTS
-from .towers import BlockHook, Tower, TransformerTower, Want
+from clipdense.clip.attention import TokenStream
+from clipdense.clip.layouts import MASK_PROMPTS
+from clipdense.clip.towers import BlockHook, Tower, TowerRequest, TransformerTower
 
 __all__ = ["MaskPrompts", "load_mask_prompts", "patch_keep"]
 
@@ -74,7 +73,7 @@ class MaskPrompts(nn.Module):
                 f"mask prompts of depth {len(self.prompts)}", f"it has {len(tower.blocks)} blocks"
             )
         hook = self.hook(patch_keep(masks, tower.stride))
-        embeddings: Tensor = tower(images, Want(pooled=True), hook=hook).pooled
+        embeddings: Tensor = tower(images, TowerRequest(pooled=True), hook=hook).pooled
         return embeddings
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .attention import TokenStream
-from .towers import TransformerTower, Want
+from clipdense.clip.attention import TokenStream
+from clipdense.clip.towers import TowerRequest, TransformerTower
 
 __all__ = ["MaskTokens", "embed_mask_tokens"]
 
@@ -78,5 +78,5 @@ def embed_mask_tokens(tower: TransformerTower, images: Tensor, masks: Tensor) ->
         ValueError: masks of another size than the grid, or a tower whose embedding is not its class token.
     """
     hook = MaskTokens(tower, masks)
-    tower(images, Want(pooled=True), hook=hook)
+    tower(images, TowerRequest(pooled=True), hook=hook)
     return hook.embeddings

@@ -26,12 +26,11 @@ from clipdense.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-
-from .eva import EVA02_CLIP, EVA02Model
-from .layouts import EVA_CLIP, JIT_ENTRIES, MASK_PROMPTS, OPENAI_CLIP, config_from_tensors
-from .sources import Source, resolve
-from .tokenizer import CLIP_VOCABULARY, build_tokenizer, token_counts
-from .towers import TextTower, Tower, TowerOutput, Want, build_tower
+from clipdense.clip.eva import EVA02_CLIP, EVA02Model
+from clipdense.clip.layouts import EVA_CLIP, JIT_ENTRIES, MASK_PROMPTS, OPENAI_CLIP, config_from_tensors
+from clipdense.clip.sources import Source, resolve
+from clipdense.clip.tokenizer import CLIP_VOCABULARY, build_tokenizer, token_counts
+from clipdense.clip.towers import TextTower, Tower, TowerOutput, TowerRequest, build_tower
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class ClipModel(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> embeddings (B, D), not L2-normalised."""
-        out: TowerOutput = self.visual(images, Want(pooled=True))
+        out: TowerOutput = self.visual(images, TowerRequest(pooled=True))
         return out.pooled
 
     def encode_text(self, tokens: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .model import ClipModel
-from .text import LearnedPrompts
-from .towers import TextTower
+from clipdense.clip.model import ClipModel
+from clipdense.clip.text import LearnedPrompts
+from clipdense.clip.towers import TextTower
 
 __all__ = ["AffixPrompts", "ContextPrompts", "encode_with_contexts", "insert_contexts"]
 

@@ -15,7 +15,7 @@ import open_clip
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
-from .nano import NANO_MODELS, nano_config, nano_files
+from clipdense.clip.nano import NANO_MODELS, nano_config, nano_files
 
 logger = logging.getLogger(__name__)
 

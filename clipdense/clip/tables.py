@@ -29,10 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipdense.checkpoint import atomic_path
-
-from .text import TextBank, TextEmbedder
-from .vocabulary import Vocabulary, canonical, near
+from clipdense.clip.text import TextBank, TextEmbedder
+from clipdense.clip.vocabulary import Vocabulary, canonical, near
+from clipdense.files import atomic_path
 
 __all__ = ["TableIndex", "TextTable", "find_table", "save_table"]
 

@@ -18,13 +18,13 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import templates as template_sets
-from .cache import RowStore, default_cache_dir, module_fingerprint
-from .tokenizer import token_counts
-from .vocabulary import Vocabulary
+from clipdense.clip import templates as template_sets
+from clipdense.clip.cache import RowStore, default_cache_dir, module_fingerprint
+from clipdense.clip.tokenizer import token_counts
+from clipdense.clip.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from .model import ClipModel
+    from clipdense.clip.model import ClipModel
 
 __all__ = ["LearnedPrompts", "TextBank", "TextEmbedder"]
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
-from clipdense.checkpoint.io import atomic_path
 from clipdense.data.image import read_labels
+from clipdense.files import atomic_path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipdense.checkpoint import LAYOUTS, CheckpointError, atomic_path, convert_model, read_checkpoint
+from clipdense.checkpoint import LAYOUTS, CheckpointError, convert_model, read_checkpoint
+from clipdense.files import atomic_path
 
 from detectron2.checkpoint import DetectionCheckpointer
 
@@ -148,7 +149,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
         if not self.allow_pickle:  # the layouts of Detectron2's model zoo
             raise CheckpointError(
                 f"{f} is a pickle, which can run code when opened: "
-                "set MODEL.CLIP.ALLOW_PICKLE True if you trust it"
+                "set MODEL.ALLOW_PICKLE True if you trust it"
             )
         return super()._load_file(f)
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from clipdense.backbone.score_map import has_score_map, score_classes, score_maps
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import dataset_vocabulary
 from clipdense.data.loader import build_test_loader
 from clipdense.evaluation import build_evaluator
-from clipdense.score_map import has_score_map, score_classes, score_maps
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -90,7 +90,10 @@ def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], 
     drawable = [(i, o) for i, o in pairs if isinstance(o, dict) and _DRAWN & o.keys() and "image_id" in i]
     if not drawable:
         return
-    from clipdense.visualize import draw_panel, draw_score_panel  # matplotlib takes a second to import
+    from clipdense.visualization.panels import (  # matplotlib takes a second to import
+        draw_panel,
+        draw_score_panel,
+    )
 
     records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
     shown = [{**records[sample["image_id"]], "output": output} for sample, output in drawable]

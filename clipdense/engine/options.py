@@ -90,7 +90,7 @@ class TrainerOptions:
             best_mode=cfg.TEST.BEST_MODE,
             weights=cfg.MODEL.WEIGHTS,
             weights_skip=tuple(cfg.MODEL.WEIGHTS_SKIP),
-            allow_pickle=cfg.MODEL.CLIP.ALLOW_PICKLE,
+            allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             seed=cfg.SEED,
             metadata=metadata,
         )

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -> None:
     """Export the model, write the flattened metrics to ``results.json`` and print them, draw the curve."""
-    from clipdense.curve import draw_curve  # matplotlib takes a second to import
+    from clipdense.visualization.curves import draw_curve  # matplotlib takes a second to import
 
     export(model, Path(output_dir, "export.safetensors"))
     draw_curve(Path(output_dir, "metrics.json"), Path(output_dir, "curve.png"))

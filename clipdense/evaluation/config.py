@@ -20,7 +20,7 @@ def add_evaluation_config(cfg: CN) -> None:
     cfg.TEST.SEMANTIC = CN()
     # Classes that may stand for others, beside the strict score: a list of "data_set:file.json", where the
     # file holds {"true class": ["class that may stand for it", ...]}. "~" and environment variables are
-    # expanded. Results get mIoU_forgiving, mIoU_d2_forgiving and pACC_forgiving.
+    # expanded. Results get mIoU_relaxed, mIoU_d2_forgiving and pACC_forgiving.
     cfg.TEST.SEMANTIC.ALLOWED_PAIRS = []
 
     # CLIPSelf's measure of dense features, for models that give a CLIP as output "clip".

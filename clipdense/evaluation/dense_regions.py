@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from clipdense.clip import ClipModel, Want
+from clipdense.clip import ClipModel, TowerRequest
 from clipdense.clip.tables import TextTable
 from clipdense.clip.text import TextBank
 from clipdense.clip.towers import Tower
@@ -191,7 +191,7 @@ def dense_map(clip: ClipModel, image: npt.NDArray[np.uint8], mode: str = "", ima
     if size % stride:
         raise ValueError(f"image size {size} is no multiple of the stride {stride} of '{clip.name}'")
     pixels = normalize_pixels(clip, letterbox(image, size)[0][None])
-    dense: Tensor = clip.visual(pixels, Want(dense=mode or best_dense_mode(clip.visual))).dense
+    dense: Tensor = clip.visual(pixels, TowerRequest(dense=mode or best_dense_mode(clip.visual))).dense
     return dense.float()
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from clipdense.evaluation.base import Results
 from clipdense.evaluation.semantic import SemanticEvaluator
-from clipdense.regions import semantic_labels
+from clipdense.inference import semantic_labels
 
 __all__ = ["OracleClassEvaluator"]
 

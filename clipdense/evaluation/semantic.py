@@ -40,7 +40,7 @@ class SemanticEvaluator(TaskEvaluator):
     Results are ``{"sem_seg": {"mIoU", "mIoU_d2", "fwIoU", "mACC", "pACC"}}`` in percent (see
     `segmentation_metrics`), Detectron2's keys. Groups of classes in the metadata add ``mIoU_<group>`` and
     ``mIoU_d2_<group>``, and base with novel their harmonic means ``hIoU`` and ``hIoU_d2``. `per_class` adds
-    ``IoU-<class>`` and ``ACC-<class>``, `allowed_pairs` ``mIoU_forgiving``, ``mIoU_d2_forgiving`` and
+    ``IoU-<class>`` and ``ACC-<class>``, `allowed_pairs` ``mIoU_relaxed``, ``mIoU_d2_forgiving`` and
     ``pACC_forgiving``. The predictions are written to ``sem_seg_predictions.json`` in COCO's format for
     stuff.
 

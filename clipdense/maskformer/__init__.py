@@ -7,12 +7,6 @@ from clipdense.maskformer.config import add_maskformer_config
 from clipdense.maskformer.criterion import SetCriterion
 from clipdense.maskformer.deformable import MSDeformAttn, MSDeformAttnPixelDecoder, deformable_attention
 from clipdense.maskformer.head import MaskFormerHead
-from clipdense.maskformer.inference import (
-    instance_inference,
-    panoptic_inference,
-    semantic_inference,
-    tight_boxes,
-)
 from clipdense.maskformer.layers import MLP
 from clipdense.maskformer.masked_decoder import MultiScaleMaskedTransformerDecoder
 from clipdense.maskformer.matcher import HungarianMatcher
@@ -46,8 +40,4 @@ __all__ = [
     "TransformerEncoderPixelDecoder",
     "add_maskformer_config",
     "deformable_attention",
-    "instance_inference",
-    "panoptic_inference",
-    "semantic_inference",
-    "tight_boxes",
 ]

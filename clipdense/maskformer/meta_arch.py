@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.data.checks import HEAD_CLASSES
+from clipdense.inference.merging import instance_inference, panoptic_inference, semantic_inference
 from clipdense.maskformer.criterion import SetCriterion
 from clipdense.maskformer.head import MaskFormerHead
-from clipdense.maskformer.inference import instance_inference, panoptic_inference, semantic_inference
 from clipdense.maskformer.prediction import Targets
 from clipdense.maskformer.targets import TARGETS, pad_targets
 

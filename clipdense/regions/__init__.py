@@ -1,12 +1,12 @@
 """From a dense map, boxes and masks to region embeddings, scores and detections. Imports no detectron2 and
 works without it."""
 
-from .classifier import TextClassifier
-from .crops import CROP_RULES, CropRule, MaskCrops, crop_masks, get_crop_rule, mask_boxes
-from .fusion import FUSIONS, FusionSettings, calibrated_stacking, fuse_valid, get_fusion
-from .nms import class_nms
-from .pooling import POOLINGS, Pooling, get_pooling, pool_boxes, pool_masks, resize_masks
-from .semantic import best_masks, semantic_labels, semantic_map
+from clipdense.regions.classifier import TextClassifier
+from clipdense.regions.crops import CROP_RULES, CropRule, MaskCrops, crop_masks, get_crop_rule, mask_boxes
+from clipdense.regions.encoder import RegionEncoder, cosine_logits
+from clipdense.regions.fusion import FUSIONS, FusionSettings, calibrated_stacking, fuse_valid, get_fusion
+from clipdense.regions.nms import class_nms
+from clipdense.regions.pooling import POOLINGS, Pooling, get_pooling, pool_boxes, pool_masks, resize_masks
 
 __all__ = [
     "CROP_RULES",
@@ -16,10 +16,11 @@ __all__ = [
     "MaskCrops",
     "POOLINGS",
     "Pooling",
+    "RegionEncoder",
     "TextClassifier",
-    "best_masks",
     "calibrated_stacking",
     "class_nms",
+    "cosine_logits",
     "crop_masks",
     "fuse_valid",
     "get_crop_rule",
@@ -29,6 +30,4 @@ __all__ = [
     "pool_boxes",
     "pool_masks",
     "resize_masks",
-    "semantic_labels",
-    "semantic_map",
 ]

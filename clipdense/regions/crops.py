@@ -7,8 +7,9 @@ cropped twice: `MaskCrops` says which crop belongs to which mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,11 @@ class CropRule:
     soft: bool = False
     keep_empty: bool = False
     padded_logits: bool = False
+
+    @classmethod
+    def from_config(cls, node: Mapping[str, Any]) -> CropRule:
+        """Build the rule from a config node whose keys are this class's attributes in capitals."""
+        return cls(**{key.lower(): value for key, value in node.items()})
 
     def __post_init__(self) -> None:
         if self.sampling not in ("bicubic", "roi_align", "stretch"):

@@ -1,18 +1,17 @@
 """One room a paper, or a family of papers that share a forward. Importing this registers all of them."""
 
-from clipdense.systems.clip_pretrain import add_clip_pretrain_config
 from clipdense.systems.clipself import add_clipself_config
 from clipdense.systems.denseclip import add_denseclip_config
 from clipdense.systems.fvlm import add_fvlm_config
+from clipdense.systems.mask_adaptation import add_adaptation_config
 from clipdense.systems.text_rcnn import add_text_rcnn_config
-from clipdense.systems.two_stage import add_adaptation_config, add_two_stage_config
+from clipdense.systems.two_stage import add_two_stage_config
 
 from detectron2.config import CfgNode as CN
 
 
 def add_systems_config(cfg: CN) -> None:
     """Add the keys of every system to ``cfg`` (in place)."""
-    add_clip_pretrain_config(cfg)
     add_clipself_config(cfg)
     add_denseclip_config(cfg)
     add_fvlm_config(cfg)

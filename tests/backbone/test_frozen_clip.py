@@ -14,7 +14,7 @@ from clipdense.backbone import (
 )
 from clipdense.clip import load_clip
 from clipdense.clip.model import build_clip
-from clipdense.clip.towers import Want
+from clipdense.clip.towers import TowerRequest
 from clipdense.regions import pool_boxes
 
 from detectron2.layers import ShapeSpec
@@ -50,9 +50,9 @@ def test_regions_by_the_towers_own_pooling_or_by_the_dense_map() -> None:
     resnet, vit = frozen("shapes-rn").eval(), frozen("shapes-vit", joint="clipself").eval()
     with torch.no_grad():
         pooled = resnet.embed_boxes(resnet(images)[JOINT], BOXES)
-        pre = resnet.tower(images, Want(pre=True)).pre
+        pre = resnet.tower(images, TowerRequest(pre=True)).pre
         torch.testing.assert_close(pooled, resnet.tower.embed_regions(pre, boxes=BOXES))
-        dense = vit.tower(images, Want(dense="value")).dense
+        dense = vit.tower(images, TowerRequest(dense="value")).dense
         expected = pool_boxes(dense, BOXES, scale=1 / 8, pooling="clipself")
         torch.testing.assert_close(vit.embed_boxes(vit(images)[JOINT], BOXES), expected)
     assert pooled.shape == expected.shape == (3, 128)
@@ -70,14 +70,14 @@ def test_a_convnext_embeds_regions_by_its_head() -> None:
         shape = ShapeSpec(channels=maps[key].shape[1], stride=stride)
         assert trunk.output_shape()[key] == shape and maps[key].shape[-1] == 64 // stride
     whole = trunk.embed_boxes(maps[JOINT], [torch.tensor([[0.0, 0, 64, 64]])] * 2)
-    torch.testing.assert_close(whole, trunk.tower(images, Want(pooled=True)).pooled)
+    torch.testing.assert_close(whole, trunk.tower(images, TowerRequest(pooled=True)).pooled)
 
 
 def test_taps_of_several_blocks() -> None:
     trunk = frozen("shapes-vit", blocks=[1, 3], last_block="value", joint="clipself")
     images = torch.randn(1, 3, 64, 64)
     maps = trunk.eval()(images)
-    plain = trunk.tower(images, Want(taps=(1, 3))).taps
+    plain = trunk.tower(images, TowerRequest(taps=(1, 3))).taps
     assert torch.equal(maps["block1"], plain[0][0]) and not torch.equal(maps["block3"], plain[1][0])
     tokens = maps["block3"].flatten(2).transpose(1, 2)  # the last tap is what the dense map is projected from
     dense = trunk.tower.project(trunk.tower.norm_tokens(tokens)).transpose(1, 2)

@@ -12,7 +12,7 @@ from clipdense.backbone.class_text import ClassTable, ClassText
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.checkpoint import CheckpointError
 from clipdense.clip import ClipModel, load_clip
-from clipdense.config import add_clipdense_config
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec

@@ -7,7 +7,7 @@ from torch import nn
 from clipdense.backbone import FPN, CLIPTrunk, SimpleFeaturePyramid, TimmTrunk
 from clipdense.backbone.fpn import build_top_block
 from clipdense.clip import load_clip
-from clipdense.config import add_clipdense_config
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone

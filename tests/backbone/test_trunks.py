@@ -12,7 +12,7 @@ from clipdense.backbone import CLIPTrunk, TimmTrunk, Trunk
 from clipdense.backbone.trunk import check_pixel_statistics
 from clipdense.checkpoint import CheckpointMismatch
 from clipdense.clip import load_clip
-from clipdense.config import add_clipdense_config
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import get_cfg
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from clipdense.checkpoint import CheckpointError, atomic_path, read_checkpoint, save_checkpoint
+from clipdense.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from clipdense.files import atomic_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:FutureWarning")
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
-from clipdense.clip import Want, load_clip
+from clipdense.clip import TowerRequest, load_clip
 from clipdense.clip.attention import MODES, Block, TokenStream, dense_mode, get_mode, plain
 from clipdense.clip.position import rope_table, rotate
 from clipdense.clip.towers.vit import ClipBlock
@@ -114,8 +114,8 @@ def test_the_table_of_modes_is_open(monkeypatch):
     tower = load_clip("shapes-vit", "random", text=False).visual
     images = torch.randn(1, 3, 64, 64)
     assert tower.dense_modes == ("plain", "value", "clipself", "maskclip", "catseg", "_")
-    dense = tower(images, Want(dense="_")).dense
-    before = tower(images, Want(taps=(2,))).taps[0][0]
+    dense = tower(images, TowerRequest(dense="_")).dense
+    before = tower(images, TowerRequest(taps=(2,))).taps[0][0]
     projected = tower.project(tower.norm_tokens(before.flatten(2).transpose(1, 2)))
     torch.testing.assert_close(dense.flatten(2).transpose(1, 2), projected)
     with pytest.raises(ValueError, match="unknown last-block mode 'nope'; known: plain, value"):

@@ -1,8 +1,6 @@
 """EVA-CLIP's layout: originals and CLIPSelf's students, with and without a name."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,19 +8,16 @@ from safetensors.torch import save_file
 from timm.models.eva import Eva
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import eva_files as files  # noqa: E402
-
-from clipdense.checkpoint import CheckpointMismatch, detect_layout  # noqa: E402
-from clipdense.clip import ClipModel, Want, load_clip  # noqa: E402
+from clipdense.checkpoint import CheckpointMismatch, detect_layout
+from clipdense.clip import ClipModel, TowerRequest, load_clip
+from tests.helpers import eva_files as files
 
 IMAGES = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(0))
 HEADS = {"head_width": 88, "text_heads": 2}
 
 
 def _same(a: ClipModel, b: ClipModel) -> None:
-    want = Want(dense="clipself", pooled=True)
+    want = TowerRequest(dense="clipself", pooled=True)
     with torch.no_grad():
         ours, theirs = a.visual(IMAGES, want), b.visual(IMAGES, want)
     assert torch.equal(ours.dense, theirs.dense) and torch.equal(ours.pooled, theirs.pooled)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipdense.clip import Want, load_clip
+from clipdense.clip import TowerRequest, load_clip
 from clipdense.clip.attention import TokenStream
 from clipdense.clip.mask_prompts import MaskPrompts, patch_keep
 from clipdense.clip.towers import TransformerTower
@@ -55,7 +55,7 @@ def test_what_enters_the_blocks(name: str, depth: int) -> None:
         after[index] = stream.x
         return stream
 
-    pooled = tower(images, Want(pooled=True), hook=hook).pooled
+    pooled = tower(images, TowerRequest(pooled=True), hook=hook).pooled
     torch.testing.assert_close(prompts(tower, images, masks), pooled)
     for index in before:
         places = {-1: 0, **{d: d for d in range(1, depth)}}
@@ -66,7 +66,7 @@ def test_what_enters_the_blocks(name: str, depth: int) -> None:
             expected[:, -count:] = torch.where(keep[:, :, None], expected[:, -count:], table)
         torch.testing.assert_close(after[index], expected, atol=0, rtol=0)
     if depth == 0:
-        torch.testing.assert_close(pooled, tower(images, Want(pooled=True)).pooled)
+        torch.testing.assert_close(pooled, tower(images, TowerRequest(pooled=True)).pooled)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def test_one_image_is_the_first_of_a_batch_and_a_full_mask_changes_nothing() -> 
     prompts = prompts_for(tower, 2)
     together = prompts(tower, images, masks)
     torch.testing.assert_close(prompts(tower, images[:1], masks[:1]), together[:1], atol=1e-5, rtol=0)
-    plain = tower(images, Want(pooled=True)).pooled
+    plain = tower(images, TowerRequest(pooled=True)).pooled
     torch.testing.assert_close(together[2], plain[2], atol=1e-5, rtol=0)
     assert (together[:2] - plain[:2]).abs().max() > 1e-2
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipdense.clip import Want, load_clip
+from clipdense.clip import TowerRequest, load_clip
 from clipdense.clip.attention import TokenStream
 from clipdense.clip.mask_tokens import MaskTokens, embed_mask_tokens
 from clipdense.clip.towers import TransformerTower
@@ -40,7 +40,7 @@ def _second_class_token(tower: TransformerTower, image: Tensor, mask: Tensor) ->
             embeddings.append(tower.pool(stream.x[:, 1:]))
         return stream
 
-    tower(image[None], Want(pooled=True), hook=hook)
+    tower(image[None], TowerRequest(pooled=True), hook=hook)
     return embeddings[0][0]
 
 
@@ -61,7 +61,7 @@ def test_a_copy_is_a_class_token_that_sees_its_mask(name):
 @torch.no_grad()
 def test_nothing_else_changes_and_a_full_mask_is_nearly_the_image(name):
     tower, (images, masks) = _tower(name), _inputs()
-    want = Want(taps=(1,), dense="clipself", pooled=True)
+    want = TowerRequest(taps=(1,), dense="clipself", pooled=True)
     alone, hook = tower(images, want), MaskTokens(tower, masks.bool())
     beside = tower(images, want, hook=hook)
     for a, b in (

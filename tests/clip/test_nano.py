@@ -8,7 +8,7 @@ from open_clip.model import CustomTextCLIP
 from safetensors.torch import save_file
 
 from clipdense.checkpoint import CheckpointMismatch
-from clipdense.clip import Want, load_clip, nano
+from clipdense.clip import TowerRequest, load_clip, nano
 from clipdense.clip.nano import NANO_MODELS, nano_config
 
 
@@ -32,7 +32,7 @@ def test_random_model(name):
     logits.square().mean().backward()
     still = [n for n, p in clip.named_parameters() if p.grad is None]
     assert still == []
-    out = clip.visual(torch.randn(1, 3, 256, 256), Want(dense="value"))
+    out = clip.visual(torch.randn(1, 3, 256, 256), TowerRequest(dense="value"))
     assert out.dense.shape == (1, 128, 256 // clip.visual.stride, 256 // clip.visual.stride)
 
 

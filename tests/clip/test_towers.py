@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from clipdense.clip.attention import TokenStream
-from clipdense.clip.towers import ResNetTower, TextTower, Tower, TransformerTower, Want, build_tower
+from clipdense.clip.towers import ResNetTower, TextTower, Tower, TowerRequest, TransformerTower, build_tower
 
 DIM = 24
 EVA = {
@@ -157,7 +157,7 @@ def test_taps_equal_open_clip(family):
     visual, tower = _pair(family)
     images = _images(tower)
     taps = tuple(tower.tap_channels)
-    ours = tower(images, Want(taps=taps)).taps
+    ours = tower(images, TowerRequest(taps=taps)).taps
     theirs = visual.forward_intermediates(images, intermediates_only=True)["image_intermediates"]
     theirs = theirs[-len(taps) :]  # open_clip counts the ResNet's stem as well
     for tap, (ours_map, stride), theirs_map in zip(taps, ours, theirs, strict=True):
@@ -170,7 +170,7 @@ def test_taps_equal_open_clip(family):
 def test_any_size(family):
     _, tower = _pair(family)
     dense = tower.dense_modes[-1] if tower.dense_modes else None
-    want = Want(tuple(tower.tap_channels), pre=True, dense=dense, keys=tower.has_keys, pooled=True)
+    want = TowerRequest(tuple(tower.tap_channels), pre=True, dense=dense, keys=tower.has_keys, pooled=True)
     for size in ((64, 64), (101, 67), (33, 150), (160, 96)):
         out = tower(_images(tower, size), want)
         h, w = size[0] // tower.stride, size[1] // tower.stride
@@ -189,15 +189,15 @@ def test_one_forward_equals_separate_ones(family):
     _, tower = _pair(family)
     images = _images(tower, (80, 112))
     dense = tower.dense_modes[-1] if tower.dense_modes else None
-    together = tower(images, Want((max(tower.tap_channels),), True, dense, tower.has_keys, True))
+    together = tower(images, TowerRequest((max(tower.tap_channels),), True, dense, tower.has_keys, True))
     torch.testing.assert_close(together.pooled, tower(images).pooled)
-    torch.testing.assert_close(together.pre, tower(images, Want(pre=True, dense=dense)).pre)
-    last = tower(images, Want((max(tower.tap_channels),))).taps[0][0]
+    torch.testing.assert_close(together.pre, tower(images, TowerRequest(pre=True, dense=dense)).pre)
+    last = tower(images, TowerRequest((max(tower.tap_channels),))).taps[0][0]
     torch.testing.assert_close(together.taps[0][0], last)
     if dense:
-        torch.testing.assert_close(together.dense, tower(images, Want(dense=dense)).dense)
+        torch.testing.assert_close(together.dense, tower(images, TowerRequest(dense=dense)).dense)
     if tower.has_keys:
-        torch.testing.assert_close(together.keys, tower(images, Want(keys=True)).keys)
+        torch.testing.assert_close(together.keys, tower(images, TowerRequest(keys=True)).keys)
 
 
 @torch.no_grad()
@@ -212,10 +212,10 @@ def test_only_what_is_needed_runs(family):
         parts = list(tower.trunk.stages)
     for index, part in enumerate(parts):
         part.register_forward_hook(lambda *_, index=index: ran.append(str(index)))
-    tower(_images(tower), Want(taps=(min(tower.tap_channels),)))
+    tower(_images(tower), TowerRequest(taps=(min(tower.tap_channels),)))
     assert ran == ["0"]
     ran.clear()
-    tower(_images(tower), Want(taps=tuple(tower.tap_channels), pre=True, pooled=True))
+    tower(_images(tower), TowerRequest(taps=tuple(tower.tap_channels), pre=True, pooled=True))
     assert ran == [str(i) for i in range(len(parts))]
 
 
@@ -223,7 +223,7 @@ def test_gradients_reach_the_weights(family):
     _, tower = _pair(family)
     images = _images(tower, (96, 70))
     dense = tower.dense_modes[0] if tower.dense_modes else None
-    out = tower(images, Want(pre=True, dense=dense, pooled=True))
+    out = tower(images, TowerRequest(pre=True, dense=dense, pooled=True))
     (out.pooled.sum() + (out.dense if dense else out.pre).square().sum()).backward()
     missing = [
         n for n, p in tower.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
@@ -262,7 +262,7 @@ def test_plain_dense_is_the_class_tokens_path_for_each_patch():
     visual, tower = _pair("vit")
     images = _images(tower)
     tokens = visual.ln_post(visual.transformer(visual._embeds(images)))[:, 1:] @ visual.proj
-    dense = tower(images, Want(dense="plain")).dense
+    dense = tower(images, TowerRequest(dense="plain")).dense
     torch.testing.assert_close(dense.flatten(2).transpose(1, 2), tokens, atol=2e-5, rtol=1e-4)
 
 
@@ -270,7 +270,7 @@ def test_plain_dense_is_the_class_tokens_path_for_each_patch():
 def test_mean_of_dense_is_the_embedding_where_the_head_is_linear():
     _, tower = _pair("timm_gap")
     tower.trunk.fc_norm = nn.Identity()
-    out = tower(_images(tower), Want(dense="plain", pooled=True))
+    out = tower(_images(tower), TowerRequest(dense="plain", pooled=True))
     torch.testing.assert_close(out.dense.mean((2, 3)), out.pooled, atol=2e-5, rtol=1e-4)
 
 
@@ -289,9 +289,9 @@ def test_value_mode_equals_attention_to_oneself(name):
         )
         return stream
 
-    masked = tower(images, Want(dense="plain"), hook=alone).dense
-    torch.testing.assert_close(tower(images, Want(dense="value")).dense, masked, atol=2e-5, rtol=1e-4)
-    assert not torch.allclose(tower(images, Want(dense="plain")).dense, masked, atol=1e-2)
+    masked = tower(images, TowerRequest(dense="plain"), hook=alone).dense
+    torch.testing.assert_close(tower(images, TowerRequest(dense="value")).dense, masked, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(tower(images, TowerRequest(dense="plain")).dense, masked, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["vit", "eva02", "eva01", "eva_post_norm"])
@@ -305,21 +305,23 @@ def test_catseg_mode_replaces_the_residual_by_the_class_token(name):
         x = stream.x[:, :1].expand_as(stream.x) if index == last else stream.x
         return replace(stream, x=x)
 
-    value, catseg = (tower(images, Want(dense=mode), hook=equal).dense for mode in ("value", "catseg"))
+    value, catseg = (
+        tower(images, TowerRequest(dense=mode), hook=equal).dense for mode in ("value", "catseg")
+    )
     torch.testing.assert_close(catseg, value)
-    value, catseg = (tower(images, Want(dense=mode)).dense for mode in ("value", "catseg"))
+    value, catseg = (tower(images, TowerRequest(dense=mode)).dense for mode in ("value", "catseg"))
     assert not torch.allclose(catseg, value, atol=1e-2)
 
 
 @torch.no_grad()
 def test_resnet_value_mode_is_two_linear_maps_of_c5():
     visual, tower = _pair("resnet")
-    out = tower(_images(tower), Want(pre=True, dense="value", keys=True))
+    out = tower(_images(tower), TowerRequest(pre=True, dense="value", keys=True))
     c5, pool = out.pre.permute(0, 2, 3, 1), visual.attnpool
     torch.testing.assert_close(
         out.dense.permute(0, 2, 3, 1), pool.c_proj(pool.v_proj(c5)), atol=2e-5, rtol=1e-4
     )
-    assert torch.equal(tower(_images(tower), Want(dense="maskclip")).dense, out.dense)
+    assert torch.equal(tower(_images(tower), TowerRequest(dense="maskclip")).dense, out.dense)
     torch.testing.assert_close(out.keys.permute(0, 2, 3, 1), pool.k_proj(c5), atol=2e-5, rtol=1e-4)
 
 
@@ -332,7 +334,7 @@ def test_eva_equals_timm_on_a_rectangular_model():
     images = _images(tower)
     assert tower.grid == (3, 7)
     torch.testing.assert_close(tower(images).pooled, visual(images), atol=2e-5, rtol=1e-4)
-    out = tower(images, Want(taps=(2,))).taps[0][0]
+    out = tower(images, TowerRequest(taps=(2,))).taps[0][0]
     theirs = visual.forward_intermediates(images, intermediates_only=True)["image_intermediates"][2]
     torch.testing.assert_close(out, theirs, atol=2e-5, rtol=1e-4)
 
@@ -357,7 +359,7 @@ def test_regions_of_the_resnet():
     """A box around a native-size image pools as the image; a mask of everything attends to every position."""
     _, tower = _pair("resnet")
     images = _images(tower)
-    out = tower(images, Want(pre=True, pooled=True))
+    out = tower(images, TowerRequest(pre=True, pooled=True))
     whole = torch.tensor([[0.0, 0.0, 96.0, 96.0]])
     boxes = tower.embed_regions(out.pre, boxes=[whole, whole.expand(2, 4)])
     assert boxes.shape == (3, DIM)
@@ -381,7 +383,7 @@ def test_regions_of_the_resnet():
 @torch.no_grad()
 def test_regions_of_the_convnext():
     _, tower = _pair("convnext_mlp")
-    out = tower(_images(tower, (64, 64)), Want(pre=True, pooled=True, dense="plain"))
+    out = tower(_images(tower, (64, 64)), TowerRequest(pre=True, pooled=True, dense="plain"))
     everything = tower.embed_regions(out.pre, masks=torch.ones(2, 1, 2, 2))
     torch.testing.assert_close(everything[:, 0], out.pooled, atol=2e-5, rtol=1e-4)
     one = torch.zeros(2, 1, 2, 2)
@@ -396,7 +398,7 @@ def test_regions_of_the_convnext():
 def test_regions_of_attention_pooling_heads(name):
     visual, tower = _pair(name)
     images = _images(tower)
-    out = tower(images, Want(pre=True))
+    out = tower(images, TowerRequest(pre=True))
     whole = torch.tensor([[0.0, 0.0, 64.0, 64.0]])
     boxes = tower.embed_regions(out.pre, boxes=[whole, whole])
     everything = tower.embed_regions(out.pre, masks=torch.ones(2, 2, 4, 4))
@@ -406,7 +408,7 @@ def test_regions_of_attention_pooling_heads(name):
     with pytest.raises(
         ValueError, match="TimmViTTower cannot give dense 'plain': its attention-pooling head"
     ):
-        tower(images, Want(dense="plain"))
+        tower(images, TowerRequest(dense="plain"))
 
 
 def test_what_a_tower_cannot_give_is_an_error():
@@ -414,21 +416,21 @@ def test_what_a_tower_cannot_give_is_an_error():
     _, convnext = _pair("convnext")
     images = _images(vit)
     with pytest.raises(ValueError, match="ViTTower cannot give tap 7"):
-        vit(images, Want(taps=(7,)))
+        vit(images, TowerRequest(taps=(7,)))
     with pytest.raises(ValueError, match="ConvNeXtTower cannot give dense 'value': its modes are plain"):
-        convnext(images, Want(dense="value"))
+        convnext(images, TowerRequest(dense="value"))
     _, resnet = _pair("resnet")
     with pytest.raises(
         ValueError, match="ResNetTower cannot give dense 'catseg': its modes are plain, value"
     ):
-        resnet(_images(resnet), Want(dense="catseg"))
+        resnet(_images(resnet), TowerRequest(dense="catseg"))
     _, no_class = _pair("timm_no_class")
     with pytest.raises(
         ValueError, match="TimmViTTower cannot give dense 'catseg': its modes are plain, value"
     ):
-        no_class(images, Want(dense="catseg"))
+        no_class(images, TowerRequest(dense="catseg"))
     with pytest.raises(ValueError, match="ConvNeXtTower cannot give keys"):
-        convnext(images, Want(keys=True))
+        convnext(images, TowerRequest(keys=True))
     with pytest.raises(ValueError, match="ViTTower cannot give region embeddings of boxes"):
         vit.embed_regions(images, boxes=[])
     with pytest.raises(ValueError, match="either boxes or masks"):
@@ -457,11 +459,11 @@ def test_trunk_without_attention_pool():
     visual.attnpool = None
     tower = build_tower(visual).eval()
     images = _images(tower)
-    assert [m.shape[1] for m, _ in tower(images, Want(taps=(2, 3, 4, 5))).taps] == [32, 64, 128, 256]
+    assert [m.shape[1] for m, _ in tower(images, TowerRequest(taps=(2, 3, 4, 5))).taps] == [32, 64, 128, 256]
     for want, what in (
-        (Want(pooled=True), "pooled"),
-        (Want(dense="plain"), "dense"),
-        (Want(keys=True), "keys"),
+        (TowerRequest(pooled=True), "pooled"),
+        (TowerRequest(dense="plain"), "dense"),
+        (TowerRequest(keys=True), "keys"),
     ):
         with pytest.raises(ValueError, match=f"ResNetTower cannot give {what}"):
             tower(images, want)
@@ -479,8 +481,8 @@ def test_hook_sees_every_stage_and_may_add_tokens(name):
         assert stream.x.shape[1] == 20 + (index >= 0)
         return stream
 
-    plain = tower(images, Want(pooled=True, dense="plain"))
-    watched = tower(images, Want(pooled=True, dense="plain"), hook=watch)
+    plain = tower(images, TowerRequest(pooled=True, dense="plain"))
+    watched = tower(images, TowerRequest(pooled=True, dense="plain"), hook=watch)
     assert seen == [-1, 0, 1, 2, 3]
     torch.testing.assert_close(watched.pooled, plain.pooled)
 
@@ -490,7 +492,7 @@ def test_hook_sees_every_stage_and_may_add_tokens(name):
             stream.x = torch.cat([stream.x[:, :1], extra, stream.x[:, 1:]], dim=1)
         return stream
 
-    prompted = tower(images, Want((2,), pooled=True, dense="plain"), hook=prompts)
+    prompted = tower(images, TowerRequest((2,), pooled=True, dense="plain"), hook=prompts)
     assert prompted.dense.shape == plain.dense.shape and prompted.taps[0][0].shape[-2:] == (4, 5)
     assert not torch.allclose(prompted.pooled, plain.pooled, atol=1e-3)
 
@@ -501,7 +503,7 @@ def test_hook_sees_every_stage_and_may_add_tokens(name):
             stream.bias = stream.bias.expand(stream.x.shape[1], -1)
         return stream
 
-    unseen = tower(images, Want(pooled=True, dense="plain"), hook=unseen_prompts)
+    unseen = tower(images, TowerRequest(pooled=True, dense="plain"), hook=unseen_prompts)
     torch.testing.assert_close(unseen.pooled, plain.pooled, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(unseen.dense, plain.dense, atol=2e-5, rtol=1e-4)
 
@@ -513,7 +515,7 @@ def test_gradient_checkpointing_changes_nothing():
     for enable in (False, True):
         tower.train().set_grad_checkpointing(enable)
         tower.zero_grad()
-        tower(images, Want(dense="value", pooled=True)).pooled.square().sum().backward()
+        tower(images, TowerRequest(dense="value", pooled=True)).pooled.square().sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in tower.parameters() if p.grad is not None]))
     torch.testing.assert_close(grads[0], grads[1])
 

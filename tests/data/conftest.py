@@ -11,7 +11,7 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from clipdense.config import add_clipdense_config
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog

@@ -25,7 +25,7 @@ from clipdense.data.datasets.open_semantic import (
 )
 from clipdense.data.image import read_labels
 from clipdense.data.loader import build_test_loader, build_train_loader
-from clipdense.data.prepare import ade20k_full, convert_labels, read_matlab_labels, read_object_names
+from clipdense.data.preparation import ade20k_full, convert_labels, read_matlab_labels, read_object_names
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog

@@ -18,7 +18,7 @@ from clipdense.data.datasets.open_vocabulary import (
     register_open_vocabulary,
 )
 from clipdense.data.loader import build_test_loader, build_train_loader
-from clipdense.data.prepare import select_categories
+from clipdense.data.preparation import select_categories
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES

@@ -14,7 +14,7 @@ from clipdense.data.datasets.layouts import load_lvis, load_sem_seg
 from clipdense.data.datasets.real import ADE20K_CLASSES, ADE20K_THINGS, register_real
 from clipdense.data.image import read_labels
 from clipdense.data.loader import build_test_loader, build_train_loader
-from clipdense.data.prepare import ade20k_panoptic, convert_labels, panoptic_to_semantic
+from clipdense.data.preparation import ade20k_panoptic, convert_labels, panoptic_to_semantic
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco

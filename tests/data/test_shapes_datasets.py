@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdense.data.datasets.shapes import register_shapes
 from clipdense.data.loader import build_test_loader, build_train_loader, load_dataset_dicts
 from clipdense.data.shapes import splits
+from clipdense.data.shapes.datasets import register_shapes
 from clipdense.data.shapes.world import BASE, CLASSES, GROUNDS, NOVEL
 
 from detectron2.data import DatasetCatalog, MetadataCatalog

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clipdense.data.datasets.shapes import register_shapes
 from clipdense.data.shapes import splits
+from clipdense.data.shapes.datasets import register_shapes
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 

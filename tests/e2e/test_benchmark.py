@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import Row, flops, interleaved, load_suite, peak_memory, suites, table, wall
+from benchmarks.evaluation import synthetic_coco
 
 from clipdense import benchmark
-from clipdense.benchmark import Row, flops, interleaved, load_suite, peak_memory, suites, table, wall
-from clipdense.benchmark.evaluation import synthetic_coco
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,7 +158,7 @@ def test_a_module_of_the_package_is_a_suite(
 ) -> None:
     (tmp_path / "pooling.py").write_text(
         '"""Suite ``pooling``: sums."""\n'
-        "from clipdense.benchmark import Row\n"
+        "from benchmarks import Row\n"
         "def add_arguments(parser): parser.add_argument('--size', type=int)\n"
         "def rows(args): yield Row('pooling/sum', args.size, 4, 'GFLOP', notes='counted')\n"
     )

@@ -8,14 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import denseclip_files as files  # noqa: E402
-import eva_files  # noqa: E402
-
-from clipdense.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
-from clipdense.clip import load_clip  # noqa: E402
-from clipdense.engine.options import ConfigError  # noqa: E402
+from clipdense.checkpoint import CheckpointError, read_checkpoint
+from clipdense.clip import load_clip
+from clipdense.engine.options import ConfigError
+from tests.helpers import denseclip_files as files
+from tests.helpers import eva_files
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 HEADS = [

@@ -20,14 +20,11 @@ from clipdense.clip.tables import save_table
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.build import build_model
-from clipdense.engine.setup import load_config
-from clipdense.predictor import Predictor
+from clipdense.run.predictor import Predictor
+from clipdense.run.setup import load_config
+from tests.helpers.bright_box import BOX, CLASSES, dataset, scene, write_model
 
 from detectron2.data import MetadataCatalog
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bright_box import BOX, CLASSES, dataset, scene, write_model  # noqa: E402
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
 BLUE, RED, DIM = (0, 0, 220), (220, 0, 0), (0, 0, 140)

@@ -18,7 +18,7 @@ from clipdense.backbone import CLIPTrunk
 from clipdense.backbone.flops import ATTENTION
 from clipdense.clip import load_clip
 from clipdense.engine.build import build_model
-from clipdense.engine.setup import load_config
+from clipdense.run.setup import load_config
 
 import detectron2
 import detectron2.config

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.data.shapes.make import annotation_file
-from clipdense.systems.two_stage.mining import MaskMiner
+from clipdense.systems.mining.pairs import MaskMiner
 
 from detectron2.data import DatasetCatalog
 

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from clipdense.backbone import CLIPTrunk, LanguageTrunk, SimpleFeaturePyramid
-from clipdense.config import add_clipdense_config
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L

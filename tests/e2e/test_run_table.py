@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clipdense.run_table import Cell, TableError, load_table
+from clipdense.run.table import Cell, TableError, load_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,7 +197,7 @@ def test_a_missing_metric_is_named_and_the_runs_are_kept(tmp_path: Path, tool: s
 
 def test_several_data_sets(tmp_path: Path, tool: str) -> None:
     cell = load_table(write_table(tmp_path)).cells()[0]
-    from clipdense.run_table import _at
+    from clipdense.run.table import _at
 
     results = {"a": {"bbox": {"AP": 1.0}}, "b": {"bbox": {"AP": 2.0}}}
     assert list(_at(results, "bbox/AP")) == [1.0, 2.0] and list(_at(results, "b/bbox/AP")) == [2.0]

@@ -16,10 +16,7 @@ from typing import Any
 
 import pytest
 
-ENGINE_TESTS = Path(__file__).resolve().parents[1] / "engine"
-sys.path.insert(0, str(ENGINE_TESTS))
-
-import engine_toy  # noqa: E402
+from tests.helpers import engine_toy
 
 CONFIG = """
 MODEL: {META_ARCHITECTURE: ToyNet, DEVICE: cpu}

@@ -1,17 +1,13 @@
 """Lets the tests of this folder import the toy world, and run it."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import engine_toy
-
 from clipdense.engine.trainer import Trainer
+from tests.helpers import engine_toy
 
 from detectron2.utils.env import seed_all_rng
 
@@ -19,7 +15,7 @@ from detectron2.utils.env import seed_all_rng
 @pytest.fixture
 def build_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     """A toy trainer: ``build_trainer(KEY, VALUE, ..., folder="run", resume=False)``; draws no curve."""
-    monkeypatch.setattr("clipdense.curve.draw_curve", lambda *paths: None)
+    monkeypatch.setattr("clipdense.visualization.curves.draw_curve", lambda *paths: None)
 
     def build(*overrides: Any, folder: str = "run", resume: bool = False) -> Trainer:
         (tmp_path / folder).mkdir(exist_ok=True)

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import engine_toy
 import pytest
 import torch
 
 from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import build_model, evaluate_weights
 from clipdense.engine.options import ConfigError
-from clipdense.engine.setup import load_config
 from clipdense.engine.trainer import Trainer
+from clipdense.run.setup import load_config
+from tests.helpers import engine_toy
 
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model as detectron2_build_model

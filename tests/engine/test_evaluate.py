@@ -2,7 +2,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engine_toy
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine import evaluate
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
+from tests.helpers import engine_toy
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -156,7 +156,7 @@ def test_panel(
     def broken(*args: Any) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("clipdense.visualize.draw_panel", broken)
+    monkeypatch.setattr("clipdense.visualization.panels.draw_panel", broken)
     evaluate._draw(model, "toy_pictures", pairs, str(tmp_path))  # costs no metrics
     assert "Cannot draw" in caplog.text and "no font" in caplog.text
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from engine_toy import toy_config
 from torch import nn
 
 from clipdense.engine.optimizer import (
@@ -11,6 +10,7 @@ from clipdense.engine.optimizer import (
     keep_frozen_in_eval,
     param_groups,
 )
+from tests.helpers.engine_toy import toy_config
 
 from detectron2.solver.build import get_default_optimizer_params
 

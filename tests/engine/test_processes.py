@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import shares
 import torch
 from torch import Tensor
+
+from tests.helpers import shares
 
 EQUAL = [
     *("BatchNorm1d", "BatchNorm2d", "BatchNormAct2d", "BatchNorm2d, one process idle"),

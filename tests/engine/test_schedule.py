@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from clipdense.config import add_clipdense_config
 from clipdense.engine.schedule import Schedule, build_schedule, cosine, multi_step, poly
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.solver import build_lr_scheduler

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import engine_toy
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from clipdense.checkpoint import CheckpointError
 from clipdense.engine import trainer as trainer_module
 from clipdense.engine.trainer import Trainer
+from tests.helpers import engine_toy
 
 from detectron2.engine.hooks import CallbackHook
 

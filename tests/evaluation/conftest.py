@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.evaluation import synthetic_coco
 from pycocotools import mask as mask_utils
-
-from clipdense.benchmark.evaluation import synthetic_coco
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 

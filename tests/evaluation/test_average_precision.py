@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.evaluation import hotcoco_metrics, pycocotools_metrics
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from clipdense.benchmark.evaluation import hotcoco_metrics, pycocotools_metrics
 from clipdense.evaluation.average_precision import average_precision_backend
 from clipdense.evaluation.detections import Detections, encode_masks
 

@@ -238,7 +238,7 @@ def test_allowed_pairs_of_a_data_set(cfg: CfgNode, register: Any, tmp_path: Path
     cfg.TEST.SEMANTIC.ALLOWED_PAIRS = [f"{name}:{tmp_path}/pairs.json"]
     for data, told in ((name, True), (other, False)):
         semantic = build_evaluator(cfg, data)._evaluators[0]
-        assert ("mIoU_forgiving" in semantic.score([])["sem_seg"]) == told
+        assert ("mIoU_relaxed" in semantic.score([])["sem_seg"]) == told
     cfg.TEST.SEMANTIC.ALLOWED_PAIRS = ["pairs.json"]
     with pytest.raises(ValueError, match="ALLOWED_PAIRS: 'pairs.json' does not read name:file.json"):
         build_evaluator(cfg, name)

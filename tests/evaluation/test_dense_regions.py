@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clipdense import add_clipdense_config
-from clipdense.clip import Want, load_clip
+from clipdense.clip import TowerRequest, load_clip
 from clipdense.clip.text import TextBank
 from clipdense.data.datasets.real import register_real
 from clipdense.data.image import read_labels
@@ -108,7 +108,7 @@ def test_features_by_hand(clip, scene):
         dense = dense_map(clip, regions.image, "value")
         canvas = np.zeros((1, 96, 96, 3), np.uint8)  # longest side 96 = 12 patches, black below
         canvas[0, :60] = scene[0]
-        expected = clip.visual(normalize_pixels(clip, canvas), Want(dense="value")).dense
+        expected = clip.visual(normalize_pixels(clip, canvas), TowerRequest(dense="value")).dense
         torch.testing.assert_close(dense, expected)
         boxes, masks = pool_regions(dense, regions)
     unit = F.normalize(dense, dim=1)[0]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.evaluation import hotcoco_metrics
 from pycocotools import mask as mask_utils
 
-from clipdense.benchmark.evaluation import hotcoco_metrics
 from clipdense.evaluation import InstanceEvaluator
 from clipdense.evaluation.detections import Detections, encode_masks
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from clipdense.clip import load_clip
 from clipdense.clip.text import TextBank
-from clipdense.config import add_clipdense_config
 from clipdense.evaluation import EVALUATOR_REGISTRY, MaskClassificationEvaluator, SemanticEvaluator
-from clipdense.systems.two_stage import RegionEncoder
+from clipdense.regions import RegionEncoder
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog

@@ -11,20 +11,12 @@ from PIL import Image
 
 from clipdense.backbone import SwinTrunk
 from clipdense.checkpoint import CheckpointError, read_checkpoint
-from clipdense.config import add_clipdense_config
 from clipdense.data.mappers import build_mapper
-from clipdense.maskformer import (
-    HungarianMatcher,
-    MaskPrediction,
-    MSDeformAttn,
-    SetCriterion,
-    Targets,
-    instance_inference,
-    panoptic_inference,
-    tight_boxes,
-)
+from clipdense.inference import instance_inference, panoptic_inference, tight_boxes
+from clipdense.maskformer import HungarianMatcher, MaskPrediction, MSDeformAttn, SetCriterion, Targets
 from clipdense.maskformer.layers import sine_position
 from clipdense.maskformer.targets import pad_targets, panoptic_targets, semantic_targets
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from clipdense.config import add_clipdense_config
 from clipdense.maskformer import MaskFormerHead
+from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec

@@ -2,8 +2,8 @@
 
 A test names its files by a marker and takes the fixture `golden`, one file a run:
 
-    @pytest.mark.golden(case="openai_clip")       denseclip_family, by the `case` in the file's metadata
-    @pytest.mark.golden(kind="criterion")         ovseg_family, by `kind`
+    @pytest.mark.golden(case="openai_clip")       by the `case` in the file's metadata (see FAMILIES)
+    @pytest.mark.golden(kind="criterion")         by `kind` (see FAMILIES)
     @pytest.mark.golden(name="cs_eva_*")          by file name, any family
     @pytest.mark.golden(manifest="openai_clip_*") manifests, by file name
 
@@ -24,7 +24,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 HERE = Path(__file__).parent
-FAMILIES = ("denseclip_family", "ovseg_family", "clipself_family")
+# Family -> the metadata entry that says what a file is; None: the file's name does.
+FAMILIES = {
+    "denseclip_family": "case",
+    "ovseg_family": "kind",
+    "clipself_family": None,
+    "training_free_family": "case",
+    "successors_family": "kind",
+}
 CLAIMED = pytest.StashKey[set[str]]()
 MODULES = pytest.StashKey[set[str]]()
 
@@ -123,12 +130,10 @@ def pending() -> list[str]:
     return (HERE / "pending.txt").read_text().split()
 
 
-def _matches(name: str, path: Path, wanted: dict[str, str]) -> bool:
-    (key, value), family = next(iter(wanted.items())), name.split("/")[0]
-    if key == "case":
-        return family == "denseclip_family" and metadata(path).get("case") == value
-    if key == "kind":
-        return family == "ovseg_family" and metadata(path).get("kind") == value
+def _matches(name: str, path: Path, marker: dict[str, str]) -> bool:
+    (key, value), family = next(iter(marker.items())), name.split("/")[0]
+    if key in ("case", "kind"):
+        return FAMILIES.get(family) == key and metadata(path).get(key) == value
     return (family == "manifests") == (key == "manifest") and fnmatch(path.stem, value)
 
 

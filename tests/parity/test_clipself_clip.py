@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipdense.checkpoint import CheckpointMismatch, account, detect_layout
-from clipdense.clip import ClipModel, Want, load_clip
+from clipdense.clip import ClipModel, TowerRequest, load_clip
 from clipdense.clip.attention import TokenStream, get_mode
 from clipdense.clip.layouts import config_from_tensors
 from clipdense.clip.mask_tokens import embed_mask_tokens
@@ -57,7 +57,7 @@ def _saved(golden, folder: Path) -> Path:
 
 
 def _dense(clip: ClipModel, image: Tensor, mode: str = "clipself") -> Tensor:
-    return F.normalize(clip.visual(image, Want(dense=mode)).dense, dim=1)
+    return F.normalize(clip.visual(image, TowerRequest(dense=mode)).dense, dim=1)
 
 
 def _antialiased(table, old, new, prefix):
@@ -93,7 +93,7 @@ def test_eva(golden, tmp_path, monkeypatch):
             ropes.append(stream.rope)
             return stream
 
-        out = tower(image, Want(dense="clipself", pooled=True), hook=keep_rope)
+        out = tower(image, TowerRequest(dense="clipself", pooled=True), hook=keep_rope)
         results[f"cls_{size}"] = out.pooled
         results[f"cls_norm_{size}"] = F.normalize(out.pooled, dim=1)
         results[f"dense_{size}"] = F.normalize(out.dense, dim=1)
@@ -114,7 +114,7 @@ def test_eva(golden, tmp_path, monkeypatch):
             results["native_tokens_value_path_last_block"] = value
         return stream
 
-    tower(inputs[f"image_{vision['image_size']}"], Want(pooled=True), hook=keep)
+    tower(inputs[f"image_{vision['image_size']}"], TowerRequest(pooled=True), hook=keep)
     del results[f"native_tokens_after_block{last}"]
     results["text"] = clip.encode_text(inputs["tokens"])
     results["text_norm"] = F.normalize(results["text"], dim=1)
@@ -129,7 +129,7 @@ def test_eva(golden, tmp_path, monkeypatch):
 @torch.no_grad()
 def test_eva_regions(golden, tmp_path):
     clip, inputs = _eva(golden, _saved(golden, tmp_path)), golden.part("in")
-    out = clip.visual(inputs["image"], Want(dense="clipself", pooled=True))
+    out = clip.visual(inputs["image"], TowerRequest(dense="clipself", pooled=True))
     grid = out.dense.shape[-2:]
     results = {"dense": F.normalize(out.dense, dim=1)}
     for pooling, suffix in (("clipself_raw", "raw"), ("clipself", "norm")):
@@ -139,7 +139,7 @@ def test_eva_regions(golden, tmp_path):
     results["rois_and_image.rois"] = results["roi_norm"]
     results["rois_and_image.image"] = F.normalize(out.pooled, dim=1)
     _check(golden, results)
-    plain = clip.visual(inputs["image"], Want(dense="plain")).dense
+    plain = clip.visual(inputs["image"], TowerRequest(dense="plain")).dense
     rois = pool_boxes(plain, inputs["normed_boxes"], scale=(grid[1], grid[0]), pooling="clipself_raw")
     assert _differs(golden, "roi_raw", rois)
     assert _differs(golden, "mask_raw", pool_masks(plain, inputs["masks"], pooling="clipself_raw"))
@@ -169,7 +169,7 @@ def test_released_students(golden, tmp_path):
             "text_norm": F.normalize(clip.encode_text(inputs["tokens"]), dim=1),
         }
         for size in golden.config["sizes"]:
-            out = clip.visual(inputs[f"image_{size}"], Want(dense="clipself", pooled=True))
+            out = clip.visual(inputs[f"image_{size}"], TowerRequest(dense="clipself", pooled=True))
             results[f"cls_norm_{size}"] = F.normalize(out.pooled, dim=1)
             results[f"dense_{size}"] = F.normalize(out.dense, dim=1)
         h, w = out.dense.shape[-2:]
@@ -246,7 +246,7 @@ def _openclip(golden, folder: Path, **settings: object) -> ClipModel:
 def test_openclip_vit(golden, tmp_path, monkeypatch):
     clip, inputs, results = _openclip(golden, tmp_path), golden.part("in"), {}
     for h, w in golden.config["sizes"]:
-        out = clip.visual(inputs[f"image_{h}x{w}"], Want(dense="clipself", pooled=True))
+        out = clip.visual(inputs[f"image_{h}x{w}"], TowerRequest(dense="clipself", pooled=True))
         results[f"cls_{h}x{w}"] = out.pooled
         results[f"dense_{h}x{w}"] = F.normalize(out.dense, dim=1)
     boxes, masks, image = inputs["normed_boxes"], inputs["masks"], inputs[f"image_{h}x{w}"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipdense.clip import ClipModel, Want, load_clip
+from clipdense.clip import ClipModel, TowerRequest, load_clip
 from clipdense.clip.attention import TokenStream, get_mode
 from clipdense.clip.towers.base import to_map
 
@@ -43,12 +43,12 @@ def test_catseg(golden, tmp_path):
                 results[f"dense_tokens_{size}"] = tower.project(tower.norm_tokens(tokens))
             return stream
 
-        out = tower(inputs[f"image_{size}"], Want(dense="catseg", pooled=True), hook=keep)
+        out = tower(inputs[f"image_{size}"], TowerRequest(dense="catseg", pooled=True), hook=keep)
         patches = results[f"dense_tokens_{size}"][:, 1:]
         torch.testing.assert_close(out.dense, to_map(patches, out.dense.shape[-2:]), atol=1e-6, rtol=0)
         results[f"cls_{size}"] = out.pooled
         for mode in ("plain", "clipself"):
-            other = tower(inputs[f"image_{size}"], Want(dense=mode)).dense.flatten(2).transpose(1, 2)
+            other = tower(inputs[f"image_{size}"], TowerRequest(dense=mode)).dense.flatten(2).transpose(1, 2)
             tokens = torch.cat([results[f"dense_tokens_{size}"][:, :1], other], dim=1)
             assert golden.differs(f"dense_tokens_{size}", tokens)
     results["text"] = clip.encode_text(inputs["tokens"])
@@ -123,10 +123,10 @@ def test_maskclip(golden, tmp_path):
                 results[f"image_{i}.q"], results[f"image_{i}.k"] = block.out(q), block.out(k)
             return stream
 
-        out = tower(padded, Want(pre=True, dense="maskclip"), hook=keep)
+        out = tower(padded, TowerRequest(pre=True, dense="maskclip"), hook=keep)
         logits = torch.einsum("bdhw,kd->bkhw", F.normalize(out.dense, dim=1), text)
         values: dict[str, Tensor] = {
-            "final_map": tower(padded, Want(pre=True)).pre,
+            "final_map": tower(padded, TowerRequest(pre=True)).pre,
             "value_map": out.pre,
             "feat": out.dense,
             "logits": logits,
@@ -134,7 +134,10 @@ def test_maskclip(golden, tmp_path):
             "logits_full_size_first_image": F.interpolate(logits[:1], (h, w), mode="bilinear"),
         }
         results.update({f"image_{i}.{name}": value for name, value in values.items()})
-        for wrong in (other.visual(padded, Want(dense="maskclip")), tower(padded, Want(dense="catseg"))):
+        for wrong in (
+            other.visual(padded, TowerRequest(dense="maskclip")),
+            tower(padded, TowerRequest(dense="catseg")),
+        ):
             assert golden.differs(f"image_{i}.feat", wrong.dense)
     expected = {k: v for k, v in golden.part("out").items() if not any(word in k for word in _REFINED)}
     assert set(expected) == set(results)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from clipdense.checkpoint import detect_layout
 from clipdense.clip import ClipModel, load_clip
-from clipdense.config import add_clipdense_config
 from clipdense.data.letterbox import crop_box, letterbox
 from clipdense.engine.optimizer import build_optimizer
+from clipdense.run.config import add_clipdense_config
 from clipdense.systems.clipself import CLIPSelf, meta_arch
 from clipdense.systems.clipself.regions import grid_boxes, grid_pairs, patch_regions, proposal_regions
 

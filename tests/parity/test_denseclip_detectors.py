@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import yaml
 
 from clipdense.checkpoint import Checkpoint, config_options, convert_model, model_layout, rename
-from clipdense.config import add_clipdense_config
-from clipdense.engine import weights
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
-from clipdense.engine.setup import load_config
-from clipdense.engine.weights import account_model, config_keys, convert_weights, set_options
+from clipdense.run import weights
+from clipdense.run.config import add_clipdense_config
+from clipdense.run.setup import load_config
+from clipdense.run.weights import account_model, config_keys, convert_weights, set_options
 from clipdense.systems.denseclip.loss import box_targets
 
 from detectron2.config import CfgNode, get_cfg

@@ -16,7 +16,7 @@ from clipdense.clip.tokenizer import build_tokenizer
 from clipdense.clip.towers import TextTower, build_tower
 from clipdense.engine.optimizer import ParamRule, param_groups
 from clipdense.engine.schedule import build_schedule
-from clipdense.engine.setup import load_config
+from clipdense.run.setup import load_config
 from clipdense.systems.denseclip.loss import binary_loss, box_targets
 
 from detectron2.structures import Boxes, Instances

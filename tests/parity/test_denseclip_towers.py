@@ -8,7 +8,7 @@ from torch import nn
 
 from clipdense.checkpoint import load_strict
 from clipdense.clip.position import resize_table, truncate_text
-from clipdense.clip.towers import Want, build_tower
+from clipdense.clip.towers import TowerRequest, build_tower
 from clipdense.clip.towers.base import to_map
 from clipdense.clip.towers.resnet import attention_pool
 
@@ -23,7 +23,7 @@ def test_trunk(golden):
     load_strict(tower, golden.part("state"), source=golden.id)
 
     def maps(name, image):
-        taps = tower(image, Want(taps=(2, 3, 4, 5))).taps
+        taps = tower(image, TowerRequest(taps=(2, 3, 4, 5))).taps
         return {f"{name}.x{i}": tap for i, (tap, _) in enumerate(taps)}
 
     images = golden.part("in")

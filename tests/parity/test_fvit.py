@@ -11,12 +11,12 @@ from clipdense.backbone import JOINT, FrozenCLIPTrunk, InterpolatedTrunk
 from clipdense.checkpoint import Checkpoint, config_options, convert_model, model_layout
 from clipdense.clip.layouts import EVA_CLIP
 from clipdense.clip.model import build_clip
-from clipdense.config import add_clipdense_config
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
-from clipdense.engine.setup import load_config
-from clipdense.engine.weights import account_model, convert_weights, set_options
 from clipdense.regions import FusionSettings, TextClassifier, get_fusion, pool_boxes
+from clipdense.run.config import add_clipdense_config
+from clipdense.run.setup import load_config
+from clipdense.run.weights import account_model, convert_weights, set_options
 from clipdense.systems.fvlm.convert import BLOCKS
 from clipdense.systems.fvlm.loss import known_class_logits, open_vocabulary_loss
 from clipdense.systems.fvlm.roi_heads import FVLMBoxPredictor

@@ -9,11 +9,9 @@ import yaml
 from torch import nn
 
 from clipdense.checkpoint import Checkpoint, config_options, convert_model, model_layout
-from clipdense.config import add_clipdense_config
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
-from clipdense.engine.setup import load_config
-from clipdense.engine.weights import account_model, convert_weights, set_options
+from clipdense.inference import instance_inference, panoptic_inference, semantic_inference
 from clipdense.maskformer import (
     MLP,
     PIXEL_DECODER_REGISTRY,
@@ -26,12 +24,12 @@ from clipdense.maskformer import (
     StandardTransformerDecoder,
     Targets,
     deformable_attention,
-    instance_inference,
-    panoptic_inference,
-    semantic_inference,
 )
 from clipdense.maskformer.matcher import class_cost, dice_cost, focal_cost
 from clipdense.maskformer.points import uncertain_points
+from clipdense.run.config import add_clipdense_config
+from clipdense.run.setup import load_config
+from clipdense.run.weights import account_model, convert_weights, set_options
 
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec

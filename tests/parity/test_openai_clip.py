@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipdense.checkpoint import account, detect_layout
-from clipdense.clip import ClipModel, Want, load_clip
+from clipdense.clip import ClipModel, TowerRequest, load_clip
 from clipdense.clip.layouts import config_from_tensors
 from clipdense.clip.model import build_clip
 from clipdense.clip.towers import TransformerTower
@@ -35,7 +35,7 @@ def _images(clip: ClipModel, images: Tensor) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     tower = clip.visual
     if not isinstance(tower, TransformerTower):
-        out = tower(images, Want(taps=(2, 3, 4, 5), pooled=True))
+        out = tower(images, TowerRequest(taps=(2, 3, 4, 5), pooled=True))
         results = {f"visual_layer{i}": tap for i, (tap, _) in enumerate(out.taps, start=1)}
         return {**results, "image_features": out.pooled}
 
@@ -48,7 +48,7 @@ def _images(clip: ClipModel, images: Tensor) -> dict[str, Tensor]:
         results["visual_tokens_before_ln_pre"] = inputs[0]
 
     handle = tower.ln_pre.register_forward_pre_hook(keep_input)
-    results["image_features"] = tower(images, Want(pooled=True), hook=keep).pooled
+    results["image_features"] = tower(images, TowerRequest(pooled=True), hook=keep).pooled
     handle.remove()
     return results
 

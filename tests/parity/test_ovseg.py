@@ -1,34 +1,29 @@
 """OVSeg's CLIP branch: crops, mask prompts, text, the scores of both classifiers, semantic maps."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clipdense.clip import Want
+from clipdense.clip import TowerRequest
 from clipdense.clip.mask_prompts import MaskPrompts, patch_keep
 from clipdense.clip.model import build_clip
 from clipdense.clip.templates import TemplateSet, get
 from clipdense.clip.text import TextBank
+from clipdense.inference import best_masks, semantic_labels, semantic_map
 from clipdense.regions import (
     CROP_RULES,
     CropRule,
     FusionSettings,
-    best_masks,
+    RegionEncoder,
+    cosine_logits,
     crop_masks,
     mask_boxes,
-    semantic_labels,
-    semantic_map,
 )
-from clipdense.systems.two_stage import RegionEncoder, Scoring, cosine_logits
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import two_stage_files as files  # noqa: E402
-from two_stage_files import MEAN, STD, close, far  # noqa: E402
+from clipdense.systems.two_stage import Scoring
+from tests.helpers import two_stage_files as files
+from tests.helpers.two_stage_files import MEAN, STD, close, far
 
 
 def crop_rule(adapter) -> CropRule:
@@ -87,13 +82,13 @@ def test_mask_prompts(golden):
     prompts = files.mask_prompts(table)
 
     images, masks = inputs["images"], inputs["region_masks"]
-    close(golden, "features_plain", tower(images, Want(pooled=True)).pooled, 5e-5)
+    close(golden, "features_plain", tower(images, TowerRequest(pooled=True)).pooled, 5e-5)
     close(golden, "patch_keep", patch_keep(masks, tower.stride), 0)
     close(golden, "features_masked", prompts(tower, images, masks), 5e-5)
     one = prompts(tower, images[:1], masks[:1])
     torch.testing.assert_close(one, golden.part("out")["features_masked"][:1], atol=5e-5, rtol=0)
     assert far(golden, "features_masked", prompts(tower, images, 1 - masks), 5e-5)
-    assert far(golden, "features_masked", tower(images, Want(pooled=True)).pooled, 5e-5)
+    assert far(golden, "features_masked", tower(images, TowerRequest(pooled=True)).pooled, 5e-5)
     if len(table) > 1:
         shallow = files.mask_prompts(table[:-1])
         assert far(golden, "features_masked", shallow(tower, images, masks), 5e-5)

@@ -1,8 +1,6 @@
 """Files of OVSeg, zsseg and ZegFormer: full-size ones map without rest, older and partial ones load."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +8,13 @@ import torch
 from clipdense.checkpoint import Checkpoint, CheckpointError, config_options, convert_model, model_layout
 from clipdense.clip.layouts import JIT_ENTRIES
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.config import add_clipdense_config
-from clipdense.engine.weights import account_model, convert_weights, set_options
+from clipdense.run.config import add_clipdense_config
+from clipdense.run.weights import account_model, convert_weights, set_options
 from clipdense.systems.two_stage import Scoring
+from tests.helpers import two_stage_files as files
+from tests.helpers.two_stage_files import close, far
 
 from detectron2.config import get_cfg
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import two_stage_files as files  # noqa: E402
-from two_stage_files import close, far  # noqa: E402
 
 LAST_BIAS = "predictor.mask_embed.layers.2.bias"
 TEMPLATES = {"imagenet_select": "zegformer_8", "single": "single_scene"}

@@ -1,25 +1,20 @@
 """OVSeg and ZegFormer: published file -> converter -> our model -> every recorded number."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from clipdense.checkpoint import model_layout
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.config import add_clipdense_config
 from clipdense.maskformer import MLP, MaskFormerHead
-from clipdense.systems.two_stage import QueryClassifier, Scoring, cosine_logits
+from clipdense.regions import cosine_logits
+from clipdense.run.config import add_clipdense_config
+from clipdense.systems.two_stage import QueryClassifier, Scoring
+from tests.helpers import two_stage_files as files
+from tests.helpers.two_stage_files import close, far
 
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import two_stage_files as files  # noqa: E402
-from two_stage_files import close, far  # noqa: E402
 
 
 @pytest.mark.golden(kind="ovseg_full")

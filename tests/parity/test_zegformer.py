@@ -1,8 +1,6 @@
 """ZegFormer: text with synonyms, crops of padded images, fusion with the mean over seen classes."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +8,11 @@ import torch.nn.functional as F
 
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.regions import CROP_RULES, CropRule, FusionSettings, crop_masks, semantic_labels, semantic_map
-from clipdense.systems.two_stage import Scoring, cosine_logits
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import two_stage_files as files  # noqa: E402
-from two_stage_files import MEAN, STD, close, far  # noqa: E402
+from clipdense.inference import semantic_labels, semantic_map
+from clipdense.regions import CROP_RULES, CropRule, FusionSettings, cosine_logits, crop_masks
+from clipdense.systems.two_stage import Scoring
+from tests.helpers import two_stage_files as files
+from tests.helpers.two_stage_files import MEAN, STD, close, far
 
 QUERY_TEMPLATES = {"imagenet_select": "zegformer_8", "single": "single_scene"}
 

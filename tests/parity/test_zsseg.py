@@ -1,8 +1,6 @@
 """zsseg (SimBaseline): its prompt learner, its crop classifier, its fusion."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +10,11 @@ from clipdense.checkpoint import load_strict
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.templates import TemplateSet, get
 from clipdense.clip.text import TextBank
-from clipdense.regions import CROP_RULES, FusionSettings, semantic_map
-from clipdense.systems.two_stage import RegionEncoder, Scoring, cosine_logits
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import two_stage_files as files  # noqa: E402
-from two_stage_files import close, far  # noqa: E402
+from clipdense.inference import semantic_map
+from clipdense.regions import CROP_RULES, FusionSettings, RegionEncoder, cosine_logits
+from clipdense.systems.two_stage import Scoring
+from tests.helpers import two_stage_files as files
+from tests.helpers.two_stage_files import close, far
 
 TEMPLATE = TemplateSet("name and full stop", ("{}.",), names="verbatim")
 

@@ -1,17 +1,12 @@
 """Masked crops against a loop that takes every step of the specification, and what is never cropped."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from clipdense.regions import CROP_RULES, CropRule, crop_masks, get_crop_rule, mask_boxes
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from crop_loop import crop_loop  # noqa: E402
+from tests.helpers.crop_loop import crop_loop
 
 PIXELS = {"pixel_mean": (0.48, 0.46, 0.41), "pixel_std": (0.27, 0.26, 0.28)}
 

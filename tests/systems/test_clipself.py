@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipdense.checkpoint import save_checkpoint
-from clipdense.clip import ClipModel, Want, load_clip
-from clipdense.engine.setup import load_config
+from clipdense.clip import ClipModel, TowerRequest, load_clip
+from clipdense.run.setup import load_config
 from clipdense.systems.clipself import CLIPSelf, loss
 from clipdense.systems.clipself.loss import concept_loss, cosine_loss, sample_concepts
 
@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_the_method(name: str) -> None:
     (sample,) = batch(1)
     sample["boxes"], sample["crops"] = torch.tensor([[0.0, 0, 1, 1]]), sample["crops"][:1]
     x, crop = model.normalize(sample["image"][None]), model.normalize(sample["crops"])
-    dense = F.normalize(model.teacher.visual(x, Want(dense="value")).dense, dim=1)
+    dense = F.normalize(model.teacher.visual(x, TowerRequest(dense="value")).dense, dim=1)
     cosine = F.cosine_similarity(dense.mean((2, 3)), model.teacher.encode_image(crop))
     assert float(model([sample])["loss_distillation"]) == pytest.approx(2 * float(1 - cosine), abs=1e-5)
 
@@ -143,7 +143,7 @@ def test_a_step_costs_no_more_than_its_parts() -> None:
         model(samples)["loss_distillation"].backward()
     x = model.normalize(torch.stack([sample["image"] for sample in samples]))
     with FlopCounterMode(display=False) as parts:
-        model.student.visual(x, Want(dense="value")).dense.sum().backward()
+        model.student.visual(x, TowerRequest(dense="value")).dense.sum().backward()
         with torch.no_grad():
             model.teacher.encode_image(model.normalize(torch.cat([s["crops"] for s in samples])))
     assert step.get_total_flops() <= 1.001 * parts.get_total_flops()

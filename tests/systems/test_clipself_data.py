@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from clipdense.clip import load_clip
-from clipdense.config import add_clipdense_config
 from clipdense.data.letterbox import crop_box, letterbox
+from clipdense.run.config import add_clipdense_config
 from clipdense.systems.clipself import CLIPSelfMapper
 from clipdense.systems.clipself.regions import draw_patches, draw_proposals, grid_pairs
 

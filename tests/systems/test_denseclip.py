@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipdense.backbone import SCORE
 from clipdense.checkpoint import save_checkpoint
 from clipdense.data.checks import check_classes
-from clipdense.engine.setup import load_config
+from clipdense.run.setup import load_config
 from clipdense.systems.denseclip import DenseCLIPRCNN, PixelTextLoss, PixelTextSupervised
 from clipdense.systems.denseclip.loss import box_targets, mask_targets
 

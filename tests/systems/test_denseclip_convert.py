@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,18 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from clipdense.checkpoint import CheckpointError, convert_model, read_checkpoint
+from clipdense.clip import load_clip
+from clipdense.engine.build import build_model
+from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.options import ConfigError
+from clipdense.run.setup import load_config, setup
+from clipdense.run.weights import check_weight_classes, convert_weights
+from tests.helpers import denseclip_files as files
 
-import denseclip_files as files  # noqa: E402
-
-from clipdense.checkpoint import CheckpointError, convert_model, read_checkpoint  # noqa: E402
-from clipdense.clip import load_clip  # noqa: E402
-from clipdense.engine.build import build_model  # noqa: E402
-from clipdense.engine.checkpoint import TrainingCheckpointer  # noqa: E402
-from clipdense.engine.options import ConfigError  # noqa: E402
-from clipdense.engine.setup import load_config, setup  # noqa: E402
-from clipdense.engine.weights import check_weight_classes, convert_weights  # noqa: E402
-
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
-from detectron2.utils.events import EventStorage  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 OPTIONS = {"MODEL.CLIP.CONFIG.text_cfg.heads": 2, "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS": 2}
 
@@ -267,7 +263,7 @@ def test_what_the_config_says_wins_and_a_conflict_is_printed(
     assert cfg.MODEL.CLIP.CONFIG.text_cfg.heads == 2 and cfg.MODEL.CLIP.CONFIG.text_cfg.width == files.TEXT
     assert cfg.MODEL.META_ARCHITECTURE == "DenseCLIPRetinaNet" and cfg.MODEL.PIXEL_MEAN[0] == 122.771
     assert cfg.MODEL.CLIP.PRETRAINED == "random"  # everything is in the file
-    printed = [r.getMessage() for r in caplog.records if r.name == "clipdense.engine.weights"]
+    printed = [r.getMessage() for r in caplog.records if r.name == "clipdense.run.weights"]
     assert len(printed) == 4
     for start in (
         f"MODEL.CLIP.POSITION_RULE stays bilinear as the config says, but {source} needs crop",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdense.backbone.fpn import build_top_block
-from clipdense.systems.denseclip.retinanet import OwnBoxMatcher, RuledRetinaNet, TwoSidedBox2BoxTransform
+from clipdense.systems.denseclip.retinanet import MMDetRetinaNet, OwnBoxMatcher, TwoSidedBox2BoxTransform
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, RetinaNet
@@ -33,7 +33,7 @@ class OneMap(Backbone):
         return {"p3": ShapeSpec(channels=4, stride=STRIDE)}
 
 
-def model(kind: type[RetinaNet] = RuledRetinaNet, **rules: object) -> RetinaNet:
+def model(kind: type[RetinaNet] = MMDetRetinaNet, **rules: object) -> RetinaNet:
     torch.manual_seed(0)
     head = RetinaNetHead(
         input_shape=[ShapeSpec(channels=4)], num_classes=CLASSES, num_anchors=1, conv_dims=[4], prior_prob=0.5

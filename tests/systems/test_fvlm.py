@@ -13,7 +13,7 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.mappers import build_augmentations
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
-from clipdense.engine.setup import load_config
+from clipdense.run.setup import load_config
 from clipdense.systems.fvlm import FVLM, open_vocabulary_loss
 from clipdense.systems.fvlm.roi_heads import CLIP_EMBEDDING
 

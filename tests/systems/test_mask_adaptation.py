@@ -17,12 +17,12 @@ from torch import Tensor
 from clipdense.clip import load_clip
 from clipdense.clip.mask_prompts import load_mask_prompts
 from clipdense.clip.model import pixel_statistics
-from clipdense.config import add_clipdense_config
 from clipdense.data.mask_pairs import write_pairs
 from clipdense.engine.optimizer import build_optimizer
-from clipdense.engine.setup import load_config
 from clipdense.regions import CropRule, crop_masks
-from clipdense.systems.two_stage import MaskAdaptedCLIP, MaskPairMapper
+from clipdense.run.config import add_clipdense_config
+from clipdense.run.setup import load_config
+from clipdense.systems.mask_adaptation import MaskAdaptedCLIP, MaskPairMapper
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog

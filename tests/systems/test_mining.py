@@ -12,10 +12,10 @@ from PIL import Image
 from clipdense.clip import load_clip
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.config import add_clipdense_config
 from clipdense.data.mask_pairs import pair_mask
 from clipdense.engine.options import ConfigError
-from clipdense.systems.two_stage.mining import (
+from clipdense.run.config import add_clipdense_config
+from clipdense.systems.mining.pairs import (
     FileProposals,
     Filters,
     GroundTruthProposals,
@@ -24,8 +24,8 @@ from clipdense.systems.two_stage.mining import (
     NounEmbedder,
     assign,
 )
-from clipdense.systems.two_stage.mining_report import ClassAgreement, MiningStatistics
-from clipdense.systems.two_stage.mining_run import build_miner, captioned_images, mine_shard
+from clipdense.systems.mining.report import ClassAgreement, MiningStatistics
+from clipdense.systems.mining.run import build_miner, captioned_images, mine_shard
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model

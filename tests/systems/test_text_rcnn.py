@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipdense.config import add_clipdense_config
 from clipdense.regions import TextClassifier
+from clipdense.run.config import add_clipdense_config
 from clipdense.systems.text_rcnn import TextBoxPredictor
 
 from detectron2.config import CfgNode, get_cfg

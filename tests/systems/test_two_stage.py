@@ -12,11 +12,12 @@ from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
 from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.config import add_clipdense_config
 from clipdense.data.image import read_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
-from clipdense.regions import FusionSettings
-from clipdense.systems.two_stage import MaskAdaptedCLIP, OVSeg, RegionEncoder, Scoring
+from clipdense.regions import FusionSettings, RegionEncoder
+from clipdense.run.config import add_clipdense_config
+from clipdense.systems.mask_adaptation import MaskAdaptedCLIP
+from clipdense.systems.two_stage import OVSeg, Scoring
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog

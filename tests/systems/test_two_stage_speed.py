@@ -8,8 +8,8 @@ from torch import Tensor
 
 from clipdense.clip import load_clip
 from clipdense.clip.mask_prompts import MaskPrompts
-from clipdense.regions import FusionSettings
-from clipdense.systems.two_stage import RegionEncoder, Scoring, cosine_logits
+from clipdense.regions import FusionSettings, RegionEncoder, cosine_logits
+from clipdense.systems.two_stage import Scoring
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
-from .base import Tower, TowerOutput, Want
-from .convnext import ConvNeXtTower
-from .resnet import ResNetTower
-from .text import TextTower
-from .timm_vit import TimmViTTower
-from .transformer import BlockHook, TransformerTower
-from .vit import ViTTower
+from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest
+from clipdense.clip.towers.convnext import ConvNeXtTower
+from clipdense.clip.towers.resnet import ResNetTower
+from clipdense.clip.towers.text import TextTower
+from clipdense.clip.towers.timm_vit import TimmViTTower
+from clipdense.clip.towers.transformer import BlockHook, TransformerTower
+from clipdense.clip.towers.vit import ViTTower
 
 __all__ = [
     "BlockHook",
@@ -28,7 +28,7 @@ __all__ = [
     "TowerOutput",
     "TransformerTower",
     "ViTTower",
-    "Want",
+    "TowerRequest",
     "build_tower",
 ]
 

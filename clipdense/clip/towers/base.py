@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from ..position import POSITION_RULES, Grid, resize_table
+from clipdense.clip.position import POSITION_RULES, Grid, resize_table
 
 
 @dataclass(frozen=True)
-class Want:
+class TowerRequest:
     """What a tower forward shall return.
 
     Attributes:
@@ -36,7 +36,7 @@ class Want:
     tap_mode: str = "plain"
 
 
-POOLED = Want(pooled=True)
+POOLED = TowerRequest(pooled=True)
 _POOL_DENSE = "its pooling has no weights; pool `dense` with clipdense.regions"
 
 
@@ -44,7 +44,7 @@ class TowerOutput:
     """What was asked for; reading anything else is an error.
 
     Attributes:
-        taps: (map (B, C, h, w), stride in pixels), in the order of `Want.taps`.
+        taps: (map (B, C, h, w), stride in pixels), in the order of `TowerRequest.taps`.
         pre: (B, C, h, w).
         dense: (B, D, h, w) in the joint space, not L2-normalised.
         keys: (B, C, h, w).
@@ -62,7 +62,7 @@ class TowerOutput:
 
     def __getattr__(self, name: str) -> Any:
         if name in TowerOutput.__annotations__:
-            raise AttributeError(f"'{name}' was not asked for: pass it in Want")
+            raise AttributeError(f"'{name}' was not asked for: pass it in TowerRequest")
         raise AttributeError(name)
 
 
@@ -74,8 +74,8 @@ class Tower(nn.Module):
         stride: of `dense` and `pre`, in pixels.
         grid: (h, w) of the native dense map; `image_size` is the native (H, W).
         tap_channels, tap_strides: by tap.
-        dense_modes: names that `Want.dense` may carry; none where there is no dense map, for `why_no_dense`.
-        has_keys: whether there is an attention whose keys `Want.keys` can ask for.
+        dense_modes: values of `TowerRequest.dense`; empty if the tower has no dense map (see `why_no_dense`).
+        has_keys: whether there is an attention whose keys `TowerRequest.keys` can ask for.
         position_rule: name in `clipdense.clip.position.POSITION_RULES` for grids other than the native one.
     """
 
@@ -100,7 +100,7 @@ class Tower(nn.Module):
         """See the class."""
         return () if self.why_no_dense else ("plain",)
 
-    def forward(self, images: Tensor, want: Want = POOLED) -> TowerOutput:
+    def forward(self, images: Tensor, want: TowerRequest = POOLED) -> TowerOutput:
         """Normalised images (B, 3, H, W) of any size from one stride up -> what `want` names.
 
         Raises:
@@ -109,7 +109,7 @@ class Tower(nn.Module):
         self.check(images, want)
         return self.features(images.to(self.dtype), want)
 
-    def features(self, images: Tensor, want: Want) -> TowerOutput:
+    def features(self, images: Tensor, want: TowerRequest) -> TowerOutput:
         """The family's forward; `want` has been checked."""
         raise NotImplementedError
 
@@ -167,7 +167,7 @@ class Tower(nn.Module):
         """Of the weights; images are cast to it."""
         return next(p.dtype for p in self.parameters() if p.dim() == 4)
 
-    def check(self, images: Tensor, want: Want) -> None:
+    def check(self, images: Tensor, want: TowerRequest) -> None:
         """Refuse what this tower cannot give."""
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.stride:
             raise ValueError(

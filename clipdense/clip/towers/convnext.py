@@ -9,7 +9,7 @@ from open_clip.timm_model import TimmModel
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from .base import Tower, TowerOutput, Want, roi_align_map, to_map
+from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest, roi_align_map, to_map
 
 
 class ConvNeXtTower(Tower):
@@ -35,7 +35,7 @@ class ConvNeXtTower(Tower):
         linears = [m for part in (trunk.head, self.head) for m in part.modules() if isinstance(m, nn.Linear)]
         self.embed_dim = linears[-1].out_features
 
-    def features(self, images: Tensor, want: Want) -> TowerOutput:
+    def features(self, images: Tensor, want: TowerRequest) -> TowerOutput:
         """Stem and four stages, then the head; stages beyond the last one wanted do not run."""
         trunk: Any = self.trunk
         out = TowerOutput()

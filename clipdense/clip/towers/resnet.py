@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor, nn
 
-from ..position import resize_table, square_grid
-from .base import Tower, TowerOutput, Want, roi_align_map, to_map
+from clipdense.clip.position import resize_table, square_grid
+from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest, roi_align_map, to_map
 
 
 class ResNetTower(Tower):
@@ -47,7 +47,7 @@ class ResNetTower(Tower):
         """See the class."""
         return () if self.why_no_dense else ("plain", "value", "maskclip")
 
-    def features(self, images: Tensor, want: Want) -> TowerOutput:
+    def features(self, images: Tensor, want: TowerRequest) -> TowerOutput:
         """Stem, four stages, then the pool; stages beyond the last one wanted do not run."""
         if want.pooled and self.attnpool is None:
             raise self.cannot("pooled", self.why_no_dense)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer, Transformer
 from torch import Tensor, nn
 
-from ..attention import TokenStream, plain
-from ..position import truncate_text
-from .base import adopt
-from .vit import ClipBlock
+from clipdense.clip.attention import TokenStream, plain
+from clipdense.clip.position import truncate_text
+from clipdense.clip.towers.base import adopt
+from clipdense.clip.towers.vit import ClipBlock
 
 
 class TextTower(nn.Module):

@@ -13,10 +13,10 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-from ..attention import Block, TokenStream
-from ..position import resize_table, rope_table
-from .base import roi_align_map
-from .transformer import BlockHook, TransformerTower
+from clipdense.clip.attention import Block, TokenStream
+from clipdense.clip.position import resize_table, rope_table
+from clipdense.clip.towers.base import roi_align_map
+from clipdense.clip.towers.transformer import BlockHook, TransformerTower
 
 
 class TimmViTTower(TransformerTower):

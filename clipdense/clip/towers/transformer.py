@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import CLASS_TOKEN_MODES, MODES, Block, Mode, TokenStream, get_mode, plain
-from .base import POOLED, Tower, TowerOutput, Want, to_map
+from clipdense.clip.attention import CLASS_TOKEN_MODES, MODES, Block, Mode, TokenStream, get_mode, plain
+from clipdense.clip.towers.base import POOLED, Tower, TowerOutput, TowerRequest, to_map
 
 
 class BlockHook(Protocol):
@@ -78,12 +78,14 @@ class TransformerTower(Tower):
         """
         raise NotImplementedError
 
-    def forward(self, images: Tensor, want: Want = POOLED, hook: BlockHook | None = None) -> TowerOutput:
+    def forward(
+        self, images: Tensor, want: TowerRequest = POOLED, hook: BlockHook | None = None
+    ) -> TowerOutput:
         """As `Tower.forward`, with one hook between the blocks."""
         self.check(images, want)
         return self.features(images.to(self.dtype), want, hook)
 
-    def features(self, images: Tensor, want: Want, hook: BlockHook | None = None) -> TowerOutput:
+    def features(self, images: Tensor, want: TowerRequest, hook: BlockHook | None = None) -> TowerOutput:
         """All blocks but the last once, the last once for each mode that is wanted; no block beyond the last
         tap.
         """
@@ -104,7 +106,7 @@ class TransformerTower(Tower):
         return out
 
     def _last_block(
-        self, stream: TokenStream, want: Want, hook: BlockHook | None, out: TowerOutput
+        self, stream: TokenStream, want: TowerRequest, hook: BlockHook | None, out: TowerOutput
     ) -> Tensor | None:
         """Fill `out` from what enters the last block; returns the patch tokens that leave it, if tapped."""
         last = len(self.blocks) - 1

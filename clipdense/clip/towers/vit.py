@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
 
-from ..attention import Block, TokenStream
-from ..position import resize_table
-from .transformer import BlockHook, TransformerTower
+from clipdense.clip.attention import Block, TokenStream
+from clipdense.clip.position import resize_table
+from clipdense.clip.towers.transformer import BlockHook, TransformerTower
 
 
 class ViTTower(TransformerTower):

@@ -4,7 +4,7 @@ from clipdense.data.datasets.open_semantic import register_open_semantic
 from clipdense.data.datasets.open_vocabulary import register_open_vocabulary
 from clipdense.data.datasets.own import register_from_config
 from clipdense.data.datasets.real import register_real
-from clipdense.data.datasets.shapes import register_shapes
+from clipdense.data.shapes.datasets import register_shapes
 
 __all__ = ["register_from_config"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdense.backbone.clip_trunk import clip_from_config
-from clipdense.clip import ClipModel, Want
+from clipdense.clip import ClipModel, TowerRequest
 from clipdense.clip.tables import TextTable
 from clipdense.clip.towers import Tower
 from clipdense.clip.towers.resnet import ResNetTower
@@ -97,7 +97,7 @@ class CLIPSelf(nn.Module):
             clip.config,
         ).requires_grad_(False)
         self.student = clip.requires_grad_(False)
-        unlock(clip.visual, unlocked_groups, Want(dense=mode, pooled=embedding_weight > 0))
+        unlock(clip.visual, unlocked_groups, TowerRequest(dense=mode, pooled=embedding_weight > 0))
         self.mode, self.alpha, self.weight = mode, alpha, weight
         self.embedding_weight, self.multiscale, self.num_concepts = embedding_weight, multiscale, num_concepts
         self.register_buffer(
@@ -182,7 +182,7 @@ class CLIPSelf(nn.Module):
             )
         with torch.no_grad():
             self.student.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        dense = self.student.visual(x, Want(dense=self.mode)).dense
+        dense = self.student.visual(x, TowerRequest(dense=self.mode)).dense
         boxes = [sample["boxes"].to(self.device) for sample in batched_inputs]
         pooling = "clipself_raw" if self.concepts is None else "clipself"
         regions = pool_boxes(dense, boxes, scale=(dense.shape[3], dense.shape[2]), pooling=pooling)
@@ -236,7 +236,7 @@ class CLIPSelf(nn.Module):
         return model.state_dict(), model.file_metadata()
 
 
-def unlock(tower: Tower, count: int, want: Want) -> None:
+def unlock(tower: Tower, count: int, want: TowerRequest) -> None:
     """Make the last groups of an image tower trainable, but for what ``want`` does not depend on.
 
     Args:

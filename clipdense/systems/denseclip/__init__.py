@@ -4,13 +4,13 @@ from clipdense.systems.denseclip import convert as convert
 from clipdense.systems.denseclip.config import add_denseclip_config
 from clipdense.systems.denseclip.loss import PixelTextLoss
 from clipdense.systems.denseclip.meta_arch import DenseCLIPRCNN, DenseCLIPRetinaNet, PixelTextSupervised
-from clipdense.systems.denseclip.retinanet import RuledRetinaNet
+from clipdense.systems.denseclip.retinanet import MMDetRetinaNet
 
 __all__ = [
     "DenseCLIPRCNN",
     "DenseCLIPRetinaNet",
     "PixelTextLoss",
     "PixelTextSupervised",
-    "RuledRetinaNet",
+    "MMDetRetinaNet",
     "add_denseclip_config",
 ]

@@ -12,7 +12,7 @@ from clipdense.backbone import SCORE
 from clipdense.backbone.class_text import ClassText
 from clipdense.data.checks import HEAD_CLASSES
 from clipdense.systems.denseclip.loss import PixelTextLoss
-from clipdense.systems.denseclip.retinanet import RuledRetinaNet
+from clipdense.systems.denseclip.retinanet import MMDetRetinaNet
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -131,7 +131,7 @@ class DenseCLIPRCNN(PixelTextSupervised):
 class DenseCLIPRetinaNet(PixelTextSupervised):
     """DenseCLIP's RetinaNet: Detectron2's, with its rules to choose and the auxiliary loss."""
 
-    base_name = RuledRetinaNet.__name__
+    base_name = MMDetRetinaNet.__name__
 
 
 HEAD_CLASSES[PixelTextSupervised.__name__] = "MODEL.PIXEL_TEXT.BASE"

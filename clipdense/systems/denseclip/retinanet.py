@@ -16,7 +16,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["OwnBoxMatcher", "RuledRetinaNet", "TwoSidedBox2BoxTransform", "add_retinanet_rules"]
+__all__ = ["OwnBoxMatcher", "MMDetRetinaNet", "TwoSidedBox2BoxTransform", "add_retinanet_rules"]
 
 
 def add_retinanet_rules(cfg: CN) -> None:
@@ -41,7 +41,7 @@ def add_retinanet_rules(cfg: CN) -> None:
 
 
 @META_ARCH_REGISTRY.register()
-class RuledRetinaNet(RetinaNet):
+class MMDetRetinaNet(RetinaNet):
     """Detectron2's RetinaNet with its rules to choose, see `add_retinanet_rules`."""
 
     @configurable
@@ -164,4 +164,4 @@ def _check(key: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"MODEL.RETINANET.{key} must be {' or '.join(known)}, not {value!r}")
 
 
-HEAD_CLASSES["RuledRetinaNet"] = HEAD_CLASSES["RetinaNet"]
+HEAD_CLASSES["MMDetRetinaNet"] = HEAD_CLASSES["RetinaNet"]

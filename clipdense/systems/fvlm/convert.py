@@ -29,7 +29,7 @@ from clipdense.checkpoint import (
 )
 from clipdense.clip.eva import EVA02_CLIP
 from clipdense.clip.layouts import EVA_CLIP
-from clipdense.clip.trained_on import KEY as TRAINED_ON
+from clipdense.open_vocabulary.trained_on import KEY as TRAINED_ON
 
 __all__ = ["FVIT"]
 

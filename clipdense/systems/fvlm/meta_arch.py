@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clipdense.backbone import JOINT, FrozenCLIPTrunk
 from clipdense.clip.text import TextBank, TextEmbedder
-from clipdense.clip.trained_on import TrainedOn
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.open_vocabulary.trained_on import TrainedOn
 from clipdense.systems.fvlm.roi_heads import CLIP_EMBEDDING, FVLMROIHeads
 from clipdense.systems.fvlm.words import BACKGROUND, build_text, known_rows, training_vocabulary
 

@@ -24,7 +24,6 @@ from clipdense.checkpoint import (
     shown_size,
 )
 from clipdense.clip.layouts import OPENAI_CLIP, config_from_tensors
-from clipdense.clip.trained_on import KEY as TRAINED_ON
 from clipdense.maskformer.convert import (
     DROPS,
     NON_COMMERCIAL,
@@ -33,6 +32,7 @@ from clipdense.maskformer.convert import (
     head_options,
     head_prefixes,
 )
+from clipdense.open_vocabulary.trained_on import KEY as TRAINED_ON
 
 __all__ = ["OVSEG", "ZEGFORMER", "ZEGFORMER_PROPOSALS", "ZSSEG"]
 

@@ -14,14 +14,20 @@ from clipdense.clip import load_clip
 from clipdense.clip.mask_prompts import MaskPrompts, load_mask_prompts
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.text import TextBank
-from clipdense.clip.trained_on import TrainedOn
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import dataset_vocabulary
-from clipdense.maskformer import MLP, MaskFormer, MaskFormerHead, instance_inference, panoptic_inference
+from clipdense.inference import (
+    best_masks,
+    instance_inference,
+    panoptic_inference,
+    semantic_labels,
+    semantic_map,
+)
+from clipdense.maskformer import MLP, MaskFormer, MaskFormerHead
 from clipdense.maskformer.prediction import MaskPrediction
 from clipdense.maskformer.targets import pad_targets
-from clipdense.regions import FusionSettings, best_masks, semantic_labels, semantic_map
-from clipdense.systems.two_stage.encoder import RegionEncoder, cosine_logits, crop_rule
+from clipdense.open_vocabulary.trained_on import TrainedOn
+from clipdense.regions import CropRule, FusionSettings, RegionEncoder, cosine_logits
 from clipdense.systems.two_stage.queries import QueryClassifier
 from clipdense.systems.two_stage.scores import Scoring
 
@@ -102,7 +108,7 @@ class OVSeg(TrainedOn, MaskFormer):
         """As `MaskFormer.from_config`, and ``MODEL.TWO_STAGE``."""
         arguments = MaskFormer.from_config(cfg)
         keys, scores = cfg.MODEL.TWO_STAGE, cfg.MODEL.TWO_STAGE.SCORES
-        pickles = {"allow_pickle": cfg.MODEL.CLIP.ALLOW_PICKLE}
+        pickles = {"allow_pickle": cfg.MODEL.ALLOW_PICKLE}
         clip = load_clip(*keys.CLIP, **pickles) if keys.CLIP else clip_from_config(cfg)
         if clip.text is None:
             raise ValueError(f"'{clip.name}' has no text tower, which names the proposals")
@@ -124,7 +130,7 @@ class OVSeg(TrainedOn, MaskFormer):
             "head": MaskFormerHead(cfg, arguments["backbone"].output_shape(), class_embed=embed),
             "encoder": RegionEncoder(
                 clip,
-                crop_rule(cfg),
+                CropRule.from_config(cfg.MODEL.TWO_STAGE.CROP),
                 mask_prompts=mask_prompts,
                 use_mask_prompts=keys.MASK_PROMPTS.ENABLED,
                 batch_size=keys.CROP_BATCH_SIZE,

@@ -1,0 +1,8 @@
+"""Contrastive pre-training of a CLIP (Radford et al., 2021), with locked text if asked (LiT, Zhai et al.)."""
+
+from clipdense.data.shapes.pretraining.config import add_shapes_pretraining_config
+from clipdense.data.shapes.pretraining.evaluator import CropRetrievalEvaluator
+from clipdense.data.shapes.pretraining.mapper import CropCaptionMapper
+from clipdense.data.shapes.pretraining.meta_arch import ContrastiveCLIP
+
+__all__ = ["ContrastiveCLIP", "CropCaptionMapper", "CropRetrievalEvaluator", "add_shapes_pretraining_config"]

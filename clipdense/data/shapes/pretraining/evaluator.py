@@ -1,0 +1,53 @@
+"""Retrieval between captioned crops and captions: the learning curve of a pre-training."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipdense.data.shapes.pretraining.meta_arch import positive_pairs
+from clipdense.evaluation.base import Results, TaskEvaluator
+from clipdense.evaluation.build import EVALUATOR_REGISTRY
+
+from detectron2.config import CfgNode
+from detectron2.evaluation import DatasetEvaluator
+
+
+class CropRetrievalEvaluator(TaskEvaluator):
+    """Recall at 1 and 5 between all crops and all captions of a data set, in percent.
+
+    A caption counts as found for a crop if any caption with content that the crop shows is among the first k,
+    and the other way round (see `positive_pairs`).
+    """
+
+    outputs = ("image_embeddings",)
+
+    def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings and contents of one image's crops."""
+        return output["image_embeddings"].cpu(), output["text_embeddings"].cpu(), sample["contents"]
+
+    def score(self, records: list[Any]) -> Results:
+        """Recalls over the whole set."""
+        images, texts, contents = (torch.cat(parts) for parts in zip(*records, strict=True))
+        positives = positive_pairs(contents, contents) > 0
+        similarity = images @ texts.T
+        recalls = {
+            f"{name}_R@{k}": _recall(scores, hits, k)
+            for name, scores, hits in (
+                ("image_to_text", similarity, positives),
+                ("text_to_image", similarity.T, positives.T),
+            )
+            for k in (1, 5)
+        }
+        return Results(retrieval=recalls)
+
+
+def _recall(scores: Tensor, hits: Tensor, k: int) -> float:
+    best = scores.topk(min(k, scores.shape[1])).indices
+    return 100 * hits.gather(1, best).any(1).double().mean().item()
+
+
+@EVALUATOR_REGISTRY.register()
+def clip_retrieval(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
+    """Crops and captions of `CropCaptionMapper`."""
+    return CropRetrievalEvaluator(output_dir)

@@ -1,0 +1,1 @@
+"""Pictures: panels of predictions, score maps, training curves, clusters."""

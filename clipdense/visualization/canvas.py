@@ -1,0 +1,174 @@
+"""An image with boxes, masks and names on it, drawn by Detectron2's `Visualizer`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from PIL import ImageFont
+
+from clipdense.visualization.curves import class_color
+from clipdense.visualization.segments import panoptic_segments
+
+from detectron2.utils.visualizer import Visualizer
+
+__all__ = ["Canvas", "Color", "Picture", "fitted", "load_font", "resize"]
+
+Picture = npt.NDArray[np.uint8]
+Color = tuple[float, float, float]
+
+
+def fitted(image: Picture, cell: int) -> tuple[int, int]:
+    """(height, width) with the longer side at `cell` pixels."""
+    height, width = image.shape[:2]
+    scale = cell / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def resize(array: npt.NDArray[Any], size: tuple[int, int], interpolation: int) -> npt.NDArray[Any]:
+    """An array (h, w) or (h, w, C) at another size (height, width)."""
+    if array.shape[0] > size[0] and interpolation == cv2.INTER_CUBIC:
+        interpolation = cv2.INTER_AREA  # smaller without aliasing
+    return np.asarray(cv2.resize(array, size[::-1], interpolation=interpolation))
+
+
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of all pictures, at a size in pixels."""
+    return ImageFont.truetype(
+        os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size
+    )
+
+
+class Canvas:
+    """An image, resized, with Detectron2's Visualizer on it; names are placed last, where they hide least."""
+
+    def __init__(self, image: Picture, cell: int) -> None:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"expected an image (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
+        self._original = image.shape[:2]
+        self._shape = fitted(image, cell)
+        self._visualizer = Visualizer(resize(image, self._shape, cv2.INTER_CUBIC))
+        self._font_size = max(11, round(cell / 38))
+        self._names: list[tuple[str, Color, list[tuple[float, float]]]] = []
+
+    def picture(self) -> Picture:
+        """The drawing, (H', W', 3) uint8 RGB."""
+        taken: list[tuple[float, float, float, float]] = []
+        font = load_font(self._font_size)
+        for name, color, places in self._names:
+            width, height = font.getlength(name) + 4, 1.35 * self._font_size
+            corners = [self._inside(x, y, width, height) for x, y in places]
+            boxes = [(x, y, x + width, y + height) for x, y in corners]
+            best = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
+            taken.append(best)
+            self._visualizer.draw_text(
+                name,
+                (best[0] + 2, best[1] + 2),
+                font_size=self._font_size * 72 / self._visualizer.output.fig.dpi,
+                color=tuple(0.45 + 0.55 * c for c in color),  # light enough for the dark ground of names
+                horizontal_alignment="left",
+            )
+        self._names = []
+        return np.ascontiguousarray(self._visualizer.get_output().get_image())
+
+    def things(
+        self,
+        boxes: npt.NDArray[np.floating] | None,
+        masks: list[npt.NDArray[np.bool_]] | None,
+        classes: list[int],
+        metadata: Any,
+        scores: Sequence[float | None] | None = None,
+    ) -> None:
+        """Boxes (N, 4) x0, y0, x1, y1 and masks N x (H, W), both in pixels of the original image."""
+        if not classes:
+            return
+        resized = None if masks is None else [self._mask(mask) for mask in masks]
+        if boxes is not None:
+            boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+            boxes = boxes * (np.array(self._shape[::-1] * 2) / np.array(self._original[::-1] * 2))
+        # a light fill: the colour of a thing may be what names it
+        colors = [class_color(c) for c in classes]
+        alpha = 0.2 if boxes is not None else 0.4
+        self._visualizer.overlay_instances(boxes=boxes, masks=resized, assigned_colors=colors, alpha=alpha)
+        names = metadata.get("thing_classes") or metadata.get("stuff_classes") or ()
+        height = 1.35 * self._font_size
+        for i, (category, score) in enumerate(zip(classes, scores or [None] * len(classes), strict=True)):
+            if boxes is not None:
+                x0, y0, x1, y1 = boxes[i]
+                places = [
+                    (x0, y0 - height),
+                    (x0, y1),
+                    (x0, y0),
+                    (x1, y0),
+                    (x1, y1 - height),
+                    (x0, (y0 + y1) / 2),
+                ]
+            else:
+                places = self._centres(resized[i] if resized else None, _label(category, names, score))
+            self._names.append((_label(category, names, score), colors[i], places))
+
+    def panoptic(
+        self, ids: npt.NDArray[Any], segments: Sequence[Mapping[str, Any]] | None, metadata: Any
+    ) -> None:
+        """Segment ids (H, W); stuff first, things above it."""
+        segments = panoptic_segments(ids, segments, metadata)
+        stuff = [(ids == s["id"], s["category_id"]) for s in segments if not s["isthing"]]
+        self._regions(stuff, metadata.get("stuff_classes") or (), alpha=0.4)
+        things = [s for s in segments if s["isthing"] and (ids == s["id"]).any()]
+        masks = [ids == s["id"] for s in things]
+        scores = [s.get("score") for s in things]
+        self.things(None, masks, [s["category_id"] for s in things], metadata, scores)
+
+    def labels(self, labels: npt.NDArray[Any], metadata: Any) -> None:
+        """A class for each pixel (H, W); what is no class is left clear."""
+        names = metadata.stuff_classes
+        present, counts = np.unique(labels, return_counts=True)
+        known = [int(c) for c in present[np.argsort(-counts)] if 0 <= c < len(names)]
+        self._regions([(labels == c, c) for c in known], names, alpha=0.45)
+
+    def _regions(
+        self, regions: Iterable[tuple[npt.NDArray[Any], int]], names: Sequence[str], alpha: float
+    ) -> None:
+        for mask, category in regions:
+            resized, color = self._mask(mask), class_color(category)
+            if not resized.any():
+                continue
+            self._visualizer.draw_binary_mask(
+                resized, color=color, edge_color=(1, 1, 1), alpha=alpha, area_threshold=30
+            )
+            if resized.mean() > 0.004:  # a name on what is large enough to carry it
+                name = _label(category, names)
+                self._names.append((name, color, self._centres(resized, name)))
+
+    def _centres(self, mask: Picture | None, name: str) -> list[tuple[float, float]]:
+        """Corners for a name in the middle of a mask's largest part, or a little above or below it."""
+        if mask is None or not mask.any():
+            return [(0, 0)]
+        _, parts, stats, _ = cv2.connectedComponentsWithStats(mask)
+        rows, columns = np.nonzero(parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
+        x = float(np.median(columns)) - load_font(self._font_size).getlength(name) / 2
+        y, step = float(np.median(rows)), 1.4 * self._font_size
+        return [(x, y + k * step) for k in (-0.5, 0.5, -1.5, 1.5, -2.5, 2.5)]
+
+    def _inside(self, x: float, y: float, width: float, height: float) -> tuple[float, float]:
+        return max(0, min(x, self._shape[1] - width)), max(0, min(y, self._shape[0] - height))
+
+    def _mask(self, mask: npt.NDArray[Any]) -> Picture:
+        """A mask (H, W) at the canvas's size, its outline smooth."""
+        resized = resize(np.asarray(mask, np.float32), self._shape, cv2.INTER_LINEAR)
+        return (resized > 0.5).astype(np.uint8)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """Common area of two boxes x0, y0, x1, y1."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _label(category: int, names: Sequence[str], score: float | None = None) -> str:
+    name = names[category] if category < len(names) else str(category)
+    return name if score is None else f"{name} {100 * score:.0f}%"

@@ -1,0 +1,1 @@
+"""Shared parts of the tests: toy models, files in published layouts, reference loops."""

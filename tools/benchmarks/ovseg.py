@@ -1,0 +1,269 @@
+"""What OVSeg adds to its proposals and CLIP forwards, what its options save, memory of large vocabularies."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor, nn
+
+from benchmarks import MIN_PAIRS, Row, flops, peak_memory, wall
+from clipdense import add_clipdense_config
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.inference import semantic_labels
+from clipdense.maskformer.prediction import MaskPrediction
+from clipdense.regions import cosine_logits, crop_masks
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+__all__ = ["add_arguments", "random_masks", "rows"]
+
+CLASSES = 847
+CROP_SIZE = 224
+THRESHOLD = 0.4
+FORWARD_CLASSES = 150
+PIXELS: dict[str, Any] = {"pixel_mean": OPENAI_DATASET_MEAN, "pixel_std": OPENAI_DATASET_STD}
+
+OPTIONS = ("bf16", "fp16", "pruned", "compiled")
+ROWS = ("crop_stage", "k847", "end_to_end", *OPTIONS)
+WHAT = "OVSeg | its proposals, and CLIP on finished crops"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this suite; the defaults are the contract's."""
+    parser.add_argument("--size", type=int, nargs=2, default=(640, 853), help="height and width in pixels")
+    parser.add_argument("--masks", type=int, default=100, help="random masks")
+    parser.add_argument("--batch", type=int, default=64, help="crops that are made at a time")
+    parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=("crop_stage", "k847", "end_to_end", "bf16", "pruned"),
+        help=f"which rows; {', '.join(OPTIONS)} compare OVSeg with and without an option",
+    )
+    parser.add_argument(
+        "--flops-only", action="store_true", help="of end_to_end, leave the wall-clock row out"
+    )
+    parser.add_argument(
+        "--config-file",
+        default="projects/OVSeg/configs/ovseg_r101c_vitb16.yaml",
+        help="config of an OVSeg for end_to_end and the options (weights are random, no data is read)",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        default=Path("tests/crop_loop.py"),
+        help="file with `crop_loop`, the crops mask by mask that ours are timed against",
+    )
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Wall time of the crops; memory that labels of 847 classes take; cost of a whole forward; options."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    height, width = args.size
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, device=device)
+    masks = random_masks(args.masks, height, width).to(device)
+    if "crop_stage" in args.rows:
+        yield _crop_stage(args, image, masks)
+    if "k847" in args.rows:
+        scores = torch.rand(args.masks, CLASSES, device=device).softmax(-1)
+        peak = peak_memory(lambda: semantic_labels(scores, masks, (height, width)))
+        whole = 4 * CLASSES * masks[0].numel()
+        what = f"labels of {CLASSES} classes | their maps"
+        yield Row("ovseg/k847_extra_gb", peak / 1e9, whole / 1e9, "GB", what=what)
+    options = [option for option in OPTIONS if option in args.rows]
+    if "end_to_end" in args.rows or options:
+        model = _model(args, device)
+        batch = [{"image": image, "height": height, "width": width}]
+        if "end_to_end" in args.rows:
+            yield from _end_to_end(args, model, batch)
+        for option in options:
+            yield _option(option, args, model, batch)
+
+
+def random_masks(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Soft ellipses (N, H, W) in 0 .. 1 anywhere in an image, from a twentieth of its sides to all of it."""
+    return _ellipses(count, height, width, seed).sigmoid()
+
+
+def _ellipses(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Their logits."""
+    generator = torch.Generator().manual_seed(seed)
+    side = torch.tensor([height, width])
+    centres = torch.rand(count, 2, generator=generator) * side
+    radii = torch.empty(count, 2).uniform_(0.025, 0.5, generator=generator) * side
+    logits = torch.empty(count, height, width)
+    for logit, (y, x), (down, across) in zip(logits, centres.tolist(), radii.tolist(), strict=True):
+        rows = ((torch.arange(height) - y) / down).square()
+        columns = ((torch.arange(width) - x) / across).square()
+        logit.copy_(4 * (1 - rows[:, None] - columns))
+    return logits
+
+
+def _crop_stage(args: argparse.Namespace, image: Tensor, masks: Tensor) -> Row:
+    loop = _reference(args.reference)
+
+    def ours() -> None:
+        crops = crop_masks(image, masks, "ovseg", size=CROP_SIZE, **PIXELS)
+        for part in crops.parts(args.batch):
+            crops.regions(part), crops.region_masks(part)
+
+    return wall(
+        "ovseg/crop_stage",
+        ours,
+        lambda: loop(image, masks, threshold=THRESHOLD, size=CROP_SIZE, **PIXELS),
+        pairs=args.pairs,
+        kind="speedup",
+        what=f"{args.masks} masks at once | one by one",
+    )
+
+
+class FixedMasks(nn.Module):
+    """Runs a head and hands on the same masks whatever it found.
+
+    With random weights the number of crops, and so CLIP's work, would be a matter of chance.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self.masks: Tensor | None = None
+
+    def forward(self, features: dict[str, Tensor]) -> MaskPrediction:
+        prediction: MaskPrediction = self.head(features)
+        if self.masks is None:
+            self.masks = _ellipses(*prediction.masks.shape[1:]).to(prediction.masks)[None]
+        return MaskPrediction(prediction.logits, self.masks, [])
+
+
+def _model(args: argparse.Namespace, device: str) -> Any:
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = device, ""
+    cfg.MODEL.CLIP.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED = "random"
+    if cfg.MODEL.TWO_STAGE.CLIP:
+        cfg.MODEL.TWO_STAGE.CLIP = [cfg.MODEL.TWO_STAGE.CLIP[0], "random"]
+    cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = args.masks
+    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+    cfg.DATASETS.TRAIN = ()
+    torch.manual_seed(0)
+    model: Any = build_model(cfg).eval().requires_grad_(False)  # the counter of FLOPs follows gradients
+    model.head = FixedMasks(model.head)
+    # random words, for which no text tower has to run
+    generator = torch.Generator().manual_seed(0)
+    text = F.normalize(torch.randn(FORWARD_CLASSES, model.encoder.clip.embed_dim, generator=generator))
+    model.vocabulary = Vocabulary.from_names([f"class {i}" for i in range(FORWARD_CLASSES)])
+    model._words["evaluation"] = [text.to(device)]
+    return model
+
+
+def _forward(model: Any, batch: list[dict[str, Any]]) -> Any:
+    with torch.inference_mode():
+        return model(batch)[0]
+
+
+def _end_to_end(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) -> Iterator[Row]:
+    def ours() -> object:
+        return _forward(model, batch)
+
+    ours()  # what is computed once: masks
+    encoder, size = model.encoder, (args.size[0], args.size[1])
+    with torch.inference_mode():
+        images = model.preprocess_image(batch)
+        masks = F.interpolate(model.head.masks, images.tensor.shape[-2:], mode="bilinear")[0]
+        masks = masks[:, : size[0], : size[1]].sigmoid()
+        crops = crop_masks(batch[0]["image"], masks, encoder.rule, size=encoder.clip.image_size[0], **PIXELS)
+        assert len(crops) == args.masks, f"{len(crops)} different masks, not {args.masks}"
+        regions = [crops.regions(part) for part in crops.parts(encoder.batch_size)]
+
+    def floor() -> None:
+        with torch.inference_mode():
+            model.head(model.backbone(model.preprocess_image(batch).tensor))
+            for part in regions:
+                encoder.clip.encode_image(part)
+
+    yield Row("ovseg/end_to_end_flops", flops(ours) / 1e9, flops(floor) / 1e9, "GFLOP", what=WHAT)
+    if not args.flops_only:
+        yield wall("ovseg/end_to_end", ours, floor, pairs=args.pairs, what=WHAT, warm_up=False)
+
+
+def _option(option: str, args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) -> Row:
+    """Time of a forward with an option and without, and what it changes in CLIP's logits and in labels."""
+    text = model._words["evaluation"][-1]
+    results: dict[str, Tensor] = {}
+
+    def record(module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
+        embeddings, valid = output
+        logits = text.new_full((len(valid), len(text)), torch.nan)
+        results["logits"] = logits.index_put((valid,), cosine_logits(embeddings, text))
+
+    def run() -> dict[str, Tensor]:
+        results["labels"] = _forward(model, batch)["sem_seg"].argmax(0)
+        return dict(results)
+
+    owner, attribute, value = _setting(option, model, batch)
+
+    def ours() -> None:
+        before = getattr(owner, attribute)
+        setattr(owner, attribute, value)
+        found.update(run())
+        setattr(owner, attribute, before)
+
+    def other() -> None:
+        exact.update(run())
+
+    found: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}
+    handle = model.encoder.register_forward_hook(record)
+    ours()  # compilation, and what is computed once
+    name, what = f"ovseg/{option}", f"OVSeg, {option} | without"
+    row = wall(name, ours, other, pairs=args.pairs, kind="speedup", what=what, warm_up=False)
+    handle.remove()
+    change = (found["logits"] - exact["logits"]).abs()
+    seen = ~change.isnan().any(1)
+    row.values = {
+        "logits_max_change": change[seen].max().item(),
+        "logits_mean_change": change[seen].mean().item(),
+        "labels_changed": (found["labels"] != exact["labels"]).float().mean().item(),
+        "crops": int(seen.sum()),
+    }
+    row.notes = (
+        f"CLIP sees {row.values['crops']} of {len(seen)} masks; its logits change by "
+        f"{row.values['logits_max_change']:.3g} at most, {row.values['logits_mean_change']:.3g} on average; "
+        f"{row.values['labels_changed']:.2%} of pixels change their label. {row.notes}"
+    ).strip()
+    return row
+
+
+def _setting(option: str, model: Any, batch: list[dict[str, Any]]) -> tuple[object, str, Any]:
+    """Whose attribute takes which value."""
+    encoder = model.encoder
+    if option == "compiled":
+        return encoder, "_encode", torch.compile(encoder.encode, dynamic=True)
+    if option != "pruned":
+        return encoder, "precision", option
+    with torch.inference_mode():  # half of the queries
+        queries = model.head(model.backbone(model.preprocess_image(batch).tensor)).logits[0]
+        scores = model.classifier(queries, model._words["evaluation"][0]).softmax(-1)
+    return model, "scoring", replace(model.scoring, prune=scores[:, :-1].amax(-1).quantile(0.5).item())
+
+
+def _reference(path: Path) -> Callable[..., object]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: run this from a checkout, or name the file with --reference")
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loop: Callable[..., object] = module.crop_loop
+    return loop
