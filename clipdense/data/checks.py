@@ -7,48 +7,20 @@ from typing import Any
 
 from clipdense.data.datasets import register_from_config
 from clipdense.data.datasets.layouts import load_json
+from clipdense.data.heads import config_value, head_classes
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 __all__ = [
-    "HEAD_CLASSES",
     "check_classes",
     "check_dataset_names",
     "clean_annotations",
     "dataset_classes",
-    "head_classes",
 ]
 
 logger = logging.getLogger(__name__)
-
-HEAD_CLASSES: dict[str, list[tuple[str, str]] | str] = {
-    "GeneralizedRCNN": [("MODEL.ROI_HEADS.NUM_CLASSES", "thing")],
-    "RetinaNet": [("MODEL.RETINANET.NUM_CLASSES", "thing")],
-    "SemanticSegmentor": [("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff")],
-    "PanopticFPN": [("MODEL.ROI_HEADS.NUM_CLASSES", "thing"), ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff")],
-}
-"""Meta-architecture -> config keys that count the classes of its closed-vocabulary heads, and which classes
-each counts.
-
-A system with such heads adds itself; one whose vocabulary changes does not. A meta-architecture that wraps
-another gives the config key that names it."""
-
-
-def head_classes(cfg: CfgNode) -> list[tuple[str, str]]:
-    """The entry of `HEAD_CLASSES` for a config's meta-architecture; empty where it has none."""
-    entry: list[tuple[str, str]] | str = "MODEL.META_ARCHITECTURE"
-    while isinstance(entry, str):
-        entry = HEAD_CLASSES.get(_value(cfg, entry), [])
-    return entry
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        node = node[part]
-    return node
 
 
 def check_dataset_names(names: Sequence[str]) -> None:
@@ -81,8 +53,8 @@ def check_classes(cfg: CfgNode) -> None:
     register_from_config(cfg)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     check_dataset_names(names)
-    for key, kind in head_classes(cfg):
-        node = _value(cfg, key)
+    for head in head_classes(cfg):
+        key, kind, node = head.key, head.kind, config_value(cfg, head.key)
         lists = {name: dataset_classes(name, kind) for name in names}
         for name, classes in lists.items():
             if classes is None:

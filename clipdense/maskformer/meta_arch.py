@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipdense.data.checks import HEAD_CLASSES
+from clipdense.data.heads import HeadClasses, register_head_classes
 from clipdense.inference.merging import instance_inference, panoptic_inference, semantic_inference
 from clipdense.maskformer.criterion import SetCriterion
 from clipdense.maskformer.head import MaskFormerHead
@@ -24,7 +24,7 @@ from detectron2.structures import ImageList
 
 __all__ = ["MaskFormer"]
 
-HEAD_CLASSES["MaskFormer"] = [("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff")]
+register_head_classes("MaskFormer", HeadClasses("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff"))
 
 
 @META_ARCH_REGISTRY.register()

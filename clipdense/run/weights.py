@@ -29,8 +29,8 @@ from clipdense.checkpoint import (
 )
 from clipdense.clip import load_clip
 from clipdense.clip.layouts import MASK_PROMPTS
-from clipdense.data.checks import head_classes
 from clipdense.data.classes import class_names
+from clipdense.data.heads import head_classes
 from clipdense.engine.options import ConfigError
 from clipdense.run.config import add_clipdense_config
 
@@ -235,7 +235,7 @@ def account_model(
     if not (cfg.MODEL.CLIP.PRETRAINED or os.path.isfile(cfg.MODEL.CLIP.NAME)):
         cfg.MODEL.CLIP.PRETRAINED = "random"  # only sizes matter
     if not cfg.MODEL.LANGUAGE.CLASSES and head_classes(cfg):  # the names are not known, and do not matter
-        counted, _ = head_classes(cfg)[0]
+        counted = head_classes(cfg)[0].key
         cfg.MODEL.LANGUAGE.CLASSES = [str(i) for i in range(_get(cfg, counted))]
     try:
         with torch.device("meta"):

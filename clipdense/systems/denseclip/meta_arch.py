@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipdense.backbone import SCORE
 from clipdense.backbone.class_text import ClassText
-from clipdense.data.checks import HEAD_CLASSES
+from clipdense.data.heads import register_head_classes
 from clipdense.systems.denseclip.loss import PixelTextLoss
 from clipdense.systems.denseclip.retinanet import MMDetRetinaNet
 
@@ -134,6 +134,6 @@ class DenseCLIPRetinaNet(PixelTextSupervised):
     base_name = MMDetRetinaNet.__name__
 
 
-HEAD_CLASSES[PixelTextSupervised.__name__] = "MODEL.PIXEL_TEXT.BASE"
-for _detector in (DenseCLIPRCNN, DenseCLIPRetinaNet):
-    HEAD_CLASSES[_detector.__name__] = HEAD_CLASSES[_detector.base_name]
+register_head_classes("PixelTextSupervised", base_key="MODEL.PIXEL_TEXT.BASE")
+register_head_classes("DenseCLIPRCNN", base="GeneralizedRCNN")
+register_head_classes("DenseCLIPRetinaNet", base="MMDetRetinaNet")

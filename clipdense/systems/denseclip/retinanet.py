@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipdense.data.checks import HEAD_CLASSES
+from clipdense.data.heads import register_head_classes
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
@@ -164,4 +164,4 @@ def _check(key: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"MODEL.RETINANET.{key} must be {' or '.join(known)}, not {value!r}")
 
 
-HEAD_CLASSES["MMDetRetinaNet"] = HEAD_CLASSES["RetinaNet"]
+register_head_classes("MMDetRetinaNet", base="RetinaNet")
