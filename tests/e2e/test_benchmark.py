@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import benchmarks
 import pytest
 import torch
 from benchmarks import Row, flops, interleaved, load_suite, peak_memory, suites, table, wall
 from benchmarks.evaluation import synthetic_coco
-
-from clipdense import benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -162,7 +161,7 @@ def test_a_module_of_the_package_is_a_suite(
         "def add_arguments(parser): parser.add_argument('--size', type=int)\n"
         "def rows(args): yield Row('pooling/sum', args.size, 4, 'GFLOP', notes='counted')\n"
     )
-    monkeypatch.setattr(benchmark, "__path__", [*benchmark.__path__, str(tmp_path)])
+    monkeypatch.setattr(benchmarks, "__path__", [*benchmarks.__path__, str(tmp_path)])
     assert tool.main(["pooling", "--size", "5"]) == 0
     printed = capsys.readouterr().out
     assert "1.25" in printed and "x the cost" in printed and "pooling/sum: counted" in printed

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdense import visualize
+from clipdense.visualization import panels
 from clipdense.visualization.canvas import Canvas, load_font
 from clipdense.visualization.curves import class_color, read_metrics
 from clipdense.visualization.panels import (
@@ -152,13 +152,13 @@ def test_pixels_without_scores_are_left_clear() -> None:
 def test_legend() -> None:
     scores = torch.zeros(3, SIZE, SIZE)
     scores[0, :16], scores[2, 16:48] = 1, 1
-    rows = visualize._contents({"sem_seg": scores}, "semantic", METADATA, 0.5)
+    rows = panels._contents({"sem_seg": scores}, "semantic", METADATA, 0.5)
     assert rows == [("sand  50%", 2), ("red star  25%", 0), ("unlabelled  25%", None)]
     both = {"instances": Instances.cat([instances(0.9), instances(0.6), instances(0.1)])}
-    assert visualize._contents(both, "instances", METADATA, 0.5) == [("2 \u00d7 red star", 0)]
+    assert panels._contents(both, "instances", METADATA, 0.5) == [("2 \u00d7 red star", 0)]
     segments = [{"id": i, "category_id": 0, "isthing": True} for i in (1, 2)]
     ids = torch.arange(4).repeat_interleave(16)[:, None].expand(64, 64)
-    rows = visualize._contents({"panoptic_seg": (ids, segments)}, "panoptic", METADATA, 0.5)
+    rows = panels._contents({"panoptic_seg": (ids, segments)}, "panoptic", METADATA, 0.5)
     assert rows == [("2 \u00d7 red star  50%", 0), ("unlabelled  50%", None)]
     picture = draw_legend(IMAGE.repeat(4, 0).repeat(4, 1), [("red star", 0), ("sand", 2)])
     assert picture.shape[1] == 256 and np.array_equal(picture[:256], IMAGE.repeat(4, 0).repeat(4, 1))
