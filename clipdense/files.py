@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["atomic_path"]
+import platformdirs
+
+__all__ = ["WriteError", "atomic_path", "cache_dir", "write_atomically", "write_error", "write_text"]
+
+_LOW_SPACE = 2**30
+
+
+class WriteError(OSError):
+    """A file could not be written; the message names the file, the reason and the free space if it is low."""
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it if the block succeeds and is removed if not."""
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path that replaces ``path`` if the block succeeds and is removed if it fails.
+
+    Whatever happens meanwhile (full disk, Ctrl-C, kill), ``path`` holds either its old content or all of the
+    new content. The parent folder is created. The temporary path has no suffix: pass the file format to
+    libraries that derive it from the suffix.
+
+    Args:
+        path: file to write.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -25,7 +44,59 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp's files are private
+        partial.chmod(0o666 & ~umask)  # mkstemp creates private files
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Write a binary file as a whole or not at all (see `atomic_path`).
+
+    Args:
+        path: file to write.
+        write: fills the open binary file.
+
+    Raises:
+        WriteError: If the file cannot be written; the old file is unchanged.
+    """
+    try:
+        with atomic_path(path) as partial, partial.open("wb") as file:
+            write(file)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        raise write_error(path, error) from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file as a whole or not at all (see `atomic_path`).
+
+    Raises:
+        WriteError: If the file cannot be written; the old file is unchanged.
+    """
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_error(path: str | os.PathLike[str], error: BaseException) -> WriteError:
+    """Return a `WriteError` with the reason that the operating system gave, and the free space if it is low.
+
+    Args:
+        path: file that could not be written.
+        error: exception of the library that wrote it; its causes are searched for an OSError.
+    """
+    folder, cause = Path(path).parent, error
+    while not isinstance(cause, OSError) and (earlier := cause.__cause__ or cause.__context__):
+        cause = earlier
+    reason, number = str(error), None
+    if isinstance(cause, OSError):
+        reason, number = cause.strerror or reason, cause.errno
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < _LOW_SPACE or number in (errno.ENOSPC, errno.EDQUOT):
+            reason += f" ({free / 2**20:.0f} MB free in {folder})"
+    return WriteError(f"cannot write {Path(path)}: {reason}")
+
+
+def cache_dir() -> Path:
+    """Return the cache folder: ``$CLIPDENSE_CACHE``, by default ``clipdense`` in the user's cache folder."""
+    folder = os.environ.get("CLIPDENSE_CACHE")
+    return Path(folder).expanduser() if folder else Path(platformdirs.user_cache_dir("clipdense"))

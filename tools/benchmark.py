@@ -22,6 +22,7 @@ import torch
 from benchmarks import Row, load_suite, suites, table
 
 import clipdense
+from clipdense.files import write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,11 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(path: Path, suite: str, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"suite": suite, "machine": machine(), "rows": [row.to_json() for row in rows]}
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:

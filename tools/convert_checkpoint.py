@@ -18,6 +18,7 @@ import yaml
 from clipdense.checkpoint import CheckpointError
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.options import ConfigError
+from clipdense.files import WriteError
 from clipdense.run.weights import convert_weights
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -85,5 +86,5 @@ def option(text: str) -> tuple[str, Any]:
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, ConfigError, FileNotFoundError) as e:
+    except (CheckpointError, ConfigError, WriteError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")

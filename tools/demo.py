@@ -48,7 +48,7 @@ from clipdense.clip.vocabulary import near
 from clipdense.data.image import read_image
 from clipdense.engine.options import ConfigError
 from clipdense.evaluation.detections import Detections, encode_masks
-from clipdense.files import atomic_path
+from clipdense.files import write_text
 from clipdense.visualization.panels import draw_output, draw_score_map, save_picture
 from clipdense.visualization.segments import KINDS, output_kind, output_segments
 
@@ -279,8 +279,7 @@ class Results:
             "segments": self.segments,
             "failed": [{"file_name": name, "reason": why} for name, why in self._failed.items()],
         }
-        with atomic_path(path) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
+        write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from clipdense.clip import ClipModel, load_clip
 from clipdense.clip.attention import get_mode
 from clipdense.data.checks import check_dataset_names
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView, best_dense_mode
-from clipdense.files import atomic_path
+from clipdense.files import atomic_path, write_text
 from clipdense.run.setup import available_device
 
 from detectron2.data import DatasetCatalog
@@ -164,8 +164,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
 
 
 def write_json(content: Sequence[Mapping[str, Any]], path: Path) -> None:
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(content, indent=1))
+    write_text(path, json.dumps(content, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

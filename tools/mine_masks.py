@@ -40,7 +40,7 @@ from clipdense.data.checks import check_dataset_names
 from clipdense.data.datasets import register_from_config
 from clipdense.data.mask_pairs import write_pairs
 from clipdense.data.nouns import noun_model
-from clipdense.files import atomic_path
+from clipdense.files import write_text
 from clipdense.run.setup import available_device, load_config
 from clipdense.systems.mining.pairs import FileProposals, Filters, GroundTruthProposals, Proposals
 from clipdense.systems.mining.report import (
@@ -170,8 +170,7 @@ def finish(run: MiningRun, arguments: argparse.Namespace) -> None:
     path = run.folder / f"pairs.{arguments.format}"
     write_pairs(path, pairs())
     numbers = statistics.result()
-    with atomic_path(run.folder / "stats.json") as partial:
-        partial.write_text(json.dumps(numbers, indent=1))
+    write_text(run.folder / "stats.json", json.dumps(numbers, indent=1))
     step = max(1, numbers["pairs"] // SHEET)
     seen = 0
     for shard in run.shards():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from clipdense.files import write_text
 from clipdense.run.table import TableError, load_table, markdown, run_cells
 
 TRAIN_NET = str(Path(__file__).with_name("train_net.py"))
@@ -40,10 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def write() -> None:
         if args.markdown:
-            args.markdown.parent.mkdir(parents=True, exist_ok=True)
-            part = args.markdown.with_name(args.markdown.name + ".part")
-            part.write_text(markdown(table, command))
-            part.replace(args.markdown)
+            write_text(args.markdown, markdown(table, command))
 
     def write_early() -> None:
         try:

@@ -15,6 +15,7 @@ from clipdense.engine.launch import launch
 from clipdense.engine.options import ConfigError
 from clipdense.engine.report import print_results, verify
 from clipdense.engine.trainer import Trainer
+from clipdense.files import WriteError
 from clipdense.run.setup import setup
 
 from detectron2.engine import default_argument_parser
@@ -44,5 +45,5 @@ if __name__ == "__main__":
             arguments.dist_url,
             args=(arguments,),
         )
-    except (CheckpointError, ConfigError, FileNotFoundError, FloatingPointError) as e:
+    except (CheckpointError, ConfigError, WriteError, FileNotFoundError, FloatingPointError) as e:
         sys.exit(f"error: {e}")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipdense.files import atomic_path
+from clipdense.files import atomic_path, write_error
 
 METADATA_KEY = "clipdense"
 
@@ -83,15 +83,23 @@ def read_checkpoint(path: str | Path, *, allow_pickle: bool = False, lazy: bool 
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write safetensors with JSON metadata; an earlier file survives a failure.
+    """Write a safetensors file with JSON metadata, as a whole or not at all.
 
     Args:
-        metadata: at least `layout`, the name of the key layout; `options` are the settings that the weights
-            need.
+        path: file to write.
+        state: tensors by key.
+        metadata: at least ``layout``, the name of the key layout; ``options`` holds the settings that the
+            weights need.
+
+    Raises:
+        WriteError: If the file cannot be written; the old file is unchanged.
     """
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, {"format": "pt", METADATA_KEY: json.dumps(dict(metadata))})
+    try:
+        with atomic_path(path) as partial:
+            save_file(tensors, partial, {"format": "pt", METADATA_KEY: json.dumps(dict(metadata))})
+    except (OSError, SafetensorError) as error:
+        raise write_error(path, error) from error
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -6,8 +6,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,22 +18,9 @@ from torch import Tensor, nn
 
 from clipdense.files import atomic_path
 
-__all__ = ["RowStore", "default_cache_dir", "module_fingerprint"]
+__all__ = ["RowStore", "module_fingerprint"]
 
 _log = logging.getLogger(__name__)
-
-
-def default_cache_dir() -> Path:
-    """`CLIPDENSE_CACHE`, else the folder `clipdense` in the platform's cache folder."""
-    if folder := os.environ.get("CLIPDENSE_CACHE"):
-        return Path(folder).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "clipdense"
 
 
 _SCALARS = (bool, int, float, str, type(None))

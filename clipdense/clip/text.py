@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipdense.clip import templates as template_sets
-from clipdense.clip.cache import RowStore, default_cache_dir, module_fingerprint
+from clipdense.clip.cache import RowStore, module_fingerprint
 from clipdense.clip.tokenizer import token_counts
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.files import cache_dir as default_cache_dir
 
 if TYPE_CHECKING:
     from clipdense.clip.model import ClipModel

@@ -6,7 +6,6 @@ on.
 """
 
 import json
-import os
 import pickle
 import shutil
 import zlib
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from clipdense.data.datasets.layouts import load_json
 from clipdense.data.image import read_image, read_labels
+from clipdense.files import atomic_path, write_text
 
 __all__ = [
     "ade20k_full",
@@ -170,7 +170,7 @@ def ade20k_panoptic(root: Path, folder: str, split: str, things: Sequence[int], 
         ("instance", instances, [c for c in categories if c["isthing"]]),
     ):
         content = {"images": images, "annotations": annotations, "categories": kept}
-        _save_json(content, root / f"ade20k_{kind}_{split}.json")
+        write_text(root / f"ade20k_{kind}_{split}.json", json.dumps(content))
 
 
 def ade20k_full(root: Path, split: str, ids: Mapping[int, int], void: int, side: int = 512) -> int:
@@ -299,7 +299,9 @@ def select_categories(
     used = {a["image_id"] for a in annotations}
     images = [i for i in content["images"] if all_images or i["id"] in used]
     categories = [c for c in content["categories"] if listed is None or c["id"] in listed]
-    _save_json(content | {"images": images, "annotations": annotations, "categories": categories}, target)
+    write_text(
+        target, json.dumps(content | {"images": images, "annotations": annotations, "categories": categories})
+    )
     return len(images), len(annotations)
 
 
@@ -330,18 +332,5 @@ def _in_threads(run: Callable[[Path], None], paths: Sequence[Path], title: str) 
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, **_FORMATS[path.suffix])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _save_json(content: Any, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content), "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as partial:
+        image.save(partial, **_FORMATS[path.suffix])

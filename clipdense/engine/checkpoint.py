@@ -1,13 +1,10 @@
 """Checkpoints that survive a full disk and a kill, and weight files that must fit."""
 
-import errno
 import fnmatch
 import logging
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +12,13 @@ import torch
 from torch import nn
 
 from clipdense.checkpoint import LAYOUTS, CheckpointError, convert_model, read_checkpoint
-from clipdense.files import atomic_path
+from clipdense.files import WriteError, write_atomically, write_text
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-__all__ = ["TrainingCheckpointer", "write_atomically"]
+__all__ = ["TrainingCheckpointer"]
 
 _PERIODIC = re.compile(r"model_\d+\.pth")
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object]) -> None:
-    """Let ``write(binary file)`` fill a temporary file beside ``path``, then put it in place.
-
-    Whatever happens meanwhile (full disk, Ctrl-C, kill), ``path`` holds either its old content or all of the
-    new one.
-
-    Raises:
-        CheckpointError: the file could not be written; nothing is left behind.
-    """
-    path = Path(path)
-    try:
-        with atomic_path(path) as partial, open(partial, "wb") as file:
-            write(file)
-    except (OSError, RuntimeError) as e:  # torch reports a failed write as RuntimeError
-        raise CheckpointError(f"cannot write {path}: {_reason(e, path.parent)}") from e
-
-
-def _reason(error: Exception, folder: Path) -> str:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
-    with suppress(OSError):
-        free = shutil.disk_usage(folder).free
-        if free < 2**30 or (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
-            reason += f" ({free / 2**20:.0f} MB free in {folder})"
-    return reason
 
 
 class TrainingCheckpointer(DetectionCheckpointer):
@@ -99,7 +67,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
             write_atomically(Path(self.save_dir, basename), lambda file: torch.save(data, file))
             if tag:
                 self.tag_last_checkpoint(basename)
-        except CheckpointError as e:
+        except WriteError as e:
             last = self.get_checkpoint_file() if self.has_checkpoint() else "none yet"
             raise CheckpointError(f"{e}\nThe last good checkpoint is {last}") from e
         self.logger.info("Saved %s", os.path.join(self.save_dir, basename))
@@ -110,9 +78,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Make ``last_checkpoint`` name this file."""
-        write_atomically(
-            Path(self.save_dir, "last_checkpoint"), lambda file: file.write(last_filename_basename.encode())
-        )
+        write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process left half-written."""

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clipdense.checkpoint import CheckpointError
-from clipdense.engine.checkpoint import write_atomically
 from clipdense.engine.options import TrainerOptions
+from clipdense.files import WriteError, write_text
 
 from detectron2.engine.hooks import IterationTimer
 from detectron2.engine.train_loop import HookBase
@@ -123,7 +123,7 @@ class BestCheckpoint(HookBase):
             self.best = value
             try:
                 self.trainer.save_best(self.metric, value)
-            except CheckpointError as e:
+            except (CheckpointError, WriteError) as e:
                 logger.error("%s", e)
 
 
@@ -142,7 +142,7 @@ class Writers(HookBase):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             rows = [row for row in path.read_text().splitlines() if _iteration(row) < self.trainer.start_iter]
-            write_atomically(path, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
+            write_text(path, "".join(f"{row}\n" for row in rows))
         self._writers = [JSONWriter(str(path)), TensorboardXWriter(self.output_dir)]
 
     def after_step(self) -> None:

@@ -5,12 +5,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from tabulate import tabulate
 from torch import nn
 
-from clipdense.checkpoint import CheckpointError, save_checkpoint
-from clipdense.engine.checkpoint import write_atomically
+from clipdense.checkpoint import save_checkpoint
+from clipdense.files import write_text
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
@@ -36,9 +35,7 @@ def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -
 
 def write_results(results: dict[str, float], folder: Path) -> None:
     """Write flattened metrics to ``results.json`` in a folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(results, indent=1).encode()
-    write_atomically(folder / "results.json", lambda file: file.write(content))
+    write_text(folder / "results.json", json.dumps(results, indent=1))
 
 
 def print_results(results: dict[str, float]) -> None:
@@ -61,14 +58,11 @@ def export(model: nn.Module, path: Path) -> None:
     """Save ``model.export_state() -> (tensors, metadata)`` as safetensors, if the model has one.
 
     Raises:
-        CheckpointError: it cannot be written.
+        WriteError: If the file cannot be written.
     """
     export_state: Any = getattr(model, "export_state", None)
     if export_state is not None:
-        try:
-            save_checkpoint(path, *export_state())
-        except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"cannot write {path}: {e}") from e
+        save_checkpoint(path, *export_state())
 
 
 def results_table(results: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import trainer_arguments
-from clipdense.engine.checkpoint import TrainingCheckpointer, write_atomically
+from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
 from clipdense.engine.ema import ModelEMA
 from clipdense.engine.hooks import default_hooks
@@ -26,6 +26,7 @@ from clipdense.engine.optimizer import build_clipper, keep_frozen_in_eval
 from clipdense.engine.options import TrainerOptions
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.report import write_report
+from clipdense.files import WriteError, write_text
 
 from detectron2.config import configurable
 from detectron2.engine.train_loop import TrainerBase
@@ -285,7 +286,11 @@ class Trainer(TrainerBase):
 
     def _rescue(self, error: Exception) -> None:
         """When something fails between two iterations (data, evaluation), save what was trained so far."""
-        if isinstance(error, CheckpointError) or not self._consistent or self._saved >= self._done:
+        if (
+            isinstance(error, (CheckpointError, WriteError))
+            or not self._consistent
+            or self._saved >= self._done
+        ):
             return
         if comm.get_world_size() == 1:  # the other processes are elsewhere, and saving is a joint effort
             logger.error("%s: %s. Saving a checkpoint before giving up.", type(error).__name__, error)
@@ -351,9 +356,7 @@ class Trainer(TrainerBase):
                 "model_best", tag=False, iteration=self._done - 1, metadata=self.options.metadata
             )
         record = json.dumps({"metric": metric, "value": value, "iteration": self._done - 1})
-        write_atomically(
-            Path(self.options.output_dir, "model_best.json"), lambda file: file.write(record.encode())
-        )
+        write_text(Path(self.options.output_dir, "model_best.json"), record)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from the last checkpoint in the output folder, or begin from ``MODEL.WEIGHTS``.

@@ -12,9 +12,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from clipdense.files import write_text
+
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
 __all__ = ["AlternativeEvaluators", "Results", "TaskEvaluator", "class_table", "save_json"]
 
@@ -116,11 +117,7 @@ class AlternativeEvaluators(DatasetEvaluators):
 
 def save_json(path: str, content: Any) -> None:
     """Write a JSON file whole or not at all: a full disk leaves the old one."""
-    PathManager.mkdirs(os.path.dirname(path) or ".")
-    part = f"{path}.part"
-    with PathManager.open(part, "w") as file:
-        json.dump(content, file)
-    os.replace(part, path)
+    write_text(path, json.dumps(content))
 
 
 def class_table(header: str, values: Iterable[tuple[str, float]], columns: int = 3) -> str:

@@ -55,6 +55,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from clipdense.files import write_text
+
 __all__ = ["Cell", "Row", "Table", "TableError", "collect", "load_table", "markdown", "run_cells"]
 
 
@@ -250,7 +252,7 @@ def _run(cell: Cell, tool: str, stop: threading.Event) -> dict[str, Any] | None:
     unfinished = cell.folder / "command.json"
     # a checkpoint may be resumed only by the command line that made it
     resume = (cell.folder / "last_checkpoint").is_file() and _json(unfinished) == words[1:]
-    _write(unfinished, json.dumps(words[1:]))
+    write_text(unfinished, json.dumps(words[1:]))
     log, start = cell.folder / "run.log", time.time()
     command = [sys.executable, words[0], *(["--resume"] if resume else []), *words[1:]]
     with open(log, "ab") as file:
@@ -272,7 +274,7 @@ def _run(cell: Cell, tool: str, stop: threading.Event) -> dict[str, Any] | None:
         "log": str(log),
         "results": _json(cell.folder / "results.json") or _json(cell.folder / "inference" / "results.json"),
     }
-    _write(cell.folder / "cell.json", json.dumps(state, indent=1))
+    write_text(cell.folder / "cell.json", json.dumps(state, indent=1))
     return state
 
 
@@ -281,14 +283,6 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 # ---- collecting

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from clipdense.files import atomic_path
+
 __all__ = ["class_color", "draw_curve", "read_metrics"]
 
 
@@ -62,10 +64,8 @@ def draw_curve(metrics_json: str | os.PathLike[str], path: str | os.PathLike[str
     for ax, (title, lines) in zip(axes, parts, strict=True):
         _plot(ax, title, lines)
     axes[-1].set_xlabel("iteration")
-    os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
-    part = f"{os.fspath(path)}.part"
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png")
 
 
 _HEIGHTS = {"loss": 3.2, "learning rate": 1.2, "evaluation": 2.6}

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from clipdense.data.image import read_image, read_labels
+from clipdense.files import atomic_path
 from clipdense.visualization.canvas import Canvas, Picture, fitted, load_font, resize
 from clipdense.visualization.curves import class_color, draw_curve
 from clipdense.visualization.segments import class_labels, output_kind, output_segments, to_array
@@ -413,10 +414,8 @@ def _grid(tiles: list[Picture], columns: int) -> Picture:
 
 def save_picture(picture: Picture, path: str | os.PathLike[str]) -> None:
     """Write (H, W, 3) uint8 RGB whole or not at all, as JPEG where the path ends in ``.jpg``, else as PNG."""
-    os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
-    part = f"{os.fspath(path)}.part"
-    if os.fspath(path).lower().endswith(".jpg"):
-        Image.fromarray(picture).save(part, format="JPEG", quality=90)
-    else:
-        Image.fromarray(picture).save(part, format="PNG", optimize=True)
-    os.replace(part, path)
+    with atomic_path(path) as part:
+        if os.fspath(path).lower().endswith(".jpg"):
+            Image.fromarray(picture).save(part, format="JPEG", quality=90)
+        else:
+            Image.fromarray(picture).save(part, format="PNG", optimize=True)

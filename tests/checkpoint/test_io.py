@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipdense.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
-from clipdense.files import atomic_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:FutureWarning")
 
@@ -159,19 +158,6 @@ def test_files_without_tensors_are_named(tmp_path):
         read_checkpoint(tmp_path / "c.npz")
     with pytest.raises(FileNotFoundError, match="no weight file .*d.pt"):
         read_checkpoint(tmp_path / "d.pt")
-
-
-@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_the_previous_file_survives(tmp_path, error):
-    path = tmp_path / "x.txt"
-    path.write_text("before")
-    with pytest.raises(type(error)), atomic_path(path) as partial:
-        partial.write_text("half")
-        raise error
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    with atomic_path(path) as partial:
-        partial.write_text("after")
-    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_saved_file_is_as_readable_as_others(tmp_path):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from clipdense.clip import load_clip, text
-from clipdense.clip.cache import RowStore, default_cache_dir, module_fingerprint
+from clipdense.clip.cache import RowStore, module_fingerprint
 from clipdense.clip.text import LearnedPrompts, TextBank
 from clipdense.clip.towers import TextTower
 from clipdense.clip.vocabulary import Vocabulary
@@ -399,15 +399,6 @@ def test_the_cache_folder(clip, monkeypatch, tmp_path):
     monkeypatch.setenv("CLIPDENSE_CACHE", str(tmp_path))
     TextBank(clip)("cat")
     assert len(list(tmp_path.glob("text/*/*.safetensors"))) == 1
-    monkeypatch.delenv("CLIPDENSE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert default_cache_dir() == tmp_path / "clipdense"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert default_cache_dir() == Path.home() / "Library" / "Caches" / "clipdense"
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert default_cache_dir() == tmp_path / "local" / "clipdense"
 
 
 def golden_tower(path, tokenizer):

@@ -1,4 +1,3 @@
-import errno
 import os
 import pickle
 import resource
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipdense.checkpoint import CheckpointError
-from clipdense.engine.checkpoint import TrainingCheckpointer, write_atomically
+from clipdense.engine.checkpoint import TrainingCheckpointer
 
 
 class Model(nn.Module):
@@ -32,26 +31,6 @@ def write(path: Path, content: Any) -> str:
 
 
 # ---- writing
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "model.pth"
-    path.write_bytes(b"old")
-
-    def half(file: Any) -> None:
-        file.write(b"new, but")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(CheckpointError, match=r"model\.pth: No space left on device \(\d+ MB free"):
-        write_atomically(path, half)
-
-    def interrupted(file: Any) -> None:
-        file.write(b"new, but")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, interrupted)
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["model.pth"]
 
 
 def test_a_real_limit_of_the_file_system(tmp_path: Path) -> None:

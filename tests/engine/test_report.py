@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from clipdense.checkpoint import CheckpointError
 from clipdense.engine.report import export, results_table, verify, write_report
+from clipdense.files import WriteError
 
 from detectron2.config import get_cfg
 
@@ -41,7 +41,7 @@ def test_export(tmp_path: Path) -> None:
     export(nn.Linear(2, 3), tmp_path / "none.safetensors")
     assert not (tmp_path / "none.safetensors").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot write .*export.safetensors"):
+    with pytest.raises(WriteError, match="cannot write .*export.safetensors"):
         export(model, tmp_path / "file" / "export.safetensors")
 
 

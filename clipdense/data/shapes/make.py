@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from clipdense.data.shapes.layouts import coco_captions, coco_instances, coco_pa
 from clipdense.data.shapes.records import png_folders, scene_record, write_scene
 from clipdense.data.shapes.splits import find_split
 from clipdense.data.shapes.world import BASE, render
+from clipdense.files import cache_dir, write_text
 
 __all__ = ["annotation_file", "ensure_shapes", "shapes_root"]
 
@@ -48,8 +48,7 @@ def shapes_root() -> Path:
         root = Path(datasets).expanduser() / "shapes"
         if root.is_dir() or os.access(root.parent, os.W_OK):
             return root
-    cache = os.environ.get("CLIPDENSE_CACHE")
-    return (Path(cache).expanduser() if cache else Path(platformdirs.user_cache_dir("clipdense"))) / "shapes"
+    return cache_dir() / "shapes"
 
 
 def annotation_file(root: Path, kind: str, split: str, images: int | None = None) -> Path:
@@ -103,7 +102,7 @@ def ensure_shapes(
         if _read(done) != _fingerprint():
             _draw_missing(folder, split, images, workers or min(_cores(), 8), progress)
             _write_annotations(folder, split, images)
-            _write(done, _fingerprint())
+            write_text(done, _fingerprint())
     return folder
 
 
@@ -149,7 +148,7 @@ def _default_signals() -> None:
 def _draw_part(root: Path, split: str, span: tuple[int, int]) -> int:
     """Draw images start..stop; their records are written last, so that a part that can be read is whole."""
     records = [write_scene(root, split, index) for index in range(*span)]
-    _write(_part_file(root, split, span[0]), json.dumps({"world": _fingerprint(), "records": records}))
+    write_text(_part_file(root, split, span[0]), json.dumps({"world": _fingerprint(), "records": records}))
     return len(records)
 
 
@@ -176,7 +175,7 @@ def _write_annotations(root: Path, split: str, images: int) -> None:
     if find_split(split).class_weights is not None:
         files["lvis"] = lvis_instances(records, split)
     for kind, content in files.items():
-        _write(annotation_file(root, kind, split, images), json.dumps(content))
+        write_text(annotation_file(root, kind, split, images), json.dumps(content))
 
 
 @lru_cache
@@ -197,16 +196,6 @@ def _read(path: Path) -> str:
         return path.read_text("utf-8")
     except FileNotFoundError:
         return ""
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cores() -> int:

@@ -32,7 +32,7 @@ from clipdense.data.mappers import build_mapper
 from clipdense.data.nouns import NounFinder
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.options import ConfigError
-from clipdense.files import atomic_path
+from clipdense.files import write_text
 from clipdense.systems.mining.pairs import (
     Filters,
     MaskMiner,
@@ -201,8 +201,7 @@ class MiningRun:
     def _compare(self) -> None:
         path, now = self.folder / "run.json", json.loads(json.dumps(self.settings()))
         if not path.is_file():
-            with atomic_path(path) as partial:
-                partial.write_text(json.dumps(now, indent=1))
+            write_text(path, json.dumps(now, indent=1))
             return
         there = load_json(path)
         differing = [
@@ -274,8 +273,7 @@ class MiningRun:
         miner = build_miner(self.cfg, self.proposals, self.filters)
         for shard in shards:
             content = mine_shard(miner, finder, self._images(shard), advance)
-            with atomic_path(self.path(shard)) as partial:
-                partial.write_text(json.dumps(content))
+            write_text(self.path(shard), json.dumps(content))
 
 
 def mine_shard(

@@ -1,0 +1,90 @@
+"""Atomic writing, the error of a full disk, and the cache folder."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipdense.files import WriteError, atomic_path, cache_dir, write_atomically, write_text
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_previous_file_survives_an_error(tmp_path, error):
+    path = tmp_path / "x.txt"
+    path.write_text("before")
+    with pytest.raises(type(error)), atomic_path(path) as partial:
+        partial.write_text("half")
+        raise error
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_path_replaces_the_file_and_creates_its_folder(tmp_path):
+    path = tmp_path / "new" / "x.txt"
+    for content in ("first", "second"):
+        with atomic_path(path) as partial:
+            partial.write_text(content)
+        assert path.read_text() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_full_disk_error_names_file_reason_and_free_space(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"new, but")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(WriteError, match=r"cannot write .*model\.pth: No space left on device \(\d+ MB free"):
+        write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"new, but")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_error_of_torch_names_its_cause(tmp_path):
+    class Full:
+        """A file on a full disk: torch raises RuntimeError from its OSError."""
+
+        def write(self, content):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        def flush(self):
+            pass
+
+    with pytest.raises(WriteError, match=r"quota.*free in"):
+        write_atomically(tmp_path / "model.pth", lambda file: torch.save({"a": torch.zeros(2)}, Full()))
+
+
+def test_file_in_place_of_the_folder_is_a_write_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="cannot write .*x.txt"):
+        write_text(tmp_path / "file" / "x.txt", "content")
+
+
+def test_text_is_utf8(tmp_path):
+    write_text(tmp_path / "x.txt", "naïve")
+    assert (tmp_path / "x.txt").read_bytes() == "naïve".encode()
+
+
+def test_cache_folder(monkeypatch):
+    monkeypatch.setenv("CLIPDENSE_CACHE", "~/kept")
+    assert cache_dir() == Path.home() / "kept"
+    monkeypatch.delenv("CLIPDENSE_CACHE")
+    assert "clipdense" in cache_dir().parts
