@@ -3,6 +3,7 @@ as closed-vocabulary models."""
 
 from clipdense.maskformer import convert as convert
 from clipdense.maskformer import mapper as mapper
+from clipdense.maskformer.class_heads import ClassHead, EmbeddingHead, LinearClassHead
 from clipdense.maskformer.config import add_maskformer_config
 from clipdense.maskformer.criterion import SetCriterion
 from clipdense.maskformer.deformable import MSDeformAttn, MSDeformAttnPixelDecoder, deformable_attention
@@ -26,7 +27,10 @@ __all__ = [
     "PIXEL_DECODER_REGISTRY",
     "TRANSFORMER_DECODER_REGISTRY",
     "BasePixelDecoder",
+    "ClassHead",
+    "EmbeddingHead",
     "HungarianMatcher",
+    "LinearClassHead",
     "MSDeformAttn",
     "MSDeformAttnPixelDecoder",
     "MaskFormer",

@@ -104,7 +104,7 @@ class SetCriterion(nn.Module):
             prediction: of the network.
             targets: true masks of each image, all of one size.
         """
-        masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=prediction.masks.device)
+        masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=prediction.mask_logits.device)
         if comm.get_world_size() > 1:
             dist.all_reduce(masks)
         num_masks = (masks / comm.get_world_size()).clamp(min=1)
@@ -116,10 +116,11 @@ class SetCriterion(nn.Module):
     def _losses(
         self, prediction: MaskPrediction, targets: Sequence[Targets], num_masks: Tensor
     ) -> dict[str, Tensor]:
-        matches = self.matcher(prediction.logits, prediction.masks, targets)
-        with torch.autocast(prediction.masks.device.type, enabled=False):
-            loss_ce = self._class_loss(prediction.logits.float(), targets, matches)
-            loss_mask, loss_dice = self._mask_losses(prediction.masks, targets, matches)
+        class_logits, mask_logits = prediction.require_class_logits(), prediction.mask_logits
+        matches = self.matcher(class_logits, mask_logits, targets)
+        with torch.autocast(mask_logits.device.type, enabled=False):
+            loss_ce = self._class_loss(class_logits.float(), targets, matches)
+            loss_mask, loss_dice = self._mask_losses(mask_logits, targets, matches)
         losses = {"loss_ce": loss_ce, "loss_mask": loss_mask / num_masks, "loss_dice": loss_dice / num_masks}
         return {name: self.weights[name] * loss for name, loss in losses.items()}
 

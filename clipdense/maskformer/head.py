@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clipdense.maskformer.class_heads import LinearClassHead
 from clipdense.maskformer.prediction import (
     PIXEL_DECODER_REGISTRY,
     TRANSFORMER_DECODER_REGISTRY,
@@ -46,8 +47,8 @@ class MaskFormerHead(nn.Module):
 
         Args:
             input_shape: all maps of the backbone.
-            class_embed: from decoded queries to what they are classified by; None for a linear layer to
-                ``MODEL.SEM_SEG_HEAD.NUM_CLASSES`` and "no object".
+            class_embed: the class head; None for a linear layer to ``MODEL.SEM_SEG_HEAD.NUM_CLASSES`` and
+                "no object".
 
         Raises:
             ValueError: maps that the backbone or the pixel decoder does not give.
@@ -69,7 +70,7 @@ class MaskFormerHead(nn.Module):
                 f"TRANSFORMER_IN_FEATURE {in_feature!r} and {keys.PIXEL_DECODER.NAME} give {len(channels)}"
             )
         if class_embed is None:
-            class_embed = nn.Linear(keys.HIDDEN_DIM, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES + 1)
+            class_embed = LinearClassHead(keys.HIDDEN_DIM, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
         return {
             "pixel_decoder": pixel_decoder,
             "predictor": decoder(cfg, channels[0], class_embed),

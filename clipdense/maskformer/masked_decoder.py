@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -172,13 +173,14 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             )
         ):
             if self.training:
-                predictions.append(MaskPrediction(self.class_embed(self.decoder_norm(x)), masks))
+                predictions.append(self.class_embed(self.decoder_norm(x), masks, mask_features))
             level = i % NUM_LEVELS
             blocked = _blocked(masks, sizes[level])
             x = cross(x, query_position, memories[level], positions[level], blocked)
             x = ffn(attend(x, query_position))
             masks = self._masks(x, mask_features)
-        return MaskPrediction(self.class_embed(self.decoder_norm(x)), masks, predictions)
+        last = self.class_embed(self.decoder_norm(x), masks, mask_features)
+        return replace(last, aux=predictions)
 
     def _masks(self, x: Tensor, mask_features: Tensor) -> Tensor:
         return dot_masks(self.mask_embed(self.decoder_norm(x)), mask_features)

@@ -156,12 +156,19 @@ class MaskFormer(nn.Module):
             size = (images.tensor.shape[-2], images.tensor.shape[-1])
             return self.criterion(prediction, pad_targets(targets, size))
         masks = F.interpolate(
-            prediction.masks.float(), size=images.tensor.shape[-2:], mode="bilinear", align_corners=False
+            prediction.mask_logits.float(),
+            size=images.tensor.shape[-2:],
+            mode="bilinear",
+            align_corners=False,
         )
         return [
             self.postprocess(logits, mask, image_size, sample)
             for logits, mask, image_size, sample in zip(
-                prediction.logits.float(), masks, images.image_sizes, batched_inputs, strict=True
+                prediction.require_class_logits().float(),
+                masks,
+                images.image_sizes,
+                batched_inputs,
+                strict=True,
             )
         ]
 

@@ -43,20 +43,42 @@ class PixelFeatures(NamedTuple):
     levels: list[Tensor]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MaskPrediction:
-    """A set of masks with classes.
+    """A set of masks, one for each query, with what classifies them.
 
     Attributes:
-        logits: of the classes, the last of them "no object" (B, Q, K + 1); or, where the network's
-            ``class_embed`` gives embeddings, those (B, Q, D).
-        masks: mask logits (B, Q, H, W).
-        aux: predictions of earlier layers, in their order; in training only.
+        mask_logits: (B, Q, H, W).
+        class_logits: (B, Q, K + 1), "no object" last; None if the class head predicts embeddings only.
+        query_embeddings: (B, Q, D), not normalised, which are compared with text embeddings; None if the
+            class head predicts logits only.
+        aux: predictions of the earlier layers, in order; empty in evaluation.
     """
 
-    logits: Tensor
-    masks: Tensor
+    mask_logits: Tensor
+    class_logits: Tensor | None = None
+    query_embeddings: Tensor | None = None
     aux: list[MaskPrediction] = field(default_factory=list)
+
+    def require_class_logits(self) -> Tensor:
+        """Return the class logits.
+
+        Raises:
+            ValueError: If the class head predicts embeddings, which a classifier has to compare with text.
+        """
+        if self.class_logits is None:
+            raise ValueError("The prediction has query embeddings but no class logits; classify it first.")
+        return self.class_logits
+
+    def require_query_embeddings(self) -> Tensor:
+        """Return the query embeddings.
+
+        Raises:
+            ValueError: If the class head predicts logits of fixed classes.
+        """
+        if self.query_embeddings is None:
+            raise ValueError("The prediction has class logits but no query embeddings to compare with text.")
+        return self.query_embeddings
 
 
 class Targets(NamedTuple):

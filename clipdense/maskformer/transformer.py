@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -166,8 +167,7 @@ class StandardTransformerDecoder(nn.Module):
         """
         Args:
             in_channels: of the map that queries look at.
-            class_embed: from decoded queries (..., hidden_dim) to what they are classified by: logits, or
-                embeddings that are compared with text.
+            class_embed: the class head, a module that follows the `ClassHead` protocol.
             hidden_dim: of queries.
             mask_dim: channels of the map whose pixels are compared with the queries' mask embeddings.
             pre_norm: normalise what sub-layers read, instead of their sums.
@@ -219,8 +219,7 @@ class StandardTransformerDecoder(nn.Module):
         (x,) = levels
         queries = self.transformer(self.input_proj(x), self.query_embed.weight)
         queries = queries if self.training else queries[-1:]
-        logits = self.class_embed(queries).unbind()
-        masks = [dot_masks(embedding, mask_features) for embedding in self.mask_embed(queries).unbind()]
-        *aux, last = map(MaskPrediction, logits, masks)
-        last.aux = aux
-        return last
+        *aux, last = [
+            self.class_embed(q, dot_masks(self.mask_embed(q), mask_features), mask_features) for q in queries
+        ]
+        return replace(last, aux=aux)

@@ -78,21 +78,23 @@ class RegionEncoder(nn.Module):
         embeddings: Tensor = self.mask_prompts(self.clip.visual, regions, region_masks)
         return embeddings
 
-    def forward(self, image: Tensor, masks: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, masks: Tensor, query_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embed one image's masks; a crop goes through CLIP once, however many masks are equal.
 
         Args:
             image: (3, h, w) RGB, 0 .. 255.
             masks: (Q, H, W) at the image's size, or padded right and below; what the rule's threshold is for.
-            wanted: (Q,) bool, the masks to embed; None: all.
+            query_mask: (Q,) bool, the masks to embed; None: all.
 
         Returns:
             (V, D) embeddings of the valid masks in their order, not L2-normalised; (Q,) bool, which are
-            valid, and wanted.
+            valid and in `query_mask`.
         """
         crops = crop_masks(
             image,
-            masks if wanted is None else masks[wanted],
+            masks if query_mask is None else masks[query_mask],
             self.rule,
             size=self.clip.image_size[0],
             pixel_mean=self.clip.pixel_mean,
@@ -104,7 +106,7 @@ class RegionEncoder(nn.Module):
             regions = crops.regions(part)
             with self._autocast(regions.device.type):
                 embeddings.append(self._encode(regions, inside).float())
-        valid = crops.valid if wanted is None else wanted.masked_scatter(wanted, crops.valid)
+        valid = crops.valid if query_mask is None else query_mask.masked_scatter(query_mask, crops.valid)
         return torch.cat(embeddings)[crops.index], valid
 
     def _autocast(self, device: str) -> AbstractContextManager[object]:

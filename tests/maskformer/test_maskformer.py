@@ -82,11 +82,11 @@ def test_images_without_objects_train_too(points: int) -> None:
     criterion = SetCriterion(4, matcher, num_points=points)
     logits, masks = torch.randn(2, 6, 5, requires_grad=True), torch.randn(2, 6, 8, 8, requires_grad=True)
     nothing = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 16, 16, dtype=torch.bool))
-    losses = criterion(MaskPrediction(logits, masks), [nothing, nothing])
+    losses = criterion(MaskPrediction(class_logits=logits, mask_logits=masks), [nothing, nothing])
     sum(losses.values()).backward()
     assert losses["loss_mask"] == losses["loss_dice"] == 0 < losses["loss_ce"]
     assert masks.grad is not None and masks.grad.abs().sum() == 0
-    diverged = MaskPrediction(torch.full_like(logits, torch.nan), masks)
+    diverged = MaskPrediction(class_logits=torch.full_like(logits, torch.nan), mask_logits=masks)
     one = Targets(torch.tensor([1]), torch.ones(1, 16, 16, dtype=torch.bool))
     assert criterion(diverged, [one, nothing])["loss_ce"].isnan()  # which the trainer reports
 

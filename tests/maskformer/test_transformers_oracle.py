@@ -118,16 +118,20 @@ def test_against_transformers() -> None:
     torch.testing.assert_close(mask_features, theirs, atol=1e-6, rtol=0)
 
     queries = transformer(features["res5"], output_hidden_states=True)
-    embed = model.predictor.mask_embed
+    embed, class_head = model.predictor.mask_embed, model.predictor.class_embed
+
+    def classify(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, class_head.weight, class_head.bias)
+
     masks = torch.einsum("bqc,bchw->bqhw", embed(queries.last_hidden_state), theirs)
     prediction = model(features)
     torch.testing.assert_close(
-        prediction.logits, model.predictor.class_embed(queries.last_hidden_state), atol=1e-5, rtol=0
+        prediction.class_logits, classify(queries.last_hidden_state), atol=1e-5, rtol=0
     )
-    torch.testing.assert_close(prediction.masks, masks, atol=1e-4, rtol=0)
+    torch.testing.assert_close(prediction.mask_logits, masks, atol=1e-4, rtol=0)
     # Their states between layers are not normalised; with the last norm they are those of deep supervision.
     states_between = [transformer.decoder.layernorm(x) for x in queries.hidden_states[1:-1]]
     for layer, state in zip(model.train()(features).aux, states_between, strict=False):
-        torch.testing.assert_close(layer.logits, model.predictor.class_embed(state), atol=1e-5, rtol=0)
+        torch.testing.assert_close(layer.class_logits, classify(state), atol=1e-5, rtol=0)
     model.predictor.query_embed.weight[0] += 1
-    assert (model.eval()(features).masks - masks).abs().max() > 1e-3
+    assert (model.eval()(features).mask_logits - masks).abs().max() > 1e-3

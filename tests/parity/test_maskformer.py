@@ -13,9 +13,10 @@ from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.inference import instance_inference, panoptic_inference, semantic_inference
 from clipdense.maskformer import (
-    MLP,
     PIXEL_DECODER_REGISTRY,
+    EmbeddingHead,
     HungarianMatcher,
+    LinearClassHead,
     MaskFormerHead,
     MaskPrediction,
     MSDeformAttnPixelDecoder,
@@ -93,11 +94,11 @@ def head(golden, class_embed, **changes):
     return model
 
 
-def check_layers(golden, prediction, classified):
-    """The last prediction and those before it; the name of what they are classified by."""
+def check_layers(golden, prediction, classified, field="class_logits"):
+    """Compare the last prediction and those before it; `classified` names the recording of a `field`."""
     for prefix, p in [("", prediction), *((f"aux{i}/", p) for i, p in enumerate(prediction.aux))]:
-        close(golden, f"{prefix}{classified}", p.logits, 1e-4)
-        close(golden, f"{prefix}pred_masks", p.masks, 1e-4)
+        close(golden, f"{prefix}{classified}", getattr(p, field), 1e-4)
+        close(golden, f"{prefix}pred_masks", p.mask_logits, 1e-4)
     assert f"aux{len(prediction.aux)}/pred_masks" not in golden.part("out")
 
 
@@ -105,34 +106,34 @@ def check_layers(golden, prediction, classified):
 @torch.no_grad()
 def test_head_with_text(golden):
     h, features = golden.config["head"], golden.part("in")
-    embed = MLP(h["hidden_dim"], h["embed_hidden_dim"], h["embedding_dim"], h["embed_layers"])
+    embed = EmbeddingHead(h["hidden_dim"], h["embed_hidden_dim"], h["embedding_dim"], h["embed_layers"])
     model = head(golden, embed)
     mask_features, levels = model.pixel_decoder(features)
     close(golden, "mask_features", mask_features, 1e-4)
     if levels:
         close(golden, "transformer_encoder_features", levels[0], 1e-4)
     prediction = model(features)
-    check_layers(golden, prediction, "pred_embeddings")
+    check_layers(golden, prediction, "pred_embeddings", "query_embeddings")
     text = torch.cat([features["text_features"], golden.part("state")["clip_adapter.non_object_embedding"]])
     for prefix, p in [("", prediction), *((f"aux{i}/", p) for i, p in enumerate(prediction.aux))]:
-        logits = 100 * F.normalize(p.logits, dim=2) @ F.normalize(text, dim=1).T
+        logits = 100 * F.normalize(p.query_embeddings, dim=2) @ F.normalize(text, dim=1).T
         close(golden, f"{prefix}pred_logits", logits, 2e-3)
     single = model.eval()(features)
     assert single.aux == []
-    close(golden, "pred_masks", single.masks, 1e-4)
+    close(golden, "pred_masks", single.mask_logits, 1e-4)
     for layer in model.predictor.transformer.decoder.layers:
         layer.pre_norm = not layer.pre_norm
-    assert far(golden, "pred_masks", model(features).masks, 1e-4)
+    assert far(golden, "pred_masks", model(features).mask_logits, 1e-4)
 
 
 @pytest.mark.golden(kind="mf1_head")
 @torch.no_grad()
 def test_head_with_linear_classifier(golden):
     h = golden.config["head"]
-    model = head(golden, nn.Linear(h["hidden_dim"], h["num_classes"] + 1))
+    model = head(golden, LinearClassHead(h["hidden_dim"], h["num_classes"]))
     check_layers(golden, model(golden.part("in")), "pred_logits")
     swapped = golden.part("in") | {"res5": golden.part("in")["res5"].flip(3)}
-    assert far(golden, "pred_logits", model(swapped).logits, 1e-4)
+    assert far(golden, "pred_logits", model(swapped).class_logits, 1e-4)
 
 
 # Mask2Former's head
@@ -181,17 +182,17 @@ def test_masked_decoder(golden):
     names = ("hidden_dim", "mask_dim", "num_queries", "nheads", "dim_feedforward", "dec_layers")
     sizes = {k: c[k] for k in (*names, "pre_norm", "enforce_input_project")}
     model = MultiScaleMaskedTransformerDecoder(
-        c["in_channels"], nn.Linear(c["hidden_dim"], c["num_classes"] + 1), **sizes
+        c["in_channels"], LinearClassHead(c["hidden_dim"], c["num_classes"]), **sizes
     )
     model.load_state_dict(below(golden.part("state"), "sem_seg_head.predictor."), strict=True)
     levels = [x["x0"], x["x1"], x["x2"]]
     check_layers(golden, model.train()(levels, x["mask_features"]), "pred_logits")
     single = model.eval()(levels, x["mask_features"])
     assert single.aux == []
-    close(golden, "pred_logits", single.logits, 1e-4)
+    close(golden, "pred_logits", single.class_logits, 1e-4)
     for layer in [*model.transformer_cross_attention_layers, *model.transformer_ffn_layers]:
         layer.pre_norm = not layer.pre_norm
-    assert far(golden, "pred_logits", model(levels, x["mask_features"]).logits, 1e-4)
+    assert far(golden, "pred_logits", model(levels, x["mask_features"]).class_logits, 1e-4)
 
 
 # matching and losses
@@ -202,7 +203,9 @@ def predictions(golden):
     layers = {}
     for name in ("main", *(f"aux{i}" for i in range(golden.config["num_aux"]))):
         logits, masks = (golden.part("in")[f"{name}/pred_{k}"].clone() for k in ("logits", "masks"))
-        layers[name] = MaskPrediction(logits.requires_grad_(), masks.requires_grad_())
+        layers[name] = MaskPrediction(
+            mask_logits=masks.requires_grad_(), class_logits=logits.requires_grad_()
+        )
     layers["main"].aux = [layer for name, layer in layers.items() if name != "main"]
     return layers
 
@@ -225,8 +228,8 @@ def check_losses(golden, criterion, layers, targets):
     close(golden, "loss_total", total, rtol=1e-5)
     total.backward()
     for name, layer in layers.items():
-        close(golden, f"{name}/grad_pred_logits", layer.logits.grad, 1e-6)
-        close(golden, f"{name}/grad_pred_masks", layer.masks.grad, 1e-6)
+        close(golden, f"{name}/grad_pred_logits", layer.class_logits.grad, 1e-6)
+        close(golden, f"{name}/grad_pred_masks", layer.mask_logits.grad, 1e-6)
     return losses
 
 
@@ -254,13 +257,13 @@ def test_criterion(golden):
     size = c["pred_hw"]
     for name, layer in layers.items():
         for b, target in enumerate(targets):
-            logits, masks = layer.logits[b].detach(), layer.masks[b].detach()
+            logits, masks = layer.class_logits[b].detach(), layer.mask_logits[b].detach()
             small = F.interpolate(target.masks[:, None].float(), size, mode="nearest").flatten(1)
             close(golden, f"{name}/cost_class/{b}", class_cost(logits, target.labels), rtol=1e-5)
             close(golden, f"{name}/cost_mask/{b}", focal_cost(masks.flatten(1), small), rtol=1e-5)
             close(golden, f"{name}/cost_dice/{b}", dice_cost(masks.flatten(1), small), rtol=1e-5)
             close(golden, f"{name}/cost_total/{b}", matcher.costs(logits, masks, target), rtol=1e-5)
-        check_matches(golden, name, matcher(layer.logits, layer.masks, targets))
+        check_matches(golden, name, matcher(layer.class_logits, layer.mask_logits, targets))
     criterion = criterion_of(golden, matcher)
     if c["no_object_weight"] > 0:
         close(golden, "criterion.empty_weight", criterion.empty_weight)
@@ -299,11 +302,13 @@ def test_point_criterion(golden, monkeypatch):
     for name, layer in layers.items():
         matching, uniform = points_of(name)
         drawn[:] = [*matching, *matching, *uniform]
-        for b, image in enumerate(zip(layer.logits.detach(), layer.masks.detach(), targets, strict=True)):
+        for b, image in enumerate(
+            zip(layer.class_logits.detach(), layer.mask_logits.detach(), targets, strict=True)
+        ):
             close(golden, f"{name}/cost_total/{b}", matcher.costs(*image), rtol=1e-5)
-        matches = matcher(layer.logits, layer.masks, targets)
+        matches = matcher(layer.class_logits, layer.mask_logits, targets)
         check_matches(golden, name, matches)
-        matched = torch.cat([m[q] for m, (q, _) in zip(layer.masks, matches, strict=True)])
+        matched = torch.cat([m[q] for m, (q, _) in zip(layer.mask_logits, matches, strict=True)])
         close(golden, f"{name}/loss_points", uncertain_points(matched, *sampling), 1e-6)
     drawn[:] = [p for name in layers for kind in points_of(name) for p in kind]
     check_losses(golden, criterion, layers, targets)
@@ -397,14 +402,14 @@ def test_every_output_of_a_published_file(golden, tmp_path):
     ]
     images = model.preprocess_image(samples)
     prediction = model.head(model.backbone(images.tensor))
-    close(golden, "pred_logits", prediction.logits, 1e-3)
-    close(golden, "pred_masks", prediction.masks, 1e-3)
+    close(golden, "pred_logits", prediction.class_logits, 1e-3)
+    close(golden, "pred_masks", prediction.mask_logits, 1e-3)
     for b, output in enumerate(model(samples)):
         close(golden, f"sem_seg{b}", output["sem_seg"], 1e-3)
         check_panoptic(golden, str(b), output["panoptic_seg"], exact=False)
         check_instances(golden, str(b), output["instances"], 1e-3, exact=False)
     model.backbone.norms["res3"] = nn.Identity()
-    assert far(golden, "pred_logits", model.head(model.backbone(images.tensor)).logits, 1e-3)
+    assert far(golden, "pred_logits", model.head(model.backbone(images.tensor)).class_logits, 1e-3)
 
 
 LOST = "head.predictor.mask_embed.layers.2.bias"

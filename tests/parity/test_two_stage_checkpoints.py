@@ -56,11 +56,11 @@ def test_full_size_ovseg_maps_without_rest(golden):
 def test_full_size_zsseg_maps_without_rest(golden):
     prefix = golden.shapes["clip_adapter.prompt_learner.prefix_prompt"][0]
     options = fits(golden, golden.shapes, "zsseg")
-    assert options["MODEL.TWO_STAGE.AFFIXES"] == [prefix, 0]
+    assert options["MODEL.TWO_STAGE.PROMPT_CONTEXT"] == [prefix, 0]
     assert options["MODEL.TWO_STAGE.TEMPLATES"] == "{}."
     absent = json.loads(golden.path.read_text())["_info"]["absent_in_cross_dataset_file"]
     options = fits(golden, {k: v for k, v in golden.shapes.items() if k not in absent}, "zsseg")
-    assert options["MODEL.TWO_STAGE.AFFIXES"] == [0, 0]
+    assert options["MODEL.TWO_STAGE.PROMPT_CONTEXT"] == [0, 0]
     assert options["MODEL.TWO_STAGE.TEMPLATES"] == "ovseg_14"
 
 

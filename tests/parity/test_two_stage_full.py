@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from clipdense.checkpoint import model_layout
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.maskformer import MLP, MaskFormerHead
+from clipdense.maskformer import EmbeddingHead, MaskFormerHead
 from clipdense.regions import cosine_logits
 from clipdense.run.config import add_clipdense_config
 from clipdense.systems.two_stage import QueryClassifier, Scoring
@@ -32,12 +32,14 @@ def test_ovseg(golden, tmp_path):
     for name in ("res2", "res3", "res4", "res5"):
         close(golden, f"backbone_{name}", features[name], 1e-4)
     prediction = model.head(features)
-    close(golden, "pred_embeddings", prediction.logits, 5e-4)
-    close(golden, "pred_masks", prediction.masks, 5e-4)
+    close(golden, "pred_embeddings", prediction.query_embeddings, 5e-4)
+    close(golden, "pred_masks", prediction.mask_logits, 5e-4)
     text = model._embedded("evaluation", model.vocabulary)[0]
-    masks = F.interpolate(prediction.masks, images.tensor.shape[-2:], mode="bilinear", align_corners=False)
+    masks = F.interpolate(
+        prediction.mask_logits, images.tensor.shape[-2:], mode="bilinear", align_corners=False
+    )
     for b, (h, w) in enumerate(images.image_sizes):
-        close(golden, f"pred_logits{b}", model.classifier(prediction.logits[b], text), 5e-3)
+        close(golden, f"pred_logits{b}", model.classifier(prediction.query_embeddings[b], text), 5e-3)
         embeddings, valid = model.encoder(batch[b]["image"], masks[b, :, :h, :w].sigmoid())
         close(golden, f"valid{b}", valid, 0)
         no_object = torch.cat([text, model.classifier.no_object])
@@ -76,9 +78,11 @@ def test_zegformer(golden, tmp_path):
     close(golden, "text_features_test_clip", crops, 1e-5)
     images = model.preprocess_image(batch)
     prediction = model.head(model.backbone(images.tensor))
-    close(golden, "pred_logits", model.classifier(prediction.logits, queries), 5e-3)
-    close(golden, "pred_masks", prediction.masks, 5e-4)
-    masks = F.interpolate(prediction.masks, images.tensor.shape[-2:], mode="bilinear", align_corners=False)
+    close(golden, "pred_logits", model.classifier(prediction.query_embeddings, queries), 5e-3)
+    close(golden, "pred_masks", prediction.mask_logits, 5e-4)
+    masks = F.interpolate(
+        prediction.mask_logits, images.tensor.shape[-2:], mode="bilinear", align_corners=False
+    )
     for b, sample in enumerate(batch):
         embeddings, valid = model.encoder(sample["image"], masks[b])
         assert valid.all()
@@ -108,16 +112,16 @@ def test_zegformer_head(golden):
         f"res{i}": ShapeSpec(channels=channels, stride=2**i) for i, channels in enumerate(h["in_channels"], 2)
     }
     keys.DROPOUT = 0.0
-    embed = MLP(h["hidden_dim"], 0, text.shape[1], 1)
+    embed = EmbeddingHead(h["hidden_dim"], 0, text.shape[1], 1)
     model = MaskFormerHead(cfg, shapes, class_embed=embed)
-    classifier = QueryClassifier(text.shape[1], unit_no_object=False)
+    classifier = QueryClassifier(text.shape[1], normalize_no_object=False)
     layout = model_layout(golden.part("state"))
     state = layout.convert(golden.part("state"))
     files.load_strict(model, files.below(state, "head."), source=golden.id)
     files.load_strict(classifier, files.below(state, "classifier."), source=golden.id)
     prediction = model.train()(features)  # so that every layer predicts
     for prefix, p in [("", prediction), *((f"aux{i}/", p) for i, p in enumerate(prediction.aux))]:
-        close(golden, f"{prefix}pred_masks", p.masks, 1e-4)
-        close(golden, f"{prefix}pred_logits", classifier(p.logits, text), 1e-3)
-    classifier.unit_no_object = True
-    assert far(golden, "pred_logits", classifier(prediction.logits, text), 1e-3)
+        close(golden, f"{prefix}pred_masks", p.mask_logits, 1e-4)
+        close(golden, f"{prefix}pred_logits", classifier(p.query_embeddings, text), 1e-3)
+    classifier.normalize_no_object = True
+    assert far(golden, "pred_logits", classifier(prediction.query_embeddings, text), 1e-3)

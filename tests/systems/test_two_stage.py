@@ -130,8 +130,12 @@ def test_base_classes_are_those_of_training(model: OVSeg) -> None:
     model.scoring = Scoring("ensemble", "zsseg", FusionSettings(0.0, 1.0), "boost")
     masks = model.preprocess_image(batch())
     prediction = model.head(model.backbone(masks.tensor))
-    logits = model.classifier(prediction.logits, model._embedded("evaluation", model.vocabulary)[0])[0]
-    large = torch.nn.functional.interpolate(prediction.masks, masks.tensor.shape[-2:], mode="bilinear")[0]
+    logits = model.classifier(
+        prediction.query_embeddings, model._embedded("evaluation", model.vocabulary)[0]
+    )[0]
+    large = torch.nn.functional.interpolate(prediction.mask_logits, masks.tensor.shape[-2:], mode="bilinear")[
+        0
+    ]
     scores = model.scores(logits, large, masks.image_sizes[0], batch()[0]["image"])
     torch.testing.assert_close(scores[:, 1:], logits.softmax(1)[:, 1:])
     assert (scores[:, 0] - logits.softmax(1)[:, 0]).abs().max() > 1e-3
@@ -233,3 +237,12 @@ def test_an_adapted_clip_takes_its_place(model: OVSeg, tmp_path: Path) -> None:
         torch.testing.assert_close(value, own[part] if replaced else published[key])
     assert len(state["encoder.mask_prompts.prompts"]) == 1
     assert not torch.equal(state["encoder.clip.visual.proj"], published["encoder.clip.visual.proj"])
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "new"),
+    [("CLIP", ["shapes-vit", ""], "CROP_CLIP.NAME"), ("SCORES.PRUNE", 0.1, "SCORES.MIN_QUERY_SCORE")],
+)
+def test_renamed_keys_are_refused_with_the_new_name(old: str, value: Any, new: str) -> None:
+    with pytest.raises(KeyError, match=new):
+        small_config().merge_from_list([f"MODEL.TWO_STAGE.{old}", value])

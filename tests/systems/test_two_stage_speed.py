@@ -81,7 +81,9 @@ def test_hopeless_queries_are_not_seen(
     p = proposals.softmax(1)
     best = p[:, :-1].amax(1)
     scoring = Scoring("ensemble", "ovseg", FusionSettings(0.7, 0.7), empty)
-    pruning = Scoring("ensemble", "ovseg", FusionSettings(0.7, 0.7), empty, prune=best.median().item() + 1e-6)
+    pruning = Scoring(
+        "ensemble", "ovseg", FusionSettings(0.7, 0.7), empty, min_query_score=best.median().item() + 1e-6
+    )
 
     seen = []
     encode = exact._encode
@@ -89,15 +91,15 @@ def test_hopeless_queries_are_not_seen(
 
     def scores(scoring: Scoring) -> Tensor:
         seen.clear()
-        wanted = scoring.wanted(proposals)
-        embeddings, valid = exact(*data, wanted)
-        return scoring(proposals, cosine_logits(embeddings, text), valid, None, wanted)
+        query_mask = scoring.query_mask(proposals)
+        embeddings, valid = exact(*data, query_mask)
+        return scoring(proposals, cosine_logits(embeddings, text), valid, None, query_mask)
 
     whole = scores(scoring)
     assert sum(seen) == 5
-    pruned = scores(pruning)
-    kept = best >= pruning.prune
+    min_query_scored = scores(pruning)
+    kept = best >= pruning.min_query_score
     assert 0 < kept.sum() < 6 and sum(seen) == (kept & data[1].flatten(1).any(1)).sum()
-    torch.testing.assert_close(pruned[kept], whole[kept])
-    torch.testing.assert_close(pruned[~kept], p[~kept])
-    assert (pruned - whole).abs().max() > 1e-3
+    torch.testing.assert_close(min_query_scored[kept], whole[kept])
+    torch.testing.assert_close(min_query_scored[~kept], p[~kept])
+    assert (min_query_scored - whole).abs().max() > 1e-3

@@ -141,8 +141,8 @@ class FixedMasks(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> MaskPrediction:
         prediction: MaskPrediction = self.head(features)
         if self.masks is None:
-            self.masks = _ellipses(*prediction.masks.shape[1:]).to(prediction.masks)[None]
-        return MaskPrediction(prediction.logits, self.masks, [])
+            self.masks = _ellipses(*prediction.mask_logits.shape[1:]).to(prediction.mask_logits)[None]
+        return replace(prediction, mask_logits=self.masks)
 
 
 def _model(args: argparse.Namespace, device: str) -> Any:
@@ -151,8 +151,7 @@ def _model(args: argparse.Namespace, device: str) -> Any:
     cfg.merge_from_file(args.config_file)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = device, ""
     cfg.MODEL.CLIP.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED = "random"
-    if cfg.MODEL.TWO_STAGE.CLIP:
-        cfg.MODEL.TWO_STAGE.CLIP = [cfg.MODEL.TWO_STAGE.CLIP[0], "random"]
+    cfg.MODEL.TWO_STAGE.CROP_CLIP.PRETRAINED = "random"
     cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = args.masks
     cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
     cfg.DATASETS.TRAIN = ()
@@ -253,9 +252,15 @@ def _setting(option: str, model: Any, batch: list[dict[str, Any]]) -> tuple[obje
     if option != "pruned":
         return encoder, "precision", option
     with torch.inference_mode():  # half of the queries
-        queries = model.head(model.backbone(model.preprocess_image(batch).tensor)).logits[0]
+        queries = model.head(model.backbone(model.preprocess_image(batch).tensor)).require_query_embeddings()[
+            0
+        ]
         scores = model.classifier(queries, model._words["evaluation"][0]).softmax(-1)
-    return model, "scoring", replace(model.scoring, prune=scores[:, :-1].amax(-1).quantile(0.5).item())
+    return (
+        model,
+        "scoring",
+        replace(model.scoring, min_query_score=scores[:, :-1].amax(-1).quantile(0.5).item()),
+    )
 
 
 def _reference(path: Path) -> Callable[..., object]:

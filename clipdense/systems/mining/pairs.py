@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipdense.clip.text import TextBank
@@ -30,8 +29,6 @@ from clipdense.data.mappers import map_image
 from clipdense.data.mask_pairs import labelled_segments
 from clipdense.regions.encoder import RegionEncoder, cosine_logits
 from clipdense.systems.two_stage.meta_arch import OVSeg
-
-from detectron2.modeling.postprocessing import sem_seg_postprocess
 
 __all__ = [
     "FileProposals",
@@ -85,13 +82,8 @@ class ModelProposals:
 
     def __call__(self, record: Record, image: Picture) -> Tensor:
         """See `Proposals`."""
-        model, rule = self.model, self.model.encoder.rule
         sample = map_image(self.mapper, image if self.mapper.image_format == "RGB" else image[:, :, ::-1])
-        images = model.preprocess_image([sample])
-        logits = model.head(model.backbone(images.tensor)).masks.float()
-        logits = F.interpolate(logits, images.tensor.shape[-2:], mode="bilinear", align_corners=False)[0]
-        masks: Tensor = sem_seg_postprocess(logits, images.image_sizes[0], *image.shape[:2])
-        return (masks if rule.padded_logits else masks.sigmoid()) > rule.threshold
+        return self.model.propose_masks({**sample, "height": image.shape[0], "width": image.shape[1]})
 
 
 class GroundTruthProposals:

@@ -222,7 +222,11 @@ class MiningRun:
         shape |= {f"INPUT.{k}": cfg.INPUT[k] for k in ("FORMAT", "MAPPER", "MIN_SIZE_TEST", "MAX_SIZE_TEST")}
         for key in ("MODEL.DEVICE", "MODEL.WEIGHTS"):
             shape.pop(key)
-        adapted = [cfg.MODEL.TWO_STAGE.ADAPTED_CLIP, cfg.MODEL.CLIP.PRETRAINED, *cfg.MODEL.TWO_STAGE.CLIP]
+        adapted = [
+            cfg.MODEL.TWO_STAGE.ADAPTED_CLIP,
+            cfg.MODEL.CLIP.PRETRAINED,
+            *cfg.MODEL.TWO_STAGE.CROP_CLIP.values(),
+        ]
         words = hashlib.sha256(json.dumps([self.records]).encode()).hexdigest()[:16]
         return {
             **self.named,

@@ -4,11 +4,12 @@ ZegFormer (Ding et al., CVPR 2022).
 
 from clipdense.systems.two_stage import convert as convert
 from clipdense.systems.two_stage.config import add_two_stage_config
-from clipdense.systems.two_stage.meta_arch import OVSeg
+from clipdense.systems.two_stage.meta_arch import MaskProposals, OVSeg
 from clipdense.systems.two_stage.queries import QueryClassifier
 from clipdense.systems.two_stage.scores import Scoring
 
 __all__ = [
+    "MaskProposals",
     "OVSeg",
     "QueryClassifier",
     "Scoring",

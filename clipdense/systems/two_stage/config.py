@@ -2,6 +2,13 @@
 
 from detectron2.config import CfgNode as CN
 
+_RENAMED = {
+    "CLIP": "CROP_CLIP.NAME and CROP_CLIP.PRETRAINED",
+    "AFFIXES": "PROMPT_CONTEXT",
+    "UNIT_NO_OBJECT": "NORMALIZE_NO_OBJECT",
+    "SCORES.PRUNE": "SCORES.MIN_QUERY_SCORE",
+}
+
 
 def add_two_stage_config(cfg: CN) -> None:
     """Add ``MODEL.TWO_STAGE`` to ``cfg`` (in place).
@@ -10,26 +17,30 @@ def add_two_stage_config(cfg: CN) -> None:
     al., ECCV 2022) and ZegFormer's (Ding et al., CVPR 2022) stand beside them where they differ.
     """
     cfg.MODEL.TWO_STAGE = CN()
-    # Name and weights of the CLIP of words and crops, as MODEL.CLIP.NAME and PRETRAINED; [] for MODEL.CLIP,
-    # which may be the backbone's, too.
-    cfg.MODEL.TWO_STAGE.CLIP = []
+    # The CLIP that encodes class names and crops, as MODEL.CLIP.NAME and PRETRAINED. NAME "": MODEL.CLIP,
+    # which may also be the backbone's.
+    cfg.MODEL.TWO_STAGE.CROP_CLIP = CN()
+    cfg.MODEL.TWO_STAGE.CROP_CLIP.NAME = ""
+    cfg.MODEL.TWO_STAGE.CROP_CLIP.PRETRAINED = ""
     # A file that MaskAdaptedCLIP has exported: its image tower, with its mask prompts if it has any, sees the
     # crops, whatever MODEL.WEIGHTS holds.
     cfg.MODEL.TWO_STAGE.ADAPTED_CLIP = ""
-    # Prompt templates of the text that queries are compared with, a set's name or one sentence with {} in it
-    # (ZegFormer: "zegformer_8" in training, "single_scene" in evaluation), and of the text that crops are
-    # compared with, "" for the same (ZegFormer: "zegformer_32").
+    # Prompt templates of the text that queries are compared with: the name of a set, or one sentence with {}
+    # in it (ZegFormer: "single_scene").
     cfg.MODEL.TWO_STAGE.TEMPLATES = "ovseg_14"
+    # The same in training; "": TEMPLATES (ZegFormer: "zegformer_8").
+    cfg.MODEL.TWO_STAGE.TRAIN_TEMPLATES = ""
+    # Prompt templates of the text that crops are compared with; "": TEMPLATES (ZegFormer: "zegformer_32").
     cfg.MODEL.TWO_STAGE.CROP_TEMPLATES = ""
     # Learned vectors before and after every class name, whose templates end in a full stop (zsseg: [16, 0]
     # with templates "{}.").
-    cfg.MODEL.TWO_STAGE.AFFIXES = [0, 0]
+    cfg.MODEL.TWO_STAGE.PROMPT_CONTEXT = [0, 0]
     # Linear layers from a query to its embedding, and width of those between (ZegFormer: one).
     cfg.MODEL.TWO_STAGE.EMBED_LAYERS = 2
     cfg.MODEL.TWO_STAGE.EMBED_HIDDEN_DIM = 1024
     # Whether the learned embedding of "no object" is scaled to length 1 as those of words are (ZegFormer:
     # not).
-    cfg.MODEL.TWO_STAGE.UNIT_NO_OBJECT = True
+    cfg.MODEL.TWO_STAGE.NORMALIZE_NO_OBJECT = True
     # Cosines of crops are multiplied by it before the softmax; 0 for CLIP's own scale (ZegFormer).
     cfg.MODEL.TWO_STAGE.CROP_SCALE = 100.0
 
@@ -68,8 +79,11 @@ def add_two_stage_config(cfg: CN) -> None:
     cfg.MODEL.TWO_STAGE.SCORES.EMPTY = "neutral"
     cfg.MODEL.TWO_STAGE.SCORES.CLIP_BACKGROUND = False
     # Queries whose best class has a lower probability in the proposals' own scores are not shown to CLIP.
-    cfg.MODEL.TWO_STAGE.SCORES.PRUNE = 0.0
+    cfg.MODEL.TWO_STAGE.SCORES.MIN_QUERY_SCORE = 0.0
     # Taken from the semantic maps of base classes (ZegFormer: 0.1).
     cfg.MODEL.TWO_STAGE.CALIBRATION = 0.0
     # Semantic maps of the best query of each class alone, its mask binarised (OVSeg's demo).
     cfg.MODEL.TWO_STAGE.BEST_MASKS = False
+
+    for old, new in _RENAMED.items():
+        cfg.register_renamed_key(f"MODEL.TWO_STAGE.{old}", f"MODEL.TWO_STAGE.{new}")

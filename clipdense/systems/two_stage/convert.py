@@ -114,7 +114,7 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
             ours, (f"{_EMBED}0.bias", 0), (f"{_EMBED}0.weight", 0)
         ),
         "MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH": 0 if prompts is None else len(prompts),
-        "MODEL.TWO_STAGE.AFFIXES": [len(ours.get(f"prompts.{x}fix", ())) for x in ("pre", "suf")],
+        "MODEL.TWO_STAGE.PROMPT_CONTEXT": [len(ours.get(f"prompts.{x}fix", ())) for x in ("pre", "suf")],
         "MODEL.TWO_STAGE.SCORES.EMPTY": "boost",
     }
 
@@ -159,7 +159,7 @@ def _zegformer(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
     return _options(state, classes) | {
         "MODEL.TWO_STAGE.TEMPLATES": "single_scene",
         "MODEL.TWO_STAGE.CROP_TEMPLATES": "zegformer_32",
-        "MODEL.TWO_STAGE.UNIT_NO_OBJECT": False,
+        "MODEL.TWO_STAGE.NORMALIZE_NO_OBJECT": False,
         "MODEL.TWO_STAGE.CROP_SCALE": 0.0,
         "MODEL.TWO_STAGE.CROP.THRESHOLD": 0.0,
         "MODEL.TWO_STAGE.CROP.SAMPLING": "roi_align",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from clipdense.inference import (
     semantic_labels,
     semantic_map,
 )
-from clipdense.maskformer import MLP, MaskFormer, MaskFormerHead
+from clipdense.maskformer import EmbeddingHead, MaskFormer, MaskFormerHead
 from clipdense.maskformer.prediction import MaskPrediction
 from clipdense.maskformer.targets import pad_targets
 from clipdense.open_vocabulary.trained_on import TrainedOn
@@ -38,6 +39,21 @@ from detectron2.modeling.postprocessing import sem_seg_postprocess
 __all__ = ["OVSeg"]
 
 TEXT = "encoder.clip.text."
+
+
+@dataclass(frozen=True)
+class MaskProposals:
+    """Class-agnostic masks of a batch.
+
+    Attributes:
+        mask_logits: (B, Q, H, W) at the size of the padded images.
+        query_embeddings: (B, Q, D), not normalised, in the space of the text embeddings.
+        image_sizes: height and width of each image without padding, in pixels.
+    """
+
+    mask_logits: Tensor
+    query_embeddings: Tensor
+    image_sizes: list[tuple[int, int]]
 
 
 @META_ARCH_REGISTRY.register()
@@ -60,6 +76,7 @@ class OVSeg(TrainedOn, MaskFormer):
         encoder: RegionEncoder,
         classifier: QueryClassifier,
         templates: str = "ovseg_14",
+        train_templates: str = "",
         crop_templates: str = "",
         prompts: AffixPrompts | None = None,
         scoring: Scoring | None = None,
@@ -75,7 +92,9 @@ class OVSeg(TrainedOn, MaskFormer):
         Args:
             encoder: the CLIP branch; its CLIP has the text tower, too.
             classifier: of queries, whose embeddings the head gives.
-            templates: of the text for queries; crop_templates: for crops, "" for the same.
+            templates: prompt templates of the text for queries.
+            train_templates: the same in training; "": `templates`.
+            crop_templates: prompt templates of the text for crops; "": `templates`.
             prompts: learned vectors around class names.
             scoring: default: OVSeg's.
             keep_encoder: the encoder of a file that is loaded gives way to this one, but for its text tower.
@@ -95,6 +114,7 @@ class OVSeg(TrainedOn, MaskFormer):
         self.crop_scale, self.calibration = crop_scale, calibration
         self.best_masks = best_masks
         self.max_dense_classes = max_dense_classes
+        self._train_bank = TextBank(encoder.clip, train_templates or templates, prompts=prompts)
         self._banks = [
             TextBank(encoder.clip, template, prompts=prompts)
             for template in dict.fromkeys((templates, crop_templates or templates))
@@ -109,16 +129,21 @@ class OVSeg(TrainedOn, MaskFormer):
         arguments = MaskFormer.from_config(cfg)
         keys, scores = cfg.MODEL.TWO_STAGE, cfg.MODEL.TWO_STAGE.SCORES
         pickles = {"allow_pickle": cfg.MODEL.ALLOW_PICKLE}
-        clip = load_clip(*keys.CLIP, **pickles) if keys.CLIP else clip_from_config(cfg)
+        crop_clip = keys.CROP_CLIP
+        clip = (
+            load_clip(crop_clip.NAME, crop_clip.PRETRAINED, **pickles)
+            if crop_clip.NAME
+            else clip_from_config(cfg)
+        )
         if clip.text is None:
             raise ValueError(f"'{clip.name}' has no text tower, which names the proposals")
         hidden = cfg.MODEL.MASK_FORMER.HIDDEN_DIM
-        embed = MLP(hidden, keys.EMBED_HIDDEN_DIM, clip.embed_dim, keys.EMBED_LAYERS)
+        embed = EmbeddingHead(hidden, keys.EMBED_HIDDEN_DIM, clip.embed_dim, keys.EMBED_LAYERS)
         mask_prompts = None
         if keys.ADAPTED_CLIP:
-            if cfg.MODEL.CLIP.POSITION_GRID and not keys.CLIP:
+            if cfg.MODEL.CLIP.POSITION_GRID and not crop_clip.NAME:
                 raise ValueError("MODEL.CLIP.POSITION_GRID: an adapted CLIP keeps its own grid; set it to 0")
-            name = keys.CLIP[0] if keys.CLIP else cfg.MODEL.CLIP.NAME
+            name = crop_clip.NAME or cfg.MODEL.CLIP.NAME
             adapted = load_clip(name, keys.ADAPTED_CLIP, text=False, **pickles)
             clip.visual, clip.logit_scale = adapted.visual, adapted.logit_scale
             mask_prompts = load_mask_prompts(keys.ADAPTED_CLIP, **pickles)
@@ -137,14 +162,20 @@ class OVSeg(TrainedOn, MaskFormer):
                 precision=keys.PRECISION,
                 compile=keys.COMPILE,
             ),
-            "classifier": QueryClassifier(clip.embed_dim, unit_no_object=keys.UNIT_NO_OBJECT),
+            "classifier": QueryClassifier(clip.embed_dim, normalize_no_object=keys.NORMALIZE_NO_OBJECT),
             "templates": keys.TEMPLATES,
+            "train_templates": keys.TRAIN_TEMPLATES,
             "crop_templates": keys.CROP_TEMPLATES,
-            "prompts": AffixPrompts(keys.AFFIXES[0], keys.AFFIXES[1], clip.text.width)
-            if any(keys.AFFIXES)
+            "prompts": AffixPrompts(*keys.PROMPT_CONTEXT, clip.text.width)
+            if any(keys.PROMPT_CONTEXT)
             else None,
             "scoring": Scoring(
-                scores.SOURCE, scores.FUSION, settings, scores.EMPTY, scores.CLIP_BACKGROUND, scores.PRUNE
+                scores.SOURCE,
+                scores.FUSION,
+                settings,
+                scores.EMPTY,
+                scores.CLIP_BACKGROUND,
+                scores.MIN_QUERY_SCORE,
             ),
             "keep_encoder": bool(keys.ADAPTED_CLIP),
             "crop_scale": keys.CROP_SCALE,
@@ -169,23 +200,59 @@ class OVSeg(TrainedOn, MaskFormer):
         """As `MaskFormer`: losses in training; otherwise for each image those that are on of ``sem_seg``
         (K, H, W), or ``sem_seg_labels`` (H, W) of a large vocabulary, ``panoptic_seg`` and ``instances``.
         """
-        images = self.preprocess_image(batched_inputs)
-        prediction = self.head(self.backbone(images.tensor))
-        size = (images.tensor.shape[-2], images.tensor.shape[-1])
         if self.training:
+            images = self.preprocess_image(batched_inputs)
+            prediction = self.head(self.backbone(images.tensor))
+            size = (images.tensor.shape[-2], images.tensor.shape[-1])
             if self.trained_on is not self._labels:  # the weights now learn other classes than they knew
                 self.set_trained_on(self._labels)
             targets = [self._targets(sample) for sample in batched_inputs]
             words = self._embedded("training", self._labels)[0]
             return self.criterion(self._classify(prediction, words), pad_targets(targets, size))
-        prediction = self._classify(prediction, self._embedded("evaluation", self.vocabulary)[0])
-        masks = F.interpolate(prediction.masks.float(), size, mode="bilinear", align_corners=False)
+        proposals = self.propose(batched_inputs)
+        class_logits = self.classify(proposals.query_embeddings)
         return [
             self.postprocess(logits, mask, image_size, sample)
             for logits, mask, image_size, sample in zip(
-                prediction.logits.float(), masks, images.image_sizes, batched_inputs, strict=True
+                class_logits, proposals.mask_logits, proposals.image_sizes, batched_inputs, strict=True
             )
         ]
+
+    def propose(self, batched_inputs: Sequence[dict[str, Any]]) -> MaskProposals:
+        """Predict class-agnostic masks; needs no vocabulary.
+
+        Args:
+            batched_inputs: each with ``image`` (3, H, W) in 0 .. 255.
+        """
+        images = self.preprocess_image(batched_inputs)
+        prediction = self.head(self.backbone(images.tensor))
+        size = images.tensor.shape[-2:]
+        return MaskProposals(
+            F.interpolate(prediction.mask_logits.float(), size, mode="bilinear", align_corners=False),
+            prediction.require_query_embeddings(),
+            [(h, w) for h, w in images.image_sizes],
+        )
+
+    def classify(self, query_embeddings: Tensor) -> Tensor:
+        """Compare query embeddings (B, Q, D) with the evaluation vocabulary -> class logits (B, Q, K + 1),
+        "no object" last."""
+        return self.classifier(query_embeddings, self._embedded("evaluation", self.vocabulary)[0]).float()
+
+    def propose_masks(self, sample: dict[str, Any]) -> Tensor:
+        """Predict the binary masks that the crops of one image are cut with.
+
+        Args:
+            sample: with ``image`` (3, h, w) in 0 .. 255; optional ``height`` and ``width`` of the output in
+                pixels, by default the image's.
+
+        Returns:
+            (Q, height, width) bool: the pixels above the crop rule's threshold.
+        """
+        proposals, rule = self.propose([sample]), self.encoder.rule
+        image_size = proposals.image_sizes[0]
+        size = sample.get("height", image_size[0]), sample.get("width", image_size[1])
+        logits: Tensor = sem_seg_postprocess(proposals.mask_logits[0], image_size, *size)
+        return (logits if rule.padded_logits else logits.sigmoid()) > rule.threshold
 
     def scores(self, logits: Tensor, masks: Tensor, image_size: tuple[int, int], image: Tensor) -> Tensor:
         """Fused scores (Q, K + 1) of one image's proposals.
@@ -202,13 +269,13 @@ class OVSeg(TrainedOn, MaskFormer):
         if not self.encoder.rule.padded_logits:
             masks = masks[:, : image_size[0], : image_size[1]].sigmoid()
         image = image.to(self.device)
-        wanted = self.scoring.wanted(logits)
+        query_mask = self.scoring.query_mask(logits)
         embeddings, valid = self.encoder(
-            image if self.input_format == "RGB" else image.flip(0), masks, wanted
+            image if self.input_format == "RGB" else image.flip(0), masks, query_mask
         )
         scale = self.crop_scale or self.encoder.clip.logit_scale.exp()
         clip = cosine_logits(embeddings, self._embedded("evaluation", self.vocabulary)[-1], scale)
-        return self.scoring(logits, clip, valid, self._base(), wanted)
+        return self.scoring(logits, clip, valid, self._base(), query_mask)
 
     def postprocess(
         self, logits: Tensor, masks: Tensor, image_size: tuple[int, int], sample: dict[str, Any]
@@ -257,14 +324,16 @@ class OVSeg(TrainedOn, MaskFormer):
 
     def _classify(self, prediction: MaskPrediction, words: Tensor) -> MaskPrediction:
         aux = [self._classify(layer, words) for layer in prediction.aux]
-        return MaskPrediction(self.classifier(prediction.logits, words), prediction.masks, aux)
+        logits = self.classifier(prediction.require_query_embeddings(), words)
+        return replace(prediction, class_logits=logits, aux=aux)
 
     def _embedded(self, use: str, vocabulary: Vocabulary | None) -> list[Tensor]:
         """Embeddings (K, D) of words for queries, first, and for crops, last."""
         if vocabulary is None:
             raise ValueError(f"no classes for {use}: set_vocabulary, or data sets in DATASETS.TRAIN")
         if use not in self._words:
-            self._words[use] = [bank(vocabulary) for bank in self._banks]
+            banks = [self._train_bank] if use == "training" else self._banks
+            self._words[use] = [bank(vocabulary) for bank in banks]
         return [words.to(self.device) for words in self._words[use]]
 
     def _base(self) -> Tensor | None:

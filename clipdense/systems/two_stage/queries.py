@@ -19,18 +19,18 @@ class QueryClassifier(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, dim: int, *, scale: float = 100.0, unit_no_object: bool = True) -> None:
+    def __init__(self, dim: int, *, scale: float = 100.0, normalize_no_object: bool = True) -> None:
         """
         Args:
             dim: D.
-            unit_no_object: whether ``no_object`` is scaled to length 1 (OVSeg, zsseg; not ZegFormer).
+            normalize_no_object: whether ``no_object`` is scaled to length 1 (OVSeg, zsseg; not ZegFormer).
         """
         super().__init__()
         self.no_object = nn.Parameter(torch.randn(1, dim) * dim**-0.5)
         self.register_buffer("scale", torch.tensor(scale))
-        self.unit_no_object = unit_no_object
+        self.normalize_no_object = normalize_no_object
 
     def forward(self, embeddings: Tensor, text: Tensor) -> Tensor:
         """Embeddings (..., D) of queries, unit embeddings (K, D) of words -> logits (..., K + 1)."""
-        no_object = F.normalize(self.no_object) if self.unit_no_object else self.no_object
+        no_object = F.normalize(self.no_object) if self.normalize_no_object else self.no_object
         return self.scale * F.normalize(embeddings, dim=-1) @ torch.cat([text, no_object]).T

@@ -25,8 +25,9 @@ class Scoring:
         empty: what the ensemble does with masks that have no crop: "neutral" or "boost", see `fuse_valid`.
         clip_background: the proposals' background logit stands beside CLIP's class logits in its softmax
             (ZegFormer); otherwise CLIP shares all of 1 among the classes.
-        prune: CLIP does not see the crops of queries whose best class is less probable than this among the
-            proposals' own scores, which such queries keep; with "clip" they are background. 0: none.
+        min_query_score: CLIP skips the crops of queries whose best class probability in the proposals' own
+            scores is lower. Such queries keep their own scores; with "clip" they are background. 0: every
+            crop is seen.
 
     Raises:
         ValueError: an unknown source, fusion or policy.
@@ -37,7 +38,7 @@ class Scoring:
     settings: FusionSettings = field(default_factory=lambda: FusionSettings(0.7, 0.7))
     empty: str = "neutral"
     clip_background: bool = False
-    prune: float = 0.0
+    min_query_score: float = 0.0
 
     def __post_init__(self) -> None:
         get_fusion(self.fusion)
@@ -48,9 +49,11 @@ class Scoring:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
 
-    def wanted(self, proposals: Tensor) -> Tensor | None:
+    def query_mask(self, proposals: Tensor) -> Tensor | None:
         """The queries (Q,) that CLIP is to see, from their logits (Q, K + 1); None: all."""
-        return proposals.softmax(-1)[:, :-1].amax(-1) >= self.prune if self.prune else None
+        return (
+            proposals.softmax(-1)[:, :-1].amax(-1) >= self.min_query_score if self.min_query_score else None
+        )
 
     def __call__(
         self,
@@ -58,14 +61,14 @@ class Scoring:
         clip: Tensor | None,
         valid: Tensor | None,
         base: Tensor | None,
-        wanted: Tensor | None = None,
+        query_mask: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             proposals: logits (Q, K + 1), the background last.
             clip: logits (V, K) of the masks where `valid` (Q,) is true; None for "proposals".
             base: (K,) bool, or None.
-            wanted: what `wanted` gave.
+            query_mask: which queries CLIP has seen, from `query_mask`; None: all.
 
         Returns:
             (Q, K + 1), the background last; 0 for it where CLIP alone scores and knows none.
@@ -82,4 +85,4 @@ class Scoring:
             nothing = F.one_hot(torch.full_like(valid, p.shape[1] - 1, dtype=torch.long), p.shape[1]).to(p)
             return nothing.masked_scatter(valid[:, None], q)
         fused = fuse_valid(get_fusion(self.fusion), p, q, valid, base, self.settings, self.empty)
-        return fused if wanted is None else torch.where(wanted[:, None], fused, p)
+        return fused if query_mask is None else torch.where(query_mask[:, None], fused, p)
