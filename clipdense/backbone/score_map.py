@@ -1,86 +1,126 @@
-"""Score maps of models on a language backbone: their classes, and their values for images."""
+"""Score maps of models on a language backbone: their class names, and their values for images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
-from clipdense.backbone import SCORE, LanguageTrunk
+from clipdense.backbone.language import LanguageTrunk
+from clipdense.backbone.trunk import SCORE
+from clipdense.regions import pool_boxes
 
-__all__ = ["has_score_map", "score_classes", "score_maps"]
+__all__ = ["RecordedScore", "has_score_map", "record_scores", "score_classes", "score_maps"]
+
+
+@dataclass(frozen=True)
+class RecordedScore:
+    """The score map of one call of a backbone.
+
+    Attributes:
+        score: s, (B, K, h, w), logits.
+        padded_size: (H, W) of the images that the backbone received, in pixels.
+    """
+
+    score: Tensor
+    padded_size: tuple[int, int]
+
+
+@contextmanager
+def record_scores(backbone: nn.Module) -> Iterator[list[RecordedScore]]:
+    """Record the score map of every call of a backbone while the context is open.
+
+    For meta-architectures whose forward is not ours and returns losses or detections only. A forward that is
+    ours reads the score map from the backbone's outputs instead.
+
+    Args:
+        backbone: a backbone with a score map; called with the padded images (B, 3, H, W).
+
+    Yields:
+        A list that receives one entry per call.
+    """
+    recorded: list[RecordedScore] = []
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], outputs: dict[str, Tensor]) -> None:
+        recorded.append(RecordedScore(outputs[SCORE], (args[0].shape[-2], args[0].shape[-1])))
+
+    handle = backbone.register_forward_hook(record)
+    try:
+        yield recorded
+    finally:
+        handle.remove()
 
 
 def has_score_map(model: nn.Module) -> bool:
-    """Whether the model's backbone gives a score map."""
+    """Return whether the model's backbone has a score map."""
     return _language_trunk(model) is not None
 
 
 def score_classes(model: nn.Module) -> tuple[str, ...]:
-    """The K classes of a model's score map.
+    """Return the K class names of a model's score map.
 
     Raises:
-        ValueError: its backbone gives none.
+        ValueError: If its backbone has no score map.
     """
     trunk = _language_trunk(model)
     if trunk is None:
         raise ValueError(
-            f"{type(model).__name__} has no score map: its backbone is built on no LanguageTrunk "
-            "(MODEL.TRUNK.NAME)"
+            f"{type(model).__name__} has no score map: its backbone contains no LanguageTrunk "
+            "(set MODEL.TRUNK.NAME LanguageTrunk)"
         )
     return tuple(trunk.text.classes)
 
 
 @torch.no_grad()
 def score_maps(model: Any, samples: Sequence[dict[str, Any]]) -> list[npt.NDArray[np.float32]]:
-    """The score map of each image, run alone, without what its padding adds.
+    """Compute the score map of each image. Images run one by one; padding is cut off.
 
     Args:
-        model: in evaluation mode.
+        model: a model in evaluation mode.
         samples: Detectron2's inputs.
 
     Returns:
-        (K, h, w) over the whole image each.
+        One array (K, h, w) per image, which covers the whole image.
 
     Raises:
-        ValueError: the model's backbone gives no score map.
+        ValueError: If the model's backbone has no score map.
     """
     score_classes(model)
-    kept: list[tuple[Sequence[int], Tensor]] = []
-    hook = model.backbone.register_forward_hook(
-        lambda module, inputs, output: kept.append((inputs[0].shape[-2:], output[SCORE]))
-    )
-    try:
+    with record_scores(model.backbone) as recorded:
         for sample in samples:
             model([sample])
-    finally:
-        hook.remove()
     return [
-        _without_padding(score.float(), padded, sample["image"].shape[-2:])[0].cpu().numpy()
-        for (padded, score), sample in zip(kept, samples, strict=True)
+        without_padding(record.score.float(), record.padded_size, sample["image"].shape[-2:])[0].cpu().numpy()
+        for record, sample in zip(recorded, samples, strict=True)
     ]
+
+
+def without_padding(score: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Resample the part of a score map that covers the image, with as many cells as it had there.
+
+    Args:
+        score: (B, K, h, w) over the padded images.
+        padded: (H, W) of the padded images, in pixels.
+        size: (H, W) of the images without their padding, which lies at the right and at the bottom.
+
+    Returns:
+        (B, K, h', w'), sampled bilinearly at the centres of the cells. If the image ends at the border of a
+        cell, these are exactly the original values.
+    """
+    height, width = (n * s / p for n, s, p in zip(score.shape[-2:], size, padded, strict=True))
+    box = score.new_tensor([[0.0, 0.0, width, height]])
+    cells = (max(1, round(height)), max(1, round(width)))
+    sampled = pool_boxes(score, [box] * len(score), output_size=cells, sampling_ratio=1)
+    return sampled.reshape(*score.shape[:2], *cells)
 
 
 def _language_trunk(model: nn.Module) -> LanguageTrunk | None:
     backbone: Any = getattr(model, "backbone", None)
     modules = backbone.modules() if isinstance(backbone, nn.Module) else ()
     return next((module for module in modules if isinstance(module, LanguageTrunk)), None)
-
-
-def _without_padding(score: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Of a map (B, K, h, w) over padded images the part over the images, sampled at as many places.
-
-    Args:
-        padded, size: height and width of the images with and without their padding, which lies at the right
-            and at the bottom.
-    """
-    height, width = (n * s / p for n, s, p in zip(score.shape[-2:], size, padded, strict=True))
-    box = score.new_tensor([[0.0, 0.0, width, height]])
-    # bilinear at the cells' centres: where the image ends with a cell, exactly these cells
-    cells = (max(1, round(height)), max(1, round(width)))
-    return roi_align(score, [box] * len(score), cells, sampling_ratio=1, aligned=True)

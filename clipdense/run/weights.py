@@ -293,6 +293,8 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
 
 
 def _unknown(cfg: CfgNode, key: str, source: str) -> ConfigError:
+    if cfg.key_is_renamed(key):  # a file that an earlier version wrote
+        cfg.raise_key_rename_error(key)
     near = difflib.get_close_matches(key, list(config_keys(cfg)), n=3, cutoff=0.6)
     return ConfigError(f"{source}: no config key {key}" + (f"; near: {', '.join(near)}" if near else ""))
 

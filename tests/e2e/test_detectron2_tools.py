@@ -61,7 +61,7 @@ def test_analyze_model(tool: Tool) -> None:
     output = tool("analyze_model", *words, "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64")
     assert float(re.search(r"Total GFlops: (\d+\.\d)", output)[1]) > 0
     assert "Total (Million) Activations" in output
-    assert "base.backbone.bottom_up.context_decoder" in output
+    assert "backbone.bottom_up.context_decoder" in output
     assert "PixelTextLoss()" in output and "(text): ClassText(" in output
 
 
@@ -84,7 +84,7 @@ def test_visualize_data(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_counts(name: str) -> None:
-    """What analyze_model calls, where there is no such tool; the wrapper adds nothing."""
+    """What analyze_model calls, where there is no such tool."""
     cfg = load_config(str(ROOT / f"configs/shapes/{name}.yaml"))
     model = build_model(cfg).eval()
     inputs = [{"image": torch.zeros(3, 64, 64), "height": 64, "width": 64}]
@@ -92,8 +92,7 @@ def test_counts(name: str) -> None:
         model(inputs)  # the classes are encoded
     flops = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     by_module = flops.by_module()
-    prefix = "model.base." if name.startswith("denseclip") else "model."
-    assert min(by_module[prefix + name] for name in ("backbone", "proposal_generator", "roi_heads")) > 0
+    assert min(by_module[f"model.{name}"] for name in ("backbone", "proposal_generator", "roi_heads")) > 0
     assert (ATTENTION.split("::")[1] in flops.by_operator()) == name.startswith("denseclip")
     assert ATTENTION not in flops.unsupported_ops()
     assert activation_count_operators(model, inputs)["conv"] > 0

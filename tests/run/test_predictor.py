@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import clipdense
-from clipdense.backbone.score_map import _without_padding
+from clipdense.backbone.score_map import without_padding
 from clipdense.checkpoint import CheckpointError, save_checkpoint
 from clipdense.clip import load_clip
 from clipdense.clip.text import TextBank
@@ -572,14 +572,14 @@ def test_score_map_leaves_the_padding_out() -> None:
     """A map whose values are the positions of its cells' centres, in pixels."""
     x, y = torch.arange(5) * 32.0 + 16, torch.arange(4) * 32.0 + 16
     positions = torch.stack([x.expand(4, 5), y[:, None].expand(4, 5)])[None]
-    same = _without_padding(positions, (128, 160), (128, 160))
+    same = without_padding(positions, (128, 160), (128, 160))
     torch.testing.assert_close(same, positions)
-    cut = _without_padding(positions, (128, 160), (64, 128))
+    cut = without_padding(positions, (128, 160), (64, 128))
     torch.testing.assert_close(cut, positions[..., :2, :4])
-    part = _without_padding(positions, (128, 160), (128, 150))[0]  # 4.7 cells: five that are narrower
+    part = without_padding(positions, (128, 160), (128, 150))[0]  # 4.7 cells: five that are narrower
     torch.testing.assert_close(part[0, 0], torch.tensor([16.0, 45, 75, 105, 135]))  # nothing left of 16
     torch.testing.assert_close(part[1], positions[0, 1])
-    assert _without_padding(positions, (128, 160), (1, 1)).shape == (1, 2, 1, 1)
+    assert without_padding(positions, (128, 160), (1, 1)).shape == (1, 2, 1, 1)
 
 
 def test_models_without_score_map_say_so(predictor: Predictor) -> None:

@@ -86,7 +86,7 @@ def test_options_are_read_from_the_tensors(tmp_path: Path) -> None:
         "MODEL.FPN.TOP_BLOCK": "LastLevelP6P7NoReLU",
         "MODEL.RETINANET.NUM_CLASSES": 3,
         "MODEL.RETINANET.NUM_CONVS": 2,
-        "MODEL.RETINANET.LOW_QUALITY_MATCHES": "mmdet",
+        "MODEL.RETINANET.RULES": "mmdetection",
         "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": 0.0,
     }
     assert {key: retinanet[key] for key in expected} == expected
@@ -258,7 +258,7 @@ def test_what_the_config_says_wins_and_a_conflict_is_printed(
         CLIP={"PRETRAINED": "openai", "POSITION_RULE": "bilinear", "CONFIG": {"text_cfg": {"heads": 2}}},
         PIXEL_MEAN=[122.771, 116.746, 104.094],  # rounded: no conflict
     )
-    cfg = load_config(path, ["MODEL.LANGUAGE.TAU", "0.1", "MODEL.RETINANET.DELTA_CLAMP", "both"])
+    cfg = load_config(path, ["MODEL.LANGUAGE.TAU", "0.1"])
     assert cfg.MODEL.CLIP.POSITION_RULE == "bilinear" and cfg.MODEL.LANGUAGE.TAU == 0.1
     assert cfg.MODEL.CLIP.CONFIG.text_cfg.heads == 2 and cfg.MODEL.CLIP.CONFIG.text_cfg.width == files.TEXT
     assert cfg.MODEL.META_ARCHITECTURE == "DenseCLIPRetinaNet" and cfg.MODEL.PIXEL_MEAN[0] == 122.771

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from clipdense.backbone.fpn import build_top_block
-from clipdense.systems.denseclip.retinanet import MMDetRetinaNet, OwnBoxMatcher, TwoSidedBox2BoxTransform
+from clipdense.engine.options import ConfigError
+from clipdense.run.setup import load_config
+from clipdense.systems.denseclip.retinanet import (
+    MMDetRetinaNet,
+    OwnBoxMatcher,
+    RetinaNetRules,
+    TwoSidedBox2BoxTransform,
+)
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, RetinaNet
@@ -85,7 +92,7 @@ def test_defaults_are_detectron2s() -> None:
 
 
 def test_losses_by_the_positives_of_the_batch() -> None:
-    net, reference = model(normalize_by="batch").train(), model().train()
+    net, reference = model(rule_overrides={"loss_normalizer": "mmdetection"}).train(), model().train()
     samples = batch(BOXES, [])
     with EventStorage():
         first, second = net(samples), net(samples)
@@ -107,14 +114,14 @@ def test_best_anchors_of_a_box_are_its_own() -> None:
         [[0.60, 0.45, 0.10, 0.20, 0.00], [0.30, 0.20, 0.00, 0.10, 0.30], [0.00, 0.15, 0.15, 0.10, 0.00]]
     )
     theirs = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)(overlaps)
-    ours = OwnBoxMatcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)(overlaps)
+    ours = OwnBoxMatcher(Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True))(overlaps)
     assert theirs[0][:3].tolist() == [0, 0, 2] and theirs[1].tolist() == [1, 1, 1, 0, 1]
     assert ours[0][[0, 1, 2, 4]].tolist() == [1, 2, 2, 1]  # of a and b, the later has anchor 0
     assert torch.equal(ours[1], theirs[1])
 
 
 def test_matching_without_boxes() -> None:
-    matcher = OwnBoxMatcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+    matcher = OwnBoxMatcher(Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True))
     matches, labels = matcher(torch.zeros(0, 5))
     assert matches.tolist() == [0] * 5 and labels.tolist() == [0] * 5
 
@@ -142,23 +149,49 @@ def test_candidates_are_counted_by_anchor() -> None:
     scores = torch.tensor([[0.9, 0.8, 0.7], [0.1, 0.02, 0.3], [0.2, 0.01, 0.04]])
     pairs = _candidates(model(), scores)
     assert pairs.scores.tolist() == pytest.approx([0.9, 0.8])
-    anchors = _candidates(model(test_candidates="anchors"), scores)
+    anchors = _candidates(model(rule_overrides={"test_candidates": "mmdetection"}), scores)
     assert sorted(anchors.scores.tolist()) == pytest.approx([0.1, 0.3, 0.7, 0.8, 0.9])  # of two anchors
-    few = _candidates(model(test_candidates="anchors"), scores, topk=100)
+    few = _candidates(model(rule_overrides={"test_candidates": "mmdetection"}), scores, topk=100)
     assert len(few) == 6  # all above the threshold
 
 
 def test_candidates_are_cut_at_the_border() -> None:
     scores = torch.tensor([[0.9, 0.0, 0.0], [0.8, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert _candidates(model(), scores).pred_boxes.tensor[1].tolist() == [20, 20, 40, 40]
-    cut = _candidates(model(clip_before_nms=True), scores)
+    cut = _candidates(model(rule_overrides={"clip_before_nms": "mmdetection"}), scores)
     assert cut.pred_boxes.tensor[1].tolist() == [20, 20, 32, 32]
 
 
-@pytest.mark.parametrize("rule", ["normalize_by", "test_candidates"])
-def test_unknown_rules_are_named(rule: str) -> None:
-    with pytest.raises(ValueError, match="MODEL.RETINANET.*not 'best'"):
-        model(**{rule: "best"})
+def test_one_name_sets_every_rule() -> None:
+    net = model(rules="mmdetection")
+    assert net.rules == RetinaNetRules.build("mmdetection")
+    assert isinstance(net.anchor_matcher, OwnBoxMatcher)
+    assert isinstance(net.box2box_transform, TwoSidedBox2BoxTransform)
+
+
+def test_a_single_rule_overrides_the_name() -> None:
+    overrides = {"delta_clamp": "detectron2", "loss_normalizer": ""}
+    net = model(rules="mmdetection", rule_overrides=overrides)
+    assert not isinstance(net.box2box_transform, TwoSidedBox2BoxTransform)
+    assert net.rules.loss_normalizer == "mmdetection"
+
+
+def test_unknown_rules_are_errors() -> None:
+    with pytest.raises(
+        ValueError, match="MODEL.RETINANET.RULES must be detectron2 or mmdetection, not 'best'"
+    ):
+        model(rules="best")
+    with pytest.raises(ValueError, match="RULE_OVERRIDES.TEST_CANDIDATES must be.*not 'best'"):
+        model(rule_overrides={"test_candidates": "best"})
+    with pytest.raises(ValueError, match="RULE_OVERRIDES has no .'anchors'.*clip_before_nms"):
+        model(rule_overrides={"anchors": "mmdetection"})
+
+
+def test_old_keys_are_refused_with_their_new_name() -> None:
+    with pytest.raises(
+        ConfigError, match="MODEL.RETINANET.RULE_OVERRIDES.DELTA_CLAMP.*MODEL.RETINANET.RULES"
+    ):
+        load_config("configs/shapes/retinanet_clip_rn.yaml", ["MODEL.RETINANET.DELTA_CLAMP", "both"])
 
 
 def test_top_block_without_relu() -> None:

@@ -1,4 +1,4 @@
-"""What DenseCLIP's language adds to a Mask R-CNN on the same trunk and dense pool."""
+"""Cost of DenseCLIP's language over a Mask R-CNN on the same trunk and dense pool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipdense.backbone import CLIPTrunk
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.modeling import Backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -25,7 +25,7 @@ WHAT = "DenseCLIP | Mask R-CNN on the same trunk and dense pool"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this suite; the defaults are the contract's."""
+    """Add the options of this suite."""
     parser.add_argument("--clip", default="RN50-quickgelu", help="model name (weights are random)")
     parser.add_argument("--size", type=int, default=640, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=2, help="images")
@@ -34,17 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """FLOPs and wall time of inference and of a training step."""
+    """Measure FLOPs and wall time of inference and of a training step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours, floor = (_model(args.clip, meta, trunk, device) for meta, trunk in _MODELS)
+    ours, floor = _denseclip(args.clip, device), _mask_rcnn(args.clip, device)
     batch = random_batch(args.size, args.batch, 80)
     proposals = random_proposals(args.size, args.batch, 1000, device)
-    for model in (ours.base, floor):
+    for model in (ours, floor):
         model.proposal_generator = FixedProposals(model.proposal_generator, proposals)
 
     for name, mode in (("inference", _inference), ("train_step", _train_step)):
         run_ours, run_floor = mode(ours, batch), mode(floor, batch)
-        run_ours(), run_floor()  # what is computed once: class embeddings, anchors
+        run_ours(), run_floor()  # computes class embeddings and anchors, once
         yield Row(
             f"denseclip/{name}_flops", flops(run_ours) / 1e9, flops(run_floor) / 1e9, "GFLOP", what=WHAT
         )
@@ -54,32 +54,28 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             )
 
 
-@BACKBONE_REGISTRY.register()
 class DensePooledTrunk(Backbone):
-    """A CLIP's trunk that computes its dense map and image embedding, and gives the maps alone."""
+    """A CLIP trunk that computes the dense map and the image embedding, and returns only its maps."""
 
-    def __init__(self, cfg: CfgNode, input_shape: ShapeSpec) -> None:
+    def __init__(self, trunk: CLIPTrunk) -> None:
         super().__init__()
-        self.trunk = CLIPTrunk(cfg, input_shape, joint=True)
+        self.trunk = trunk
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """The trunk's."""
+        """Return the trunk's shapes."""
         return self.trunk.output_shape()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) -> maps; a zero from the pool lets its backward pass run too."""
+        """Normalised images (B, 3, H, W) -> maps. A zero from the pool makes its backward pass run too."""
         maps, g, z = self.trunk.forward_joint(images)
         last = list(maps)[-1]
         return {**maps, last: maps[last] + 0.0 * (g.mean() + z.mean())}
 
 
-_MODELS = (("DenseCLIPRCNN", "LanguageTrunk"), ("GeneralizedRCNN", "DensePooledTrunk"))
-
-
 class FixedProposals(nn.Module):
-    """Runs a proposal generator and hands on the same proposals whatever it found.
+    """A proposal generator that runs another one and returns fixed proposals.
 
-    With random weights the number of regions, and so the work of the heads, would be a matter of chance.
+    With random weights, the number of regions, and so the work of the heads, would depend on the seed.
     """
 
     def __init__(self, generator: nn.Module, proposals: Sequence[Instances]) -> None:
@@ -91,24 +87,42 @@ class FixedProposals(nn.Module):
         return [Instances(p.image_size, **p.get_fields()) for p in self.proposals], losses
 
 
-def _model(clip: str, meta_architecture: str, trunk: str, device: str) -> Any:
-    cfg = get_cfg()
-    add_clipdense_config(cfg)
-    cfg.merge_from_file(config_path("Base-RCNN-FPN.yaml"))
-    cfg.MODEL.DEVICE = device
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.TRUNK.NAME = meta_architecture, trunk
-    cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED = clip, "random"
-    cfg.MODEL.TRUNK.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0
-    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [122.771, 116.746, 104.094], [68.501, 66.632, 70.323]
-    # 100 detections an image, whatever the scores.
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.0, 1.0
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("coco_2017_train",), ("coco_2017_val",)
+def _denseclip(clip: str, device: str) -> Any:
+    cfg = _config(clip, device)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.TRUNK.NAME = "DenseCLIPRCNN", "LanguageTrunk"
+    return _build(cfg)
+
+
+def _mask_rcnn(clip: str, device: str) -> Any:
+    cfg = _config(clip, device)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.TRUNK.NAME = "GeneralizedRCNN", "CLIPTrunk"
+    model = _build(cfg)
+    trunk = CLIPTrunk(cfg, ShapeSpec(channels=3), joint=True).to(device)
+    model.backbone.bottom_up = DensePooledTrunk(trunk)
+    return model
+
+
+def _build(cfg: CfgNode) -> Any:
     torch.manual_seed(0)
     return build_model(cfg)
 
 
+def _config(clip: str, device: str) -> CfgNode:
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    cfg.merge_from_file(config_path("Base-RCNN-FPN.yaml"))
+    cfg.MODEL.DEVICE = device
+    cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED = clip, "random"
+    cfg.MODEL.TRUNK.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [122.771, 116.746, 104.094], [68.501, 66.632, 70.323]
+    # 100 detections per image, independent of the scores.
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.0, 1.0
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("coco_2017_train",), ("coco_2017_val",)
+    return cfg
+
+
 def random_batch(size: int, count: int, classes: int) -> list[dict[str, Any]]:
-    """Noise of (size, size) pixels with 8 instances each: Detectron2's input of ``count`` images."""
+    """Return Detectron2's input of ``count`` noise images of (size, size) pixels with 8 instances each."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(count):
@@ -121,7 +135,7 @@ def random_batch(size: int, count: int, classes: int) -> list[dict[str, Any]]:
 
 
 def random_proposals(size: int, count: int, number: int, device: str) -> list[Instances]:
-    """So many random proposals for each of ``count`` images of (size, size) pixels."""
+    """Return ``number`` random proposals for each of ``count`` images of (size, size) pixels."""
     generator = torch.Generator().manual_seed(1)
     return [
         Instances(

@@ -1,4 +1,4 @@
-"""Configuration keys of pixel-text supervision; the backbone's are MODEL.LANGUAGE."""
+"""Configuration keys of pixel-text supervision. The keys of the backbone are MODEL.LANGUAGE."""
 
 from clipdense.systems.denseclip.retinanet import add_retinanet_rules
 
@@ -9,9 +9,10 @@ def add_denseclip_config(cfg: CN) -> None:
     """Add ``MODEL.PIXEL_TEXT``, and the rules of ``MODEL.RETINANET`` (in place)."""
     add_retinanet_rules(cfg)
     cfg.MODEL.PIXEL_TEXT = CN()
-    # The meta-architecture that PixelTextSupervised wraps; DenseCLIPRCNN and DenseCLIPRetinaNet know theirs.
+    # The meta-architecture that PixelTextSupervised wraps. DenseCLIPRCNN and DenseCLIPRetinaNet ignore it.
     cfg.MODEL.PIXEL_TEXT.BASE = "GeneralizedRCNN"
-    # Where the score map's targets come from: "boxes" (as published), "masks" (of instances), or "sem_seg".
+    # What the targets of the score map are computed from: "boxes" (published), "masks" (of instances) or
+    # "sem_seg".
     cfg.MODEL.PIXEL_TEXT.SOURCE = "boxes"
     # Weight of the auxiliary loss. Published: 1.0 in detectors, 0.4 in segmentors.
     cfg.MODEL.PIXEL_TEXT.WEIGHT = 1.0

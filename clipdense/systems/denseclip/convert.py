@@ -121,12 +121,8 @@ def _retinanet_options(state: State, classes: Sequence[str] | None) -> dict[str,
         "MODEL.RETINANET.IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
         "MODEL.RETINANET.NUM_CLASSES": num_classes,
         "MODEL.RETINANET.NUM_CONVS": count_parts(state, "bbox_head.cls_convs.", "bbox_head.reg_convs."),
-        "MODEL.RETINANET.LOW_QUALITY_MATCHES": "mmdet",
-        "MODEL.RETINANET.LOSS_NORMALIZER": "batch",
+        "MODEL.RETINANET.RULES": "mmdetection",
         "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": 0.0,
-        "MODEL.RETINANET.DELTA_CLAMP": "both",
-        "MODEL.RETINANET.TEST_CANDIDATES": "anchors",
-        "MODEL.RETINANET.CLIP_BEFORE_NMS": True,
     }
 
 

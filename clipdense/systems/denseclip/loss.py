@@ -9,51 +9,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detectron2.config import CfgNode, configurable
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
-__all__ = ["STRIDE", "PixelTextLoss", "box_targets", "mask_targets"]
+__all__ = ["STRIDE", "PixelTextLoss", "binary_loss", "box_targets", "mask_targets"]
 
 STRIDE = 4
-"""Targets from boxes and masks are made at this stride, in pixels."""
+"""Stride, in pixels, of the targets that are computed from boxes and masks."""
 
 SOURCES = ("boxes", "masks", "sem_seg")
 
 
 class PixelTextLoss(nn.Module):
-    """Classifies the pixels of a score map s by text.
+    """Classification of the pixels of a score map s by text.
 
-    From boxes, as published, and from instance masks: binary cross-entropy of sigmoid(s) over the K classes
-    at the pixels inside any box; a pixel is of every class that has a box, or a mask, over it. From a
-    semantic map: cross-entropy of softmax(s).
+    With boxes (as published) or instance masks: binary cross-entropy of sigmoid(s) over the K classes, at the
+    pixels inside any box. A pixel belongs to every class whose box, or mask, covers it. With a semantic map:
+    cross-entropy of softmax(s).
     """
 
+    @configurable
     def __init__(self, source: str = "boxes", weight: float = 1.0, ignore_label: int = 255) -> None:
         """
         Args:
-            source: "boxes", "masks" or "sem_seg".
-            weight: of the loss.
-            ignore_label: of semantic maps.
+            source: what the targets are computed from: "boxes", "masks" or "sem_seg".
+            weight: factor of the loss.
+            ignore_label: label of semantic maps that is left out.
 
         Raises:
-            ValueError: another source.
+            ValueError: If the source is unknown.
         """
         super().__init__()
         if source not in SOURCES:
             raise ValueError(f"MODEL.PIXEL_TEXT.SOURCE must be one of {', '.join(SOURCES)}, not {source!r}")
         self.source, self.weight, self.ignore_label = source, weight, ignore_label
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {
+            "source": cfg.MODEL.PIXEL_TEXT.SOURCE,
+            "weight": cfg.MODEL.PIXEL_TEXT.WEIGHT,
+            "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        }
+
     def forward(
         self, score: Tensor, inputs: Sequence[dict[str, Any]], padded_size: tuple[int, int]
     ) -> Tensor:
-        """The weighted loss, a scalar; 0 where a batch shows no box or no labelled pixel.
+        """Compute the weighted loss.
 
         Args:
-            score: s (B, K, h, w).
-            inputs: Detectron2's, with "instances" or "sem_seg".
+            score: s (B, K, h, w), logits.
+            inputs: Detectron2's inputs, with "instances" or "sem_seg".
             padded_size: (H, W) of the batch in pixels.
 
+        Returns:
+            A scalar; 0 if no box covers a pixel, or no pixel is labelled.
+
         Raises:
-            KeyError: an input without the source.
+            KeyError: If an input lacks the source.
         """
         key = "sem_seg" if self.source == "sem_seg" else "instances"
         for x in inputs:
@@ -63,13 +76,15 @@ class PixelTextLoss(nn.Module):
                     "MODEL.PIXEL_TEXT.SOURCE"
                 )
         if self.source == "sem_seg":
-            return self.weight * self._semantic(score, [x["sem_seg"] for x in inputs], padded_size)
-        make = box_targets if self.source == "boxes" else mask_targets
-        targets, inside = make([x["instances"] for x in inputs], score.shape[1], padded_size, score.device)
+            return self.weight * self._semantic_loss(score, [x["sem_seg"] for x in inputs], padded_size)
+        make_targets = box_targets if self.source == "boxes" else mask_targets
+        instances = [x["instances"] for x in inputs]
+        targets, inside = make_targets(instances, score.shape[1], padded_size, score.device)
         score = F.interpolate(score, size=targets.shape[-2:], mode="bilinear", align_corners=False)
         return self.weight * binary_loss(score, targets, inside)
 
-    def _semantic(self, score: Tensor, labels: Sequence[Tensor], padded_size: tuple[int, int]) -> Tensor:
+    def _semantic_loss(self, score: Tensor, labels: Sequence[Tensor], padded_size: tuple[int, int]) -> Tensor:
+        """Compute the mean cross-entropy over the labelled pixels of maps (H_i, W_i), padded to one size."""
         padded = [
             F.pad(
                 x.to(score.device).long(),
@@ -85,12 +100,15 @@ class PixelTextLoss(nn.Module):
 
 
 def binary_loss(score: Tensor, targets: Tensor, inside: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the pixels inside and all classes; 0 where no pixel is.
+    """Compute the mean binary cross-entropy over the inside pixels and all classes.
 
     Args:
         score: logits (B, K, h, w).
         targets: (B, K, h, w) bool.
         inside: (B, 1, h, w) bool.
+
+    Returns:
+        A scalar; 0 if no pixel is inside.
     """
     loss = F.binary_cross_entropy_with_logits(score.float(), targets.float(), reduction="none")
     return (loss * inside).sum() / (inside.sum() * score.shape[1]).clamp(min=1)
@@ -99,16 +117,16 @@ def binary_loss(score: Tensor, targets: Tensor, inside: Tensor) -> Tensor:
 def box_targets(
     instances: Sequence[Instances], num_classes: int, padded_size: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Targets from boxes (specs/denseclip_maskclip_segclip.md 1.11).
+    """Compute per-pixel targets from boxes, by the rule of the published detectors.
 
-    Corners are divided by the stride and cut to whole numbers within the map; the far ones are exclusive, so
-    the last row and column are never covered, and a box under one cell may vanish.
+    Corners are divided by the stride, truncated to integers and clamped to the map. The far corner is
+    exclusive, so the last row and column are never covered, and a box smaller than a cell may cover nothing.
 
     Args:
-        instances: of each image, with gt_boxes in pixels and gt_classes 0 .. K - 1.
+        instances: one per image, with gt_boxes in pixels and gt_classes in 0 .. K - 1.
         num_classes: K.
         padded_size: (H, W) of the batch in pixels.
-        device: of the results.
+        device: device of the results.
 
     Returns:
         targets (B, K, h, w) and inside (B, 1, h, w), bool, with h = floor(H / 4), w = floor(W / 4).
@@ -120,9 +138,11 @@ def box_targets(
         boxes = (image.gt_boxes.tensor.to(device) / STRIDE).long()
         x1, x2 = boxes[:, 0::2].clamp(0, w - 1).T[..., None]
         y1, y2 = boxes[:, 1::2].clamp(0, h - 1).T[..., None]
-        across, down = (columns >= x1) & (columns < x2), (rows >= y1) & (rows < y2)
-        covered = down[:, :, None] & across[:, None, :]
-        results.append((_by_class(covered, image.gt_classes, num_classes), covered.any(0, keepdim=True)))
+        in_columns, in_rows = (columns >= x1) & (columns < x2), (rows >= y1) & (rows < y2)
+        covered = in_rows[:, :, None] & in_columns[:, None, :]
+        results.append(
+            (_union_by_class(covered, image.gt_classes, num_classes), covered.any(0, keepdim=True))
+        )
     targets, inside = zip(*results, strict=True)
     return torch.stack(targets), torch.stack(inside)
 
@@ -130,19 +150,22 @@ def box_targets(
 def mask_targets(
     instances: Sequence[Instances], num_classes: int, padded_size: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Targets from instance masks: as `box_targets`, but a class holds only where half of a cell is mask.
+    """Compute per-pixel targets from instance masks.
 
-    What a box covers beside its mask thereby becomes a negative.
+    Arguments and return value are those of `box_targets`. A cell belongs to a class if a mask of the class
+    covers at least half of it. Cells inside a box but outside its mask become negatives.
 
     Raises:
-        KeyError: instances without gt_masks.
+        KeyError: If instances have no gt_masks.
     """
     _, inside = box_targets(instances, num_classes, padded_size, device)
     size = (inside.shape[2], inside.shape[3])
     targets = []
     for image in instances:
         if not image.has("gt_masks"):
-            raise KeyError("no instance masks for MODEL.PIXEL_TEXT.SOURCE masks: set MODEL.MASK_ON True")
+            raise KeyError(
+                "instances have no masks, which MODEL.PIXEL_TEXT.SOURCE masks needs: set MODEL.MASK_ON True"
+            )
         masks = image.gt_masks
         if isinstance(masks, PolygonMasks):
             masks = BitMasks.from_polygon_masks(masks, *image.image_size)
@@ -150,11 +173,11 @@ def mask_targets(
         height, width = (min(a, b) for a, b in zip(masks.tensor.shape[1:], whole.shape[1:], strict=True))
         whole[:, :height, :width] = masks.tensor[:, :height, :width]
         covered = F.avg_pool2d(whole[:, None].float(), STRIDE)[:, 0] >= 0.5
-        targets.append(_by_class(covered, image.gt_classes, num_classes))
+        targets.append(_union_by_class(covered, image.gt_classes, num_classes))
     return torch.stack(targets), inside
 
 
-def _by_class(covered: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """Union of the maps (n, h, w) of each class -> (K, h, w)."""
+def _union_by_class(covered: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """Unite the maps (n, h, w) of each class -> (K, h, w)."""
     members = F.one_hot(classes.to(covered.device), num_classes).T.float()
     return (members @ covered.flatten(1).float() > 0).unflatten(1, covered.shape[1:])

@@ -1,137 +1,214 @@
-"""Pixel-text supervision of any meta-architecture, and DenseCLIP's detectors."""
+"""DenseCLIP's detectors, and pixel-text supervision of any other meta-architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from clipdense.backbone import SCORE
 from clipdense.backbone.class_text import ClassText
+from clipdense.backbone.score_map import record_scores
 from clipdense.data.heads import register_head_classes
 from clipdense.systems.denseclip.loss import PixelTextLoss
 from clipdense.systems.denseclip.retinanet import MMDetRetinaNet
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.utils.events import get_event_storage
 
-__all__ = ["DenseCLIPRCNN", "DenseCLIPRetinaNet", "PixelTextSupervised"]
+__all__ = ["DenseCLIPRCNN", "DenseCLIPRetinaNet", "PixelTextSupervised", "export_without_text_tower"]
+
+LOSS = "loss_pixel_text"
+"""Name of the auxiliary loss among a model's losses."""
+
+Export = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+@META_ARCH_REGISTRY.register()
+class DenseCLIPRCNN(GeneralizedRCNN):
+    """Detectron2's Mask R-CNN on a language backbone, with the auxiliary pixel-text loss.
+
+    Source: Rao et al., DenseCLIP, CVPR 2022, section 3.4.
+    """
+
+    @configurable
+    def __init__(self, *, pixel_text_loss: PixelTextLoss, **kwargs: Any) -> None:
+        """
+        Args:
+            pixel_text_loss: the auxiliary loss.
+            kwargs: arguments of `GeneralizedRCNN`; the backbone must have a score map.
+
+        Raises:
+            ValueError: If the backbone has no score map.
+        """
+        super().__init__(**kwargs)
+        _check_score_map(self)
+        self.pixel_text_loss = pixel_text_loss
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        arguments: dict[str, Any] = super().from_config(cfg)
+        return arguments | {"pixel_text_loss": PixelTextLoss(cfg)}
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Return Detectron2's losses and "loss_pixel_text" in training, its detections in evaluation."""
+        if not self.training:
+            return self.inference(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        instances = [x["instances"].to(self.device) for x in batched_inputs]
+
+        features = self.backbone(images.tensor)
+        score = features.pop(SCORE)
+        if self.proposal_generator is None:
+            proposals, proposal_losses = [x["proposals"].to(self.device) for x in batched_inputs], {}
+        else:
+            proposals, proposal_losses = self.proposal_generator(images, features, instances)
+        _, head_losses = self.roi_heads(images, features, proposals, instances)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            self.visualize_training(batched_inputs, proposals)
+        auxiliary = self.pixel_text_loss(score, batched_inputs, images.tensor.shape[-2:])
+        return {**head_losses, **proposal_losses, LOSS: auxiliary}
+
+    def export_state(self) -> Export:
+        """See `export_without_text_tower`."""
+        return export_without_text_tower(self)
+
+
+@META_ARCH_REGISTRY.register()
+class DenseCLIPRetinaNet(MMDetRetinaNet):
+    """RetinaNet under mmdetection's or Detectron2's rules on a language backbone, with the auxiliary loss.
+
+    Source: Rao et al., DenseCLIP, CVPR 2022, section 3.4.
+    """
+
+    @configurable
+    def __init__(self, *, pixel_text_loss: PixelTextLoss, **kwargs: Any) -> None:
+        """
+        Args:
+            pixel_text_loss: the auxiliary loss.
+            kwargs: arguments of `MMDetRetinaNet`; the backbone must have a score map.
+
+        Raises:
+            ValueError: If the backbone has no score map.
+        """
+        super().__init__(**kwargs)
+        _check_score_map(self)
+        self.pixel_text_loss = pixel_text_loss
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return super().from_config(cfg) | {"pixel_text_loss": PixelTextLoss(cfg)}
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Return RetinaNet's losses and "loss_pixel_text" in training, its detections in evaluation."""
+        if not self.training:
+            return super().forward(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        instances = [x["instances"].to(self.device) for x in batched_inputs]
+
+        maps = self.backbone(images.tensor)
+        features = [maps[name] for name in self.head_in_features]
+        losses = self.forward_training(images, features, self.head(features), instances)
+        auxiliary = self.pixel_text_loss(maps[SCORE], batched_inputs, images.tensor.shape[-2:])
+        return {**losses, LOSS: auxiliary}
+
+    def export_state(self) -> Export:
+        """See `export_without_text_tower`."""
+        return export_without_text_tower(self)
 
 
 @META_ARCH_REGISTRY.register()
 class PixelTextSupervised(nn.Module):
-    """A meta-architecture whose backbone's score map gets the auxiliary pixel-text loss in training.
+    """Any meta-architecture on a language backbone, with the auxiliary pixel-text loss in training.
 
-    Everything else is the base's: its losses, its outputs, its attributes, and its state dict, so that
-    checkpoints go from one to the other in both directions.
+    Losses and outputs are the base's. Parameters are named "base.…" in the optimizer and in checkpoints. A
+    checkpoint of the base, without that prefix, loads too; `export_state` writes the base's names.
     """
 
-    base_name: str = ""
-
     @configurable
-    def __init__(self, base: nn.Module, loss: PixelTextLoss) -> None:
+    def __init__(self, base: nn.Module, pixel_text_loss: PixelTextLoss) -> None:
         """
         Args:
-            base: any meta-architecture with a ``backbone`` that it calls once a forward with the padded
-                images, and that gives "score" (`LanguageTrunk`, alone or below a pyramid).
-            loss: the auxiliary loss.
+            base: a meta-architecture that calls its ``backbone`` once per forward, with the padded images.
+            pixel_text_loss: the auxiliary loss.
 
         Raises:
-            ValueError: a base whose backbone gives no score map.
+            ValueError: If the base has no backbone with a score map.
         """
         super().__init__()
-        backbone = getattr(base, "backbone", None)
-        if backbone is None or SCORE not in backbone.output_shape():
-            raise ValueError(
-                f"the backbone of {type(base).__name__} gives no {SCORE!r} map for the pixel-text loss: set "
-                "MODEL.TRUNK.NAME LanguageTrunk"
-            )
+        _check_score_map(base)
         self.base = base
-        self.pixel_text_loss = loss
+        self.pixel_text_loss = pixel_text_loss
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The base MODEL.PIXEL_TEXT.BASE, or the one that a named subclass knows."""
-        keys = cfg.MODEL.PIXEL_TEXT
-        return {
-            "base": META_ARCH_REGISTRY.get(cls.base_name or keys.BASE)(cfg),
-            "loss": PixelTextLoss(keys.SOURCE, keys.WEIGHT, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE),
-        }
+        base = META_ARCH_REGISTRY.get(cfg.MODEL.PIXEL_TEXT.BASE)
+        return {"base": base(cfg), "pixel_text_loss": PixelTextLoss(cfg)}
 
-    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> Any:
-        """As the base; in training with "loss_pixel_text" among the losses."""
+    @property
+    def backbone(self) -> nn.Module:
+        """The base's backbone."""
+        backbone: nn.Module = self.base.backbone
+        return backbone
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Return the base's losses and "loss_pixel_text" in training, its outputs in evaluation."""
         if not self.training:
             return self.base(batched_inputs)
-        with self._score() as seen:
+        with record_scores(self.backbone) as recorded:
             losses = self.base(batched_inputs)
-        score, padded_size = seen[0]
-        return losses | {"loss_pixel_text": self.pixel_text_loss(score, batched_inputs, padded_size)}
+        (call,) = recorded
+        return {**losses, LOSS: self.pixel_text_loss(call.score, batched_inputs, call.padded_size)}
 
-    def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The model for inference, its text tower replaced by what it says of the classes.
+    def before_load(self, state: dict[str, Tensor]) -> None:
+        """Rename the keys of a checkpoint of the base (in place)."""
+        _add_base_prefix(state, "")
 
-        Returns:
-            The tensors, and metadata with the config keys that a model for them needs.
-        """
-        state = self.state_dict()
-        options: dict[str, Any] = {}
-        for name, module in self.base.named_modules():
-            if isinstance(module, ClassText):
-                state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-                state |= {f"{name}.{key}": value for key, value in module.table().state_dict().items()}
-                options = {
-                    "MODEL.LANGUAGE.TEXT": "table",
-                    "MODEL.LANGUAGE.TABLE_DIM": module.embed_dim,
-                    "MODEL.LANGUAGE.CLASSES": list(module.classes),
-                }
-        return state, {"layout": "clipdense", "options": {"config": options}}
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        _add_base_prefix(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's."""
-        return self.base.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's."""
-        return self.base.load_state_dict(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(self.base, name)
-
-    @contextmanager
-    def _score(self) -> Iterator[list[tuple[Tensor, tuple[int, int]]]]:
-        """Collects (score map, size of the padded images) of the backbone's calls."""
-        seen: list[tuple[Tensor, tuple[int, int]]] = []
-
-        def see(module: nn.Module, args: tuple[Tensor, ...], output: dict[str, Tensor]) -> None:
-            seen.append((output[SCORE], (args[0].shape[-2], args[0].shape[-1])))
-
-        backbone: Any = self.base.backbone
-        handle = backbone.register_forward_hook(see)
-        try:
-            yield seen
-        finally:
-            handle.remove()
+    def export_state(self) -> Export:
+        """See `export_without_text_tower`; the names are the base's."""
+        return export_without_text_tower(self.base)
 
 
-@META_ARCH_REGISTRY.register()
-class DenseCLIPRCNN(PixelTextSupervised):
-    """DenseCLIP's Mask R-CNN: Detectron2's, with the auxiliary loss."""
+def export_without_text_tower(model: nn.Module) -> Export:
+    """Return the model for inference: class embeddings replace the text tower that computed them.
 
-    base_name = "GeneralizedRCNN"
+    Returns:
+        The state dict, and metadata with the config keys that a model for it needs.
+    """
+    state = model.state_dict()
+    options: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ClassText):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            state |= {f"{name}.{key}": value for key, value in module.table().state_dict().items()}
+            options = {
+                "MODEL.LANGUAGE.TEXT": "table",
+                "MODEL.LANGUAGE.TABLE_DIM": module.embed_dim,
+                "MODEL.LANGUAGE.CLASSES": list(module.classes),
+            }
+    return state, {"layout": "clipdense", "options": {"config": options}}
 
 
-@META_ARCH_REGISTRY.register()
-class DenseCLIPRetinaNet(PixelTextSupervised):
-    """DenseCLIP's RetinaNet: Detectron2's, with its rules to choose and the auxiliary loss."""
+def _check_score_map(model: nn.Module) -> None:
+    backbone = getattr(model, "backbone", None)
+    if backbone is None or SCORE not in backbone.output_shape():
+        raise ValueError(
+            f"the backbone of {type(model).__name__} has no {SCORE!r} map for the pixel-text loss: set "
+            "MODEL.TRUNK.NAME LanguageTrunk"
+        )
 
-    base_name = MMDetRetinaNet.__name__
+
+def _add_base_prefix(state: dict[str, Tensor], prefix: str) -> None:
+    """Rename the keys below ``prefix`` that lack "base." (in place); `PixelTextSupervised` has no others."""
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(f"{prefix}base.")]:
+        state[f"{prefix}base.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
 register_head_classes("PixelTextSupervised", base_key="MODEL.PIXEL_TEXT.BASE")

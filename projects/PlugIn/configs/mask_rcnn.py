@@ -98,7 +98,7 @@ model = L(GeneralizedRCNN)(
 )
 
 # The auxiliary loss wraps it.
-model = L(PixelTextSupervised)(base=model, loss=L(PixelTextLoss)(source="boxes"))
+model = L(PixelTextSupervised)(base=model, pixel_text_loss=L(PixelTextLoss)(source="boxes"))
 
 optimizer = L(torch.optim.AdamW)(
     params=L(get_default_optimizer_params)(base_lr=0.001, weight_decay_norm=0.0), lr=0.001, weight_decay=0.05
