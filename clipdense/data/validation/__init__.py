@@ -1,0 +1,25 @@
+"""Data check: what is wrong with a dataset is said before it costs anything, or repaired and reported."""
+
+from clipdense.data.validation.coco import CocoKind, read_coco
+from clipdense.data.validation.datasets import check_dataset, check_datasets
+from clipdense.data.validation.images import check_image_files, check_label_maps, header_size
+from clipdense.data.validation.report import DataError, Finding, Report
+from clipdense.data.validation.segmentation import box_fault, has_mask, mask_fault, rle_fault, rle_length
+
+__all__ = [
+    "CocoKind",
+    "DataError",
+    "Finding",
+    "Report",
+    "box_fault",
+    "check_dataset",
+    "check_datasets",
+    "check_image_files",
+    "check_label_maps",
+    "has_mask",
+    "header_size",
+    "mask_fault",
+    "read_coco",
+    "rle_fault",
+    "rle_length",
+]

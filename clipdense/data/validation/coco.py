@@ -1,0 +1,293 @@
+"""Reading annotation files in COCO's layouts: checked, and repaired where only one meaning is possible.
+
+Every reader and evaluator takes such a file through `read_coco`, so that training, evaluation and
+``tools/check_data.py`` agree on what it holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from clipdense.data.datasets.layouts import load_json
+from clipdense.data.validation.images import header_size
+from clipdense.data.validation.report import Report
+from clipdense.data.validation.segmentation import box_fault, has_mask, mask_fault
+
+__all__ = ["CocoKind", "Row", "read_coco"]
+
+CocoKind = Literal["instances", "lvis", "captions", "panoptic"]
+Row = dict[str, Any]
+
+_CLASS_FREE = ("captions",)
+
+
+def read_coco(
+    json_file: str | Path, kind: CocoKind = "instances", image_root: str | Path | None = None
+) -> tuple[dict[str, list[Row]], Report]:
+    """Read an annotation file in COCO's layout, check all of it and repair what is unambiguous.
+
+    Args:
+        json_file: path of the file.
+        kind: "instances" (COCO), "lvis", "captions" or "panoptic".
+        image_root: folder from whose images a missing height and width are read; None: they must be there.
+
+    Returns:
+        ``images``, ``annotations`` and ``categories`` (empty for captions), without null fields, and what was
+        found. ``annotations`` lack those of unknown images. If the report has errors, the rows with errors
+        are left out: call ``report.raise_errors()`` before using them. Ids stay as in the file: whole
+        numbers of any size, or text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not JSON.
+    """
+    report = Report(str(json_file))
+    content = load_json(json_file)
+    if not isinstance(content, dict):
+        found = "a list" if isinstance(content, list) else type(content).__name__
+        report.add(
+            "error", "not an annotation file", f"its top level is {found}", "Expected an object with images."
+        )
+        return {"images": [], "annotations": [], "categories": []}, report
+    categories = [] if kind in _CLASS_FREE else _categories(content, report)
+    images = _images(content, kind, image_root, report)
+    required = kind in ("captions", "panoptic")
+    annotations = _annotations(content, kind, images, {c["id"] for c in categories}, required, report)
+    report.counts = {"images": len(images), "annotations": len(annotations), "classes": len(categories)}
+    if kind in _CLASS_FREE:
+        del report.counts["classes"]
+    return {"images": images, "annotations": annotations, "categories": categories}, report
+
+
+def _rows(content: Mapping[str, Any], key: str, report: Report, *, required: bool = True) -> list[Row]:
+    """The list ``content[key]``, without null fields."""
+    if key not in content and not required:
+        return []
+    rows = content.get(key)
+    if not isinstance(rows, list):
+        found = "missing" if key not in content else f"{type(rows).__name__}, not a list"
+        report.add("error", f"no list of {key}", f'"{key}" is {found}', "Expected COCO's layout.")
+        return []
+    kept = []
+    for index, row in enumerate(rows):
+        if isinstance(row, dict):
+            kept.append({k: v for k, v in row.items() if v is not None} if None in row.values() else row)
+        else:
+            report.add("error", f"{key} that are not objects", f"{key}[{index}]", "Expected COCO's layout.")
+    return kept
+
+
+def _with_ids(rows: list[Row], what: str, names: str, report: Report) -> list[Row]:
+    """Rows whose id is a whole number or text, and not an earlier row's."""
+    kept: dict[int | str, Row] = {}
+    for index, row in enumerate(rows):
+        identity = row.get("id")
+        if isinstance(identity, float) and identity.is_integer():
+            identity = int(identity)
+            row = row | {"id": identity}
+        if isinstance(identity, bool) or not isinstance(identity, int | str):
+            report.add(
+                "error", f"{what} without a usable id", f"{what} {index} has id {identity!r}", "Give it one."
+            )
+        elif identity in kept:
+            first = kept[identity].get(names, "")
+            report.add(
+                "error",
+                f"two {what} with one id",
+                f"id {identity!r} of {first!r} and {row.get(names, '')!r}",
+                "Give each an id of its own (files that were joined need new ids).",
+            )
+        else:
+            if isinstance(identity, str):
+                report.add(
+                    "note", f"ids of {what} that are text", repr(identity), "They are numbered internally."
+                )
+            kept[identity] = row
+    return list(kept.values())
+
+
+def _categories(content: Mapping[str, Any], report: Report) -> list[Row]:
+    rows = _with_ids(_rows(content, "categories", report), "categories", "name", report)
+    if "categories" in content and not rows and not report.errors:
+        report.add("error", "no classes", '"categories" is empty', "List at least one class.")
+    kept, seen = [], dict[str, Any]()
+    for row in rows:
+        name = row.get("name")
+        if not isinstance(name, str) or not name.strip():
+            report.add(
+                "error", "categories without a name", f"category {row['id']!r}", 'Give it a "name" (text).'
+            )
+            continue
+        if name in seen:
+            report.add(
+                "note",
+                "two categories of one name",
+                f"{name!r} is category {seen[name]!r} and {row['id']!r}",
+                "They stay two classes; results name them with their ids.",
+            )
+        seen.setdefault(name, row["id"])
+        kept.append(row)
+    return kept
+
+
+def _images(
+    content: Mapping[str, Any], kind: CocoKind, image_root: str | Path | None, report: Report
+) -> list[Row]:
+    rows = _with_ids(_rows(content, "images", report), "images", "file_name", report)
+    kept = []
+    for row in rows:
+        name = row.get("file_name")
+        if kind == "lvis" and name is None and isinstance(url := row.get("coco_url"), str):
+            name = "/".join(url.split("/")[-2:])
+        if not isinstance(name, str) or not name:
+            report.add(
+                "error",
+                "images without a file name",
+                f"image {row['id']!r} ({name!r})",
+                "Give its file_name.",
+            )
+            continue
+        if "height" not in row and "width" not in row:
+            size = None if image_root is None else header_size(Path(image_root) / name)
+            if size is not None:
+                row = row | {"height": size[0], "width": size[1]}
+                report.add("repaired", "images without height and width", name, "Read from the image.")
+        sides = (row.get("height"), row.get("width"))
+        if not all(isinstance(s, int) and not isinstance(s, bool) and 0 < s < 2**20 for s in sides):
+            report.add(
+                "error",
+                "images without a usable size",
+                f"{name} has height {sides[0]!r} and width {sides[1]!r}",
+                "Give both as whole numbers of pixels.",
+            )
+            continue
+        kept.append(row)
+    return kept
+
+
+def _annotations(
+    content: Mapping[str, Any],
+    kind: CocoKind,
+    images: Iterable[Row],
+    category_ids: set[Any],
+    required: bool,
+    report: Report,
+) -> list[Row]:
+    """Annotations of the images that are there, without faults."""
+    rows = _rows(content, "annotations", report, required=required)
+    by_id = {image["id"]: image for image in images}
+    if kind != "panoptic":
+        numbered = [row for row in rows if "id" in row]
+        if len(numbered) == len(rows):
+            rows = _with_ids(rows, "annotations", "image_id", report)
+        elif numbered:
+            report.add(
+                "note", "annotations without an id", str(rows[0])[:60], "They are numbered internally."
+            )
+    kept = []
+    for index, row in enumerate(rows):
+        label = f"annotation {row.get('id', index)!r}"
+        image_id = row.get("image_id")
+        image = by_id.get(image_id) if isinstance(image_id, int | str) else None
+        if image is None:
+            unusable = not isinstance(image_id, int | str) or isinstance(image_id, bool)
+            report.add(
+                "error" if unusable else "note",
+                "annotations without an image id"
+                if unusable
+                else "annotations of images that are not listed",
+                f"{label} has image_id {image_id!r}",
+                "Give it the id of an image." if unusable else "They are left out.",
+            )
+            continue
+        label += f" of {image.get('file_name', image_id)}"
+        if kind == "captions":
+            checked = _caption(row, label, report)
+        elif kind == "panoptic":
+            checked = _segments(row, label, category_ids, report)
+        else:
+            checked = _instance(row, image, label, category_ids, report)
+        if checked is not None:
+            kept.append(checked)
+    return kept
+
+
+def _caption(row: Row, label: str, report: Report) -> Row | None:
+    if isinstance(row.get("caption"), str) and row["caption"].strip():
+        return row
+    report.add(
+        "error", "captions that are not text", f"{label}: {row.get('caption')!r}", "Remove or mend it."
+    )
+    return None
+
+
+def _segments(row: Row, label: str, category_ids: set[Any], report: Report) -> Row | None:
+    """A panoptic annotation whose label map lies in its folder and whose segments have known classes."""
+    name, segments = row.get("file_name"), row.get("segments_info")
+    path = PurePosixPath(str(name).replace("\\", "/"))
+    if not isinstance(name, str) or not name or path.is_absolute() or ".." in path.parts:
+        report.add(
+            "error",
+            "file_name of label maps that leave the folder",
+            f"{label}: file_name {name!r}",
+            "Name a file below the panoptic root.",
+        )
+        return None
+    if not isinstance(segments, list) or not all(
+        isinstance(s, dict) and isinstance(s.get("id"), int) and "category_id" in s for s in segments
+    ):
+        report.add(
+            "error", "segments_info without id and category_id", label, "Expected COCO's panoptic layout."
+        )
+        return None
+    for segment in segments:
+        if segment["category_id"] not in category_ids:
+            report.add(
+                "error",
+                "segments of unknown categories",
+                f"{label}: category_id {segment['category_id']!r}",
+                "List the category.",
+            )
+            return None
+    identities = [segment["id"] for segment in segments]
+    if len(set(identities)) < len(identities):
+        report.add(
+            "error", "segments that share an id", label, "Give each segment of a label map its own id."
+        )
+        return None
+    return row
+
+
+def _instance(row: Row, image: Row, label: str, category_ids: set[Any], report: Report) -> Row | None:
+    """An object: known category, usable box and mask; crowd flag and area repaired."""
+    category = row.get("category_id")
+    if not isinstance(category, int | str) or category not in category_ids:
+        report.add(
+            "error",
+            "annotations of unknown categories",
+            f"{label}: category_id {category!r}",
+            'List the category in "categories".',
+        )
+        return None
+    if fault := box_fault(row.get("bbox")):
+        report.add("error", "unusable boxes", f"{label}: {fault}", "Mend or remove the annotation.")
+        return None
+    crowd = row.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        report.add("error", "iscrowd that is neither 0 nor 1", f"{label}: {crowd!r}", "Set it to 0 or 1.")
+        return None
+    if not has_mask(row.get("segmentation")):
+        row = {key: value for key, value in row.items() if key != "segmentation"}
+    elif fault := mask_fault(row["segmentation"], image["height"], image["width"]):
+        report.add("error", "unusable masks", f"{label}: {fault}", "Mend or remove the annotation.")
+        return None
+    area = row.get("area")
+    if area is not None and not (isinstance(area, int | float) and math.isfinite(area) and area >= 0):
+        report.add("repaired", "areas that are no areas", f"{label}: {area!r}", "Computed from the box.")
+        row = {key: value for key, value in row.items() if key != "area"}
+    if crowd is not row.get("iscrowd") or isinstance(crowd, bool):
+        row = row | {"iscrowd": int(crowd)}
+    return row

@@ -1,0 +1,138 @@
+"""Check of registered datasets, with reports cached by the stamps of their files."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipdense.clip.cache import default_cache_dir
+from clipdense.data.validation.coco import CocoKind, read_coco
+from clipdense.data.validation.images import check_image_files, check_label_maps
+from clipdense.data.validation.report import Report
+from clipdense.files import atomic_path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+__all__ = ["check_dataset", "check_datasets"]
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Of the checks: a change makes cached reports void."""
+_JSON_KINDS: dict[str, CocoKind] = {
+    "coco": "instances",
+    "lvis": "lvis",
+    "coco_panoptic_seg": "panoptic",
+    "ade20k_panoptic_seg": "panoptic",
+}
+
+
+def check_datasets(names: Iterable[str], *, thorough: bool = False) -> None:
+    """Check registered datasets before a run, and log what was repaired or noticed, once for each.
+
+    Raises:
+        DataError: If one would train or score wrongly; names file, place and remedy.
+        FileNotFoundError, ValueError: If an annotation file is missing or is not JSON.
+    """
+    for name in dict.fromkeys(names):
+        report = check_dataset(name, thorough=thorough)
+        if report is None:
+            continue
+        report.raise_errors()
+        if report.findings:
+            logger.warning("Dataset %s: %s", name, "\n".join(report.lines()))
+
+
+def check_dataset(name: str, *, thorough: bool = False, use_cache: bool = True) -> Report | None:
+    """Check the annotation file, the images and the label maps of a registered dataset.
+
+    Args:
+        name: registered name.
+        thorough: open every image and label map; else some hundreds, evenly chosen.
+        use_cache: take the report of an earlier check of the same files (only reports without errors are
+            kept).
+
+    Returns:
+        What was found; None for a dataset whose files are drawn or prepared at its first use.
+    """
+    metadata = MetadataCatalog.get(name).as_dict()
+    kind = _JSON_KINDS.get(metadata.get("evaluator_type", ""))
+    files = _files(metadata, kind)
+    if not files or not all(Path(file).exists() for file in files):
+        return None
+    cached = _cache_file(name, files, thorough)
+    if use_cache and cached.is_file():
+        try:
+            return Report.from_json(cached.read_text())
+        except (ValueError, TypeError, KeyError):
+            logger.debug("%s is damaged and made again", cached)
+    report = _check(name, metadata, kind, thorough)
+    if not report.errors:
+        try:
+            with atomic_path(cached) as part:
+                part.write_text(report.to_json())
+        except OSError as error:
+            logger.debug("The report of %s was not cached: %s", name, error)
+    return report
+
+
+def _files(metadata: Mapping[str, Any], kind: CocoKind | None) -> list[str]:
+    """The files and folders on which a report depends."""
+    keys = ("panoptic_json", "panoptic_root") if kind == "panoptic" else ("json_file",)
+    return [
+        str(metadata[key]) for key in (*keys, "image_root", "sem_seg_root", "label_root") if metadata.get(key)
+    ]
+
+
+def _cache_file(name: str, files: Iterable[str], thorough: bool) -> Path:
+    stamps = [(str(Path(f).resolve()), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    digest = hashlib.sha256(repr((_VERSION, name, thorough, stamps)).encode()).hexdigest()[:32]
+    return Path(default_cache_dir()) / "checks" / f"{digest}.json"
+
+
+def _check(name: str, metadata: Mapping[str, Any], kind: CocoKind | None, thorough: bool) -> Report:
+    every = -1 if thorough else 500
+    root = metadata.get("image_root")
+    if kind is None:
+        report = Report(str(metadata.get("sem_seg_root") or root or name))
+        records = DatasetCatalog.get(name)
+        report.counts = {"images": len(records)}
+    else:
+        content, report = read_coco(
+            metadata["panoptic_json" if kind == "panoptic" else "json_file"], kind, root
+        )
+        records = content["images"]
+        if root is not None:
+            records = [{**r, "file_name": str(Path(root) / _name(r))} for r in records]
+        if kind == "panoptic":
+            _check_panoptic_files(content["annotations"], Path(metadata["panoptic_root"]), report)
+    if kind is None or root is not None:
+        check_image_files(records, report, headers=every)
+    if kind is None and metadata.get("stuff_classes"):
+        check_label_maps(
+            records,
+            report,
+            num_classes=len(metadata["stuff_classes"]),
+            ignore=(metadata.get("ignore_label", 255),),
+            maps=every if thorough else 100,
+        )
+    return report
+
+
+def _name(image: Mapping[str, Any]) -> str:
+    return str(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
+
+
+def _check_panoptic_files(annotations: Iterable[Mapping[str, Any]], root: Path, report: Report) -> None:
+    for annotation in annotations:
+        if not (root / annotation["file_name"]).is_file():
+            report.add(
+                "error",
+                "panoptic label maps that are not there",
+                str(root / annotation["file_name"]),
+                "Check the panoptic root.",
+            )

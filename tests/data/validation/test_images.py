@@ -1,0 +1,122 @@
+"""Image files, label maps, registered datasets and the tool."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipdense.data.validation import (
+    DataError,
+    Report,
+    check_dataset,
+    check_datasets,
+    check_image_files,
+    check_label_maps,
+    header_size,
+)
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+@pytest.fixture
+def report():
+    return Report("data")
+
+
+def save(path, size=(60, 40), **kwargs):
+    Image.new("RGB", size, "red").save(path, **kwargs)
+    return {"file_name": str(path), "height": size[1], "width": size[0]}
+
+
+def test_files_that_fit(tmp_path, report):
+    check_image_files([save(tmp_path / "a.png")], report)
+    assert report.findings == {}
+
+
+def test_missing_damaged_and_resized_files_are_named(tmp_path, report):
+    record = save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    records = [
+        {**record, "width": 61},
+        {**record, "file_name": str(tmp_path / "b.png")},
+        {**record, "file_name": str(tmp_path / "c.png")},
+    ]
+    check_image_files(records, report)
+    kinds = {kind: finding.examples[0] for kind, finding in report.findings.items()}
+    assert "a.png is 40 x 60, stated 40 x 61" in kinds["images of another size than stated"]
+    assert kinds["files that are not images"].endswith("b.png")
+    assert kinds["images that are not there"].endswith("c.png")
+
+
+def test_turned_photographs(tmp_path, report):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    record = save(tmp_path / "a.jpg", exif=exif)
+    assert header_size(tmp_path / "a.jpg") == (60, 40)
+    check_image_files([{**record, "height": 60, "width": 40}], report)  # upright, as annotation tools show it
+    assert report.findings == {}
+    check_image_files([record], report)  # as stored
+    assert [finding.severity for finding in report.findings.values()] == ["note"]
+
+
+def test_label_maps(tmp_path, report):
+    record = save(tmp_path / "a.png")
+    for name, labels in {
+        "good": np.array([[0, 1], [255, 1]]).repeat(20, 0).repeat(30, 1),
+        "beyond": np.full((40, 60), 7),
+        "small": np.zeros((4, 6)),
+    }.items():
+        Image.fromarray(labels.astype(np.uint8)).save(tmp_path / f"{name}_l.png")
+    records = [{**record, "sem_seg_file_name": str(tmp_path / f"{n}_l.png")} for n in ("good", "absent")]
+    check_label_maps(records[:1], report, num_classes=2)
+    assert report.findings == {}
+    records += [{**record, "sem_seg_file_name": str(tmp_path / f"{n}_l.png")} for n in ("beyond", "small")]
+    check_label_maps(records, report, num_classes=2)
+    text = "\n".join(report.lines())
+    assert "beyond_l.png: 7. Expected 0 to 1, or 255" in text
+    assert "small_l.png is 4 x 6, the image 40 x 60" in text
+    assert "absent_l.png" in text
+
+
+@pytest.fixture
+def registered(tmp_path):
+    """A registered dataset of one image; returns its annotation file."""
+    image = save(tmp_path / "a.png")
+    content = {
+        "images": [{**image, "file_name": "a.png", "id": 1}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    DatasetCatalog.register("checked", list)
+    MetadataCatalog.get("checked").set(json_file=str(path), image_root=str(tmp_path), evaluator_type="coco")
+    yield path
+    DatasetCatalog.remove("checked")
+    MetadataCatalog.remove("checked")
+
+
+def test_a_registered_dataset_is_checked_once(registered, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CLIPDENSE_CACHE", str(cache))
+    assert check_dataset("checked").counts == {"images": 1, "annotations": 1, "classes": 1}
+    cached = list((cache / "checks").iterdir())
+    assert len(cached) == 1
+    check_datasets(["checked"])
+    assert list((cache / "checks").iterdir()) == cached
+    content = json.loads(registered.read_text())
+    content["annotations"][0]["category_id"] = 12
+    registered.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"a\.json.*category_id 12"):
+        check_datasets(["checked"])
+
+
+def test_the_tool(registered, tmp_path, capsys):
+    from tools.check_data import main
+
+    assert main([str(registered), "--images", str(tmp_path)]) == 0
+    assert "1 images, 1 annotations, 1 classes" in capsys.readouterr().out
+    (tmp_path / "a.png").unlink()
+    assert main([str(registered), "--images", str(tmp_path)]) == 1
+    assert "refused: images that are not there" in capsys.readouterr().out
