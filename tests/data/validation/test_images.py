@@ -113,7 +113,7 @@ def test_a_registered_dataset_is_checked_once(registered, tmp_path_factory, monk
 
 
 def test_the_tool(registered, tmp_path, capsys):
-    from tools.check_data import main
+    from check_data import main
 
     assert main([str(registered), "--images", str(tmp_path)]) == 0
     assert "1 images, 1 annotations, 1 classes" in capsys.readouterr().out
