@@ -1,7 +1,7 @@
 """Tensors of TorchScript archives, read without executing any of their code.
 
 `torch.jit.load` runs the archive's own ``__setstate__`` methods, which may do anything. An archive is a zip
-file: ``data.pkl`` is a pickled tree of modules, ``data/<n>`` are the bytes of its storages; its ``code/`` is not
+file: ``data.pkl`` is a pickled tree of modules, ``data/<n>`` are the bytes of its storages; ``code/`` is not
 read here.
 """
 
