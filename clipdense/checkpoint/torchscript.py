@@ -113,7 +113,7 @@ def _rebuild_tensor(
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else offset - 1
     if offset < 0 or min((*stride, 0)) < 0 or (last + 1) * dtype.itemsize > untyped.nbytes():
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-    return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride)
 
 
 def _first(value: Any, *_: Any) -> Any:

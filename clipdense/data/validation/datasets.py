@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clipdense.clip.cache import default_cache_dir
 from clipdense.data.validation.coco import CocoKind, read_coco
 from clipdense.data.validation.images import check_image_files, check_label_maps
 from clipdense.data.validation.report import Report
-from clipdense.files import atomic_path
+from clipdense.files import cache_dir, write_text
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -73,8 +72,7 @@ def check_dataset(name: str, *, thorough: bool = False, use_cache: bool = True) 
     report = _check(name, metadata, kind, thorough)
     if not report.errors:
         try:
-            with atomic_path(cached) as part:
-                part.write_text(report.to_json())
+            write_text(cached, report.to_json())
         except OSError as error:
             logger.debug("The report of %s was not cached: %s", name, error)
     return report
@@ -91,7 +89,7 @@ def _files(metadata: Mapping[str, Any], kind: CocoKind | None) -> list[str]:
 def _cache_file(name: str, files: Iterable[str], thorough: bool) -> Path:
     stamps = [(str(Path(f).resolve()), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
     digest = hashlib.sha256(repr((_VERSION, name, thorough, stamps)).encode()).hexdigest()[:32]
-    return Path(default_cache_dir()) / "checks" / f"{digest}.json"
+    return cache_dir() / "checks" / f"{digest}.json"
 
 
 def _check(name: str, metadata: Mapping[str, Any], kind: CocoKind | None, thorough: bool) -> Report:
