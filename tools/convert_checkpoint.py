@@ -19,7 +19,7 @@ from clipdense.checkpoint import CheckpointError
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.options import ConfigError
 from clipdense.files import WriteError
-from clipdense.run.weights import convert_weights
+from clipdense.run.conversion import convert_weights
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -56,7 +56,7 @@ def main() -> None:
         options=dict(map(option, arguments.option)),
         allow_pickle=arguments.allow_pickle,
     )
-    print(f"{arguments.input} is of layout {done.layout}; {done.kept} tensors kept")
+    print(f"{arguments.input} is of layout {done.layout}; {done.num_tensors} tensors kept")
     for rule, keys in done.dropped.items():
         print(f"left out, {rule}: {', '.join(keys)}")
     print(f"classes: {len(done.classes)}, as listed" if done.classes else "classes: not listed in the file")

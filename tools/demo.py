@@ -129,10 +129,11 @@ def main(argv: list[str] | None = None) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
     predictor = clipdense.Predictor(
         args.config_file,
-        opts=[*outputs_on(args.config_file, args.show), *args.opts],
+        opts=args.opts,
         score_threshold=args.score_threshold,
         vocabulary=args.vocabulary,
         background=args.background,
+        output=args.show,
     )
     classes = predictor.metadata.get("stuff_classes") or predictor.metadata.get("thing_classes") or ()
     if args.list_classes:
@@ -200,14 +201,6 @@ def find_images(inputs: Iterable[str]) -> tuple[list[Path], dict[str, str]]:
             failed[name] = "a folder without images" if path.is_dir() else "there is no such file"
         found.update(dict.fromkeys(matches))
     return list(found), failed
-
-
-def outputs_on(config: str, show: str | None) -> list[str]:
-    """Overrides that let models that can give several outputs give the one that is to be shown."""
-    keys = {"panoptic": "PANOPTIC_ON", "instances": "INSTANCE_ON", "semantic": "SEMANTIC_ON"}
-    if show is None or config.endswith(".py"):
-        return []
-    return [f"MODEL.MASK_FORMER.TEST.{keys[show]}", "True"]
 
 
 def check_classes(wanted: Sequence[str], predictor: clipdense.Predictor) -> None:

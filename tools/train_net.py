@@ -13,7 +13,8 @@ from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import evaluate_weights
 from clipdense.engine.launch import launch
 from clipdense.engine.options import ConfigError
-from clipdense.engine.report import print_results, verify
+from clipdense.engine.report import print_results
+from clipdense.engine.run_config import run_config
 from clipdense.engine.trainer import Trainer
 from clipdense.files import WriteError
 from clipdense.run.setup import setup
@@ -22,7 +23,7 @@ from detectron2.engine import default_argument_parser
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    cfg = setup(args)
+    cfg = setup(args).cfg
     if args.eval_only:
         results = evaluate_weights(cfg, args.resume)
         print_results(results)
@@ -30,7 +31,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         trainer = Trainer(cfg)
         trainer.resume_or_load(args.resume)
         results = trainer.train()
-    verify(cfg, results)
+    run_config(cfg).verify(results)
     return results
 
 

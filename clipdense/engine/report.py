@@ -11,10 +11,7 @@ from torch import nn
 from clipdense.checkpoint import save_checkpoint
 from clipdense.files import write_text
 
-from detectron2.config import CfgNode
-from detectron2.evaluation import verify_results
-
-__all__ = ["export", "print_results", "results_table", "verify", "write_report", "write_results"]
+__all__ = ["export", "print_results", "results_table", "write_report", "write_results"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +39,6 @@ def print_results(results: dict[str, float]) -> None:
     """Log flattened metrics as a table."""
     if results:
         logger.info("Results:\n%s", results_table(results))
-
-
-def verify(cfg: Any, results: dict[str, float]) -> None:
-    """End the program with an error where metrics are not as ``TEST.EXPECTED_RESULTS`` says."""
-    if results and isinstance(cfg, CfgNode):
-        nested: dict[str, dict[str, float]] = {}
-        for name, value in results.items():
-            task, _, metric = name.rpartition("/")
-            nested.setdefault(task, {})[metric] = value
-        verify_results(cfg, nested)
 
 
 def export(model: nn.Module, path: Path) -> None:

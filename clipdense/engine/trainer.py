@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdense.checkpoint import CheckpointError
-from clipdense.engine.build import trainer_arguments
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
 from clipdense.engine.ema import ModelEMA
@@ -26,6 +25,7 @@ from clipdense.engine.optimizer import build_clipper, keep_frozen_in_eval
 from clipdense.engine.options import TrainerOptions
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.report import write_report
+from clipdense.engine.run_config import run_config
 from clipdense.files import WriteError, write_text
 
 from detectron2.config import configurable
@@ -53,7 +53,7 @@ class Trainer(TrainerBase):
 
     An iteration is one optimizer step. It does the same in one process on a batch as in several on its
     shares, provided that the losses are means over images. ``Trainer(cfg)`` builds all arguments from a yacs
-    config or a LazyConfig (see `clipdense.engine.build`).
+    config or a LazyConfig (see `clipdense.engine.run_config`).
 
     Args:
         model: returns a dict of scalar losses in training mode.
@@ -108,7 +108,7 @@ class Trainer(TrainerBase):
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         """Constructor arguments from a yacs config or a LazyConfig."""
-        return trainer_arguments(cfg)
+        return run_config(cfg).trainer_arguments()
 
     # ---- the loop
 

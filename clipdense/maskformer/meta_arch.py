@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,11 @@ class MaskFormer(nn.Module):
     Which of the two it is, is said by its parts and settings.
     """
 
+    output_keys: ClassVar[dict[str, str]] = {
+        "panoptic": "MODEL.MASK_FORMER.TEST.PANOPTIC_ON",
+        "instances": "MODEL.MASK_FORMER.TEST.INSTANCE_ON",
+        "semantic": "MODEL.MASK_FORMER.TEST.SEMANTIC_ON",
+    }
     pixel_mean: Tensor
     pixel_std: Tensor
 

@@ -1,46 +1,32 @@
-"""Configuration keys: the shared ones here, each room's own in its ``config.py``."""
+"""Assembly of the configuration keys: the shared ones here, those of each room in its ``config.py``."""
+
+from clipdense.backbone.config import add_backbone_config
+from clipdense.data.config import add_data_config
+from clipdense.data.shapes.pretraining import add_shapes_pretraining_config
+from clipdense.engine.config import add_engine_config
+from clipdense.evaluation.config import add_evaluation_config
+from clipdense.maskformer.config import add_maskformer_config
+from clipdense.systems import add_systems_config
 
 from detectron2.config import CfgNode as CN
 
+__all__ = ["add_clipdense_config"]
+
 
 def add_clipdense_config(cfg: CN) -> None:
-    """Add every clipdense key, with its default, to a Detectron2 config (in place).
+    """Add every clipdense key with its default to a Detectron2 config (in place).
 
-    Call it once, after ``detectron2.config.get_cfg()`` and the ``add_..._config`` of other projects: what
-    they have set (Panoptic-DeepLab's SOLVER.OPTIMIZER) stays. A config that already has the keys is left as
-    it is.
+    Call it once, after ``detectron2.config.get_cfg()`` and after the ``add_..._config`` functions of other
+    projects. Values that these have set stay (e.g. SOLVER.OPTIMIZER of Panoptic-DeepLab). A config that
+    already has the clipdense keys is not changed.
+
+    Args:
+        cfg: the root of the config.
     """
     if "CLIP" in cfg.MODEL:
         return
     before = cfg.clone()
-    # Allow pickled weight files, of any part of the model. A pickle can run code: set it only for files from
-    # a source that you trust.
-    cfg.MODEL.ALLOW_PICKLE = False
-
-    cfg.MODEL.CLIP = CN()
-    # A model name that `clipdense.clip.load_clip` knows: any open_clip model, or "shapes-rn", "shapes-vit",
-    # "shapes-eva".
-    cfg.MODEL.CLIP.NAME = "shapes-rn"
-    # Its weights: an open_clip tag, a hub id, a local file, "random", or "" for the weights shipped with the
-    # package.
-    cfg.MODEL.CLIP.PRETRAINED = ""
-    # How its position table is fitted to other grids than its own: "bicubic", "bilinear", or "crop" (the
-    # top-left window; published DenseCLIP detectors).
-    cfg.MODEL.CLIP.POSITION_RULE = "bicubic"
-    # Side of the grid that the table is resized to, bilinearly, when the model is built; 0 keeps its own.
-    cfg.MODEL.CLIP.POSITION_GRID = 0
-    # An architecture without a name, as open_clip's model_cfg (embed_dim, vision_cfg, text_cfg, quick_gelu);
-    # it takes the place of NAME's.
-    cfg.MODEL.CLIP.CONFIG = CN(new_allowed=True)
-
-    from clipdense.backbone.config import add_backbone_config
-    from clipdense.data.config import add_data_config
-    from clipdense.data.shapes.pretraining import add_shapes_pretraining_config
-    from clipdense.engine.config import add_engine_config
-    from clipdense.evaluation.config import add_evaluation_config
-    from clipdense.maskformer.config import add_maskformer_config
-    from clipdense.systems import add_systems_config
-
+    _add_clip_keys(cfg)
     add_data_config(cfg)
     add_shapes_pretraining_config(cfg)
     add_backbone_config(cfg)
@@ -51,8 +37,32 @@ def add_clipdense_config(cfg: CN) -> None:
     _restore(cfg, before)
 
 
+def _add_clip_keys(cfg: CN) -> None:
+    """Add the keys that describe the CLIP model."""
+    # Allow pickled weight files, for every part of the model. Opening a pickle can run code: set it only for
+    # files from a source that you trust.
+    cfg.MODEL.ALLOW_PICKLE = False
+    cfg.register_renamed_key("MODEL.CLIP.ALLOW_PICKLE", "MODEL.ALLOW_PICKLE")
+    cfg.register_renamed_key("MODEL.TIMM.ALLOW_PICKLE", "MODEL.ALLOW_PICKLE")
+
+    cfg.MODEL.CLIP = CN()
+    # Model name: any open_clip model, or a CLIP of this package ("shapes-rn", "shapes-vit", "shapes-eva").
+    cfg.MODEL.CLIP.NAME = "shapes-rn"
+    # Weights of the model: an open_clip tag, a hub id, a local file or "random"; "" uses the weights shipped
+    # with the package.
+    cfg.MODEL.CLIP.PRETRAINED = ""
+    # Resizing of the position table to another grid: "bicubic", "bilinear", or "crop" (the top-left window,
+    # as published DenseCLIP detectors need).
+    cfg.MODEL.CLIP.POSITION_RULE = "bicubic"
+    # Side of the grid to which the position table is resized (bilinearly) when the model is built, in cells;
+    # 0 keeps the pretrained grid.
+    cfg.MODEL.CLIP.POSITION_GRID = 0
+    # Custom open_clip model_cfg (embed_dim, vision_cfg, text_cfg, quick_gelu); overrides the one of NAME.
+    cfg.MODEL.CLIP.CONFIG = CN(new_allowed=True)
+
+
 def _restore(cfg: CN, before: CN) -> None:
-    """Set every key of ``before`` in ``cfg`` as it was."""
+    """Set every key of ``before`` in ``cfg`` to its value in ``before``."""
     for key, value in before.items():
         if isinstance(value, CN) and isinstance(cfg.get(key), CN):
             _restore(cfg[key], value)

@@ -1,15 +1,15 @@
-"""A trained model for images that belong to no data set."""
+"""Prediction on single images with a trained model."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,161 +18,174 @@ from tqdm import tqdm
 
 from clipdense.backbone.score_map import score_classes, score_maps
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.datasets import register_from_config
 from clipdense.data.image import ImageSource, load_image
-from clipdense.data.mappers import build_mapper, map_image
-from clipdense.engine.build import build_model, trainer_options
+from clipdense.data.mappers import map_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.options import ConfigError
+from clipdense.engine.run_config import RunConfig, run_config
 from clipdense.run.config import add_clipdense_config
-from clipdense.run.setup import available_device, load_config
-from clipdense.run.weights import (
-    apply_weight_options,
-    check_weight_classes,
-    config_keys,
-    print_weight_options,
-)
+from clipdense.run.keys import config_keys, config_value
+from clipdense.run.setup import LoadedConfig, available_device, complete_config, read_config
+from clipdense.run.weights import check_weight_classes
 
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.modeling import META_ARCH_REGISTRY
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "SwitchableOutputs", "remove_background"]
 
-_CLASSES = ("thing_classes", "stuff_classes")
+_CLASS_LISTS = ("thing_classes", "stuff_classes")
 
 Output = dict[str, Any]
-Words = Vocabulary | str | Path | Sequence[str | Sequence[str]]
+VocabularyLike = Vocabulary | str | Path | Sequence[str | Sequence[str]]
+
+
+@runtime_checkable
+class SwitchableOutputs(Protocol):
+    """Meta-architecture whose outputs are switched on by config keys.
+
+    Attributes:
+        output_keys: kind of output ("panoptic", "instances", "semantic") -> full name of its config key.
+    """
+
+    output_keys: ClassVar[Mapping[str, str]]
 
 
 class Predictor:
-    """A model with its weights, built once, that takes images as they come.
+    """Trained model that predicts on images, one by one or in batches.
 
-    An image is a file, a PIL image of any mode, or an array (see `clipdense.data.image.load_image`); it is
-    resized as in evaluation. An open-vocabulary model looks for the classes of the test set, or for any
-    others (see `set_vocabulary`). An output is what Detectron2's models give for an image, in pixels of the
-    (upright) original: ``instances`` and, from models that have them, ``sem_seg`` (or ``sem_seg_labels``) and
-    ``panoptic_seg``.
+    An image is a file, a PIL image of any mode, or an array (see `clipdense.data.image.load_image`). It is
+    resized as in evaluation. An output is the dictionary that Detectron2's models return for an image, in
+    pixels of the original, upright image: ``instances`` and, if the model predicts them, ``sem_seg`` (or
+    ``sem_seg_labels``) and ``panoptic_seg``.
 
-    A model that compares words calls everything the word that fits best, a single one anything at all.
-    Background words are what it may call the rest: where one of them wins, a map has nothing (``sem_seg``
-    is 0 for all classes, ``sem_seg_labels`` -1, the segment id 0); instances of them are left out.
+    An open-vocabulary model predicts the classes of the test dataset, or those of `set_vocabulary`. A
+    semantic or panoptic model always predicts some class, even if none of them is in the image. Background
+    classes prevent that: where a background class has the highest score, ``sem_seg`` is 0 for all classes,
+    ``sem_seg_labels`` is -1 and the segment id 0; instances of background classes are removed.
+
+    Args:
+        config: config file (.yaml, or .py for a LazyConfig; the configs of the package are found by name), a
+            config object, which is not changed, or the result of `clipdense.run.setup.read_config`. The keys
+            of a bare config object that differ from their defaults count as set by the user.
+        weights: weight file; default ``MODEL.WEIGHTS`` (``train.init_checkpoint``). The config keys that it
+            needs are set unless the user has set them.
+        opts: overrides: KEY VALUE pairs, or ``key=value`` for a LazyConfig.
+        device: default: the device of the config, or the CPU if that is a GPU and none is available.
+        score_threshold: instances with a lower score are removed, 0..1; None keeps the model's threshold.
+        vocabulary: classes to predict, see `set_vocabulary`; None for those of the test dataset.
+        background: background classes, see `set_vocabulary`.
+        output: kind of output to switch on ("panoptic", "instances" or "semantic") in a model with
+            `SwitchableOutputs`; None leaves the outputs as configured.
 
     Attributes:
-        cfg: the config, overrides included.
-        model: in evaluation mode.
-        metadata: of the test set, with the classes that the weights were trained for where they note them; or
-            with those of the vocabulary that was given.
+        cfg: the config, with all overrides.
+        model: the model in evaluation mode.
+        metadata: class names: those of the vocabulary if one was given, otherwise those of the test dataset
+            or, for a closed vocabulary, those stored in the weight file.
+
+    Raises:
+        ConfigError: If the config is wrong or names no weights or no classes, the weights were trained on
+            other classes, the mapper cannot prepare single images, or a vocabulary is given to a model with a
+            closed one.
+        FileNotFoundError: If the weight file does not exist.
+        CheckpointError: If the weights do not match the model, or lack some of its parameters.
     """
 
     def __init__(
         self,
-        config: str | os.PathLike[str] | Any,
+        config: str | os.PathLike[str] | LoadedConfig | Any,
         weights: str | os.PathLike[str] | None = None,
         opts: Iterable[object] = (),
         device: str | None = None,
         score_threshold: float | None = None,
-        vocabulary: Words | None = None,
-        background: Words | None = None,
+        vocabulary: VocabularyLike | None = None,
+        background: VocabularyLike | None = None,
+        output: str | None = None,
     ) -> None:
-        """
-        Args:
-            config: a file (.yaml, or .py for a LazyConfig), also one of the package's configs; or a config
-                object, which is left as it is.
-            weights: weight file; default ``MODEL.WEIGHTS`` (``train.init_checkpoint``). Config keys that it
-                needs are set, where the config says nothing else.
-            opts: overrides, KEY VALUE pairs (``key=value`` words for a LazyConfig).
-            device: default the config's, or the CPU where that is a GPU and there is none.
-            score_threshold: instances below it are left out, 0..1; None for the model's own threshold.
-            vocabulary: what an open-vocabulary model looks for, see `set_vocabulary`; None for the classes of
-                the test set.
-            background: what it may call anything else, see `set_vocabulary`.
-
-        Raises:
-            ConfigError: the config is wrong, names no weights or no classes, or other classes than published
-                weights; its mapper cannot take an image; or a vocabulary is given to a model that cannot
-                change its own.
-            FileNotFoundError: no such weights.
-            CheckpointError: they do not fit the model, or lack some of it.
-        """
-        self.cfg = _configure(config, weights, [str(word) for word in opts], device)
+        loaded = _load(config, weights, [str(word) for word in opts])
+        self.cfg = loaded.cfg
         self.score_threshold = score_threshold
-        options = trainer_options(self.cfg)
+        run = run_config(self.cfg)
+        _prepare(run, loaded, device, output)
+        options = run.options()
         if not options.weights:
             raise ConfigError(
                 "no trained weights are named: give e.g. MODEL.WEIGHTS output/demo/model_final.pth (in a "
                 "LazyConfig train.init_checkpoint=...)"
             )
-        self._mapper = _build_mapper(self.cfg)
-        words = None if vocabulary is None else Vocabulary.parse(vocabulary)
-        self._classes: int | None = None
-        self.model: Any = build_model(self.cfg).eval()
-        if words is not None or background is not None:
-            _check_open(self.model)
+        self._mapper = run.build_test_mapper()
+        requested = None if vocabulary is None else Vocabulary.parse(vocabulary)
+        self._num_classes: int | None = None
+        self.model: Any = run.build_model().eval()
+        if requested is not None or background is not None:
+            _require_open_vocabulary(self.model)
         checkpointer = TrainingCheckpointer(self.model, "", options.weights_skip, options.allow_pickle)
-        noted = checkpointer.load_weights(options.weights, complete=True).get("metadata", {})
-        if words is None:
-            known = self._take_known_classes({**options.metadata, **noted})
-            words = None if background is None else known
-        if words is not None:
-            self.set_vocabulary(words, background)
+        stored = checkpointer.load_weights(options.weights, complete=True).get("metadata", {})
+        if requested is None:
+            known = self._use_known_classes(run, {**options.metadata, **stored})
+            requested = None if background is None else known
+        if requested is not None:
+            self.set_vocabulary(requested, background)
 
-    def set_vocabulary(self, vocabulary: Words, background: Words | None = None) -> None:
-        """Let an open-vocabulary model look for other classes from now on; `metadata` then names them.
+    def set_vocabulary(self, vocabulary: VocabularyLike, background: VocabularyLike | None = None) -> None:
+        """Set the classes that an open-vocabulary model predicts, and the class names of `metadata`.
 
-        Nothing is built anew, and text is encoded for names that have not been seen yet only.
+        The model is not rebuilt; only names that are new to it are encoded.
 
         Args:
-            vocabulary: what `Vocabulary.parse` takes: "cat|kitten, red car" (bars part synonyms), the path of
-                a class-list file (.txt, .json), a list of names, or a `Vocabulary`. Where it does not say
-                which classes are things, all are.
-            background: words likewise that stand for anything else and are left out of outputs.
+            vocabulary: argument of `Vocabulary.parse`: "cat|kitten, red car" (bars separate synonyms), the
+                path of a class-list file (.txt, .json), a list of names, or a `Vocabulary`. All classes are
+                things unless it tells things from stuff.
+            background: further classes, which are removed from outputs; same forms as ``vocabulary``.
 
         Raises:
-            ConfigError: the model's vocabulary is closed.
-            FileNotFoundError, ValueError: no such file, or no vocabulary; or a name that the model cannot
-                embed. The vocabulary stays as it was.
+            ConfigError: If the model has a closed vocabulary.
+            FileNotFoundError: If a class-list file does not exist.
+            ValueError: If it is not a vocabulary, or the model cannot embed a name. The previous vocabulary
+                stays.
         """
         vocabulary = Vocabulary.parse(vocabulary)
-        _check_open(self.model)
+        _require_open_vocabulary(self.model)
         vocabulary = replace(vocabulary, thing=vocabulary.thing or (True,) * len(vocabulary))
         names = list(vocabulary.names)
         things = [i for i, thing in enumerate(vocabulary.thing or ()) if thing]
-        self.model.set_vocabulary(vocabulary if background is None else _joined(vocabulary, background))
-        self._classes = None if background is None else len(names)
+        self.model.set_vocabulary(vocabulary if background is None else _append(vocabulary, background))
+        self._num_classes = None if background is None else len(names)
         self.metadata = Metadata(
             thing_classes=names,
-            # as in Detectron2's standard panoptic metadata: both lists name every class
+            # as in Detectron2's panoptic metadata, both lists name every class
             stuff_classes=names,
             thing_dataset_id_to_contiguous_id={i: i for i in things},
         )
 
     def __call__(self, image: ImageSource) -> Output:
-        """Output for one image.
+        """Predict on one image.
 
         Raises:
-            FileNotFoundError, BadImageError, ValueError: it cannot be read (see `load_image`).
+            FileNotFoundError: If the file does not exist.
+            ValueError: If it is not an image, see `load_image`.
         """
-        return self._predict([self._sample(image)])[0]
+        return self._predict([self._load_sample(image)])[0]
 
     def batch(self, images: Iterable[ImageSource], batch_size: int = 1) -> Iterator[Output | Exception]:
-        """Outputs for many images, one by one, in their order, with a progress bar.
+        """Predict on many images with a progress bar, and yield the outputs in their order.
 
-        An image that cannot be read does not stop the others: the error comes in its output's place. Images
-        that share a batch are padded to one size, which changes scores a little.
+        An image that cannot be read does not stop the others: its error is yielded instead of an output.
+        Images of a batch are padded to one size, which changes their scores slightly.
 
         Args:
-            images: read when their turn comes.
-            batch_size: images at once.
+            images: read one batch at a time.
+            batch_size: number of images in a batch.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         remaining = iter(images)
         total = len(images) if isinstance(images, Sized) else None
         with tqdm(total=total, desc="Predicting", unit="image", disable=None) as bar:
             while part := list(islice(remaining, batch_size)):
-                samples = [self._sample_or_error(image) for image in part]
+                samples = [self._load_sample_or_error(image) for image in part]
                 outputs = iter(self._predict([s for s in samples if not isinstance(s, Exception)]))
                 for sample in samples:
                     yield sample if isinstance(sample, Exception) else next(outputs)
@@ -180,53 +193,51 @@ class Predictor:
 
     @property
     def score_classes(self) -> tuple[str, ...]:
-        """Classes of `score_map`.
+        """Names of the classes of `score_map`.
 
         Raises:
-            ValueError: the model's backbone gives no score map.
+            ValueError: If the model's backbone has no score map.
         """
         return score_classes(self.model)
 
     def score_map(self, image: ImageSource) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
-        """The backbone's class scores at every position of an image.
+        """Compute the backbone's class scores at every position of an image.
 
         Returns:
-            (K, h, w) over the whole image, without the padding, and the K names.
+            Scores (K, h, w) over the whole image without its padding, and the K class names.
 
         Raises:
-            ValueError: the model's backbone gives no score map.
-            FileNotFoundError, BadImageError, ValueError: the image cannot be read.
+            ValueError: If the model's backbone has no score map, or the image cannot be read.
         """
-        return score_maps(self.model, [self._sample(image)])[0], self.score_classes
+        return score_maps(self.model, [self._load_sample(image)])[0], self.score_classes
 
-    def _take_known_classes(self, noted: dict[str, Any]) -> Vocabulary | None:
-        """The classes that data sets and weights name; returned as what an open-vocabulary model was told."""
+    def _use_known_classes(self, run: RunConfig, stored: dict[str, Any]) -> Vocabulary | None:
+        """Set the classes of the dataset or the weights; return those of an open-vocabulary model."""
         is_open = _is_open(self.model)
-        self.metadata = _metadata(self.cfg, noted, trained_first=not is_open)
+        self.metadata = _metadata(run, stored, prefer_stored=not is_open)
         if not is_open:
             return None
-        split = not isinstance(self.cfg, CfgNode) or self.cfg.DATASETS.SPLIT_NAMES
-        vocabulary = Vocabulary.from_metadata(self.metadata, separator="," if split else None)
+        vocabulary = Vocabulary.from_metadata(self.metadata, separator="," if run.split_names else None)
         self.model.set_vocabulary(vocabulary)
         return vocabulary
 
-    def _sample(self, image: ImageSource) -> dict[str, Any]:
+    def _load_sample(self, image: ImageSource) -> dict[str, Any]:
         return map_image(self._mapper, load_image(image, self._mapper.image_format))
 
-    def _sample_or_error(self, image: ImageSource) -> dict[str, Any] | Exception:
+    def _load_sample_or_error(self, image: ImageSource) -> dict[str, Any] | Exception:
         try:
-            return self._sample(image)
+            return self._load_sample(image)
         except (OSError, ValueError) as error:
             return error
 
     def _predict(self, samples: list[dict[str, Any]]) -> list[Output]:
         if not samples:
             return []
-        # not inference_mode: who gets a box may want to change it in place
+        # not inference_mode: callers may want to change the outputs in place
         with torch.no_grad():
             outputs: list[Output] = self.model(samples)
-            if self._classes is not None:
-                outputs = [_without_background(output, self._classes) for output in outputs]
+            if self._num_classes is not None:
+                outputs = [remove_background(output, self._num_classes) for output in outputs]
         if self.score_threshold is not None:
             for output in outputs:
                 if "instances" in output:
@@ -235,123 +246,105 @@ class Predictor:
         return outputs
 
 
-def _configure(config: Any, weights: Any, opts: list[str], device: str | None) -> Any:
-    """The config with everything in it that the arguments say, and the keys that the weights need."""
-    yacs = ["MODEL.WEIGHTS", os.fspath(weights)] if weights is not None else []
-    if isinstance(config, CfgNode):
-        cfg = config.clone()
-        cfg.defrost()
-        cfg.merge_from_list([*opts, *yacs])
-        defaults = get_cfg()
-        add_clipdense_config(defaults)
-        # of an object, what differs from its default has been set
-        explicit = {key for key in config_keys(cfg) if _value(cfg, key) != _value(defaults, key)}
-        apply_weight_options(cfg, explicit | set(opts[::2]))
-    elif not isinstance(config, (str, os.PathLike)):
-        cfg = LazyConfig.apply_overrides(copy.deepcopy(config), opts)
-    else:
-        path = os.fspath(config)
-        cfg = load_config(path, opts if path.endswith(".py") else [*opts, *yacs])
-    if isinstance(cfg, CfgNode):
-        cfg.MODEL.DEVICE = device or available_device(cfg.MODEL.DEVICE)
-        cfg.freeze()
-        with suppress(FileNotFoundError):  # of own data, the class names are needed at most
-            register_from_config(cfg)
-        check_weight_classes(cfg)
-    else:
-        cfg.train.device = device or available_device(cfg.train.device)
-        if weights is not None:
-            cfg.train.init_checkpoint = os.fspath(weights)
-            print_weight_options(cfg.train.init_checkpoint, cfg.train.get("allow_pickle", False))
-    return cfg
+def remove_background(output: Output, num_classes: int) -> Output:
+    """Remove the classes after the first ``num_classes`` from an output.
 
+    Args:
+        output: output of a model for one image, with background classes last. It is not changed.
+        num_classes: number of classes to keep.
 
-def _value(cfg: CfgNode, key: str) -> Any:
-    """What a full key says; an empty dict where it is not there."""
-    node: Any = cfg
-    for part in key.split("."):
-        node = node.get(part, {})
-    return node
-
-
-def _build_mapper(cfg: Any) -> Any:
-    """The mapper of evaluation, whose augmentations and image format are used."""
-    if isinstance(cfg, CfgNode):
-        name, mapper = f"INPUT.MAPPER {cfg.INPUT.MAPPER}", build_mapper(cfg, False)
-    else:
-        name, node = "dataloader.test.mapper", cfg.get("dataloader", {}).get("test", {}).get("mapper")
-        mapper = None if node is None else instantiate(node)
-    if not (hasattr(mapper, "augmentations") and hasattr(mapper, "image_format")):
-        raise ConfigError(
-            f"{name} is no mapper with augmentations and an image format, such as DetectionMapper or "
-            "Detectron2's DatasetMapper: how images are resized is not known"
-        )
-    return mapper
-
-
-def _joined(vocabulary: Vocabulary, background: Words) -> Vocabulary:
-    """The classes, and after them those of the background, which are stuff."""
-    words = Vocabulary.parse(background)
-    base, thing = vocabulary.base, vocabulary.thing or ()
-    rest = (False,) * len(words)
-    return Vocabulary(vocabulary.synonyms + words.synonyms, base and base + rest, thing + rest)
-
-
-def _without_background(output: Output, classes: int) -> Output:
-    """An output of the first so many classes, with nothing where a later one won."""
+    Returns:
+        The output without background classes: ``sem_seg`` is 0 where one had the highest score,
+        ``sem_seg_labels`` -1, the segment id 0; their instances and segments are gone.
+    """
     output = dict(output)
     if "instances" in output:
-        output["instances"] = output["instances"][output["instances"].pred_classes < classes]
+        output["instances"] = output["instances"][output["instances"].pred_classes < num_classes]
     if "sem_seg" in output:
         scores = output["sem_seg"]
-        output["sem_seg"] = scores[:classes] * (scores.argmax(dim=0) < classes)
+        output["sem_seg"] = scores[:num_classes] * (scores.argmax(dim=0) < num_classes)
     if "sem_seg_labels" in output:
         labels = output["sem_seg_labels"]
-        output["sem_seg_labels"] = labels.where(labels < classes, -1)
+        output["sem_seg_labels"] = labels.where(labels < num_classes, -1)
     if "panoptic_seg" in output:
         ids, segments = output["panoptic_seg"]
-        kept = [segment for segment in segments if segment["category_id"] < classes]
+        kept = [segment for segment in segments if segment["category_id"] < num_classes]
         known = torch.isin(ids, ids.new_tensor([segment["id"] for segment in kept]))
         output["panoptic_seg"] = ids * known, kept
     return output
+
+
+def _load(config: Any, weights: str | os.PathLike[str] | None, opts: list[str]) -> LoadedConfig:
+    """Load the config with all overrides and the keys that the weights need."""
+    path = os.fspath(config) if isinstance(config, (str, os.PathLike)) else ""
+    explicit: Iterable[str] = ()
+    if isinstance(config, LoadedConfig):
+        config, explicit = config.cfg, config.explicit
+    elif isinstance(config, CfgNode):
+        defaults = get_cfg()
+        add_clipdense_config(defaults)
+        explicit = [k for k in config_keys(config) if config_value(config, k) != config_value(defaults, k)]
+    weights = None if weights is None else os.fspath(weights)
+    if path:
+        return read_config(path, opts, weights)
+    config = copy.deepcopy(config)
+    if isinstance(config, CfgNode):
+        config.defrost()
+    return complete_config(config, opts, explicit, weights)
+
+
+def _prepare(run: RunConfig, loaded: LoadedConfig, device: str | None, output: str | None) -> None:
+    """Set the device and the output, and check the classes of the datasets against those of the weights."""
+    run.device = device or available_device(run.device)
+    name = config_value(run.cfg, "MODEL.META_ARCHITECTURE")
+    architecture = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    if isinstance(architecture, SwitchableOutputs) and output and output in architecture.output_keys:
+        run.cfg.merge_from_list([architecture.output_keys[output], True])
+    run.freeze()
+    with suppress(FileNotFoundError):  # own data are only needed for their class names, if at all
+        run.register_datasets()
+    check_weight_classes(run, loaded.weights)
+
+
+def _append(vocabulary: Vocabulary, background: VocabularyLike) -> Vocabulary:
+    """Append background classes to a vocabulary, as stuff."""
+    further = Vocabulary.parse(background)
+    base, thing = vocabulary.base, vocabulary.thing or ()
+    rest = (False,) * len(further)
+    return Vocabulary(vocabulary.synonyms + further.synonyms, base and base + rest, thing + rest)
 
 
 def _is_open(model: Any) -> bool:
     return hasattr(model, "set_vocabulary")
 
 
-def _check_open(model: Any) -> None:
+def _require_open_vocabulary(model: Any) -> None:
     if not _is_open(model):
         able = ", ".join(sorted(name for name, kind in META_ARCH_REGISTRY if _is_open(kind)))
         raise ConfigError(
-            f"{type(model).__name__} has a closed vocabulary: it was trained to tell a fixed list of classes "
-            f"apart, and cannot look for others. Leave the vocabulary out, or use an open-vocabulary model "
+            f"{type(model).__name__} has a closed vocabulary: it predicts the classes that it was trained on "
+            "and no others. Leave out the vocabulary, or use an open-vocabulary model "
             f"({able or 'none is registered'})."
         )
 
 
-def _metadata(cfg: Any, noted: dict[str, Any], trained_first: bool) -> Metadata:
-    """Metadata of the first data set that names classes, with the classes that the weights note.
+def _metadata(run: RunConfig, stored: dict[str, Any], prefer_stored: bool) -> Metadata:
+    """Return the metadata of the first dataset that names classes, completed by the classes of the weights.
 
     Args:
-        trained_first: take the weights' classes where the data set names others; else the data set's.
+        run: settings of the run.
+        stored: metadata in the weight file.
+        prefer_stored: whether the classes of the weights replace those of the dataset.
     """
-    names: Sequence[str]
-    if isinstance(cfg, CfgNode):
-        names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
-    else:
-        node = cfg.dataloader.test.get("dataset", {}).get("names", ())
-        names = [node] if isinstance(node, str) else list(node)
+    names = run.dataset_names
     entries = [MetadataCatalog.get(name).as_dict() for name in names if name in MetadataCatalog.list()]
-    known: dict[str, Any] = next(
-        (entry for entry in entries if any(entry.get(kind) for kind in _CLASSES)), {}
-    )
-    if trained_first or not known:
-        known |= {kind: list(noted[kind]) for kind in _CLASSES if noted.get(kind)}
-    if not any(known.get(kind) for kind in _CLASSES):
+    known: dict[str, Any] = next((e for e in entries if any(e.get(kind) for kind in _CLASS_LISTS)), {})
+    if prefer_stored or not known:
+        known |= {kind: list(stored[kind]) for kind in _CLASS_LISTS if stored.get(kind)}
+    if not any(known.get(kind) for kind in _CLASS_LISTS):
         raise ConfigError(
-            f"no class names: neither the weights nor the data sets ({', '.join(names) or 'none is named'}) "
-            "list any. Register the data set that the model was trained on (DATASETS.COCO_JSON), or, in a "
-            "LazyConfig, set train.metadata.thing_classes; an open-vocabulary model takes a vocabulary."
+            f"no class names: neither the weights nor the datasets ({', '.join(names) or 'none is named'}) "
+            "list any. Register the dataset that the model was trained on (DATASETS.COCO_JSON), set "
+            "train.metadata.thing_classes in a LazyConfig, or give a vocabulary to an open-vocabulary model."
         )
     return Metadata(**known)

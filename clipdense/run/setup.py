@@ -1,12 +1,13 @@
-"""The beginning of a run: config, output folder, logs, seed."""
+"""Start of a run: configuration, checks, output folder, logs, seed."""
 
 import argparse
-import difflib
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,69 @@ import torch
 import yaml
 
 import clipdense
-from clipdense.data.checks import check_classes
-from clipdense.data.datasets import register_from_config
+from clipdense.checkpoint import Checkpoint
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
-from clipdense.evaluation import EVALUATOR_REGISTRY
+from clipdense.engine.run_config import RunConfig, run_config
 from clipdense.run.config import add_clipdense_config
+from clipdense.run.keys import config_keys, config_value, unknown_key_error
 from clipdense.run.weights import (
     apply_weight_options,
     check_weight_classes,
-    config_keys,
-    print_weight_options,
+    log_weight_options,
+    read_weights,
 )
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-__all__ = ["available_device", "load_config", "setup"]
+__all__ = ["LoadedConfig", "available_device", "complete_config", "load_config", "read_config", "setup"]
 
 logger = logging.getLogger(__name__)
 
 
-def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
-    """A yacs config (.yaml; ``KEY VALUE`` overrides) or a LazyConfig (.py; ``key=value`` overrides).
+@dataclass(frozen=True)
+class LoadedConfig:
+    """Configuration of a run, and the weight file that it names.
 
-    A file that is not there is looked for among the configs of the installed package as well. Keys that
-    neither sets are as the weights in MODEL.WEIGHTS need them, see `apply_weight_options`.
+    Attributes:
+        cfg: yacs config or LazyConfig. The keys that the weight file needs are set.
+        weights: the weight file; None if the config names none, or one that only Detectron2's checkpointer
+            can open.
+        explicit: full names of the keys that the config file or the overrides set; empty for a LazyConfig.
+    """
+
+    cfg: Any
+    weights: Checkpoint | None
+    explicit: frozenset[str] = frozenset()
+
+
+def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
+    """Load a configuration; see `read_config`, which returns the weight file as well."""
+    return read_config(config_file, overrides).cfg
+
+
+def read_config(config_file: str, overrides: Iterable[str] = (), weights: str | None = None) -> LoadedConfig:
+    """Load a configuration, and set the keys that its weight file needs.
+
+    Keys that the config file or the overrides set keep their value, see `apply_weight_options`.
+
+    Args:
+        config_file: yacs config (.yaml) or LazyConfig (.py). A file that does not exist is looked up among
+            the configs of the package.
+        overrides: ``KEY VALUE`` pairs for a yacs config, ``key=value`` for a LazyConfig.
+        weights: weight file to use instead of the one that the config names.
+
+    Returns:
+        The configuration and the weight file.
 
     Raises:
-        ConfigError: no such file, an unknown key (with near ones), a value of the wrong type.
-        CheckpointError: MODEL.WEIGHTS cannot be read.
+        ConfigError: If there is no such file, a key is unknown or was renamed (the message names similar keys
+            or the new one), or a value has the wrong type.
+        CheckpointError: If the weight file cannot be read.
     """
     overrides = list(overrides)
     for word in overrides:
@@ -55,156 +85,164 @@ def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
             raise ConfigError(f"options go before the KEY VALUE pairs, but {word} follows them")
     path = _find(config_file)
     if path.suffix == ".py":
-        lazy = LazyConfig.apply_overrides(LazyConfig.load(str(path)), overrides)
-        print_weight_options(lazy.train.get("init_checkpoint", ""), lazy.train.get("allow_pickle", False))
-        return lazy
+        return complete_config(LazyConfig.load(str(path)), overrides, weights=weights)
     cfg = get_cfg()
     add_clipdense_config(cfg)
-    if len(overrides) % 2:
-        raise ConfigError(
-            f"overrides are KEY VALUE pairs, but there are {len(overrides)} words: {' '.join(overrides)}"
-        )
-    try:
-        source = str(path)
-        cfg.merge_from_file(source)
-        source = "the command line"
-        cfg.merge_from_list(_floats_for_ints(cfg, overrides))
-    except (KeyError, AssertionError, ValueError, yaml.YAMLError) as e:
-        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(e))
-        if unknown is None:
-            raise ConfigError(f"{source}: {e}") from e
-        near = _near_keys(unknown[1], list(config_keys(cfg)))
-        hint = f"Did you mean {' or '.join(near)}?" if near else "No known key is like it."
-        raise ConfigError(f"{source}: unknown config key {unknown[1]}. {hint}") from e
-    if cfg.MODEL.WEIGHTS:
+    with _named_errors(cfg, str(path)):
+        cfg.merge_from_file(str(path))
         from_file = CfgNode(CfgNode.load_yaml_with_base(str(path), allow_unsafe=True))
-        apply_weight_options(cfg, {*config_keys(from_file), *overrides[::2]})
-    return cfg
+    return complete_config(cfg, overrides, config_keys(from_file), weights)
+
+
+def complete_config(
+    cfg: Any, overrides: Iterable[str] = (), explicit: Iterable[str] = (), weights: str | None = None
+) -> LoadedConfig:
+    """Apply overrides to a config, read its weight file, and set the keys that the file needs.
+
+    Args:
+        cfg: yacs config (changed in place) or LazyConfig.
+        overrides: ``KEY VALUE`` pairs for a yacs config, ``key=value`` for a LazyConfig.
+        explicit: keys of a yacs config that the user has set.
+        weights: weight file to use instead of the one that the config names.
+
+    Returns:
+        The configuration and the weight file.
+
+    Raises:
+        ConfigError: If an override names an unknown or renamed key, or a value has the wrong type.
+        CheckpointError: If the weight file cannot be read.
+    """
+    overrides = list(overrides)
+    if isinstance(cfg, CfgNode):
+        _merge_overrides(cfg, overrides)
+    else:
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+    run = run_config(cfg)
+    if weights is not None:
+        run.weights = weights
+    file = read_weights(run.weights, run.allow_pickle)
+    if not isinstance(cfg, CfgNode):
+        log_weight_options(file)
+        return LoadedConfig(cfg, file)
+    known = frozenset([*explicit, *overrides[::2]])
+    apply_weight_options(cfg, file, known)
+    return LoadedConfig(cfg, file, known)
 
 
 def _find(config_file: str) -> Path:
+    """Return the path of a config file, in the file system or among the configs of the package."""
     if not config_file:
         raise ConfigError("no config file is named; give one with --config-file")
     if Path(config_file).is_file():
         return Path(config_file)
+    error = ConfigError(f"config file {config_file} does not exist")
+    if Path(config_file).is_absolute():
+        raise error
     try:
         return Path(clipdense.config_path(config_file.removeprefix("configs/")))
     except FileNotFoundError as e:
-        raise ConfigError(f"config file {config_file} does not exist, and {e}") from e
+        raise ConfigError(f"{error}, and {e}") from e
 
 
-def _floats_for_ints(cfg: CfgNode, overrides: list[str]) -> list[str]:
-    """``SOLVER.BASE_LR 1`` means 1.0; yacs takes no int for a float."""
+@contextmanager
+def _named_errors(cfg: CfgNode, source: str) -> Iterator[None]:
+    """Turn the errors of yacs into a `ConfigError` that names the source of the keys."""
+    try:
+        yield
+    except (KeyError, AssertionError, ValueError, yaml.YAMLError) as e:
+        found = re.search(r"Non-existent (?:config )?key: ([\w.]+)|Key ([\w.]+) was renamed", str(e))
+        if found is None:
+            raise ConfigError(f"{source}: {e}") from e
+        raise unknown_key_error(cfg, found[1] or found[2], source) from e
+
+
+def _merge_overrides(cfg: CfgNode, overrides: list[str]) -> None:
+    """Set the keys that ``KEY VALUE`` pairs name; an integer for a float key is converted, unlike in yacs."""
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"overrides are KEY VALUE pairs, but there are {len(overrides)} words: {' '.join(overrides)}"
+        )
     words = list(overrides)
     for i in range(0, len(words), 2):
-        node: Any = cfg
-        for part in words[i].split("."):
-            node = node.get(part) if isinstance(node, CfgNode) else None
-        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", words[i + 1]):
-            words[i + 1] += ".0"
-    return words
+        if isinstance(config_value(cfg, words[i]), float) and re.fullmatch(r"[+-]?\d+", str(words[i + 1])):
+            words[i + 1] = f"{words[i + 1]}.0"
+    with _named_errors(cfg, "the command line"):
+        cfg.merge_from_list(words)
 
 
-def _near_keys(key: str, known: list[str]) -> list[str]:
-    last = key.rpartition(".")[2]  # the right name may stand in the wrong place
-    near = {*difflib.get_close_matches(key, known, n=3, cutoff=0.75)}
-    near |= {k for k in known if k.rpartition(".")[2] == last}
-    return sorted(near, key=lambda k: -difflib.SequenceMatcher(None, key, k).ratio())[:3]
+def setup(args: argparse.Namespace) -> LoadedConfig:
+    """Prepare everything that comes before the model: config, checks, output folder, logs, random seed.
 
-
-def setup(args: argparse.Namespace) -> Any:
-    """Everything that comes before the model: config, checks, output folder, logs, random seed.
-
-    ``SEED`` -1 becomes a number here, noted in the run's config.yaml. Without a GPU, ``MODEL.DEVICE`` cuda
-    becomes cpu.
+    A negative ``SEED`` is replaced by a random one, which the run's config.yaml records. Without a GPU, the
+    device "cuda" is replaced by "cpu".
 
     Args:
-        args: what `detectron2.engine.default_argument_parser` parses.
+        args: arguments of `detectron2.engine.default_argument_parser`.
 
     Returns:
-        The config, frozen if it is a yacs one.
+        The configuration (read-only if it is a yacs one) and its weight file.
 
     Raises:
-        ConfigError: the config, its data sets or their classes are wrong, or OUTPUT_DIR cannot be written.
+        ConfigError: If the config, its datasets or their classes are wrong, or OUTPUT_DIR is not writable.
     """
-    # detectron2 0.6 on today's torch
+    # detectron2 0.6 on current torch versions
     warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.meshgrid", UserWarning)
-    cfg = load_config(args.config_file, args.opts)
-    yacs = isinstance(cfg, CfgNode)
-    output_dir = cfg.OUTPUT_DIR if yacs else cfg.train.output_dir
-    device = cfg.MODEL.DEVICE if yacs else cfg.train.device
-    seed = cfg.SEED if yacs else cfg.train.get("seed", -1)
-    if yacs:
-        try:
-            register_from_config(cfg)
-            check_weight_classes(cfg)
-            if not args.eval_only:
-                check_classes(cfg)
-            _check_evaluators(cfg.DATASETS.TEST)
-        except (ValueError, FileNotFoundError) as e:
-            raise ConfigError(str(e)) from e
+    loaded = read_config(args.config_file, args.opts)
+    run, training = run_config(loaded.cfg), not args.eval_only
+    try:
+        run.register_datasets()
+        check_weight_classes(run, loaded.weights)
+        run.check_datasets(training)
+    except (ValueError, FileNotFoundError) as e:
+        raise ConfigError(str(e)) from e
 
+    moved = None
     if comm.is_main_process():
-        keep = args.resume or args.eval_only
-        weights = cfg.MODEL.WEIGHTS if yacs else cfg.train.get("init_checkpoint", "")
-        moved = prepare_output_dir(output_dir, keep, weights)
+        moved = prepare_output_dir(run.output_dir, args.resume or args.eval_only, run.weights)
     comm.synchronize()
-    if seed < 0:
-        seed = _seed_of_earlier_run(output_dir) if args.resume else None
-        seed = comm.shared_random_seed() if seed is None else seed
-    fallback = available_device(device) != device
-    device = available_device(device)
-    if yacs:
-        cfg.SEED, cfg.MODEL.DEVICE = seed, device
-        cfg.freeze()
-        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
-    else:
-        cfg.train.seed, cfg.train.device = seed, device
-
-    rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "clipdense"):
-        setup_logger(output_dir, distributed_rank=rank, name=name)
-    logger.info("Command line: %s", " ".join(sys.argv))
-    logger.info("Output folder: %s", output_dir)
-    if comm.is_main_process():
-        if moved:
-            logger.info("It held another run, which is now in %s (--resume would have continued it)", moved)
-        if not args.eval_only:
-            _note(cfg, output_dir)
-    if fallback:
-        logger.warning("No GPU here: running on CPU")
-    seed_all_rng(seed + rank)
-    return cfg
+    if run.seed < 0:
+        seed = _recorded_seed(run.output_dir) if args.resume else None
+        run.seed = comm.shared_random_seed() if seed is None else seed
+    requested, run.device = run.device, available_device(run.device)
+    torch.backends.cudnn.benchmark = run.cudnn_benchmark and training
+    run.freeze()
+    _start_logs(run, moved, training)
+    if run.device != requested:
+        logger.warning("No GPU is available: running on the CPU")
+    seed_all_rng(run.seed + comm.get_rank())
+    return loaded
 
 
 def available_device(device: str) -> str:
-    """``device``, or "cpu" where it is a GPU and there is none."""
+    """Return ``device``, or "cpu" if it is a GPU and none is available."""
     return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device
 
 
-def _check_evaluators(names: Iterable[str]) -> None:
-    """Say now, not after hours of training, that a test set cannot be evaluated."""
-    for name in names:
-        kind = MetadataCatalog.get(name).get("evaluator_type")
-        if kind not in EVALUATOR_REGISTRY:
-            known = ", ".join(sorted(key for key, _ in EVALUATOR_REGISTRY))
-            raise ConfigError(
-                f"data set {name} has evaluator_type {kind!r} in its metadata; known are {known}"
-            )
+def _start_logs(run: RunConfig, moved: Path | None, training: bool) -> None:
+    """Start the loggers, and write config.yaml and environment.txt of a training run.
+
+    Args:
+        run: settings of the run.
+        moved: folder into which an earlier run was moved, if any.
+        training: whether the run trains.
+    """
+    for name in ("fvcore", "detectron2", "clipdense"):
+        setup_logger(run.output_dir, distributed_rank=comm.get_rank(), name=name)
+    logger.info("Command line: %s", " ".join(sys.argv))
+    logger.info("Output folder: %s", run.output_dir)
+    if not comm.is_main_process():
+        return
+    if moved:
+        logger.info("Moved an earlier run to %s (--resume would have continued it)", moved)
+    if training:
+        run.save(Path(run.output_dir, "config.yaml"))
+        Path(run.output_dir, "environment.txt").write_text(collect_env_info())
 
 
-def _seed_of_earlier_run(output_dir: str) -> int | None:
+def _recorded_seed(output_dir: str) -> int | None:
+    """Return the seed in the config.yaml of an earlier run; None if there is none."""
     path = Path(output_dir, "config.yaml")
     if not path.exists():
         return None
-    noted = yaml.unsafe_load(path.read_text())
-    return noted.get("SEED", noted.get("train", {}).get("seed"))
-
-
-def _note(cfg: Any, output_dir: str) -> None:
-    """Write config.yaml and environment.txt."""
-    if isinstance(cfg, CfgNode):
-        Path(output_dir, "config.yaml").write_text(cfg.dump())
-    else:
-        LazyConfig.save(cfg, str(Path(output_dir, "config.yaml")))
-    Path(output_dir, "environment.txt").write_text(collect_env_info())
+    recorded = yaml.unsafe_load(path.read_text())
+    return recorded.get("SEED", recorded.get("train", {}).get("seed"))

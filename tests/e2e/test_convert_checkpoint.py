@@ -70,7 +70,7 @@ def test_a_clip(run: Callable[..., None], tmp_path: Path, capsys: pytest.Capture
     torch.save({"epoch": 6, "state_dict": expected.state_dict(), "optimizer": {}}, names[0])
     with pytest.raises(CheckpointError, match=r"does not tell its activation.*MODEL\.CLIP\.NAME"):
         run(*names)
-    with pytest.raises(ConfigError, match="no option but MODEL.CLIP.NAME"):
+    with pytest.raises(ConfigError, match="no option except MODEL.CLIP.NAME"):
         run(*names, "--classes", "cat, dog")
     assert not names[1].exists()
     run(*names, "--option", "MODEL.CLIP.NAME=shapes-vit")

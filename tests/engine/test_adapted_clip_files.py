@@ -11,7 +11,7 @@ from clipdense.clip import ClipModel, load_clip
 from clipdense.clip.layouts import MASK_PROMPTS
 from clipdense.clip.mask_prompts import load_mask_prompts
 from clipdense.clip.model import build_clip
-from clipdense.run.weights import convert_weights
+from clipdense.run.conversion import convert_weights
 
 PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 

@@ -24,7 +24,7 @@ SAME_AS_LAZY = ("MODEL.TOY.DROPOUT", 0.0, "SOLVER.WARMUP_ITERS", 0, "SOLVER.EMA_
 
 
 def lazy(tmp_path: Path, *overrides: str) -> Any:
-    file = Path(__file__).with_name("lazy_toy.py")
+    file = Path(engine_toy.__file__).with_name("lazy_toy.py")
     return load_config(str(file), [f"train.output_dir={tmp_path}", *overrides])
 
 

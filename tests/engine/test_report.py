@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from clipdense.engine.report import export, results_table, verify, write_report
+from clipdense.engine.report import export, results_table, write_report
+from clipdense.engine.run_config import run_config
 from clipdense.files import WriteError
 
 from detectron2.config import get_cfg
@@ -60,7 +61,8 @@ def test_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_expected_results() -> None:
     cfg = get_cfg()
     cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 12.0, 0.5]]
-    verify(cfg, {"bbox/AP": 12.3})
+    run = run_config(cfg)
+    run.verify({"bbox/AP": 12.3})
     with pytest.raises(SystemExit):
-        verify(cfg, {"bbox/AP": 13.0})
-    verify(cfg, {})  # a process that is not the main one has none
+        run.verify({"bbox/AP": 13.0})
+    run.verify({})  # a process that is not the main one has none

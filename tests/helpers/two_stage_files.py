@@ -14,8 +14,8 @@ from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.model import build_clip
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.run.conversion import convert_weights
 from clipdense.run.setup import load_config
-from clipdense.run.weights import convert_weights
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

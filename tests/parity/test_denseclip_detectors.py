@@ -12,10 +12,11 @@ import yaml
 from clipdense.checkpoint import Checkpoint, config_options, convert_model, model_layout, rename
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
-from clipdense.run import weights
 from clipdense.run.config import add_clipdense_config
+from clipdense.run.conversion import account_model, convert_weights
+from clipdense.run.keys import config_keys, set_options
 from clipdense.run.setup import load_config
-from clipdense.run.weights import account_model, config_keys, convert_weights, set_options
+from clipdense.run.weights import apply_weight_options
 from clipdense.systems.denseclip.loss import box_targets
 
 from detectron2.config import CfgNode, get_cfg
@@ -299,14 +300,14 @@ def test_full_size_files_map_without_rest(golden):
 @pytest.mark.golden(manifest="denseclip_det_*")
 def test_our_configs_say_what_the_published_files_need(golden, monkeypatch, caplog):
     state = {key: torch.empty(shape, device="meta") for key, shape in golden.shapes.items()}
-    monkeypatch.setattr(weights, "_read", lambda *_: convert_model(Checkpoint(golden.path, state, "torch")))
+    published = convert_model(Checkpoint(golden.path, state, "torch"))
     detector, trunk = golden.id.split("_")[-2:]
     recipe = RECIPES / f"{detector.replace('maskrcnn', 'mask_rcnn')}_{trunk}.yaml"
     explicit = set(config_keys(CfgNode(CfgNode.load_yaml_with_base(str(recipe), allow_unsafe=True))))
     cfg = load_config(str(recipe))
-    weights.apply_weight_options(cfg, explicit)
+    apply_weight_options(cfg, published, explicit)
     assert not caplog.records
-    needed = config_options(weights._read())
+    needed = config_options(published)
     assert explicit & set(needed) > {"MODEL.CLIP.POSITION_RULE", "MODEL.FPN.IN_FEATURES"}
 
 

@@ -15,8 +15,9 @@ from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.regions import FusionSettings, TextClassifier, get_fusion, pool_boxes
 from clipdense.run.config import add_clipdense_config
+from clipdense.run.conversion import account_model, convert_weights
+from clipdense.run.keys import set_options
 from clipdense.run.setup import load_config
-from clipdense.run.weights import account_model, convert_weights, set_options
 from clipdense.systems.fvlm.convert import BLOCKS
 from clipdense.systems.fvlm.loss import known_class_logits, open_vocabulary_loss
 from clipdense.systems.fvlm.roi_heads import FVLMBoxPredictor

@@ -29,8 +29,9 @@ from clipdense.maskformer import (
 from clipdense.maskformer.matcher import class_cost, dice_cost, focal_cost
 from clipdense.maskformer.points import uncertain_points
 from clipdense.run.config import add_clipdense_config
+from clipdense.run.conversion import account_model, convert_weights
+from clipdense.run.keys import set_options
 from clipdense.run.setup import load_config
-from clipdense.run.weights import account_model, convert_weights, set_options
 
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec

@@ -9,7 +9,8 @@ from clipdense.checkpoint import Checkpoint, CheckpointError, config_options, co
 from clipdense.clip.layouts import JIT_ENTRIES
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.run.config import add_clipdense_config
-from clipdense.run.weights import account_model, convert_weights, set_options
+from clipdense.run.conversion import account_model, convert_weights
+from clipdense.run.keys import set_options
 from clipdense.systems.two_stage import Scoring
 from tests.helpers import two_stage_files as files
 from tests.helpers.two_stage_files import close, far

@@ -3,8 +3,10 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from clipdense.checkpoint import save_checkpoint
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
 from clipdense.run.setup import load_config, setup
@@ -49,6 +51,24 @@ def test_unknown_keys_have_near_ones(tmp_path: Path, key: str, near: str) -> Non
     path = config_file(tmp_path, yaml.safe_dump(node))
     with pytest.raises(ConfigError, match=f"config.yaml: {message}"):
         load_config(path)
+
+
+@pytest.mark.parametrize("key", ["MODEL.CLIP.ALLOW_PICKLE", "MODEL.TIMM.ALLOW_PICKLE"])
+def test_renamed_keys_name_the_new_one(tmp_path: Path, key: str) -> None:
+    """Wherever they come from: the command line, a config file, or the metadata of a weight file."""
+    message = f"the config key {key} is now MODEL.ALLOW_PICKLE"
+    with pytest.raises(ConfigError, match=f"the command line: {message}"):
+        load_config(config_file(tmp_path), [key, "True"])
+    node: object = True
+    for part in reversed(key.split(".")):
+        node = {part: node}
+    with pytest.raises(ConfigError, match=f"config.yaml: {message}"):
+        load_config(config_file(tmp_path, yaml.safe_dump(node)))
+    weights = tmp_path / "weights.safetensors"
+    metadata = {"layout": "clipdense", "options": {"config": {key: True}}}
+    save_checkpoint(weights, {"weight": torch.zeros(1)}, metadata)
+    with pytest.raises(ConfigError, match=f"weights.safetensors: {message}"):
+        load_config(config_file(tmp_path), ["MODEL.WEIGHTS", str(weights)])
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
@@ -114,22 +134,22 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_setup(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cfg = setup(arguments(tmp_path, "MODEL.DEVICE", "cuda:0"))
+    cfg = setup(arguments(tmp_path, "MODEL.DEVICE", "cuda:0")).cfg
     noted = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert cfg.SEED >= 0 and noted["SEED"] == cfg.SEED  # drawn, and kept
     assert cfg.is_frozen() and (tmp_path / "out" / "environment.txt").exists()
     assert "clipdense" in (tmp_path / "out" / "log.txt").read_text()
-    resumed = setup(arguments(tmp_path, resume=True))
+    resumed = setup(arguments(tmp_path, resume=True)).cfg
     assert resumed.SEED == cfg.SEED
-    assert setup(arguments(tmp_path, "SEED", "7", resume=True)).SEED == 7
+    assert setup(arguments(tmp_path, "SEED", "7", resume=True)).cfg.SEED == 7
     assert not list((tmp_path / "out").glob("old_*"))
 
 
 def test_without_a_gpu_training_runs_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert setup(arguments(tmp_path, "MODEL.DEVICE", "cuda")).MODEL.DEVICE == "cpu"
+    assert setup(arguments(tmp_path, "MODEL.DEVICE", "cuda")).cfg.MODEL.DEVICE == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert setup(arguments(tmp_path, "MODEL.DEVICE", "cuda")).MODEL.DEVICE == "cuda"
+    assert setup(arguments(tmp_path, "MODEL.DEVICE", "cuda")).cfg.MODEL.DEVICE == "cuda"
 
 
 def test_data_sets_are_checked_before_anything_is_written(tmp_path: Path) -> None:
@@ -141,7 +161,7 @@ def test_data_sets_are_checked_before_anything_is_written(tmp_path: Path) -> Non
     MetadataCatalog.get("toy_untold")
     if "toy_untold" not in DatasetCatalog.list():
         DatasetCatalog.register("toy_untold", list)
-    with pytest.raises(ConfigError, match="toy_untold has evaluator_type None.*known are .*coco"):
+    with pytest.raises(ConfigError, match="toy_untold has evaluator_type None.*known types are .*coco"):
         setup(arguments(tmp_path, "DATASETS.TEST", "('toy_untold',)"))
     assert not (tmp_path / "out").exists()
 

@@ -15,8 +15,10 @@ from clipdense.clip import load_clip
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.options import ConfigError
-from clipdense.run.setup import load_config, setup
-from clipdense.run.weights import check_weight_classes, convert_weights
+from clipdense.engine.run_config import run_config
+from clipdense.run.conversion import convert_weights
+from clipdense.run.setup import load_config, read_config, setup
+from clipdense.run.weights import check_weight_classes
 from tests.helpers import denseclip_files as files
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -49,7 +51,7 @@ def config(folder: Path, weights: Path, **model: Any) -> str:
 def test_retinanet(tmp_path: Path) -> None:
     content = files.retinanet()
     done = convert_weights(write(tmp_path / "r.pth", content), tmp_path / "r.safetensors", options=OPTIONS)
-    assert (done.layout, done.kept) == ("denseclip_retinanet", len(content["state_dict"]))
+    assert (done.layout, done.num_tensors) == ("denseclip_retinanet", len(content["state_dict"]))
     assert done.classes == list(files.CLASSES)
     assert done.dropped == {"not part of the model": ["meta", "optimizer"]}
     read = read_checkpoint(tmp_path / "r.safetensors")
@@ -188,8 +190,12 @@ def test_a_bare_file_lists_no_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("MODEL.LANGUAGE.TAUU", 1.0, "no config key MODEL.LANGUAGE.TAUU; near: MODEL.LANGUAGE.TAU"),
-        ("MODEL.LANGUAGE.TAU", "hot", "MODEL.LANGUAGE.TAU is a float, not 'hot'"),
+        (
+            "MODEL.LANGUAGE.TAUU",
+            1.0,
+            "unknown config key MODEL.LANGUAGE.TAUU. Did you mean MODEL",
+        ),
+        ("MODEL.LANGUAGE.TAU", "hot", "MODEL.LANGUAGE.TAU must be of type float, got 'hot'"),
     ],
 )
 def test_wrong_options_are_named(tmp_path: Path, key: str, value: Any, message: str) -> None:
@@ -201,7 +207,7 @@ def test_wrong_options_are_named(tmp_path: Path, key: str, value: Any, message: 
 
 def test_heads_that_do_not_divide_the_widths(tmp_path: Path) -> None:
     options = {"MODEL.CLIP.CONFIG.text_cfg.heads": 3, "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS": 2}
-    with pytest.raises(CheckpointError, match="no model can be built"):
+    with pytest.raises(CheckpointError, match="the model cannot be built"):
         convert_weights(
             write(tmp_path / "r.pth", files.retinanet()), tmp_path / "r.safetensors", options=options
         )
@@ -266,10 +272,10 @@ def test_what_the_config_says_wins_and_a_conflict_is_printed(
     printed = [r.getMessage() for r in caplog.records if r.name == "clipdense.run.weights"]
     assert len(printed) == 4
     for start in (
-        f"MODEL.CLIP.POSITION_RULE stays bilinear as the config says, but {source} needs crop",
-        "MODEL.LANGUAGE.TAU stays 0.1",
-        "MODEL.CLIP.CONFIG.text_cfg.heads stays 2",
-        "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS stays 2",
+        f"MODEL.CLIP.POSITION_RULE keeps bilinear from the config, but {source} needs crop",
+        "MODEL.LANGUAGE.TAU keeps 0.1",
+        "MODEL.CLIP.CONFIG.text_cfg.heads keeps 2",
+        "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS keeps 2",
     ):
         assert any(line.startswith(start) for line in printed), printed
 
@@ -295,20 +301,25 @@ def dataset(request: pytest.FixtureRequest) -> str:
     MetadataCatalog.remove(name)
 
 
+def check(*arguments: Any) -> None:
+    loaded = read_config(*arguments)
+    check_weight_classes(run_config(loaded.cfg), loaded.weights)
+
+
 def test_classes_of_weights_and_data(tmp_path: Path, dataset: str) -> None:
     path = config(tmp_path, write(tmp_path / "r.pth", files.retinanet()))
     data = ["DATASETS.TRAIN", "()", "DATASETS.TEST", f"('{dataset}',)"]
-    check_weight_classes(load_config(path, data))
-    check_weight_classes(load_config(path))  # no data, no question
+    check(path, data)
+    check(path)  # no data, no question
     MetadataCatalog.remove(dataset)
     MetadataCatalog.get(dataset).set(evaluator_type="coco", thing_classes=["person", "bus"])
     with pytest.raises(ConfigError, match="3 classes in the file, 2 wanted\n  class 1: 'traffic light'"):
-        check_weight_classes(load_config(path, data))
+        check(path, data)
     options = ["OUTPUT_DIR", str(tmp_path / "out"), *data]
-    with pytest.raises(ConfigError, match="was trained for other classes.*(.|\n)*MODEL.WEIGHTS_SKIP"):
+    with pytest.raises(ConfigError, match="was trained on other classes.*(.|\n)*MODEL.WEIGHTS_SKIP"):
         setup(argparse.Namespace(config_file=path, opts=options, resume=False, eval_only=True))
     assert not (tmp_path / "out").exists()
-    check_weight_classes(load_config(path, [*data, "MODEL.LANGUAGE.CLASSES", "('person', 'a bus')"]))
+    check(path, [*data, "MODEL.LANGUAGE.CLASSES", "('person', 'a bus')"])
 
 
 def test_a_lazy_config_is_told_what_weights_need(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -316,5 +327,5 @@ def test_a_lazy_config_is_told_what_weights_need(tmp_path: Path, caplog: pytest.
     path = tmp_path / "lazy.py"
     path.write_text(f"train = dict(init_checkpoint={json.dumps(str(source))})\n")
     load_config(str(path))
-    assert "needs what a yacs config would say as" in caplog.text
+    assert "needs these yacs keys" in caplog.text
     assert "MODEL.CLIP.POSITION_RULE: crop" in caplog.text

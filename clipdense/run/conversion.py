@@ -1,0 +1,176 @@
+"""Conversion of published weight files to safetensors with the keys of clipdense."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipdense.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    DropRule,
+    Layout,
+    Report,
+    account,
+    config_options,
+    convert_model,
+    detect_layout,
+    model_layout,
+    read_checkpoint,
+    rename,
+    save_checkpoint,
+)
+from clipdense.clip import load_clip
+from clipdense.clip.layouts import MASK_PROMPTS
+from clipdense.data.heads import head_classes
+from clipdense.engine.options import ConfigError
+from clipdense.run.config import add_clipdense_config
+from clipdense.run.keys import config_value, set_options
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+__all__ = ["Conversion", "account_model", "convert_weights"]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Summary of a conversion.
+
+    Attributes:
+        layout: name of the key layout of the published file.
+        num_tensors: number of tensors written.
+        dropped: name of the rule -> keys that were left out.
+        options: config key -> value, as written into the file.
+        classes: class names; None if they are not known.
+        licence: licence of the published weights; "" if it allows every use.
+    """
+
+    layout: str
+    num_tensors: int
+    dropped: dict[str, list[str]]
+    options: dict[str, Any]
+    classes: list[str] | None
+    licence: str = ""
+
+
+def convert_weights(
+    source: str | Path,
+    target: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+) -> Conversion:
+    """Convert a published file to safetensors with the keys of clipdense and the options that it needs.
+
+    The file of a CLIP is converted to one that `load_clip` loads without the name of the model.
+
+    Args:
+        source: the published file.
+        target: the safetensors file to write.
+        classes: class names; they must equal those listed in the file, and are stored if it lists none.
+        options: config key -> value where the model differs from the released one; for a CLIP,
+            MODEL.CLIP.NAME only.
+        allow_pickle: whether to open a pickle, see `read_checkpoint`.
+
+    Returns:
+        Summary of what was written and what was left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file cannot be read, has no known layout, lists other classes, or does not
+            hold exactly the tensors of a model of its sizes (the message lists all differences). Nothing is
+            written.
+        ConfigError: If an option does not exist, or classes are given for a CLIP.
+    """
+    read = read_checkpoint(source, allow_pickle=allow_pickle)
+    layout = model_layout(read.state)
+    if layout is None:
+        known = detect_layout(read.state, str(source))  # raises for an unknown layout
+        if classes or set(options or {}) - {"MODEL.CLIP.NAME"}:
+            raise ConfigError(f"{source} is a CLIP: give no classes, and no option except MODEL.CLIP.NAME")
+        return _convert_clip(read, known, target, (options or {}).get("MODEL.CLIP.NAME", ""), allow_pickle)
+    file = convert_model(read, classes)
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    needed = {**config_options(file), **(options or {})}
+    set_options(cfg, needed, str(source))
+    metadata = {**file.metadata, "options": {**file.metadata["options"], "config": needed}}
+    report = account_model(cfg, file, drops=layout.drops, optional=layout.optional)
+    if not report.complete:
+        published_names = {ours: prefix for prefix, ours in layout.prefixes(read.state).items()}
+        raise CheckpointError(
+            f"{source} (layout {layout.name}) does not match a model of its sizes; nothing was written:\n  "
+            + "\n  ".join(_differences(report, published_names))
+        )
+    dropped = {key for keys in report.dropped.values() for key in keys}
+    state = {key: value for key, value in file.state.items() if key not in dropped}
+    save_checkpoint(target, state, metadata)
+    names = metadata["options"].get("classes")
+    return Conversion(layout.name, len(state), _dropped(report, read), needed, names, layout.licence)
+
+
+def _convert_clip(
+    read: Checkpoint, layout: Layout, target: str | Path, name: str, allow_pickle: bool
+) -> Conversion:
+    try:
+        clip = load_clip(name or read.path, read.path if name else None, allow_pickle=allow_pickle)
+    except ValueError as e:
+        raise CheckpointError(f"{e} (--option MODEL.CLIP.NAME=...)") from e
+    prompts = {key: value for key, value in read.state.items() if key == MASK_PROMPTS}
+    save_checkpoint(target, {**clip.state_dict(), **prompts}, clip.file_metadata())
+    report = account({**clip.state_dict(), **prompts}, layout.convert(read.state), drops=layout.drops)
+    return Conversion(layout.name, len(report.loaded), _dropped(report, read), {}, None)
+
+
+def _dropped(report: Report, read: Checkpoint) -> dict[str, list[str]]:
+    """Return the left-out keys by rule, entries of the file beside its tensors included."""
+    return {**report.dropped, **({"not part of the model": sorted(read.extras)} if read.extras else {})}
+
+
+def account_model(
+    cfg: CfgNode, file: Checkpoint, drops: Sequence[DropRule] = (), optional: str | None = None
+) -> Report:
+    """Compare the keys and shapes of a file with those of the model that a config describes.
+
+    The model is built on the meta device.
+
+    Args:
+        cfg: the config of the model.
+        file: the weight file under the keys of clipdense.
+        drops: rules for keys of the file that are left out.
+        optional: regular expression of keys that the file may lack.
+
+    Returns:
+        The account of every key.
+
+    Raises:
+        CheckpointError: If the model cannot be built.
+    """
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "meta"
+    if not (cfg.MODEL.CLIP.PRETRAINED or os.path.isfile(cfg.MODEL.CLIP.NAME)):
+        cfg.MODEL.CLIP.PRETRAINED = "random"  # only the sizes matter
+    if not cfg.MODEL.LANGUAGE.CLASSES and head_classes(cfg):  # only the number of classes matters
+        count_key = head_classes(cfg)[0].key
+        cfg.MODEL.LANGUAGE.CLASSES = [str(i) for i in range(config_value(cfg, count_key))]
+    try:
+        with torch.device("meta"):
+            model = build_model(cfg)
+    except (ValueError, AssertionError) as e:  # torch asserts that heads divide widths
+        raise CheckpointError(f"{file.path}: the model cannot be built from its config ({e})") from e
+    return account(model.state_dict(), file.state, drops=drops, optional=optional)
+
+
+def _differences(report: Report, published_names: Mapping[str, str]) -> list[str]:
+    """Describe each difference in a line, with the key's name in the published file."""
+    lines = [f"lacks {rename(key, published_names)}" for key in report.missing]
+    lines += [f"has {rename(key, published_names)}, which is unknown" for key in report.unexpected]
+    return lines + [
+        f"has {rename(key, published_names)} {tuple(file)}, not {tuple(model)}"
+        for key, (file, model) in report.mismatched.items()
+    ]
