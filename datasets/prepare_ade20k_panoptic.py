@@ -9,7 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
-from clipdense.data.datasets.real import ADE20K_CLASSES, ADE20K_THINGS
+from clipdense.data.datasets.standard import ADE20K_CLASSES, ADE20K_THINGS
 from clipdense.data.preparation import ade20k_panoptic
 
 

@@ -1,4 +1,4 @@
-"""Data sets, mappers and loaders, and the embedded `shapes` world (which works without Detectron2)."""
+"""Datasets, mappers and loaders, and the embedded `shapes` world, whose drawing works without Detectron2."""
 
 from clipdense import compat
 

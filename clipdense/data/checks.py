@@ -1,11 +1,10 @@
-"""Checks before training: data set names, class lists against heads, boxes against images."""
+"""Checks before training: dataset names, class lists against heads, boxes against images."""
 
 import difflib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-from clipdense.data.datasets import register_from_config
 from clipdense.data.datasets.layouts import load_json
 from clipdense.data.heads import config_value, head_classes
 
@@ -24,63 +23,65 @@ logger = logging.getLogger(__name__)
 
 
 def check_dataset_names(names: Sequence[str]) -> None:
-    """Check that every data set is registered.
+    """Check that every dataset is registered.
 
     Raises:
-        ValueError: no name at all, or an unknown one, with near matches.
+        ValueError: If there is no name, or one is not registered; suggests similar names.
     """
     if not names:
-        raise ValueError("no data set is named; set DATASETS.TRAIN and DATASETS.TEST")
+        raise ValueError("no dataset is given: set DATASETS.TRAIN and DATASETS.TEST")
     known = DatasetCatalog.list()
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-            hint = f"Did you mean {', '.join(near)}?" if near else "No registered name is like it."
+            hint = f"Did you mean {', '.join(near)}?" if near else "No registered name is similar."
             raise ValueError(
-                f"data set {name!r} is not registered. {hint} "
-                "Your own COCO-format data are registered by DATASETS.COCO_JSON, images alone by "
-                "DATASETS.IMAGES."
+                f"dataset {name!r} is not registered. {hint} List your own data in DATASETS.COCO_JSON, or "
+                "images without annotations in DATASETS.IMAGES (in your own program, then call "
+                "clipdense.data.datasets.register_from_config)."
             )
 
 
 def check_classes(cfg: CfgNode) -> None:
-    """Check that the data sets of a config have one class list, and that closed-vocabulary heads have its
-    length.
+    """Check that all datasets of a config have one class list, and that it fits closed-vocabulary heads.
 
     Raises:
-        ValueError: class lists that differ, or a head with another number of classes; names both.
+        ValueError: If class lists differ, or a head has another number of classes; names both.
     """
-    register_from_config(cfg)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     check_dataset_names(names)
     for head in head_classes(cfg):
-        key, kind, node = head.key, head.kind, config_value(cfg, head.key)
+        key, kind, count = head.key, head.kind, config_value(cfg, head.key)
         lists = {name: dataset_classes(name, kind) for name in names}
         for name, classes in lists.items():
             if classes is None:
                 raise ValueError(
-                    f"data set {name} has no {kind} classes, which {cfg.MODEL.META_ARCHITECTURE} needs"
+                    f"dataset {name} has no {kind} classes, which {cfg.MODEL.META_ARCHITECTURE} needs"
                 )
-            if len(classes) != node:
+            if len(classes) != count:
                 raise ValueError(
-                    f"{key} = {node}, but data set {name} has {len(classes)} {kind} classes "
+                    f"{key} = {count}, but dataset {name} has {len(classes)} {kind} classes "
                     f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}). "
-                    f"Set {key} {len(classes)}, or name other data."
+                    f"Set {key} {len(classes)}, or choose another dataset."
                 )
             first = lists[names[0]] or []
             if classes != first:
                 at = next(i for i, (a, b) in enumerate(zip(first, classes, strict=True)) if a != b)
                 raise ValueError(
-                    f"data sets {names[0]} and {name} differ in class {at}: {first[at]!r}, {classes[at]!r}. "
+                    f"datasets {names[0]} and {name} differ in class {at}: {first[at]!r}, {classes[at]!r}. "
                     f"{cfg.MODEL.META_ARCHITECTURE} has one fixed class list."
                 )
 
 
 def dataset_classes(name: str, kind: str) -> list[str] | None:
-    """Names of a data set's "thing" or "stuff" classes; None where it names none.
+    """Return the names of a dataset's classes; None if its metadata have none.
 
-    Data that `register_coco_instances` has registered name them when they are loaded; until then the json
-    file does.
+    `register_coco_instances` sets them only when the data are loaded; until then they are read from the JSON
+    file.
+
+    Args:
+        name: of the dataset.
+        kind: "thing" or "stuff".
     """
     metadata = MetadataCatalog.get(name)
     classes = metadata.get(f"{kind}_classes")
@@ -91,17 +92,16 @@ def dataset_classes(name: str, kind: str) -> list[str] | None:
         return None
     things = metadata.get("thing_dataset_id_to_contiguous_id")
     if kind == "thing" and things and metadata.get("stuff_classes") == classes:
-        # standard panoptic metadata names every class in both lists
+        # standard panoptic metadata have every class in both lists
         return [c for i, c in enumerate(classes) if i in set(things.values())]
     return list(classes)
 
 
 def clean_annotations(dataset: Any) -> Any:
-    """Clip boxes to their images and drop those that are empty then; says how many, and where the first one
-    is.
+    """Clip boxes to their images and drop boxes without area; log how many, and the first image with one.
 
     Args:
-        dataset: dataset dicts, changed in place; anything else is returned as it is.
+        dataset: dataset dicts, changed in place; anything else is returned unchanged.
     """
     if not isinstance(dataset, list):
         return dataset
@@ -121,18 +121,16 @@ def clean_annotations(dataset: Any) -> Any:
                     continue
                 if inside != box:
                     annotation["bbox"] = BoxMode.convert(inside, BoxMode.XYXY_ABS, mode)
-                    # annotators round: half a pixel beyond the border is no mistake worth a word
+                    # half a pixel beyond the border is rounding, not worth a warning
                     if max(abs(a - b) for a, b in zip(inside, box, strict=True)) > 0.5:
                         clipped.append(record["file_name"])
             kept.append(annotation)
         record["annotations"] = kept
     if clipped:
-        logger.warning(
-            "%d boxes reached out of their images and were clipped (first in %s)", len(clipped), clipped[0]
-        )
+        logger.warning("Clipped %d boxes that exceeded their images (first in %s)", len(clipped), clipped[0])
     if dropped:
         logger.warning(
-            "%d boxes were empty or outside their images and were dropped (first in %s)",
+            "Dropped %d boxes that were empty or outside their images (first in %s)",
             len(dropped),
             dropped[0],
         )

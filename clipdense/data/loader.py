@@ -1,4 +1,4 @@
-"""Training and test loaders: Detectron2's, with our mappers, exact resume, and errors that say what to do."""
+"""Training and test loaders: Detectron2's, with clipdense mappers and exact resume."""
 
 import logging
 import os
@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clipdense.data.checks import check_dataset_names, clean_annotations
-from clipdense.data.datasets import register_from_config
 from clipdense.data.mappers import build_mapper
 from clipdense.data.samplers import GlobalBatchSampler, RepeatFactorSampler, ResumableTrainingSampler
 
@@ -49,22 +48,23 @@ def build_train_loader(
     mapper: Mapper | None = None,
     dataset: Any = None,
 ) -> DataLoader[Any]:
-    """Infinite loader of this process's share of each global batch.
+    """Build the infinite loader of this process's share of each global batch.
 
-    The samples of step t and their augmentation depend on the seed and t alone: not on when the run was
-    resumed, on the number of workers, or on how many processes share ``SOLVER.IMS_PER_BATCH``.
+    The samples of step t and their augmentation depend only on the seed and t. They do not depend on when the
+    run was resumed, on the number of workers, or on how many processes share ``SOLVER.IMS_PER_BATCH``.
 
     Args:
         cfg: reads DATASETS.*, DATALOADER.*, SOLVER.IMS_PER_BATCH, INPUT.*.
-        start_iter: number of batches that a resumed run has already seen.
-        seed: of order and augmentation (default: ``cfg.SEED``, or one that all processes draw together if
-            that is negative; such a run cannot be resumed exactly unless the seed is kept).
-        mapper: default: the one that ``INPUT.MAPPER`` names.
+        start_iter: number of batches that a resumed run has already used.
+        seed: of order and augmentation (default: ``cfg.SEED``; if that is negative, all processes draw a
+            common one, and the run can be resumed exactly only if that seed is kept).
+        mapper: default: ``INPUT.MAPPER``.
         dataset: dataset dicts, or a map-style dataset of them (default: ``DATASETS.TRAIN``).
 
     Raises:
-        ValueError: an unknown data set or sampler, or a batch that the processes cannot share evenly.
-        FileNotFoundError: data that are not on disk, with what to do.
+        ValueError: If a dataset or the sampler is unknown, or the batch cannot be divided evenly among the
+            processes.
+        FileNotFoundError: If data are not on disk; says where they belong.
     """
     mapper = build_mapper(cfg, True) if mapper is None else mapper
     if dataset is None:
@@ -88,17 +88,17 @@ def build_train_loader(
         batch_sampler=batches,  # of keys (position, index)
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
-        # one of its own, or the loader would draw from the generator that the model uses
+        # a separate generator: the default one belongs to the model
         generator=torch.Generator().manual_seed(seed),
     )
 
 
 def build_test_loader(cfg: CfgNode, name: str, *, mapper: Mapper | None = None) -> DataLoader[Any]:
-    """Detectron2's test loader over one data set: batches of one image, shared out among the processes.
+    """Build Detectron2's test loader of one dataset: batches of one image, distributed among the processes.
 
     Raises:
-        ValueError: an unknown data set.
-        FileNotFoundError: data that are not on disk, with what to do.
+        ValueError: If the dataset is not registered.
+        FileNotFoundError: If data are not on disk; says where they belong.
     """
     mapper = build_mapper(cfg, False) if mapper is None else mapper
     return build_detection_test_loader(
@@ -107,14 +107,17 @@ def build_test_loader(cfg: CfgNode, name: str, *, mapper: Mapper | None = None) 
 
 
 def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], training: bool) -> Any:
-    """Dataset dicts of several data sets as one list; in training without images that have no annotations, if
-    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so.
+    """Load the dataset dicts of several datasets as one list.
+
+    Args:
+        cfg: reads ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``.
+        names: of registered datasets.
+        training: whether images without annotations are dropped, if that key is True.
 
     Raises:
-        ValueError: an unknown data set.
-        FileNotFoundError: data that are not on disk, with what to do.
+        ValueError: If a dataset is not registered.
+        FileNotFoundError: If data are not on disk; says where they belong.
     """
-    register_from_config(cfg)
     check_dataset_names(names)
     try:
         return get_detection_dataset_dicts(
@@ -123,8 +126,8 @@ def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], trainin
     except FileNotFoundError as error:
         root = os.environ.get("DETECTRON2_DATASETS", "datasets (DETECTRON2_DATASETS is not set)")
         raise FileNotFoundError(
-            f"{', '.join(names)}: {error.filename or error} is not there. Data sets lie in {root}; "
-            "datasets/README.md says what goes where."
+            f"{', '.join(names)}: {error.filename or error} does not exist. Datasets are read from {root}; "
+            "datasets/README.md describes the layout."
         ) from error
 
 
@@ -138,20 +141,17 @@ def _sampler(cfg: CfgNode, dataset: Any, seed: int) -> ResumableTrainingSampler:
         )
         return RepeatFactorSampler(factors, seed=seed)
     raise ValueError(
-        f"DATALOADER.SAMPLER_TRAIN = {name!r}: expected TrainingSampler or RepeatFactorTrainingSampler "
-        "(clipdense runs them in resumable form)"
+        f"DATALOADER.SAMPLER_TRAIN = {name!r}: expected TrainingSampler or RepeatFactorTrainingSampler"
     )
 
 
 class KeyedDataset(Dataset[Any]):
-    """Maps samples under randomness that their place in the training stream decides.
+    """Dataset whose random augmentation is determined by the seed and the position in the training stream.
 
     Args:
         items: dataset dicts.
-        mapper: may return None for a sample that cannot be used; another, drawn by the same key, takes its
-            place.
-        seed: with the position it keys all of Python's, NumPy's and torch's random numbers while the mapper
-            runs.
+        mapper: may return None for an unusable sample; a sample drawn with the same key replaces it.
+        seed: with the position, it seeds Python's, NumPy's and torch's random numbers while the mapper runs.
     """
 
     def __init__(self, items: Any, mapper: Mapper, seed: int) -> None:
@@ -168,20 +168,19 @@ class KeyedDataset(Dataset[Any]):
                     return sample
                 index = random.randrange(len(self.items))
         raise RuntimeError(
-            f"{_MAX_SKIPPED} samples in a row could not be used; the warnings above name the files"
+            f"{_MAX_SKIPPED} samples in a row are unusable; the warnings above name their files"
         )
 
 
 @contextmanager
 def keyed_randomness(*key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's (CPU) global generators by a key; afterwards they are as they
-    were."""
-    # the legacy global generator is the one that Detectron2's augmentations draw from
+    """Seed the global (CPU) generators of Python, NumPy and torch with a key; restore them afterwards."""
+    # Detectron2's augmentations draw from NumPy's legacy global generator
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    words = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))  # noqa: NPY002
-    torch.default_generator.manual_seed(int(words[2]))
+    seeds = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(int(seeds[1]))  # noqa: NPY002
+    torch.default_generator.manual_seed(int(seeds[2]))
     try:
         yield
     finally:

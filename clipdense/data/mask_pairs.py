@@ -1,16 +1,14 @@
-"""Mask-category pairs: regions of images with a noun each, as files and as data sets.
+"""Mask-category pairs: image regions, each with a noun, read from pair files or from annotated segments.
 
-What a CLIP is adapted to masked crops with (OVSeg, Liang et al., CVPR 2023, section 3.2). A mask is kept as
-run lengths, so that it is never guessed from the colours of a crop.
+OVSeg adapts CLIP to masked crops with them (Liang et al., CVPR 2023, section 3.2). Masks are stored as run
+lengths and never inferred from the colours of a crop.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +25,43 @@ from detectron2.utils import comm
 
 __all__ = [
     "LabelledSegments",
+    "Pair",
     "ground_truth_pairs",
     "labelled_segments",
     "pair_mask",
     "read_pairs",
-    "register_mask_pairs",
     "segment_classes",
     "write_pairs",
 ]
 
 Pair = dict[str, Any]
 
-_NEEDED = ("file_name", "height", "width", "segmentation", "noun")
+_REQUIRED = ("file_name", "height", "width", "segmentation", "noun")
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
     """Read a pair file.
 
     Args:
-        path: ``.jsonl``, a pair a line, or ``.parquet``, a pair a row.
+        path: ``.jsonl`` with one pair a line, or ``.parquet`` with one pair a row.
 
     Returns:
-        Dicts with ``file_name`` (of the image, as it stands in the file), ``height`` and ``width`` in pixels,
-        ``segmentation`` (COCO's compressed run lengths: ``size`` and ``counts``, text), ``noun``; where the
-        file has them, ``score``, ``image_id`` and ``caption``.
+        Dicts with ``file_name`` (of the image, relative as in the file), ``height`` and ``width`` in pixels,
+        ``segmentation`` (COCO's compressed run lengths: ``size``, and ``counts`` as text) and ``noun``.
+        ``score``, ``image_id`` and ``caption`` are included if the file has them.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another suffix, a damaged file, or a pair that lacks one of the first five entries; names
-            the line.
-        ImportError: a parquet file without the package pyarrow.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the suffix is unknown, the file is damaged, or a pair lacks one of the first five
+            entries; names the line.
+        ImportError: If the file is parquet and the package pyarrow is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no pair file {path}")
     pairs: list[Pair] = []
     for number, pair in enumerate(_rows(path), 1):
-        missing = [key for key in _NEEDED if pair.get(key) is None]
+        missing = [key for key in _REQUIRED if pair.get(key) is None]
         if missing:
             raise ValueError(f"{path}, pair {number}: lacks {', '.join(missing)}")
         pairs.append({key: value for key, value in pair.items() if value is not None})
@@ -71,11 +69,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def write_pairs(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a pair file that `read_pairs` reads; it appears whole or not at all.
+    """Write a pair file for `read_pairs`, atomically.
 
     Raises:
-        ValueError: another suffix than ``.jsonl`` and ``.parquet``.
-        ImportError: a parquet file without the package pyarrow.
+        ValueError: If the suffix is neither ``.jsonl`` nor ``.parquet``.
+        ImportError: If the suffix is ``.parquet`` and the package pyarrow is not installed.
     """
     path = Path(path)
     _check_suffix(path)
@@ -129,10 +127,10 @@ def _pyarrow(path: Path) -> tuple[Any, Any]:
 
 
 def pair_mask(pair: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
-    """The mask (H, W) of a pair from a file or from `ground_truth_pairs`.
+    """Decode the mask (H, W) of a pair from a file or from `ground_truth_pairs`.
 
     Raises:
-        ValueError: run lengths that are damaged; names the image and the noun.
+        ValueError: If the run lengths are damaged; names the image and the noun.
     """
     if "segmentation" not in pair:
         return read_labels(pair["label_file_name"]) == pair["label"]
@@ -145,12 +143,12 @@ def pair_mask(pair: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class LabelledSegments:
-    """The annotated segments of an image.
+    """Annotated segments of one image.
 
     Attributes:
         file_name: label map, for `read_labels`.
-        labels: n values in it, one a segment.
-        classes: n contiguous class ids.
+        labels: value of each segment in the label map.
+        classes: contiguous class id of each segment.
     """
 
     file_name: str
@@ -159,10 +157,11 @@ class LabelledSegments:
 
 
 def labelled_segments(record: Mapping[str, Any], ignore_label: int = 255) -> LabelledSegments:
-    """The segments of a dataset dict: panoptic ones but for crowds; of semantic segmentation one a class.
+    """Return the segments of a dataset dict: panoptic segments without crowds, else one for each class of a
+    semantic map.
 
     Raises:
-        ValueError: the data set has neither.
+        ValueError: If the record has neither.
     """
     if "pan_seg_file_name" in record:
         segments = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
@@ -171,7 +170,7 @@ def labelled_segments(record: Mapping[str, Any], ignore_label: int = 255) -> Lab
         )
     if "sem_seg_file_name" not in record:
         raise ValueError(
-            f"{record.get('file_name')}: its data set has neither panoptic nor semantic segmentations"
+            f"{record.get('file_name')}: its dataset has neither panoptic nor semantic segmentations"
         )
     present = np.unique(read_labels(record["sem_seg_file_name"])).tolist()
     classes = [label for label in present if label != ignore_label]
@@ -179,33 +178,33 @@ def labelled_segments(record: Mapping[str, Any], ignore_label: int = 255) -> Lab
 
 
 def segment_classes(name: str) -> list[str]:
-    """Class names of a data set's segments, in order of contiguous id.
+    """Return the class names of a dataset's segments, in order of contiguous id.
 
     Raises:
-        ValueError: the data set does not name them all in ``stuff_classes`` (Detectron2's separated panoptic
-            sets label things as one class).
+        ValueError: If ``stuff_classes`` does not contain them all (Detectron2's separated panoptic datasets
+            label all things as one class).
     """
     classes = [c.strip() for c in MetadataCatalog.get(name).get("stuff_classes") or ()]
     if not classes or classes[0] == "things":
-        raise ValueError(f"data set {name} does not name things and stuff together, in stuff_classes")
+        raise ValueError(f"dataset {name} does not list things and stuff together in stuff_classes")
     return classes
 
 
 def ground_truth_pairs(name: str) -> list[Pair]:
-    """The annotated segments of a registered data set, each with the name of its class.
+    """Return the annotated segments of a registered dataset, each with its class name.
 
-    Only what is labelled gives a pair, so a set that labels base classes alone never tells of novel ones.
+    Only labelled segments give pairs: a dataset that labels base classes alone gives no pair of a novel one.
 
     Returns:
-        As `read_pairs`, but for the mask: where ``label_file_name`` has the value ``label``.
+        Pairs as from `read_pairs`, except the mask: the pixels where ``label_file_name`` has value ``label``.
 
     Raises:
-        ValueError: the data set has no panoptic and no semantic segmentations; and see `segment_classes`.
+        ValueError: If the dataset has neither panoptic nor semantic segmentations, or see `segment_classes`.
     """
     records, classes, pairs = DatasetCatalog.get(name), segment_classes(name), []
     ignore = MetadataCatalog.get(name).get("ignore_label", 255)
     semantic = not any("pan_seg_file_name" in record for record in records[:1])
-    quiet = not semantic or not comm.is_main_process()  # label maps have to be read only there
+    quiet = not semantic or not comm.is_main_process()  # only semantic maps are read, which takes time
     for record in tqdm(records, f"Segments of {name}", unit="image", disable=True if quiet else None):
         segments = labelled_segments(record, ignore)
         image = {key: record[key] for key in ("file_name", "image_id", "height", "width") if key in record}
@@ -213,45 +212,4 @@ def ground_truth_pairs(name: str) -> list[Pair]:
             {**image, "label_file_name": segments.file_name, "label": label, "noun": classes[k]}
             for label, k in zip(segments.labels, segments.classes, strict=True)
         ]
-    return pairs
-
-
-def register_mask_pairs(name: str, source: str, image_root: str = "") -> None:
-    """Register pairs as a data set, one dict a pair.
-
-    Args:
-        name: of the data set.
-        source: a pair file, or a registered data set, whose `ground_truth_pairs` are taken.
-        image_root: folder of a pair file's images, if they lie elsewhere than beside it.
-
-    Raises:
-        FileNotFoundError: the file or the folder is not there.
-        ValueError: the name is taken by other data, or the source is neither.
-    """
-    if source in DatasetCatalog.list():
-        load = partial(ground_truth_pairs, source)
-    else:
-        if not source.endswith((".jsonl", ".parquet")):
-            raise ValueError(
-                f"mask pairs {name}: {source} is neither a registered data set nor a .jsonl or .parquet file"
-            )
-        for path in filter(None, (source, image_root)):
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"mask pairs {name}: {path} is not there")
-        load = partial(_load_file, source, image_root or os.path.dirname(source))
-    where = ":".join(filter(None, (source, image_root)))
-    if name in DatasetCatalog.list():
-        if MetadataCatalog.get(name).get("mask_pairs") != where:
-            raise ValueError(f"the name {name} is taken by another data set; choose a new one")
-        return
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(mask_pairs=where)
-
-
-def _load_file(path: str, image_root: str) -> list[Pair]:
-    pairs = read_pairs(path)
-    if not pairs:
-        raise ValueError(f"no pairs in {path}")
-    for pair in pairs:
-        pair["file_name"] = os.path.join(image_root, pair["file_name"])
     return pairs

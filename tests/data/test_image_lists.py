@@ -34,6 +34,7 @@ def folder(tmp_path: Path, pictures: list[np.ndarray]) -> Path:
 
 def loaded(cfg: CfgNode, entry: str) -> list[dict]:
     cfg.DATASETS.IMAGES = [entry]
+    register_from_config(cfg)
     return load_dataset_dicts(cfg, [entry.split(":")[0]], training=True)
 
 
@@ -87,7 +88,7 @@ def test_a_damaged_image_in_a_shard_is_named(cfg: CfgNode, catalogs: None, tmp_p
         ("photos", ValueError, "name:folder"),
         ("photos:/no/such/folder", FileNotFoundError, "photos: /no/such/folder"),
         ("photos:/no/such-{0..1}.tar", FileNotFoundError, r"such-0\.tar"),
-        ("photos:images.json", ValueError, "which folder"),
+        ("photos:images.json", ValueError, "needs the folder of its images"),
     ],
 )
 def test_wrong_entries(cfg: CfgNode, catalogs: None, entry: str, error: type, message: str) -> None:
@@ -105,7 +106,7 @@ def test_empty_folders_and_taken_names(cfg: CfgNode, catalogs: None, tmp_path: P
         loaded(cfg, f"none_listed:{tmp_path / 'empty.json'}:{folder}")
     register_from_config(cfg)  # a second time, with the same paths
     cfg.DATASETS.IMAGES = [f"none:{folder}"]
-    with pytest.raises(ValueError, match="taken"):
+    with pytest.raises(ValueError, match="already in use"):
         register_from_config(cfg)
     (tmp_path / "t.tar").write_bytes(b"x" * 2000)
     with pytest.raises(ValueError, match=r"t\.tar: not an uncompressed tar"):

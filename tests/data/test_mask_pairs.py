@@ -1,4 +1,4 @@
-"""Mask-category pairs: files, ground truth of data sets, registration."""
+"""Mask-category pairs: files, ground truth of datasets, registration."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,14 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
+from clipdense.data.datasets import register_from_config
+from clipdense.data.datasets.mask_pairs import register_mask_pairs
 from clipdense.data.loader import load_dataset_dicts
 from clipdense.data.mask_pairs import (
     ground_truth_pairs,
     labelled_segments,
     pair_mask,
     read_pairs,
-    register_mask_pairs,
     segment_classes,
     write_pairs,
 )
@@ -66,14 +67,15 @@ def test_files_give_back_what_was_written(
     write_pairs(path, pairs)
     assert read_pairs(path) == pairs
     cfg.DATASETS.MASK_PAIRS = [f"nouns:{path}:{tmp_path / 'photos'}"]
+    register_from_config(cfg)
     records = load_dataset_dicts(cfg, ["nouns"], training=True)
     assert [r["noun"] for r in records] == ["red kite", "sky", "façade"]
     assert all(Path(r["file_name"]).is_file() for r in records)
     assert np.array_equal(pair_mask(records[2]), square(2, 8))
-    load_dataset_dicts(cfg, ["nouns"], training=True)  # the same entry again
+    register_from_config(cfg)  # the same entry again
     cfg.DATASETS.MASK_PAIRS = [f"nouns:{path}:{tmp_path}"]
-    with pytest.raises(ValueError, match="name nouns is taken"):
-        load_dataset_dicts(cfg, ["nouns"], training=True)
+    with pytest.raises(ValueError, match="name nouns is already in use"):
+        register_from_config(cfg)
 
 
 def test_images_lie_beside_the_file_by_default(
@@ -103,18 +105,18 @@ def test_errors_name_file_and_line(
     with pytest.raises(ValueError, match="mask of 'red kite' is damaged"):
         pair_mask(pairs[0])
     for entry, error, message in (
-        ("nouns", ValueError, "reads neither name:data_set"),
-        ("nouns:shapes_no", ValueError, "shapes_no is neither a registered data set"),
-        ("nouns:no.jsonl", FileNotFoundError, "no.jsonl is not there"),
+        ("nouns", ValueError, "is not of the form name:dataset"),
+        ("nouns:shapes_no", ValueError, "shapes_no is neither a registered dataset"),
+        ("nouns:no.jsonl", FileNotFoundError, "no.jsonl does not exist"),
     ):
         cfg.DATASETS.MASK_PAIRS = [entry]
         with pytest.raises(error, match=message):
-            load_dataset_dicts(cfg, ["nouns"], training=True)
+            register_from_config(cfg)
 
 
 @pytest.fixture
 def world(tmp_path: Path, catalogs: None) -> str:
-    """A panoptic data set of one image: two dogs, one of a crowd, grass, and void."""
+    """A panoptic dataset of one image: two dogs, one of a crowd, grass, and void."""
     ids = np.zeros((12, 16), np.uint8)
     ids[:6] = 7
     ids[2:5, 2:5] = 3
@@ -160,6 +162,6 @@ def test_ground_truth_of_semantic_maps(world: str) -> None:
 
 
 def test_separated_panoptic_sets_have_no_names_for_their_segments() -> None:
-    with pytest.raises(ValueError, match="coco_2017_val_panoptic_separated does not name things and stuff"):
+    with pytest.raises(ValueError, match="coco_2017_val_panoptic_separated does not list things and stuff"):
         segment_classes("coco_2017_val_panoptic_separated")
     assert segment_classes("shapes_ov_panoptic_mini_val")[-1] == "tiles"

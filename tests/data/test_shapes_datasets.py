@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clipdense.data.datasets import register_from_config
 from clipdense.data.loader import build_test_loader, build_train_loader, load_dataset_dicts
 from clipdense.data.shapes import splits
 from clipdense.data.shapes.datasets import register_shapes
@@ -170,6 +171,7 @@ def test_mask_pairs_of_base_annotations_name_no_novel_class(small, cfg):
     novel = {CLASSES[k] for k in NOVEL}
     sources = ("shapes_closed_panoptic_mini_train", "shapes_ov_panoptic_mini_train")
     cfg.DATASETS.MASK_PAIRS = [f"every:{sources[0]}", f"base:{sources[1]}"]
+    register_from_config(cfg)
     every, base, both = (
         load_dataset_dicts(cfg, names, training=True) for names in (["every"], ["base"], ["every", "base"])
     )

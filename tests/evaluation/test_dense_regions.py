@@ -11,7 +11,7 @@ from PIL import Image
 from clipdense import add_clipdense_config
 from clipdense.clip import TowerRequest, load_clip
 from clipdense.clip.text import TextBank
-from clipdense.data.datasets.real import register_real
+from clipdense.data.datasets.standard import register_standard
 from clipdense.data.image import read_labels
 from clipdense.evaluation import DenseRegionEvaluator, DenseView, build_evaluator
 from clipdense.evaluation.dense_regions import (
@@ -267,7 +267,7 @@ def coco_val(data_dir):
     for catalog in (DatasetCatalog, MetadataCatalog):
         for known in [n for n in catalog.list() if n.startswith(("coco_2017", "ade20k_", "pascalvoc2"))]:
             catalog.pop(known)
-    register_real(data_dir)
+    register_standard(data_dir)
     yield name
     DatasetCatalog.data, MetadataCatalog.data = before
 

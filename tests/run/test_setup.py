@@ -156,7 +156,7 @@ def test_data_sets_are_checked_before_anything_is_written(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="'toi' is not registered"):
         setup(arguments(tmp_path, "DATASETS.TRAIN", "('toi',)"))
     head = ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", "5")
-    with pytest.raises(ConfigError, match="NUM_CLASSES = 5, but data set toy has 1 thing classes"):
+    with pytest.raises(ConfigError, match="NUM_CLASSES = 5, but dataset toy has 1 thing classes"):
         setup(arguments(tmp_path, *head))
     MetadataCatalog.get("toy_untold")
     if "toy_untold" not in DatasetCatalog.list():

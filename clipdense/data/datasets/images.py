@@ -1,8 +1,9 @@
-"""Images without annotations as data sets: a folder, a JSON list, or webdataset shards."""
+"""Datasets of images without annotations: a folder, a JSON list, or webdataset shards."""
 
 import io
 import os
 import tarfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -11,8 +12,8 @@ from iopath.common.file_io import PathHandler
 from tqdm import tqdm
 
 from clipdense.data.datasets.layouts import DatasetDicts, load_json
+from clipdense.data.datasets.registration import register_once
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -22,31 +23,33 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def register_images(name: str, source: str, image_root: str = "") -> None:
-    """Register images as a data set of records with ``file_name`` and ``image_id``.
+    """Register images as a dataset of records with ``file_name`` and ``image_id``.
+
+    Shards are not streamed. Their headers are read once; each image is then read from its place in an
+    uncompressed, local tar file. They are therefore shuffled as a whole, distributed among processes, and
+    resumed like any other dataset.
 
     Args:
-        name: of the data set.
-        source: a folder (searched with all its subfolders); a JSON file with the list ``images`` of COCO's
-            layout (``id``, ``file_name``), whatever else it holds; or tar files of the webdataset library,
-            with braces for several (``shards/{000..331}.tar``).
-        image_root: folder of a JSON list's images.
-
-    Shards are not streamed: their headers are read once, and each image is then read from its place in its
-    uncompressed, local tar file. So they are shuffled as a whole, shared out among processes, and resumed
-    like any other data.
+        name: of the dataset.
+        source: one of three. A folder, searched with all its subfolders. A JSON file with the list ``images``
+            of COCO's format (``id``, ``file_name``); its other entries are ignored. Tar files of the
+            webdataset library, with braces for several of them (``shards/{000..331}.tar``).
+        image_root: folder of the images of a JSON list.
 
     Raises:
-        FileNotFoundError: the folder, the file or a shard is not there.
-        ValueError: the name is taken by other data, or a JSON list lacks its folder.
+        FileNotFoundError: If the folder, the file or a shard does not exist.
+        ValueError: If the name is in use, or a JSON list has no image folder.
     """
     if source.endswith(".tar"):
-        from webdataset.shardlists import expand_urls  # only for shards: it takes a while to import
+        from webdataset.shardlists import expand_urls  # slow to import, and only shards need it
 
         paths = expand_urls(source)
         load = partial(_load_shards, paths)
     elif source.endswith(".json"):
         if not image_root:
-            raise ValueError(f"the images of {source} lie in which folder? Give name:{source}:image_folder")
+            raise ValueError(
+                f"dataset {name}: {source} needs the folder of its images: write {name}:{source}:image_folder"
+            )
         paths = [source, image_root]
         load = partial(_load_list, source, image_root)
     else:
@@ -54,14 +57,8 @@ def register_images(name: str, source: str, image_root: str = "") -> None:
         load = partial(_load_folder, source)
     for path in paths:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"images of the data set {name}: {path} is not there")
-    where = ":".join(filter(None, (source, image_root)))
-    if name in DatasetCatalog.list():
-        if MetadataCatalog.get(name).get("images") != where:
-            raise ValueError(f"the name {name} is taken by another data set; choose a new one")
-        return
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(images=where)
+            raise FileNotFoundError(f"images of dataset {name}: {path} does not exist")
+    register_once(name, load, {"images": ":".join(filter(None, (source, image_root)))})
 
 
 def _load_folder(folder: str) -> DatasetDicts:
@@ -98,7 +95,7 @@ def _load_shards(shards: list[str]) -> DatasetDicts:
     return _records(names, ", ".join(shards))
 
 
-def _records(names: Any, source: str) -> DatasetDicts:
+def _records(names: Iterable[str], source: str) -> DatasetDicts:
     records = [{"file_name": name, "image_id": i} for i, name in enumerate(names)]
     if not records:
         raise ValueError(f"no images ({', '.join(EXTENSIONS)}) in {source}")
@@ -106,7 +103,7 @@ def _records(names: Any, source: str) -> DatasetDicts:
 
 
 class ShardHandler(PathHandler):
-    """Opens a file inside an uncompressed tar file: ``shard://TAR?OFFSET+SIZE#NAME``."""
+    """Path handler for files inside uncompressed tar files: ``shard://TAR?OFFSET+SIZE#NAME``."""
 
     PREFIX = "shard://"
 

@@ -1,7 +1,7 @@
-"""Reading the standard annotation layouts where Detectron2's own readers do not serve.
+"""Readers of the standard annotation formats, where those of Detectron2 do not suffice.
 
-Detectron2 reads COCO instances. It reads COCO panoptic only with .jpg images, LVIS only through the `lvis`
-package (broken on current NumPy) and only with polygons, and captions not at all.
+Detectron2 reads COCO panoptic only with .jpg images, LVIS only through the package `lvis` and only with
+polygons, and no captions.
 """
 
 import json
@@ -18,11 +18,11 @@ DatasetDicts = list[dict[str, Any]]
 
 
 def load_json(path: str | Path) -> Any:
-    """A JSON file's content.
+    """Read a JSON file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, naming the file.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not JSON; names it.
     """
     with PathManager.open(str(path), "r", encoding="utf-8") as file:
         try:
@@ -34,7 +34,14 @@ def load_json(path: str | Path) -> Any:
 def load_instances(
     json_file: str | Path, image_root: str | Path, ids: dict[int, int], extra: tuple[str, ...] = ()
 ) -> DatasetDicts:
-    """COCO instances, with category ids mapped by ``ids`` and the extra annotation keys kept."""
+    """Load COCO instances.
+
+    Args:
+        json_file: annotations.
+        image_root: folder of the images.
+        ids: category id -> contiguous class id.
+        extra: further annotation keys to keep.
+    """
     content = load_json(json_file)
     annotations = defaultdict(list)
     for annotation in content["annotations"]:
@@ -57,12 +64,15 @@ def load_panoptic(
     things: frozenset[int] | set[int],
     sem_seg_root: str | Path | None = None,
 ) -> DatasetDicts:
-    """COCO panoptic segmentation, from any image type.
+    """Load COCO panoptic segmentation, with images of any type.
 
     Args:
-        ids: category id -> contiguous id.
-        things: contiguous ids that are things.
-        sem_seg_root: folder of semantic label maps with the names of the panoptic PNGs.
+        json_file: annotations.
+        image_root: folder of the images.
+        panoptic_root: folder of the panoptic PNGs.
+        ids: category id -> contiguous class id.
+        things: contiguous class ids of things.
+        sem_seg_root: folder of semantic label maps with the file names of the panoptic PNGs.
     """
     content = load_json(json_file)
     images = {image["id"]: image for image in content["images"]}
@@ -90,17 +100,17 @@ def load_sem_seg(
     names: list[str] | None = None,
     label_ext: str = ".png",
 ) -> DatasetDicts:
-    """Semantic segmentation: label maps and images with equal stems.
+    """Load semantic segmentation: label maps and images with equal stems.
 
     Args:
         label_root: folder of label maps.
-        image_root: folder of images; images without labels are no part of the data set.
-        image_ext: their ending.
-        names: stems to take (default: every label map).
-        label_ext: ending of label maps.
+        image_root: folder of images; images without a label map are ignored.
+        image_ext: suffix of the images.
+        names: stems to load (default: every label map).
+        label_ext: suffix of the label maps.
 
     Raises:
-        FileNotFoundError: a folder without label maps, or a listed file that is missing.
+        FileNotFoundError: If the folder has no label maps, or an image is missing.
     """
     label_root, image_root = Path(label_root), Path(image_root)
     if names is None:
@@ -123,7 +133,7 @@ def load_sem_seg(
 
 
 def load_captions(json_file: str | Path, image_root: str | Path) -> DatasetDicts:
-    """COCO captions: ``captions``, a list of strings, for every image that has any."""
+    """Load COCO captions: records with ``captions``, a list of strings, of every image that has one."""
     content = load_json(json_file)
     captions = defaultdict(list)
     for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
@@ -138,10 +148,13 @@ def load_captions(json_file: str | Path, image_root: str | Path) -> DatasetDicts
 def load_lvis(
     json_file: str | Path, image_root: str | Path, ids: dict[int, int] | None = None
 ) -> DatasetDicts:
-    """LVIS instances (polygons or RLE), with the two federated lists.
+    """Load LVIS instances (polygons or RLE), with the federated lists ``neg_category_ids`` and
+    ``not_exhaustive_category_ids`` of each image.
 
-    Category ids are mapped by ``ids``; by default the contiguous class is the category id - 1. Images are
-    found as LVIS does: split folder and file name are the last two parts of ``coco_url``.
+    Args:
+        json_file: annotations.
+        image_root: folder of COCO; the last two parts of ``coco_url`` are the split folder and file name.
+        ids: category id -> contiguous class id (default: category id - 1).
     """
     content = load_json(json_file)
     annotations = defaultdict(list)

@@ -1,15 +1,15 @@
-"""Semantic segmentation with many classes: COCO-Stuff, the whole ADE20K, PASCAL-Context.
+"""Semantic segmentation with many classes: COCO-Stuff, full ADE20K, PASCAL-Context.
 
 `datasets/prepare_coco_stuff.py`, `prepare_ade20k_full.py` and `prepare_pascal_context.py` make the label maps
-from what is published. ADE20K's 150 classes are Detectron2's, Pascal VOC's are in `real`.
+from the published files. ADE20K with 150 classes comes from Detectron2, Pascal VOC from `standard`.
 """
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 
 from clipdense.data.datasets.layouts import load_sem_seg
+from clipdense.data.datasets.registration import dataset_root
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -41,22 +41,21 @@ COCO_STUFF_BASE = [name for name in COCO_STUFF if name not in COCO_STUFF_NOVEL]
 COCO_STUFF_VALUES = [
     value for value in range(182) if value not in {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
 ]
-"""Grey values of the published label maps (category id - 1) of the 171 classes, in order; 11 values name
-nothing."""
+"""Grey values (category id - 1) of the 171 classes in the published label maps, in order; 11 are unused."""
 
 ADE20K_FULL: list[str] = _NAMES["ade20k_full"]
-"""The 847 classes, each with its synonyms parted by commas."""
+"""The 847 classes, each with its synonyms separated by commas."""
 
 PASCAL_CONTEXT_459: list[str] = _NAMES["pascal_context_459"]
 PASCAL_CONTEXT_59: list[str] = _NAMES["pascal_context_59"]
-"""The most frequent of the 459, as OVSeg names them."""
+"""The most frequent of the 459 classes, with the names of OVSeg."""
 
 WIDE_IGNORE = 65535
 """Void in 16-bit label maps."""
 
 
 def register_open_semantic(root: Path | None = None) -> None:
-    """Register the data sets; the folder is ``DETECTRON2_DATASETS`` unless it is given.
+    """Register the datasets below a root folder (default: ``DETECTRON2_DATASETS``).
 
     | name | classes | layout below the root |
     | --- | --- | --- |
@@ -66,10 +65,9 @@ def register_open_semantic(root: Path | None = None) -> None:
     | ade20k_full_sem_seg_{train,val} | 847 | ADE20K_2021_17_01/{images,annotations}_detectron2/ |
     | pascal_context_{59,459}_sem_seg_{train,val} | 59, 459 | VOC2010/annotations_detectron2/ |
 
-    Labels of the 847 and the 459 classes are 16-bit, with void `WIDE_IGNORE`; the others' void is 255.
+    Label maps of the 847 and the 459 classes are 16-bit and mark void as `WIDE_IGNORE`, the others as 255.
     """
-    if root is None:
-        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    root = root or dataset_root()
     coco, ade, voc = root / "coco", root / "ADE20K_2021_17_01", root / "VOC2010"
     stuff = coco / "stuffthingmaps_detectron2"
     for split, folder in (("train", "training"), ("val", "validation")):

@@ -1,17 +1,17 @@
-"""OV-COCO and OV-LVIS: COCO and LVIS with some classes that are never labelled in training.
+"""OV-COCO and OV-LVIS: COCO and LVIS with novel classes, which are never labelled in training.
 
-OV-COCO: 48 base and 17 novel classes (Bansal et al., arXiv:1804.04340); validation names all 65 (generalized
+OV-COCO: 48 base and 17 novel classes (Bansal et al., arXiv:1804.04340); validation uses all 65 (generalized
 protocol). OV-LVIS: the 337 rare classes of LVIS v1 are novel, the 866 others base (ViLD, arXiv:2104.13921).
 `datasets/prepare_ov_coco.py` and `prepare_ov_lvis.py` make the files from the originals.
 """
 
-import os
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipdense.data.datasets.layouts import load_instances, load_lvis
+from clipdense.data.datasets.registration import dataset_root
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
@@ -51,13 +51,13 @@ LVIS_RARE = frozenset(category["id"] for category in _LVIS if category["frequenc
 """Category ids of LVIS v1's 337 rare classes."""
 
 OV_LVIS_FILES = ("lvis_v1_train_seen_1203_cat.json", "lvis_v1_train_norare.json")
-"""Names under which LVIS v1's training annotations without the rare classes go around."""
+"""File names in use for LVIS v1's training annotations without the rare classes."""
 
 _OV_COCO_FILES = ("instances_train2017_seen_2.json", "instances_train2017_seen_2_65_cat.json")
 
 
 def register_open_vocabulary(root: Path | None = None) -> None:
-    """Register the data sets; the folder is ``DETECTRON2_DATASETS`` unless it is given.
+    """Register the datasets below a root folder (default: ``DETECTRON2_DATASETS``).
 
     | name | classes | layout below the root |
     | --- | --- | --- |
@@ -68,13 +68,12 @@ def register_open_vocabulary(root: Path | None = None) -> None:
     | ovlvis_v1_train_1203 | all 1203, the base ones labelled | the same |
     | ovlvis_v1_val | all 1203 | lvis/lvis_v1_val.json |
 
-    The two training sets of OV-COCO differ in the class list only: either file will do for both.
+    The two training sets of OV-COCO differ only in their class list: each can be read from either file.
 
-    Metadata: ``novel_classes`` (names; empty where there are none); of OV-LVIS also ``class_synonyms``, the
-    names of each class.
+    Metadata: ``novel_classes`` (names; may be empty); for OV-LVIS also ``class_synonyms``, all names of each
+    class.
     """
-    if root is None:
-        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    root = root or dataset_root()
     annotations = root / "coco" / "annotations"
     base = {k: name for k, name in OV_COCO.items() if name in OV_COCO_BASE}
     train, val = root / "coco" / "train2017", root / "coco" / "val2017"
@@ -90,7 +89,7 @@ def register_open_vocabulary(root: Path | None = None) -> None:
 
 
 def _first(folder: Path, names: Sequence[str]) -> Path:
-    """The first file that is there; the first of all where none is."""
+    """Return the first file that exists; the first name if none does."""
     return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
 
 

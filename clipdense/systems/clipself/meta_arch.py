@@ -20,7 +20,6 @@ from clipdense.clip.towers.resnet import ResNetTower
 from clipdense.clip.towers.transformer import TransformerTower
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.checks import dataset_classes
-from clipdense.data.datasets import register_from_config
 from clipdense.regions import pool_boxes
 from clipdense.systems.clipself.loss import concept_loss, cosine_loss, sample_concepts
 
@@ -273,7 +272,6 @@ def unlock(tower: Tower, count: int, want: TowerRequest) -> None:
 
 def _concept_table(cfg: CfgNode, dim: int) -> Tensor:
     """Embeddings (K, D) of the classes of the training data, in their order."""
-    register_from_config(cfg)
     classes = [c for name in cfg.DATASETS.TRAIN[:1] for c in dataset_classes(name, "thing") or ()]
     if not classes:
         raise ValueError("MODEL.CLIPSELF.CONCEPTS needs training data with classes")

@@ -12,7 +12,6 @@ from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary, canonical
 from clipdense.data.checks import check_dataset_names
 from clipdense.data.classes import dataset_vocabulary
-from clipdense.data.datasets import register_from_config
 
 from detectron2.config import CfgNode
 
@@ -53,7 +52,6 @@ def training_vocabulary(cfg: CfgNode) -> Vocabulary | None:
     Raises:
         ValueError: unknown data sets, or classes that differ.
     """
-    register_from_config(cfg)
     names = list(cfg.DATASETS.TRAIN)
     if not names:
         return None

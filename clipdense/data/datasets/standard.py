@@ -1,12 +1,11 @@
-"""COCO, LVIS, ADE20K and Pascal VOC from their standard layouts, where Detectron2 does not register them
-itself.
+"""COCO, LVIS, ADE20K and Pascal VOC in their standard layouts, where Detectron2 does not register them.
 
-`datasets/README.md` says what goes where; the folder is ``DETECTRON2_DATASETS`` (default ``datasets``), read
-at import.
+`datasets/README.md` describes the layouts. The root folder is ``DETECTRON2_DATASETS`` (default ``datasets``),
+read at import.
 """
 
-import os
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,15 @@ from clipdense.data.datasets.layouts import (
     load_panoptic,
     load_sem_seg,
 )
+from clipdense.data.datasets.registration import dataset_root
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, _get_builtin_metadata
 
-__all__ = ["ADE20K_CLASSES", "ADE20K_THINGS", "VOC_CLASSES", "register_real"]
+__all__ = ["ADE20K_CLASSES", "ADE20K_THINGS", "VOC_CLASSES", "register_standard"]
 
 ADE20K_CLASSES: list[str] = [name.strip() for name in ADE20K_SEM_SEG_CATEGORIES]
-"""The 150 classes, each with its synonyms parted by commas."""
+"""The 150 classes, each with its synonyms separated by commas."""
 
 # fmt: off
 _ADE20K_STUFF = {
@@ -40,14 +40,16 @@ VOC_CLASSES = [
 # fmt: on
 
 ADE20K_THINGS: list[int] = [i for i in range(len(ADE20K_CLASSES)) if i not in _ADE20K_STUFF]
-"""The 100 thing classes of ADE20K's instance annotations (the Places challenge 2017), as indices into the
-150."""
+"""Indices of the 100 thing classes of ADE20K's instance annotations (Places challenge 2017) among the 150."""
 
 _SEMANTIC = {"evaluator_type": "sem_seg", "ignore_label": 255}
 
 
-def register_real(root: Path | None = None) -> None:
-    """Register what Detectron2 lacks, and give its LVIS data sets a reader that needs no `lvis` package.
+def register_standard(root: Path | None = None) -> None:
+    """Register the standard datasets that Detectron2 lacks.
+
+    Detectron2 reads its LVIS datasets through the package `lvis`. Without that package, which clipdense does
+    not need, its names get the reader `load_lvis` instead; their metadata stay.
 
     | name | layout below the root | evaluator |
     | --- | --- | --- |
@@ -60,15 +62,13 @@ def register_real(root: Path | None = None) -> None:
     | pascalvoc20_sem_seg_{train,val} (no background) | VOC2012/annotations_detectron2/ | sem_seg |
     | pascalvoc21_sem_seg_{train,val} (background is class 0) | VOC2012/SegmentationClass/ | sem_seg |
     """
-    if root is None:
-        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    root = root or dataset_root()
     for split, folder in (("train", "training"), ("val", "validation")):
         _register_coco(root / "coco", split)
         _register_ade20k(root / "ADEChallengeData2016", split, folder)
         _register_voc(root / "VOC2012", split)
-    for name in DatasetCatalog.list():
-        if name.startswith("lvis_v") and not name.endswith("cocofied"):
-            DatasetCatalog[name] = partial(_load_registered_lvis, name)
+    if find_spec("lvis") is None:
+        _replace_lvis_readers()
 
 
 def _register(name: str, load: Any, **metadata: Any) -> None:
@@ -172,6 +172,13 @@ def _register_voc(root: Path, split: str) -> None:
 def _load_voc21(root: Path, split: str) -> DatasetDicts:
     names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text("utf-8").split()
     return load_sem_seg(root / "SegmentationClass", root / "JPEGImages", names=names)
+
+
+def _replace_lvis_readers() -> None:
+    for name in DatasetCatalog.list():
+        if name.startswith("lvis_v") and not name.endswith("cocofied"):
+            DatasetCatalog.remove(name)
+            DatasetCatalog.register(name, partial(_load_registered_lvis, name))
 
 
 def _load_registered_lvis(name: str) -> DatasetDicts:

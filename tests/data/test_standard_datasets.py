@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipdense.data.checks import check_classes
 from clipdense.data.datasets.layouts import load_lvis, load_sem_seg
-from clipdense.data.datasets.real import ADE20K_CLASSES, ADE20K_THINGS, register_real
+from clipdense.data.datasets.standard import ADE20K_CLASSES, ADE20K_THINGS, register_standard
 from clipdense.data.image import read_labels
 from clipdense.data.loader import build_test_loader, build_train_loader
 from clipdense.data.preparation import ade20k_panoptic, convert_labels, panoptic_to_semantic
@@ -25,7 +25,7 @@ def test_coco_sample(data_dir, cfg, catalogs):
     DatasetCatalog.clear()
     MetadataCatalog.clear()
     register_all_coco(str(data_dir))
-    register_real(data_dir)
+    register_standard(data_dir)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("coco_2017_train",), ("coco_2017_val",)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     check_classes(cfg)
