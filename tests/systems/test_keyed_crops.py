@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdense.data.mask_pairs import pair_mask, read_pairs, register_mask_pairs
+from clipdense.data.datasets.mask_pairs import register_mask_pairs
+from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.regions import CropRule
 from clipdense.systems.mask_adaptation import MaskPairMapper
 from clipdense.systems.mask_adaptation.keyed_crops import BACKGROUND
