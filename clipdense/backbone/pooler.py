@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+
+from clipdense.clip.roi_align import roi_align
 
 from detectron2.structures import Boxes
 
@@ -62,8 +63,6 @@ class AnyStridePooler(nn.Module):
         return pooled
 
     def _pool(self, feature: Tensor, rois: Tensor, stride: float) -> Tensor:
-        dtype = feature.dtype
-        pooled: Tensor = roi_align(
-            feature.float(), rois, self.output_size, 1 / stride, self.sampling_ratio, aligned=True
+        return roi_align(
+            feature, rois, self.output_size, scale=1 / stride, sampling_ratio=self.sampling_ratio
         )
-        return pooled.to(dtype)

@@ -1,8 +1,10 @@
-"""From a dense map, boxes and masks to region embeddings, scores and detections. Imports no detectron2 and
-works without it."""
+"""Regions of images: weight-free pooling of dense maps, masked crops and their CLIP embeddings, tight boxes,
+score fusion and suppression. Imports no detectron2 and works without it."""
 
+from clipdense.clip.roi_align import roi_align
+from clipdense.regions.boxes import MaskExtent, mask_extent, tight_boxes
 from clipdense.regions.classifier import TextClassifier
-from clipdense.regions.crops import CROP_RULES, CropRule, MaskCrops, crop_masks, get_crop_rule, mask_boxes
+from clipdense.regions.crops import CROP_RULES, CropRule, MaskCrops, crop_masks, get_crop_rule
 from clipdense.regions.encoder import RegionEncoder, cosine_logits
 from clipdense.regions.fusion import FUSIONS, FusionSettings, calibrated_stacking, fuse_valid, get_fusion
 from clipdense.regions.nms import class_nms
@@ -14,6 +16,7 @@ __all__ = [
     "FUSIONS",
     "FusionSettings",
     "MaskCrops",
+    "MaskExtent",
     "POOLINGS",
     "Pooling",
     "RegionEncoder",
@@ -26,8 +29,10 @@ __all__ = [
     "get_crop_rule",
     "get_fusion",
     "get_pooling",
-    "mask_boxes",
+    "mask_extent",
     "pool_boxes",
     "pool_masks",
     "resize_masks",
+    "roi_align",
+    "tight_boxes",
 ]

@@ -12,14 +12,13 @@ __all__ = ["TextClassifier"]
 
 
 class TextClassifier(nn.Module):
-    """Logits of K classes and the background from a region feature x (ViLD-text, Gu et al., ICLR 2022,
-    section 3.2).
+    """Classifier of region features x by text embeddings (ViLD-text, Gu et al., ICLR 2022, section 3.2).
 
     z = W x + b, logit_k = cos(z, t_k) / tau, with the frozen class embeddings t_1 .. t_K and t_bg.
 
     Attributes:
-        text: (K, D), as it was given or loaded.
-        background: (1, D), a parameter where it is learned; None where the background's logit is 0.
+        text: (K, D) class embeddings, unit length.
+        background: (1, D), a parameter if it is learned; None if the background's logit is 0.
     """
 
     text: Tensor
@@ -38,16 +37,16 @@ class TextClassifier(nn.Module):
     ) -> None:
         """
         Args:
-            in_features: size of x.
-            text: (K, D), normalised here.
+            in_features: Channels of x.
+            text: (K, D) class embeddings, normalised here.
             background: "learned" (an embedding), "zero" (a logit of 0), or a frozen embedding (1, D),
                 normalised here.
-            temperature: tau at the start, above 0.
-            learn_temperature: whether it is trained, as log(1 / tau); a fixed one is not in checkpoints.
+            temperature: Initial tau, above 0.
+            learn_temperature: Train tau as log(1 / tau). A fixed tau is not stored in checkpoints.
             relu: z = ReLU(W x + b), so that embeddings are not negative (published F-ViT).
 
         Raises:
-            ValueError: another background, or temperature.
+            ValueError: If the background is unknown or the temperature is not above 0.
         """
         super().__init__()
         if isinstance(background, str) and background not in ("learned", "zero"):
@@ -72,15 +71,19 @@ class TextClassifier(nn.Module):
         self.relu = relu
 
     def embed(self, x: Tensor) -> Tensor:
-        """Region features (R, C) -> unit embeddings z (R, D); zero where the ReLU leaves nothing."""
+        """Project region features (R, C) to unit embeddings z (R, D), zero if the ReLU leaves none."""
         z = self.project(x)
         return F.normalize(z.relu() if self.relu else z, dim=1)
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
-        """Region features (R, C) -> logits (R, K + 1), the background last.
+        """Classify region features.
 
         Args:
-            text: unit embeddings (K, D) of other classes than `text`.
+            x: (R, C) region features.
+            text: (K, D) unit embeddings to use instead of the attribute `text`.
+
+        Returns:
+            Logits (R, K + 1), background last.
         """
         z = self.embed(x)
         text = self.text if text is None else text

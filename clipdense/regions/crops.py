@@ -1,51 +1,57 @@
-"""Masked crops for a CLIP tower: what two-stage systems hand to CLIP for each mask proposal.
+"""Masked crops: the images that two-stage systems show CLIP, one for each mask proposal.
 
-The crop rules of OVSeg, zsseg and ZegFormer are settings of one `CropRule`
-(specs/ovseg_zegformer_maskformer.md 2.3, 3, 4). Masks that are empty, or equal to another one, are not
-cropped twice: `MaskCrops` says which crop belongs to which mask.
+The published crops of OVSeg (Liang et al., CVPR 2023), zsseg (Xu et al., ECCV 2022) and ZegFormer (Ding et
+al., CVPR 2022) are settings of one `CropRule`. Equal masks share a crop, and empty masks have none:
+`MaskCrops.index` maps masks to crops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import roi_align
 
-__all__ = ["CROP_RULES", "CropRule", "MaskCrops", "crop_masks", "get_crop_rule", "mask_boxes"]
+from clipdense.clip.roi_align import roi_align
+from clipdense.regions.boxes import mask_extent
+
+__all__ = ["CROP_RULES", "CropRule", "MaskCrops", "crop_masks", "get_crop_rule"]
+
+Sampling = Literal["bicubic", "roi_align", "stretch"]
+Fill = Literal["mean", "zero"]
 
 
 @dataclass(frozen=True)
 class CropRule:
-    """How a mask becomes an image for CLIP. The aspect ratio is never kept.
+    """Settings that turn a mask into a square image for CLIP. The aspect ratio is not kept.
 
     Attributes:
-        threshold: a pixel is inside where the mask is greater.
-        sampling: "bicubic" resizes the tight box, ends exclusive, with taps that stay in it (no antialias);
-            "roi_align" averages over the box whose ends are the last pixels inside, and takes the whole image
-            where that has no area (ZegFormer); "stretch" takes the whole image always, and interpolates the
-            mask before the threshold (ZegFormer's "mask").
-        masked: paint what is outside the mask with the fill.
-        fill: "mean" of CLIP's pixels, or "zero" (black).
-        expand: the box grows by it, at least 1, about its centre, cut to whole pixels and to the image.
-        soft: blend with the mask's values instead of its pixels above the threshold ("matting").
-        keep_empty: empty masks get a crop, too, of the whole image.
-        padded_logits: what the rule is made for: mask logits of the padded image (ZegFormer), rather than
-            probabilities of the image.
+        threshold: A pixel is inside the mask if its value is greater.
+        sampling: "bicubic" resizes the tight box (ends exclusive) without anti-aliasing, and no tap reads
+            beyond the box. "roi_align" averages over the box that ends at the last pixels inside; a box
+            without area becomes the whole image (ZegFormer). "stretch" always resizes the whole image, and
+            interpolates the mask before the threshold (ZegFormer's "mask").
+        masked: Paint the pixels outside the mask with `fill`.
+        fill: "mean" is CLIP's pixel mean, "zero" is black.
+        expand: Scale of the box about its centre, above 0. Corners are truncated to whole pixels and clipped
+            to the image; a box keeps at least one pixel. Below 1 the box shrinks.
+        soft: Blend with the mask's values instead of the pixels above the threshold (OVSeg's "matting").
+        keep_empty: Give empty masks a crop of the whole image.
+        padded_logits: The rule reads mask logits of the padded image (ZegFormer) instead of probabilities of
+            the image without padding.
 
     Raises:
-        ValueError: an unknown sampling or fill, a factor below 1, or what only "bicubic" has with another
-            sampling.
+        ValueError: If sampling or fill is unknown, expand is not above 0, or another sampling than "bicubic"
+            has a setting that only "bicubic" supports.
     """
 
     threshold: float = 0.5
-    sampling: str = "bicubic"
+    sampling: Sampling = "bicubic"
     masked: bool = True
-    fill: str = "mean"
+    fill: Fill = "mean"
     expand: float = 1.0
     soft: bool = False
     keep_empty: bool = False
@@ -57,14 +63,15 @@ class CropRule:
         return cls(**{key.lower(): value for key, value in node.items()})
 
     def __post_init__(self) -> None:
-        if self.sampling not in ("bicubic", "roi_align", "stretch"):
-            raise ValueError(f"sampling must be bicubic, roi_align or stretch, not '{self.sampling}'")
-        if self.fill not in ("mean", "zero"):
-            raise ValueError(f"fill must be mean or zero, not '{self.fill}'")
-        if self.expand < 1:
-            raise ValueError(f"boxes grow by a factor of at least 1, not {self.expand}")
+        for name, choices in (("sampling", Sampling), ("fill", Fill)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(choices))}, not '{getattr(self, name)}'"
+                )
+        if self.expand <= 0:
+            raise ValueError(f"expand must be above 0, not {self.expand}")
         if self.sampling != "bicubic" and (self.fill, self.expand, self.soft) != ("mean", 1.0, False):
-            raise ValueError(f"only bicubic crops have another fill, expansion or soft masks: {self}")
+            raise ValueError(f"fill, expand and soft require sampling 'bicubic': {self}")
 
 
 CROP_RULES: dict[str, CropRule] = {
@@ -77,7 +84,11 @@ CROP_RULES: dict[str, CropRule] = {
 
 
 def get_crop_rule(rule: str | CropRule) -> CropRule:
-    """A rule by name. Raises ValueError for an unknown one."""
+    """Return a rule by name; a rule is returned as it is.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     if isinstance(rule, CropRule):
         return rule
     if rule not in CROP_RULES:
@@ -85,32 +96,20 @@ def get_crop_rule(rule: str | CropRule) -> CropRule:
     return CROP_RULES[rule]
 
 
-def mask_boxes(masks: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Tight boxes of the pixels above a threshold.
-
-    Args:
-        masks: (Q, H, W), bool or any values.
-
-    Returns:
-        (Q, 4) int64 xyxy, ends exclusive, all zero for an empty mask; (Q,) bool, which masks are not empty.
-    """
-    boxes, columns, _ = _projections(masks, threshold)
-    return boxes, columns.any(1)
-
-
 @dataclass(frozen=True)
 class MaskCrops:
-    """The crops of one image's masks; their pixels are made when they are asked for.
+    """Crops of one image's masks, whose pixels are computed on request.
 
     Attributes:
+        rule: The settings.
         valid: (Q,) bool, the masks that have a crop.
-        index: (V,) int64, the crop of each valid mask, in their order; equal masks share one.
-        boxes: (N, 4) int64 xyxy, ends exclusive, what each crop shows.
-        source: (N,) int64, the mask that each crop is of.
-        image: (3, H, W), normalised with CLIP's statistics, padded with their mean.
+        index: (V,) int64, the crop of each valid mask in their order; equal masks share one.
+        boxes: (N, 4) int64 xyxy, ends exclusive, the part of the image in each crop.
+        source: (N,) int64, the mask of each crop.
+        image: (3, H, W), normalised with CLIP's statistics and padded with their mean.
         masks: (Q, H, W).
-        fill: (3, 1, 1), the normalised colour outside of masks.
-        size: side of the crops.
+        fill: (3, 1, 1), normalised colour of the pixels outside the masks.
+        size: Side of the crops in pixels.
     """
 
     rule: CropRule
@@ -127,17 +126,17 @@ class MaskCrops:
         return len(self.source)
 
     def parts(self, size: int) -> Iterator[slice]:
-        """Slices of at most `size` crops, to make and encode one after the other."""
+        """Split the crops into slices of at most `size`."""
         for start in range(0, len(self), size):
             yield slice(start, start + size)
 
-    def regions(self, part: slice = slice(None), *, together: bool | None = None) -> Tensor:
-        """Normalised crops (n, 3, size, size).
+    def regions(self, part: slice = slice(None), *, batched: bool | None = None) -> Tensor:
+        """Compute normalised crops (n, 3, size, size).
 
         Args:
-            part: which crops.
-            together: bicubic crops in one batched operation. None: on accelerators, which wait for many small
-                calls; on a CPU arithmetic bounds both, and one interpolation a crop does less of it.
+            part: Which crops.
+            batched: Resize all bicubic crops in one operation. None: on accelerators only, where many small
+                kernels wait for each other; on a CPU one interpolation per crop does less arithmetic.
         """
         boxes, source = self.boxes[part], self.source[part]
         if not len(source):
@@ -146,13 +145,13 @@ class MaskCrops:
             return self._roi_align(boxes, source)
         if self.rule.sampling == "stretch":
             return self._stretch(source)
-        if together is None:
-            together = self.image.device.type != "cpu"
-        return self._bicubic_together(boxes, source) if together else self._bicubic_each(boxes, source)
+        if batched is None:
+            batched = self.image.device.type != "cpu"
+        return self._bicubic_batched(boxes, source) if batched else self._bicubic_each(boxes, source)
 
     def region_masks(self, part: slice = slice(None)) -> Tensor:
-        """The masks in the crops' frames (n, 1, size, size), resized by nearest neighbour: 0 or 1, or the
-        mask's values under a soft rule.
+        """Resize the masks to the crops (n, 1, size, size) by nearest neighbour: 0 or 1, or the mask's values
+        under a soft rule.
         """
         boxes, source = self.boxes[part], self.source[part, None, None]
         x, y = (_nearest(boxes[:, axis], boxes[:, axis + 2], self.size) for axis in (0, 1))
@@ -176,8 +175,13 @@ class MaskCrops:
             region.copy_(F.interpolate(inside[None], size, mode="bicubic", align_corners=False)[0])
         return regions
 
-    def _bicubic_together(self, boxes: Tensor, source: Tensor) -> Tensor:
-        """sum over the 4 x 4 taps of (image - fill) mask, each gathered for all crops at once; + fill."""
+    def _bicubic_batched(self, boxes: Tensor, source: Tensor) -> Tensor:
+        """Sum (image - fill) * mask over the 4 x 4 taps, each gathered for all crops at once, and add fill.
+
+        Neither torch nor torchvision resizes boxes of different sizes in one call with these numbers:
+        `F.interpolate` takes one size, and `F.grid_sample(mode="bicubic")` clamps taps to the image instead
+        of the box, where they would read the pixels around the crop.
+        """
         columns, across = _taps(boxes[:, 0], boxes[:, 2], self.size)
         rows, down = _taps(boxes[:, 1], boxes[:, 3], self.size)
         image = self.image - self.fill
@@ -193,16 +197,14 @@ class MaskCrops:
 
     def _roi_align(self, boxes: Tensor, source: Tensor) -> Tensor:
         rois = boxes.to(self.image.dtype)
-        rois[:, 2:] -= 1
-        flat = (rois[:, 2:] <= rois[:, :2]).any(1)
+        rois[:, 2:] -= 1  # ZegFormer's boxes end at the last pixel inside
+        without_area = (rois[:, 2:] <= rois[:, :2]).any(1)
         height, width = self.image.shape[1:]
-        rois = torch.where(flat[:, None], rois.new_tensor([0, 0, width, height]), rois)
+        rois = torch.where(without_area[:, None], rois.new_tensor([0, 0, width, height]), rois)
         images, index = self.image[None], rois.new_zeros(len(rois))
         if self.rule.masked:
             images, index = self._blend(images, self.masks[source, None]), torch.arange(len(rois)).to(rois)
-        rois = torch.cat([index[:, None], rois], dim=1)
-        regions: Tensor = roi_align(images, rois, self.size, 1.0, sampling_ratio=-1, aligned=True)
-        return regions
+        return roi_align(images, torch.cat([index[:, None], rois], dim=1), self.size)
 
     def _stretch(self, source: Tensor) -> Tensor:
         size = (self.size, self.size)
@@ -222,18 +224,19 @@ def crop_masks(
     pixel_mean: Sequence[float],
     pixel_std: Sequence[float],
 ) -> MaskCrops:
-    """Crops of one image, one for each different mask.
+    """Crop one image with each distinct mask.
 
     Args:
         image: (3, h, w) RGB, 0 .. 255, uint8 or float.
-        masks: (Q, H, W), H >= h and W >= w: bool, probabilities, or what the rule's threshold is for; the
+        masks: (Q, H, W) with H >= h and W >= w: bool, or values that the rule's threshold applies to. The
             image is padded to their size, right and below, with the mean colour.
-        rule: a `CropRule`, or its name.
-        size: side of the crops in pixels: CLIP's image size.
-        pixel_mean, pixel_std: CLIP's, RGB, of images in 0 .. 1.
+        rule: A `CropRule` or its name.
+        size: Side of the crops in pixels, CLIP's image size.
+        pixel_mean: CLIP's mean of each channel, RGB, for images in 0 .. 1.
+        pixel_std: CLIP's standard deviation of each channel.
 
     Raises:
-        ValueError: masks smaller than the image, or an unknown rule.
+        ValueError: If the masks are smaller than the image, or the rule is unknown.
     """
     rule = get_crop_rule(rule)
     below, right = (m - i for m, i in zip(masks.shape[-2:], image.shape[-2:], strict=True))
@@ -244,14 +247,13 @@ def crop_masks(
         torch.tensor(s, device=image.device, dtype=dtype).reshape(3, 1, 1) for s in (pixel_mean, pixel_std)
     )
     normalised = F.pad((image - 255 * mean) / (255 * std), (0, right, 0, below))
-    boxes, columns, rows = _projections(masks, rule.threshold)
-    valid = columns.any(1)
-    whole = boxes.new_tensor([0, 0, masks.shape[2], masks.shape[1]])
-    boxes = whole.expand_as(boxes) if rule.sampling == "stretch" else boxes.where(valid[:, None], whole)
-    if rule.keep_empty:
-        valid = torch.ones_like(valid)
+    extent = mask_extent(masks, rule.threshold)
+    whole = extent.boxes.new_tensor([0, 0, masks.shape[2], masks.shape[1]])
+    cropped = extent.valid[:, None] & (rule.sampling != "stretch")
+    boxes = torch.where(cropped, extent.boxes, whole)
+    valid = torch.ones_like(extent.valid) if rule.keep_empty else extent.valid
     kept = valid.nonzero().squeeze(1)
-    source, index = _distinct(masks, kept, torch.cat([columns, rows], dim=1), rule)
+    source, index = _distinct(masks, kept, torch.cat([extent.columns, extent.rows], dim=1), rule)
     return MaskCrops(
         rule=rule,
         valid=valid,
@@ -265,22 +267,10 @@ def crop_masks(
     )
 
 
-def _projections(masks: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (Q, 4), and which columns (Q, W) and rows (Q, H) have a pixel inside."""
-    columns, rows = masks.amax(1) > threshold, masks.amax(2) > threshold
-    ends = []
-    for inside in (columns, rows):
-        flags = inside.byte()
-        last = inside.shape[1] - flags.flip(1).argmax(1)
-        ends.append((flags.argmax(1), last * inside.any(1)))
-    (x0, x1), (y0, y1) = ends
-    return torch.stack([x0, y0, x1, y1], dim=1), columns, rows
-
-
 def _distinct(masks: Tensor, kept: Tensor, signature: Tensor, rule: CropRule) -> tuple[Tensor, Tensor]:
-    """The first of every set of equal masks, and which of these (V,) stands for each kept mask.
+    """Find the first of each set of equal masks, and which of these (V,) represents each kept mask.
 
-    Only masks with the same projections are compared pixel by pixel.
+    Only masks with equal signatures (the rows and columns that they occupy) are compared pixel by pixel.
     """
     first = torch.arange(len(kept), device=kept.device)
     if len(kept):
@@ -298,18 +288,19 @@ def _distinct(masks: Tensor, kept: Tensor, signature: Tensor, rule: CropRule) ->
 
 
 def _expand(boxes: Tensor, factor: float, size: Sequence[int]) -> Tensor:
-    """Boxes that grow about their centres; corners are truncated to whole pixels, then cut to the image."""
+    """Scale boxes about their centres; truncate corners to whole pixels and clip them to the image (h, w)."""
     if factor == 1:
         return boxes
     low, high = boxes[:, :2].double(), boxes[:, 2:].double()
     centre, half = (low + high) / 2, factor * (high - low) / 2
     limit = boxes.new_tensor([size[1], size[0]])
-    corners = [(centre + sign * half).trunc().long().clamp(min=0) for sign in (-1, 1)]
-    return torch.cat([torch.minimum(corner, limit) for corner in corners], dim=1)
+    start = (centre - half).trunc().long().clamp(min=0)
+    end = torch.minimum((centre + half).trunc().long(), limit)
+    return torch.cat([start, torch.maximum(end, start + 1)], dim=1)
 
 
 def _nearest(start: Tensor, end: Tensor, size: int) -> Tensor:
-    """The pixel (n, size) that nearest-neighbour resizing takes from start .. end, as `F.interpolate`."""
+    """Find the pixels (n, size) that `F.interpolate(mode="nearest")` takes from start .. end."""
     span = end - start
     scale = (span / size)[:, None]
     offset = (torch.arange(size, device=start.device) * scale).floor().long()
@@ -317,8 +308,8 @@ def _nearest(start: Tensor, end: Tensor, size: int) -> Tensor:
 
 
 def _taps(start: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Pixels (n, size, 4) and weights of bicubic resizing of start .. end to `size`, a = -0.75, in float32
-    as `F.interpolate`; taps beyond the ends stay at them.
+    """Find the taps (n, size, 4) and weights of bicubic resizing of start .. end, in float32 and with
+    a = -0.75 as `F.interpolate`. Taps beyond an end move to it.
     """
     a, span = -0.75, end - start
     position = (torch.arange(size, device=start.device) + 0.5) * (span / size)[:, None] - 0.5

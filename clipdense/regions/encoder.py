@@ -1,4 +1,4 @@
-"""The CLIP branch of two-stage systems: embeddings of masked crops."""
+"""CLIP embeddings of masked crops, the second stage of two-stage systems."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ __all__ = ["RegionEncoder", "cosine_logits"]
 
 
 class RegionEncoder(nn.Module):
-    """CLIP's embeddings of what masks show, one crop a mask (OVSeg, Liang et al., CVPR 2023, section 3).
+    """CLIP image tower over the crops of mask proposals (OVSeg, Liang et al., CVPR 2023, section 3).
 
     Attributes:
-        clip: the CLIP; its text tower is not used.
-        mask_prompts: tuned tokens in place of the patches outside a mask; None: CLIP sees the crops alone.
-        rule: how masks become crops.
-        batch_size: crops a forward.
-        precision: "fp32", or "fp16" or "bf16", in which autocast runs CLIP; embeddings are float32.
+        clip: The CLIP, whose text tower is not used.
+        mask_prompts: Learned tokens that replace the patches outside a mask; None: CLIP sees plain crops.
+        rule: How masks become crops.
+        batch_size: Crops per forward.
+        precision: Autocast dtype of CLIP's forward: "fp32" (no autocast), "fp16" or "bf16". Embeddings are
+            float32.
     """
 
     def __init__(
@@ -41,12 +42,17 @@ class RegionEncoder(nn.Module):
     ) -> None:
         """
         Args:
-            use_mask_prompts: False leaves them out, though they are in the state.
-            compile: let `torch.compile` fuse CLIP's operations, once for all numbers of crops.
+            clip: See the class.
+            rule: A `CropRule` or its name.
+            mask_prompts: See the class.
+            use_mask_prompts: False ignores the mask prompts but keeps them in the state.
+            batch_size: See the class.
+            precision: See the class.
+            compile: Run CLIP through `torch.compile`, once for all numbers of crops.
 
         Raises:
-            ValueError: an unknown rule or precision, a CLIP whose images are not square, or mask prompts for
-                a tower that is no ViT.
+            ValueError: If the rule or precision is unknown, CLIP's images are not square, or mask prompts are
+                given for a tower that is not a ViT.
         """
         super().__init__()
         height, width = clip.image_size
@@ -65,12 +71,18 @@ class RegionEncoder(nn.Module):
 
     @property
     def prompted(self) -> bool:
-        """Whether there are mask prompts that are used."""
+        """Whether mask prompts are present and enabled."""
         return self.mask_prompts is not None and self.use_mask_prompts
 
     def encode(self, regions: Tensor, region_masks: Tensor | None) -> Tensor:
-        """Normalised crops (n, 3, S, S) and, where mask prompts are used, their masks (n, 1, S, S) ->
-        embeddings (n, D), not L2-normalised.
+        """Embed normalised crops.
+
+        Args:
+            regions: (n, 3, S, S).
+            region_masks: (n, 1, S, S), 0 or 1; used by mask prompts only.
+
+        Returns:
+            (n, D), not L2-normalised.
         """
         if not self.prompted:
             return self.clip.encode_image(regions)
@@ -81,16 +93,17 @@ class RegionEncoder(nn.Module):
     def forward(
         self, image: Tensor, masks: Tensor, query_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Embed one image's masks; a crop goes through CLIP once, however many masks are equal.
+        """Embed the masks of one image; equal masks share one CLIP forward.
 
         Args:
             image: (3, h, w) RGB, 0 .. 255.
-            masks: (Q, H, W) at the image's size, or padded right and below; what the rule's threshold is for.
+            masks: (Q, H, W) at the image's size or padded right and below, values that the rule's threshold
+                applies to.
             query_mask: (Q,) bool, the masks to embed; None: all.
 
         Returns:
-            (V, D) embeddings of the valid masks in their order, not L2-normalised; (Q,) bool, which are
-            valid and in `query_mask`.
+            Embeddings (V, D) of the valid masks in their order, not L2-normalised; valid (Q,) bool, the masks
+            that have a crop and are in `query_mask`.
         """
         crops = crop_masks(
             image,
@@ -116,6 +129,15 @@ class RegionEncoder(nn.Module):
 
 
 def cosine_logits(embeddings: Tensor, text: Tensor, scale: float | Tensor = 100.0) -> Tensor:
-    """scale cos(embeddings (n, D), text (K, D)) -> (n, K), in float32."""
+    """Compute scaled cosine similarities.
+
+    Args:
+        embeddings: (n, D), any length.
+        text: (K, D), any length.
+        scale: Factor of the cosines, CLIP's exp(logit_scale).
+
+    Returns:
+        (n, K) float32.
+    """
     unit = nn.functional.normalize(embeddings.float(), dim=-1)
     return scale * unit @ nn.functional.normalize(text.float(), dim=-1).T

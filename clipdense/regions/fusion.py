@@ -1,9 +1,9 @@
-"""Published rules that fuse a detector's class scores, or those of a mask proposal, with CLIP's.
+"""Published rules that fuse the class scores of a detector or of mask proposals with CLIP's.
 
-Every rule has one signature: (detector scores, CLIP scores, base mask, settings) -> scores, all of them
-probabilities with a background entry **last**, as in Detectron2 (F-VLM's own code has it first). The base
-mask says which classes were labelled in training; it has no entry for the background. For mask proposals the
-background is what the papers call no-object.
+All rules share one signature: (detector scores, CLIP scores, base mask, settings) -> scores. Scores are
+probabilities whose **last** entry is the background, as in Detectron2 (F-VLM's code has it first). The base
+mask marks the classes that were labelled in training and has no entry for the background. For mask proposals
+the background is the papers' "no object".
 
 With detector scores p, CLIP scores q and the exponents alpha (base classes) and beta (novel classes):
 
@@ -36,11 +36,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """What a rule is tuned by.
+    """Weights of CLIP's scores.
 
     Attributes:
-        alpha: weight of CLIP for base classes, 0 .. 1.
-        beta: weight of CLIP for novel classes, 0 .. 1.
+        alpha: Exponent of CLIP's scores for base classes, 0 .. 1.
+        beta: Exponent of CLIP's scores for novel classes, 0 .. 1.
+
+    Raises:
+        ValueError: If a weight lies outside 0 .. 1.
     """
 
     alpha: float
@@ -56,16 +59,17 @@ Fusion = Callable[[Tensor, Tensor, Tensor | None, FusionSettings], Tensor]
 
 
 def fuse_fvlm(detector: Tensor, clip: Tensor, base: Tensor | None, settings: FusionSettings) -> Tensor:
-    """F-VLM (Kuo et al., ICLR 2023, section 3.3): the background is the detector's alone, and the result is
-    normalised to sum 1.
+    """Fuse as F-VLM (Kuo et al., ICLR 2023, section 3.3): the background score is the detector's, and the
+    result sums to 1.
 
     Args:
-        detector, clip: (..., K + 1).
-        base: (..., K) bool, or None: every class counts as novel.
-        settings: alpha, beta.
+        detector: (..., K + 1) probabilities, background last.
+        clip: (..., K + 1) probabilities, background last.
+        base: (..., K) bool, True for base classes; None: every class uses beta.
+        settings: alpha and beta.
 
     Returns:
-        (..., K + 1).
+        (..., K + 1) scores, background last.
     """
     background = detector[..., -1:]
     fused = _geometric(detector[..., :-1], clip[..., :-1], _exponents(detector[..., :-1], base, settings))
@@ -74,9 +78,8 @@ def fuse_fvlm(detector: Tensor, clip: Tensor, base: Tensor | None, settings: Fus
 
 
 def fuse_fvit(detector: Tensor, clip: Tensor, base: Tensor | None, settings: FusionSettings) -> Tensor:
-    """F-ViT (Wu et al., CLIPSelf, ICLR 2024): the background counts as a base class; nothing is normalised.
-
-    Arguments and result as `fuse_fvlm`.
+    """Fuse as F-ViT (Wu et al., CLIPSelf, ICLR 2024): the background counts as a base class, and the result
+    is not normalised. Same arguments and return value as `fuse_fvlm`.
     """
     exponents = _exponents(detector[..., :-1], base, settings)
     return _geometric(detector, clip, F.pad(exponents, (0, 1), value=settings.alpha))
@@ -85,19 +88,18 @@ def fuse_fvit(detector: Tensor, clip: Tensor, base: Tensor | None, settings: Fus
 def fuse_fvit_transfer(
     detector: Tensor, clip: Tensor, base: Tensor | None, settings: FusionSettings
 ) -> Tensor:
-    """F-ViT on other data than it was trained on: alpha for all, whether base or not.
-
-    Arguments and result as `fuse_fvlm`; the base mask and beta are not used.
+    """Fuse as F-ViT on datasets that it was not trained on: every class uses alpha. Same arguments and
+    return value as `fuse_fvlm`; the base mask and beta are ignored.
     """
     return detector ** (1 - settings.alpha) * clip**settings.alpha
 
 
 def fuse_zsseg(detector: Tensor, clip: Tensor, base: Tensor | None, settings: FusionSettings) -> Tensor:
-    """zsseg (Xu et al., ECCV 2022), OVSeg (Liang et al., CVPR 2023): the background is the proposals' alone,
-    and nothing is normalised.
+    """Fuse as zsseg (Xu et al., ECCV 2022) and OVSeg (Liang et al., CVPR 2023): the background score is the
+    proposals', and the result is not normalised.
 
-    With the published weight w, zsseg has alpha = 1 - w and beta = w, OVSeg alpha = beta = w. CLIP's
-    background entry is not used. Arguments and result as `fuse_fvlm`.
+    With the published weight w, zsseg has alpha = 1 - w and beta = w, and OVSeg has alpha = beta = w. CLIP's
+    background entry is ignored. Same arguments and return value as `fuse_fvlm`.
     """
     classes = detector[..., :-1]
     fused = _geometric(classes, clip[..., :-1], _exponents(classes, base, settings))
@@ -105,11 +107,11 @@ def fuse_zsseg(detector: Tensor, clip: Tensor, base: Tensor | None, settings: Fu
 
 
 def fuse_zegformer(detector: Tensor, clip: Tensor, base: Tensor | None, settings: FusionSettings) -> Tensor:
-    """ZegFormer (Ding et al., CVPR 2022): as `fuse_zsseg`, but CLIP gives every base class the mean of its
-    scores for base classes.
+    """Fuse as ZegFormer (Ding et al., CVPR 2022): like `fuse_zsseg`, after each base class has taken the mean
+    of CLIP's scores over the base classes.
 
-    Published: alpha = 1/3 and beta = 2/3; the variant with 2/3 for all classes and without the mean is
-    `fuse_zsseg`. Arguments and result as `fuse_fvlm`.
+    Published weights: alpha = 1/3 and beta = 2/3. The published variant with 2/3 for all classes and without
+    the mean is `fuse_zsseg`. Same arguments and return value as `fuse_fvlm`.
     """
     if base is not None:
         classes = clip[..., :-1]
@@ -129,7 +131,11 @@ FUSIONS: dict[str, Fusion] = {
 
 
 def get_fusion(name: str) -> Fusion:
-    """A rule by name. Raises ValueError for an unknown one."""
+    """Return a rule by name.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     if name not in FUSIONS:
         raise ValueError(f"unknown score fusion '{name}'; known: {', '.join(FUSIONS)}")
     return FUSIONS[name]
@@ -144,24 +150,26 @@ def fuse_valid(
     settings: FusionSettings,
     empty: str = "neutral",
 ) -> Tensor:
-    """A fusion of mask proposals of which CLIP has seen some.
+    """Fuse the scores of mask proposals, some of which have no CLIP scores.
 
     Args:
-        fusion: a rule.
-        detector: (Q, K + 1).
-        clip: (V, K + 1), of the proposals where `valid` (Q,) is true.
-        base, settings: the rule's.
-        empty: what becomes of the others: "neutral" leaves their scores as they are; "boost" fuses them with
-            CLIP scores of 1, which raises them above those that CLIP has seen (OVSeg's and zsseg's code).
+        fusion: A rule.
+        detector: (Q, K + 1) scores of all proposals.
+        clip: (V, K + 1) scores of the proposals where `valid` is True.
+        valid: (Q,) bool, the proposals that have CLIP scores.
+        base: The rule's base mask.
+        settings: The rule's weights.
+        empty: Policy for the other proposals. "neutral" keeps their detector scores. "boost" fuses them with
+            CLIP scores of 1, which raises them above the others (OVSeg's and zsseg's code).
 
     Returns:
         (Q, K + 1).
 
     Raises:
-        ValueError: another policy.
+        ValueError: If the policy is unknown.
     """
     if empty not in ("neutral", "boost"):
-        raise ValueError(f"the policy for empty masks is neutral or boost, not '{empty}'")
+        raise ValueError(f"empty must be neutral or boost, not '{empty}'")
     if empty == "boost":
         return fusion(
             detector, torch.ones_like(detector).masked_scatter(valid[:, None], clip), base, settings
@@ -170,8 +178,16 @@ def fuse_valid(
 
 
 def calibrated_stacking(scores: Tensor, base: Tensor | None, gamma: float) -> Tensor:
-    """Class maps (K, ...) with gamma taken from those of base classes (Chao et al., ECCV 2016; ZegFormer:
-    0.1, after the maps were resized). Unchanged without a base mask (K,), or where gamma is not above 0.
+    """Subtract gamma from the score maps of base classes (Chao et al., ECCV 2016).
+
+    Args:
+        scores: (K, ...) score maps.
+        base: (K,) bool; None returns the scores unchanged.
+        gamma: Amount to subtract; 0 or less returns the scores unchanged. ZegFormer subtracts 0.1 after
+            resizing the maps.
+
+    Returns:
+        (K, ...).
     """
     if base is None or gamma <= 0:
         return scores
@@ -179,7 +195,7 @@ def calibrated_stacking(scores: Tensor, base: Tensor | None, gamma: float) -> Te
 
 
 def _exponents(scores: Tensor, base: Tensor | None, settings: FusionSettings) -> Tensor:
-    """CLIP's exponent for each class, in the shape of the base mask (or of the scores, without one)."""
+    """Compute CLIP's exponent of each class, in the shape of the base mask or, without one, (K,)."""
     if base is None:
         return scores.new_full(scores.shape[-1:], settings.beta)
     return scores.new_full((), settings.beta).where(~base, settings.alpha)

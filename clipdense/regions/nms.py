@@ -1,4 +1,4 @@
-"""Non-maximum suppression per class whose cost does not grow with the number of classes."""
+"""Non-maximum suppression within each class, at a cost that does not grow with the number of classes."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torchvision.ops import nms
 
 __all__ = ["class_nms"]
 
-_CHUNK = 4  # candidates that are looked at first, for each detection that is wanted
+_CHUNK = 4  # candidates of the first round per requested detection
 
 
 def class_nms(
     boxes: Tensor, scores: Tensor, *, threshold: float, iou: float, limit: int
 ) -> tuple[Tensor, Tensor]:
-    """The best (box, class) pairs after non-maximum suppression within each class.
+    """Select the best (box, class) pairs after non-maximum suppression within each class.
 
-    Equal to suppressing all pairs and cutting the result, but candidates come in by falling score until
-    `limit` of them have survived: whether a pair survives depends on better pairs only.
+    The result equals suppressing all pairs and keeping the first `limit`. Only the best-scoring candidates
+    are read, as many as it takes until `limit` survive: survival depends on better pairs only.
 
     Args:
         boxes: (R, 4) xyxy, shared by all classes.
         scores: (R, K).
-        threshold: pairs must score above it.
-        iou: a pair goes when a better one of its class overlaps by more.
-        limit: pairs to give at most; negative for all.
+        threshold: Score that a pair must exceed.
+        iou: Overlap with a better pair of the same class above which a pair is removed.
+        limit: Maximum number of pairs; negative: all.
 
     Returns:
-        Index of the box and class, each (n,), by falling score.
+        Index of the box (n,) and of the class (n,), in descending order of score.
     """
     flat = scores.flatten()
     total = int((flat > threshold).sum())
@@ -34,7 +34,7 @@ def class_nms(
     while True:
         best = flat.topk(min(count, total)).indices
         row, column = best // scores.shape[1], best % scores.shape[1]
-        # Classes apart by more than any box reaches; float64 keeps the boxes exact however many there are.
+        # Shift the boxes of each class beyond all others; float64 keeps them exact for any number of classes.
         candidates = boxes[row].double()
         apart = (candidates.max() - candidates.min() + 1) * column if len(row) else column
         kept = nms(candidates + apart[:, None], flat[best].double(), iou)

@@ -1,6 +1,6 @@
-"""Region embeddings from a dense map by weight-free pooling: RoIAlign for boxes, weighted means for masks.
+"""Weight-free pooling of dense maps into region embeddings: RoIAlign for boxes, weighted means for masks.
 
-Pooling that has weights (attention pool, MLP head) belongs to the towers: `Tower.embed_regions`.
+Pooling with weights (attention pool, MLP head) belongs to the towers: `Tower.embed_regions`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import roi_align
+
+from clipdense.clip.roi_align import roi_align
 
 __all__ = ["POOLINGS", "Pooling", "get_pooling", "pool_boxes", "pool_masks", "resize_masks"]
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """What happens to features and masks besides the averaging.
+    """Settings of a pooling.
 
     Attributes:
-        normalize_map: L2-normalise the dense map over its channels first.
+        normalize_map: L2-normalise the dense map over its channels before pooling.
         normalize: L2-normalise the pooled features.
-        threshold: binarise masks by `> threshold`; None takes them as weights.
-        eps: added to the mask's sum.
-        empty: a mask whose sum is 0 gives "zero" features, or the mean of the whole map ("global").
+        threshold: Binarise masks by `> threshold`; None uses their values as weights.
+        eps: Added to the sum of a mask.
+        empty: Features of a mask whose sum is 0: "zero", or "global" for the mean of the whole map.
+
+    Raises:
+        ValueError: If `empty` is unknown.
     """
 
     normalize_map: bool = False
@@ -42,17 +46,22 @@ class Pooling:
 
 POOLINGS: dict[str, Pooling] = {
     "plain": Pooling(),
-    # CLIPSelf, section 3: pooled on unit vectors, unit again; F-ViT's VLM scores too
+    # CLIPSelf (Wu et al., ICLR 2024, section 3) and the VLM scores of F-ViT: unit vectors are pooled and
+    # normalised again.
     "clipself": Pooling(normalize_map=True, normalize=True),
-    # the same before the second normalisation, which CLIPSelf's training leaves to its loss
+    # The same without the second normalisation, which CLIPSelf's loss does in training.
     "clipself_raw": Pooling(normalize_map=True),
-    # FC-CLIP and ODISE: mask logits, inside where > 0
+    # FC-CLIP and ODISE: mask logits, inside where above 0.
     "fcclip": Pooling(threshold=0.0, eps=1e-8),
 }
 
 
 def get_pooling(pooling: str | Pooling) -> Pooling:
-    """A pooling by name. Raises ValueError for an unknown one."""
+    """Return a pooling by name; a pooling is returned as it is.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     if isinstance(pooling, Pooling):
         return pooling
     if pooling not in POOLINGS:
@@ -70,31 +79,32 @@ def pool_boxes(
     output_size: int | tuple[int, int] = 1,
     sampling_ratio: int = -1,
 ) -> Tensor:
-    """RoIAlign (aligned) of boxes on a dense map, without weights.
+    """Pool boxes of a dense map by RoIAlign.
 
     Args:
         features: (B, C, h, w).
-        boxes: xyxy; one (n_i, 4) an image, or (B, n, 4), or flat (N, 4) with `batch_index`.
-        batch_index: (N,) the image of each flat box.
-        scale: map cells a box unit, (x, y) or one for both: 1 / stride for pixels, (w, h) for boxes in 0 ..
-            1.
-        pooling: a `Pooling`, or its name; what concerns masks has no effect.
-        output_size: cells of the result.
-        sampling_ratio: points a cell and axis; -1: as many as the map has cells there.
+        boxes: xyxy; a list with (n_i, 4) per image, (B, n, 4), or flat (N, 4) with `batch_index`.
+        batch_index: (N,), the image of each flat box.
+        scale: Map cells per unit of the boxes, one number or (x, y): 1 / stride for boxes in pixels, (w, h)
+            for boxes in 0 .. 1.
+        pooling: A `Pooling` or its name; its mask settings have no effect.
+        output_size: Height and width of the result in cells.
+        sampling_ratio: Sampling points per cell and axis; -1: as many as the box has map cells there.
 
     Returns:
-        (N, C), or (N, C, *output_size) where that is not 1 x 1; image by image, flat boxes in their order. In
-        the dtype of the features; half precision is computed in float32.
+        (N, C), or (N, C, *output_size) if that is not 1 x 1, in the dtype of the features. Image by image for
+        lists, in their order for flat boxes. Half precision is computed in float32.
 
     Raises:
-        ValueError: lists that do not fit the batch, flat boxes without `batch_index`, an unknown pooling.
+        ValueError: If lists do not match the batch, flat boxes have no `batch_index`, or the pooling is
+            unknown.
     """
     policy = get_pooling(pooling)
     features, dtype = _prepare(features, policy)
     boxes, index = _flat(boxes, batch_index, features, "boxes", 4)
     sx, sy = scale if isinstance(scale, tuple) else (scale, scale)
     rois = torch.cat([index[:, None].to(boxes), boxes * boxes.new_tensor([sx, sy, sx, sy])], dim=1)
-    pooled: Tensor = roi_align(features, rois, output_size, 1.0, sampling_ratio, aligned=True)
+    pooled = roi_align(features, rois, output_size, sampling_ratio=sampling_ratio)
     if policy.normalize:
         pooled = F.normalize(pooled, dim=1)
     return (pooled.flatten(1) if pooled.shape[2:] == (1, 1) else pooled).to(dtype)
@@ -107,22 +117,22 @@ def pool_masks(
     *,
     pooling: str | Pooling = "plain",
 ) -> Tensor:
-    """Mean of a dense map weighted by masks: sum(f m) / (sum(m) + eps).
+    """Pool masks of a dense map by their weighted mean: sum(f m) / (sum(m) + eps).
 
     Args:
         features: (B, C, h, w).
-        masks: bool, or weights of at least 0, or logits where the pooling has a threshold, at the size of the
-            map (`resize_masks`); one (n_i, h, w) an image, or (B, n, h, w), or flat (N, h, w) with
+        masks: bool, weights of at least 0, or logits if the pooling has a threshold, at the map's size (see
+            `resize_masks`); a list with (n_i, h, w) per image, (B, n, h, w), or flat (N, h, w) with
             `batch_index`.
-        batch_index: (N,) the image of each flat mask.
-        pooling: a `Pooling`, or its name.
+        batch_index: (N,), the image of each flat mask.
+        pooling: A `Pooling` or its name.
 
     Returns:
-        (N, C), image by image, flat masks in their order. In the dtype of the features; half precision is
-        computed in float32.
+        (N, C) in the dtype of the features. Image by image for lists, in their order for flat masks. Half
+        precision is computed in float32.
 
     Raises:
-        ValueError: as `pool_boxes`, or masks of another size than the map.
+        ValueError: As `pool_boxes`, or if the masks differ in size from the map.
     """
     policy = get_pooling(pooling)
     features, dtype = _prepare(features, policy)
@@ -147,15 +157,15 @@ def pool_masks(
 
 
 def resize_masks(masks: Tensor, size: int | tuple[int, int], *, antialias: bool = False) -> Tensor:
-    """Binary masks at the size of a dense map: bicubic, then `> 0`.
-
-    The rule of CLIPSelf's evaluation (spec 1.5). Anti-aliasing, which torchvision's resize turns on by
-    default, lets the kernel reach over many cells and swells small masks several-fold.
+    """Resize binary masks to the size of a dense map: bicubic, then `> 0`, as CLIPSelf's evaluation does (Wu
+    et al., ICLR 2024).
 
     Args:
         masks: (N, H, W), bool or 0 / 1.
-        size: an int fits the longest side to it, keeps the aspect ratio (the other side is rounded), and pads
-            right and bottom to a square, as the image was; (h, w) stretches to it.
+        size: An int scales the longest side to it, rounds the other side, and pads right and bottom to a
+            square, as a letterboxed image. (h, w) stretches the masks.
+        antialias: Torchvision's default, but off in the published evaluation: the kernel then reaches over
+            many cells and enlarges small masks several times.
 
     Returns:
         (N, size, size) or (N, h, w) bool.
@@ -175,7 +185,7 @@ def resize_masks(masks: Tensor, size: int | tuple[int, int], *, antialias: bool 
 
 
 def _prepare(features: Tensor, policy: Pooling) -> tuple[Tensor, torch.dtype]:
-    """The map to pool, in float32 or float64, and the dtype of the result."""
+    """Convert the map to float32 or float64, normalise it if asked, and return the result's dtype."""
     dtype = features.dtype
     if dtype not in (torch.float32, torch.float64):
         features = features.float()
@@ -185,7 +195,7 @@ def _prepare(features: Tensor, policy: Pooling) -> tuple[Tensor, torch.dtype]:
 def _flat(
     regions: Sequence[Tensor] | Tensor, batch_index: Tensor | None, features: Tensor, what: str, *shape: int
 ) -> tuple[Tensor, Tensor]:
-    """Regions (N, *shape) and the image (N,) of each, on the device of the features."""
+    """Flatten regions to (N, *shape) and find the image (N,) of each, on the device of the features."""
     if isinstance(regions, Tensor) and regions.dim() == len(shape) + 1:
         if batch_index is None:
             raise ValueError(f"flat {what} {tuple(regions.shape)} need `batch_index`")
@@ -201,7 +211,7 @@ def _flat(
         counts = torch.tensor([len(r) for r in regions], device=features.device)
         flat = torch.cat(list(regions))
         index = torch.arange(len(regions), device=features.device)
-        index = index.repeat_interleave(counts, output_size=len(flat))  # known: no wait for the device
+        index = index.repeat_interleave(counts, output_size=len(flat))  # avoids a host sync
     if flat.shape[1:] != shape:
         hint = " (see `resize_masks`)" if what == "masks" else ""
         raise ValueError(f"{what} {tuple(flat.shape)} do not fit (N, {', '.join(map(str, shape))}){hint}")

@@ -19,7 +19,7 @@ from clipdense.regions import (
     RegionEncoder,
     cosine_logits,
     crop_masks,
-    mask_boxes,
+    mask_extent,
 )
 from clipdense.systems.two_stage import Scoring
 from tests.helpers import two_stage_files as files
@@ -39,15 +39,15 @@ def crop_rule(adapter) -> CropRule:
 
 
 @pytest.mark.golden(kind="ovseg_crop")
-@pytest.mark.parametrize("together", [False, True])
-def test_crops(golden, together):
+@pytest.mark.parametrize("batched", [False, True])
+def test_crops(golden, batched):
     inputs, rule = golden.part("in"), crop_rule(golden.config["adapter"])
     step = golden.config.get("store_stride", 1)
 
     def run(rule):
         sizes = {"size": 224, "pixel_mean": MEAN, "pixel_std": STD}
         crops = crop_masks(inputs["image"], inputs["mask_probs"], rule, **sizes)
-        regions, masks = crops.regions(together=together), crops.region_masks()
+        regions, masks = crops.regions(batched=batched), crops.region_masks()
         return {
             "valid": crops.valid,
             "regions": regions[crops.index][..., ::step, ::step],
@@ -55,8 +55,8 @@ def test_crops(golden, together):
         }
 
     results, expected = run(rule), golden.part("out")
-    boxes, valid = mask_boxes(inputs["mask_probs"], rule.threshold)
-    close(golden, "tight_boxes", boxes[valid].float(), 0)
+    extent = mask_extent(inputs["mask_probs"], rule.threshold)
+    close(golden, "tight_boxes", extent.boxes[extent.valid].float(), 0)
     close(golden, "valid", results["valid"], 0)
     close(golden, "region_masks", results["region_masks"], 0)
     close(golden, "regions", results["regions"], 3e-4)

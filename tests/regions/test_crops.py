@@ -1,11 +1,11 @@
-"""Masked crops against a loop that takes every step of the specification, and what is never cropped."""
+"""Masked crops against a loop that takes every step of the published code, and masks without a crop."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from clipdense.regions import CROP_RULES, CropRule, crop_masks, get_crop_rule, mask_boxes
+from clipdense.regions import CROP_RULES, CropRule, crop_masks, get_crop_rule
 from tests.helpers.crop_loop import crop_loop
 
 PIXELS = {"pixel_mean": (0.48, 0.46, 0.41), "pixel_std": (0.27, 0.26, 0.28)}
@@ -24,14 +24,14 @@ def image_and_masks(height=61, width=83, seed=0):
     return image, masks
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("size", [32, 77])
-def test_crops_are_those_of_the_loop(together: bool, size: int) -> None:
+def test_crops_are_those_of_the_loop(batched: bool, size: int) -> None:
     image, masks = image_and_masks()
     valid, regions, region_masks = crop_loop(image, masks, threshold=0.4, size=size, **PIXELS)
     crops = crop_masks(image, masks, "ovseg", size=size, **PIXELS)
     assert torch.equal(crops.valid, valid) and not valid[-1]
-    ours = crops.regions(together=together)[crops.index]
+    ours = crops.regions(batched=batched)[crops.index]
     torch.testing.assert_close(ours, regions, atol=2e-4, rtol=0)
     assert (ours - regions).abs().mean() < 5e-6
     assert torch.equal(crops.region_masks()[crops.index], region_masks)
@@ -95,15 +95,19 @@ def test_stretched_images_come_with_whole_masks() -> None:
     assert torch.equal(crops.region_masks()[0, 0] > 0, masks[0] > 0)
 
 
-def test_boxes() -> None:
-    masks = torch.zeros(3, 10, 12)
-    masks[0, 2:5, 3:11] = 1
-    masks[2, 9, 11] = 0.5
-    boxes, valid = mask_boxes(masks, 0.4)
-    assert boxes.tolist() == [[3, 2, 11, 5], [0, 0, 0, 0], [11, 9, 12, 10]]
-    assert valid.tolist() == [True, False, True]
-    assert not mask_boxes(masks, 0.5)[1][2]  # the threshold itself is outside
-    assert torch.equal(mask_boxes(masks > 0)[0], boxes)
+def test_boxes_scale_about_their_centres() -> None:
+    """A factor below 1 shrinks; corners are truncated, clipped to the image, and keep at least one pixel."""
+    image, masks = torch.zeros(3, 20, 30), torch.zeros(3, 20, 30)
+    masks[0, 4:12, 10:20] = masks[1, 19, 29] = masks[2, 0:20, 0:30] = 1
+
+    def boxes(expand: float) -> list[list[int]]:
+        rule = replace(CROP_RULES["zsseg"], expand=expand)
+        crops = crop_masks(image, masks, rule, size=32, **PIXELS)
+        assert crops.regions().shape == (3, 3, 32, 32)
+        return crops.boxes.tolist()
+
+    assert boxes(0.5) == [[12, 6, 17, 10], [29, 19, 30, 20], [7, 5, 22, 15]]
+    assert boxes(1.5) == [[7, 2, 22, 14], [28, 18, 30, 20], [0, 0, 30, 20]]
 
 
 def test_masks_of_a_padded_image() -> None:
@@ -129,8 +133,8 @@ def test_half_precision_and_float_images() -> None:
 def test_rules_are_checked() -> None:
     with pytest.raises(ValueError, match="unknown crop rule 'square'"):
         get_crop_rule("square")
-    for settings in ({"sampling": "area"}, {"fill": "noise"}, {"expand": 0.5}):
-        with pytest.raises(ValueError, match=next(iter(settings.values())).__str__()):
+    for settings in ({"sampling": "area"}, {"fill": "noise"}, {"expand": 0}):
+        with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
             CropRule(**settings)
-    with pytest.raises(ValueError, match="only bicubic"):
+    with pytest.raises(ValueError, match="require sampling 'bicubic'"):
         CropRule(sampling="roi_align", soft=True)

@@ -1,4 +1,4 @@
-"""Score fusions and suppression, in numbers that can be checked by hand."""
+"""Score fusion and suppression, on numbers that can be checked by hand."""
 
 import pytest
 import torch

@@ -166,7 +166,7 @@ def disc(height, width, radius):
     ("radius", "cells", "swollen"), [(8, 4, 16), (16, 12, 30), (32, 32, 70), (64, 128, 181), (128, 528, 619)]
 )
 def test_antialiasing_swells_small_masks(radius, cells, swollen):
-    """The figures of the specification (1.5) for discs in 640 x 480 on a grid of 64."""
+    """Areas in cells of discs in 640 x 480 on a grid of 64, as the published evaluation computes them."""
     sharp, smooth = (
         resize_masks(disc(480, 640, radius), 64, antialias=a).sum().item() for a in (False, True)
     )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from clipdense.clip.position import POSITION_RULES, Grid, resize_table
 
@@ -195,13 +194,6 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
         module.add_module(name, child)
     for name, parameter in source.named_parameters(recurse=False):
         module.register_parameter(name, parameter)
-
-
-def roi_align_map(features: Tensor, boxes: Sequence[Tensor], size: Grid, stride: int) -> Tensor:
-    """RoIAlign (aligned, adaptive sampling) of a map; boxes in pixels -> (sum n_i, C, *size)."""
-    rois = [b.float() for b in boxes]
-    y: Tensor = roi_align(features.float(), rois, size, 1 / stride, sampling_ratio=-1, aligned=True)
-    return y.to(features.dtype)
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:

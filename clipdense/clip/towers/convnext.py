@@ -9,7 +9,8 @@ from open_clip.timm_model import TimmModel
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest, roi_align_map, to_map
+from clipdense.clip.roi_align import roi_align
+from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest, to_map
 
 
 class ConvNeXtTower(Tower):
@@ -68,7 +69,7 @@ class ConvNeXtTower(Tower):
 
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """The head of each box's RoIAlign mean (1 x 1, aligned, adaptive sampling)."""
-        rois = roi_align_map(features, boxes, (1, 1), self.stride)
+        rois = roi_align(features, boxes, (1, 1), scale=1 / self.stride)
         return self.project(rois.flatten(1)[:, None])[:, 0]
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor, nn
 
 from clipdense.clip.position import resize_table, square_grid
-from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest, roi_align_map, to_map
+from clipdense.clip.roi_align import roi_align
+from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest, to_map
 
 
 class ResNetTower(Tower):
@@ -87,7 +88,7 @@ class ResNetTower(Tower):
         """
         if self.attnpool is None:
             raise self.cannot("region embeddings", self.why_no_dense)
-        rois = roi_align_map(features, boxes, self.grid, self.stride)
+        rois = roi_align(features, boxes, self.grid, scale=1 / self.stride)
         return attention_pool(self.attnpool, rois, self._positions(rois))[:, 0]
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clipdense.clip.attention import Block, TokenStream
 from clipdense.clip.position import resize_table, rope_table
-from clipdense.clip.towers.base import roi_align_map
+from clipdense.clip.roi_align import roi_align
 from clipdense.clip.towers.transformer import BlockHook, TransformerTower
 
 
@@ -110,7 +110,7 @@ class TimmViTTower(TransformerTower):
         """MAP head over each box: RoIAlign of `pre` to the native grid (aligned, adaptive sampling)."""
         if self.trunk.attn_pool is None:
             return super().embed_boxes(features, boxes)
-        rois = roi_align_map(features, boxes, self.grid, self.stride)
+        rois = roi_align(features, boxes, self.grid, scale=1 / self.stride)
         return self._map_head(rois.flatten(2).transpose(1, 2), None)
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from clipdense.clip.model import pixel_statistics
 from clipdense.data.mappers import MAPPER_REGISTRY, read_image_or_skip
 from clipdense.data.mask_pairs import pair_mask
-from clipdense.regions import CropRule, crop_masks, mask_boxes
+from clipdense.regions import CropRule, crop_masks, tight_boxes
 
 from detectron2.config import CfgNode, configurable
 
@@ -118,7 +118,7 @@ class MaskPairMapper:
             The region (3, S, S), normalised, and its mask (1, S, S).
         """
         if self.rule.sampling == "bicubic" and self.rule.expand == 1:  # nothing beyond the box is seen
-            x0, y0, x1, y1 = mask_boxes(mask[None])[0][0].tolist()
+            x0, y0, x1, y1 = tight_boxes(mask[None])[0].int().tolist()
             image, mask = image[:, y0:y1, x0:x1], mask[y0:y1, x0:x1]
         crops = crop_masks(
             image,
