@@ -8,6 +8,7 @@ torchrun --nproc-per-node 2 tools/train_net.py --config-file ...        # on CPU
 
 import argparse
 import sys
+from dataclasses import replace
 
 from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import evaluate_weights
@@ -23,15 +24,16 @@ from detectron2.engine import default_argument_parser
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    cfg = setup(args).cfg
+    loaded = setup(args)
     if args.eval_only:
-        results = evaluate_weights(cfg, args.resume)
+        results = evaluate_weights(loaded.cfg, args.resume, loaded.weights)
         print_results(results)
     else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(args.resume)
+        trainer = Trainer(loaded.cfg)
+        trainer.resume_or_load(args.resume, loaded.weights)
+        loaded = replace(loaded, weights=None)  # free the memory of the file
         results = trainer.train()
-    run_config(cfg).verify(results)
+    run_config(loaded.cfg).verify(results)
     return results
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from clipdense.checkpoint import Checkpoint
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.report import write_results
 from clipdense.engine.run_config import run_config
@@ -22,13 +23,14 @@ def build_model(cfg: Any) -> nn.Module:
     return run_config(cfg).build_model()
 
 
-def evaluate_weights(cfg: Any, resume: bool = False) -> dict[str, float]:
+def evaluate_weights(cfg: Any, resume: bool = False, file: Checkpoint | None = None) -> dict[str, float]:
     """Evaluate a weight file and write its metrics to ``inference/results.json`` in the output folder.
 
     Args:
         cfg: yacs config or LazyConfig.
         resume: whether to evaluate the last checkpoint in the output folder instead of the weights that the
             config names.
+        file: content of the weight file, if it has been read already.
 
     Returns:
         Flattened metrics; empty except in the main process.
@@ -42,10 +44,10 @@ def evaluate_weights(cfg: Any, resume: bool = False) -> dict[str, float]:
     checkpointer = TrainingCheckpointer(model, options.output_dir, options.weights_skip, options.allow_pickle)
     weights = options.weights
     if resume and checkpointer.has_checkpoint():
-        weights = checkpointer.get_checkpoint_file()
+        weights, file = checkpointer.get_checkpoint_file(), None
     if not weights:
         logger.warning("%s is empty: evaluating the model with its initial weights", run.weights_key)
-    checkpointer.load_weights(weights, complete=True)
+    checkpointer.load_weights(weights, complete=True, file=file)
     results = flatten_results_dict(run.evaluate(model))
     if results:
         write_results(results, Path(options.output_dir, "inference"))

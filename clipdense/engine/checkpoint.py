@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipdense.checkpoint import LAYOUTS, CheckpointError, convert_model, read_checkpoint
+from clipdense.checkpoint import LAYOUTS, Checkpoint, CheckpointError, convert_model, read_checkpoint
 from clipdense.files import WriteError, write_atomically, write_text
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -49,6 +49,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
         self.logger = logging.getLogger(__name__)
         self._path, self._complete = "", False
         self._optional: str | None = None
+        self._content: Checkpoint | None = None
 
     def save(self, name: str, *, tag: bool = True, **data: Any) -> None:
         """Write ``<name>.pth`` with the model's state (unless ``data`` has a ``model``) and ``data``.
@@ -85,7 +86,9 @@ class TrainingCheckpointer(DetectionCheckpointer):
         for path in Path(self.save_dir).glob(".model_*.pth.*") if self.save_dir else ():
             path.unlink(missing_ok=True)
 
-    def load_weights(self, path: str, complete: bool = False) -> dict[str, Any]:
+    def load_weights(
+        self, path: str, complete: bool = False, file: Checkpoint | None = None
+    ) -> dict[str, Any]:
         """Load the model's weights; returns what else the file holds.
 
         Args:
@@ -93,6 +96,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
                 Detectron2's path manager knows; "" loads nothing.
             complete: whether the file must hold every parameter (evaluation, resuming). Otherwise parameters
                 that it lacks keep their initial values, and are listed in the log.
+            file: content of the weight file under the keys of clipdense, if it has been read already.
 
         Raises:
             FileNotFoundError: no such file.
@@ -102,12 +106,15 @@ class TrainingCheckpointer(DetectionCheckpointer):
             raise FileNotFoundError(
                 f"weight file {path} does not exist (MODEL.WEIGHTS, or the checkpoint to resume from)"
             )
-        self._path, self._complete, self._optional = path, complete, None
-        return self.load(path, checkpointables=[])
+        self._path, self._complete, self._optional, self._content = path, complete, None, file
+        try:
+            return self.load(path, checkpointables=[])
+        finally:
+            self._content = None
 
     def _load_file(self, f: str) -> dict[str, Any]:
         if not f.endswith((".pkl", ".pyth")):
-            file = convert_model(read_checkpoint(f, allow_pickle=self.allow_pickle))
+            file = self._content or convert_model(read_checkpoint(f, allow_pickle=self.allow_pickle))
             source = LAYOUTS.get(file.metadata.get("source", ""))
             if source is not None:  # a published model is there whole, or is not that model
                 self._complete, self._optional = True, source.optional

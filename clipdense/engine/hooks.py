@@ -1,12 +1,14 @@
-"""What happens around iterations: checkpoints, evaluation, and telling the user."""
+"""Hooks of every run: checkpoints, evaluation, metric files and progress.
+
+`IterationTimer`, `EvalHook`, `BestCheckpointer` and `PeriodicWriter` are Detectron2's. The subclasses below add
+what exact resuming and full disks need.
+"""
 
 import datetime
 import json
 import logging
 import math
-import operator
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,180 +17,174 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clipdense.checkpoint import CheckpointError
-from clipdense.engine.options import TrainerOptions
 from clipdense.files import WriteError, write_text
 
-from detectron2.engine.hooks import IterationTimer
+from detectron2.engine.hooks import BestCheckpointer, EvalHook, IterationTimer, PeriodicWriter
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 
 __all__ = [
     "BestCheckpoint",
+    "Evaluation",
+    "MetricWriter",
     "PeriodicCheckpoint",
-    "PeriodicEvaluation",
     "Progress",
-    "Writers",
     "default_hooks",
+    "drop_rows_from",
 ]
 
 logger = logging.getLogger(__name__)
 
 
-def default_hooks(options: TrainerOptions) -> list[HookBase]:
-    """The hooks of every run, in their order; processes other than the main one write nothing."""
+def default_hooks(trainer: Any) -> list[HookBase]:
+    """Return the hooks of a `Trainer` in their order; only the main process writes files."""
+    options = trainer.options
     hooks: list[HookBase] = [
         IterationTimer(),
         PeriodicCheckpoint(options.checkpoint_period),
-        PeriodicEvaluation(options.eval_period),
+        Evaluation(options.eval_period, trainer.test),
     ]
-    if options.best_metric:
-        hooks.append(BestCheckpoint(options.best_metric, options.best_mode))
     if comm.is_main_process():
-        hooks += [Writers(options.output_dir, options.log_period), Progress(options.log_period)]
+        if options.best_metric:
+            hooks.append(BestCheckpoint(trainer))
+        writer = MetricWriter(options.output_dir)
+        hooks += [PeriodicWriter([writer], options.log_period), Progress(options.log_period)]
     return hooks
 
 
 class PeriodicCheckpoint(HookBase):
     """Saves ``model_<iteration>.pth`` every ``period`` iterations and ``model_final.pth`` after the last.
 
-    A periodic checkpoint that cannot be written is reported and training goes on: stopping would lose more.
-    At the end, where nothing else holds the result, it is an error.
+    If a periodic checkpoint cannot be written, the error is logged and training continues. At the end it is
+    raised, since no other file holds the result. Detectron2's hook cannot save the trainer's state, which all
+    processes contribute to.
     """
 
     def __init__(self, period: int) -> None:
         self.period = period
 
     def after_step(self) -> None:
+        """Save a checkpoint if one is due."""
         done = self.trainer.iter + 1
         if done >= self.trainer.max_iter:
             self.trainer.save("model_final")
         elif done % self.period == 0:
             try:
                 self.trainer.save(f"model_{self.trainer.iter:07d}")
-            except CheckpointError as e:
-                logger.error("%s\nTraining goes on.", e)
+            except (CheckpointError, WriteError) as e:
+                logger.error("%s\nTraining continues.", e)
 
 
-class PeriodicEvaluation(HookBase):
-    """Evaluates every ``period`` iterations (0: never); the final evaluation is the trainer's own."""
-
-    def __init__(self, period: int) -> None:
-        self.period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if self.period and done % self.period == 0 and done < self.trainer.max_iter:
-            self.trainer.test()
-
-
-class BestCheckpoint(HookBase):
-    """Saves ``model_best.pth`` when an evaluation improves ``metric``, and the value in ``model_best.json``.
-
-    Args:
-        metric: name in the flattened results, e.g. "bbox/AP50".
-        mode: "max" or "min".
-    """
-
-    def __init__(self, metric: str, mode: str = "max") -> None:
-        self.metric, self.better = metric, operator.gt if mode == "max" else operator.lt
-        self.best: float | None = None
-        self._seen: Mapping[str, Any] | None = None
-
-    def before_train(self) -> None:
-        self._record = Path(self.trainer.options.output_dir, "model_best.json")
-        if self.trainer.start_iter and self._record.exists():
-            record = json.loads(self._record.read_text())
-            if record["metric"] == self.metric:
-                self.best = record["value"]
-
-    def after_step(self) -> None:
-        self._check()
+class Evaluation(EvalHook):
+    """Detectron2's evaluation hook; evaluates at the end only if training was not interrupted or failed."""
 
     def after_train(self) -> None:
-        self._check()
-
-    def _check(self) -> None:
-        results = self.trainer.results
-        if not results or results is self._seen:
-            return
-        self._seen = results
-        if self.metric not in results:
-            logger.error(
-                "TEST.BEST_METRIC %r is not among the metrics: %s", self.metric, ", ".join(sorted(results))
-            )
-            return
-        value = results[self.metric]
-        if math.isfinite(value) and (self.best is None or self.better(value, self.best)):
-            self.best = value
-            try:
-                self.trainer.save_best(self.metric, value)
-            except (CheckpointError, WriteError) as e:
-                logger.error("%s", e)
+        """Evaluate the trained model."""
+        if self.trainer.finished:
+            super().after_train()
 
 
-class Writers(HookBase):
-    """Writes metrics.json and TensorBoard events every ``period`` iterations and at the end.
+class BestCheckpoint(BestCheckpointer):
+    """Detectron2's best-checkpoint hook; a resumed run continues with the best value so far.
 
-    A resumed run first drops the rows that iterations after its checkpoint have left in metrics.json.
+    It saves the evaluated weights as ``model_best.pth`` and the value in ``model_best.json``.
     """
 
-    def __init__(self, output_dir: str, period: int) -> None:
-        self.output_dir, self.period = output_dir, period
+    def __init__(self, trainer: Any) -> None:
+        options = trainer.options
+        super().__init__(options.eval_period, self, options.best_metric, options.best_mode)
+        self.metric, self.record = options.best_metric, Path(options.output_dir, "model_best.json")
+
+    def before_train(self) -> None:
+        """Read the best value of the resumed run."""
+        if self.trainer.start_iter and self.record.exists():
+            record = json.loads(self.record.read_text())
+            if record["metric"] == self.metric:
+                self.best_metric, self.best_iter = record["value"], record["iteration"]
+
+    def save(self, name: str, **state: Any) -> None:
+        """Save the evaluated weights; `BestCheckpointer` calls this method of its checkpointer."""
+        try:
+            self.trainer.save_best(name, self.metric)
+        except (CheckpointError, WriteError) as e:
+            logger.error("%s\nTraining continues.", e)
+
+
+class MetricWriter(EventWriter):
+    """Writes metrics.json and TensorBoard events; continues if the disk is full.
+
+    The files are opened at the first write, so that a resumed run can correct them first (see
+    `drop_rows_from`).
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
         self._writers: list[EventWriter] = []
 
-    def before_train(self) -> None:
-        path = Path(self.output_dir, "metrics.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            rows = [row for row in path.read_text().splitlines() if _iteration(row) < self.trainer.start_iter]
-            write_text(path, "".join(f"{row}\n" for row in rows))
-        self._writers = [JSONWriter(str(path)), TensorboardXWriter(self.output_dir)]
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self.period == 0 or done >= self.trainer.max_iter:
-            self._write()
-
-    def after_train(self) -> None:
-        self._write()
-        for writer in self._writers:
-            writer.close()
-
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write the latest metrics."""
+        if not self._writers:
+            Path(self.output_dir).mkdir(parents=True, exist_ok=True)
+            path = str(Path(self.output_dir, "metrics.json"))
+            self._writers = [JSONWriter(path), TensorboardXWriter(self.output_dir)]
         for writer in self._writers:
             try:
                 writer.write()
-            except OSError as e:  # a full disk must not cost the training
-                logger.error("Cannot write metrics to %s: %s. Training goes on.", self.output_dir, e.strerror)
+            except OSError as e:
+                logger.error(
+                    "cannot write metrics to %s: %s. Training continues.", self.output_dir, e.strerror
+                )
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self._writers:
+            writer.close()
+
+
+def drop_rows_from(path: Path, start_iter: int) -> None:
+    """Remove the rows of metrics.json that a resumed run will write again.
+
+    Args:
+        path: the file, with one JSON object per line.
+        start_iter: iteration at which training resumes.
+    """
+    if path.exists():
+        rows = [row for row in path.read_text().splitlines() if _iteration(row) < start_iter]
+        write_text(path, "".join(f"{row}\n" for row in rows))
 
 
 def _iteration(row: str) -> float:
     try:
         return float(json.loads(row)["iteration"])
-    except (ValueError, KeyError):  # the last row of a killed run may be cut
+    except (ValueError, KeyError):  # the last row of a killed run may be incomplete
         return math.inf
 
 
 class Progress(HookBase):
-    """A progress bar with losses, learning rate and time left on a terminal; plain log lines elsewhere."""
+    """Shows a progress bar on a terminal, and logs lines elsewhere.
+
+    It estimates the time left from the trainer's progress instead of its iterations, which Detectron2's
+    printer uses: a run with a wall-clock limit does not know its number of iterations.
+    """
 
     def __init__(self, period: int) -> None:
         self.period = period
         self._bar: tqdm | None = None
 
     def before_train(self) -> None:
+        """Open the progress bar."""
         self._first = self.trainer.progress(self.trainer.start_iter)
         if sys.stderr.isatty():
             loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "clipdense")]
             self._redirect = logging_redirect_tqdm(loggers)
             self._redirect.__enter__()
-            # progress, not iterations: a run under a wall-clock cap does not know how many it will do
             self._bar = tqdm(
                 total=1.0, initial=self._first, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
             )
 
     def after_step(self) -> None:
+        """Update the bar, or log a line every ``period`` iterations."""
         done = self.trainer.iter + 1
         if self._bar is not None:
             self._bar.set_postfix_str(self._line(), refresh=False)
@@ -197,6 +193,7 @@ class Progress(HookBase):
             logger.info("%s", self._line())
 
     def after_train(self) -> None:
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
             self._redirect.__exit__(None, None, None)
@@ -205,18 +202,17 @@ class Progress(HookBase):
         storage: EventStorage = self.trainer.storage
         latest = storage.latest_with_smoothing_hint()
         parts = [f"iter {self.trainer.iter + 1}/{self.trainer.options.max_iter}"]
+        names = ["total_loss"]
         if self._bar is None:
-            parts.append(f"eta {self._eta()}")
-            losses = [name for name in latest if "loss" in name and name != "total_loss"]
-        else:
-            losses = []
-        parts += [f"{name} {latest[name][0]:.4g}" for name in ("total_loss", *losses) if name in latest]
+            parts.append(f"eta {self._time_left()}")
+            names += [name for name in latest if "loss" in name and name != "total_loss"]
+        parts += [f"{name} {latest[name][0]:.4g}" for name in names if name in latest]
         parts += [f"{name} {latest[name][0]:.3g}" for name in ("lr", "time", "data_time") if name in latest]
         if torch.cuda.is_available():
             parts.append(f"max_mem {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
         return "  ".join(parts)
 
-    def _eta(self) -> datetime.timedelta:
+    def _time_left(self) -> datetime.timedelta:
         now = self.trainer.progress(self.trainer.iter + 1)
         share, seconds = now - self._first, self.trainer.elapsed - self.trainer.elapsed_before
         return datetime.timedelta(seconds=int(seconds * (1.0 - now) / share if share > 0 else 0))

@@ -1,45 +1,54 @@
-"""Learning-rate schedules as functions of the iteration and of the training's progress."""
+"""Learning-rate schedules: fvcore's decays, with a warm-up that also ends under a wall-clock limit."""
 
-import math
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from fvcore.common.param_scheduler import (
+    CosineParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+    PolynomialDecayParamScheduler,
+)
 
 from clipdense.engine.options import ConfigError
 
 from detectron2.config import CfgNode
 
-__all__ = ["Schedule", "build_schedule", "cosine", "multi_step", "poly"]
-
-Decay = Callable[[float], float]
+__all__ = ["PolynomialDecay", "Schedule", "build_schedule"]
 
 
-def cosine(end: float = 0.0) -> Decay:
-    """Half a cosine from 1 down to ``end``."""
-    return lambda p: end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * p))
+class PolynomialDecay(ParamScheduler):
+    """Polynomial decay from 1 to an end value: ``end + (1 - end) * (1 - where) ** power``.
 
+    fvcore's `PolynomialDecayParamScheduler` always ends at 0.
+    """
 
-def poly(power: float = 0.9, end: float = 0.0) -> Decay:
-    """``(1 - p) ** power`` from 1 down to ``end``."""
-    return lambda p: end + (1.0 - end) * (1.0 - p) ** power
+    def __init__(self, power: float, end: float) -> None:
+        self.decay, self.end = PolynomialDecayParamScheduler(1.0 - end, power), end
 
-
-def multi_step(milestones: list[float], gamma: float = 0.1) -> Decay:
-    """1, multiplied by ``gamma`` at each of ``milestones`` (progress in 0..1)."""
-    return lambda p: gamma ** bisect_right(milestones, p)
+    def __call__(self, where: float) -> float:
+        """Return the value after a share of the training (0..1)."""
+        return self.end + self.decay(where)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """LR multiplier: ``decay(progress)``, approached from ``warmup_factor`` during the first iterations.
+    """Learning-rate multiplier: a decay after a warm-up.
 
-    Progress runs from 0 to 1. As long as it is ``iteration / max_iter``, the values are those of Detectron2's
-    ``WarmupParamScheduler``. Under a wall-clock cap (``SOLVER.MAX_SECONDS``) progress may run ahead of the
-    iterations; the LR then still decays to its end, and warm-up is over at a tenth of the progress at the
-    latest.
+    If progress equals ``iteration / max_iter``, the values are those of Detectron2's `WarmupParamScheduler`.
+    Under a wall-clock limit (``SOLVER.MAX_SECONDS``), progress may be larger than that. The learning rate then
+    still decays to its end, and the warm-up ends after a tenth of the progress at the latest.
+
+    Attributes:
+        decay: progress (0..1) -> multiplier after the warm-up.
+        max_iter: number of iterations.
+        warmup_iters: iterations of the warm-up.
+        warmup_factor: factor at the first iteration.
+        warmup_method: "linear" or "constant".
+        timed: whether the training has a wall-clock limit.
     """
 
-    decay: Decay
+    decay: Callable[[float], float]
     max_iter: int
     warmup_iters: int = 0
     warmup_factor: float = 0.001
@@ -47,6 +56,7 @@ class Schedule:
     timed: bool = False
 
     def __call__(self, iteration: int, progress: float) -> float:
+        """Return the multiplier at an iteration, given the progress of the training (0..1)."""
         progress = min(progress, 1.0)
         warmup_end = min(self.warmup_iters / self.max_iter, 1.0)
         alpha = iteration / self.warmup_iters if self.warmup_iters else 1.0
@@ -61,24 +71,28 @@ class Schedule:
 
 
 def build_schedule(cfg: CfgNode) -> Schedule:
-    """The schedule that ``SOLVER.LR_SCHEDULER_NAME`` names.
+    """Build the schedule that ``SOLVER.LR_SCHEDULER_NAME`` names.
 
     Raises:
-        ConfigError: an unknown schedule or warm-up method, with the known ones.
+        ConfigError: If the schedule or the warm-up method is unknown; the message lists the known ones.
     """
     s = cfg.SOLVER
     end = s.BASE_LR_END / s.BASE_LR if s.BASE_LR else 0.0
-    decays: dict[str, Callable[[], Decay]] = {
-        "WarmupMultiStepLR": lambda: multi_step(
-            [x / s.MAX_ITER for x in s.STEPS if x <= s.MAX_ITER], s.GAMMA
+    steps = [step for step in s.STEPS if step < s.MAX_ITER]
+    if steps != sorted(set(steps)):
+        raise ConfigError(f"SOLVER.STEPS must ascend, got {s.STEPS}")
+    decays: dict[str, Callable[[], ParamScheduler]] = {
+        "WarmupMultiStepLR": lambda: MultiStepParamScheduler(
+            [s.GAMMA**k for k in range(len(steps) + 1)], s.MAX_ITER, steps
         ),
-        "WarmupCosineLR": lambda: cosine(end),
-        "WarmupPolyLR": lambda: poly(s.POLY_LR_POWER, end),
+        "WarmupCosineLR": lambda: CosineParamScheduler(1.0, end),
+        "WarmupPolyLR": lambda: PolynomialDecay(s.POLY_LR_POWER, end),
     }
     if s.LR_SCHEDULER_NAME not in decays:
-        raise ConfigError(f"SOLVER.LR_SCHEDULER_NAME {s.LR_SCHEDULER_NAME!r} is none of {', '.join(decays)}")
+        known = ", ".join(decays)
+        raise ConfigError(f"SOLVER.LR_SCHEDULER_NAME must be one of {known}, got {s.LR_SCHEDULER_NAME!r}")
     if s.WARMUP_METHOD not in ("linear", "constant"):
-        raise ConfigError(f"SOLVER.WARMUP_METHOD {s.WARMUP_METHOD!r} is neither 'linear' nor 'constant'")
+        raise ConfigError(f"SOLVER.WARMUP_METHOD must be 'linear' or 'constant', got {s.WARMUP_METHOD!r}")
     return Schedule(
         decays[s.LR_SCHEDULER_NAME](),
         s.MAX_ITER,

@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop."""
 
 import inspect
 import json
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipdense.checkpoint import CheckpointError
+from clipdense.checkpoint import Checkpoint, CheckpointError
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
 from clipdense.engine.ema import ModelEMA
-from clipdense.engine.hooks import default_hooks
+from clipdense.engine.hooks import default_hooks, drop_rows_from
 from clipdense.engine.interrupt import Interrupt
 from clipdense.engine.optimizer import build_clipper, keep_frozen_in_eval
 from clipdense.engine.options import TrainerOptions
@@ -39,35 +39,37 @@ __all__ = ["Trainer", "distribute"]
 
 logger = logging.getLogger(__name__)
 
-# Below it, fp16 gradients have overflowed in some thirty iterations on end: they are NaN, not large.
-_LEAST_SCALE = 2.0**-14
+# A smaller loss scale means that fp16 gradients overflowed in about 30 consecutive iterations, i.e. that they
+# are NaN.
+_MIN_LOSS_SCALE = 2.0**-14
 
-# Detectron2's writers take the median of this many values.
-_SMOOTHING = 20
+# Number of values of which Detectron2's writers take the median.
+_SMOOTHING_WINDOW = 20
 
 Batch = list[dict[str, Any]]
 
 
 class Trainer(TrainerBase):
-    """Trains any Detectron2 meta-architecture: ``list[dict]`` in, a dict of scalar losses out.
+    """Trainer for any Detectron2 meta-architecture: ``list[dict]`` in, a dict of scalar losses out.
 
-    An iteration is one optimizer step. It does the same in one process on a batch as in several on its
-    shares, provided that the losses are means over images. ``Trainer(cfg)`` builds all arguments from a yacs
-    config or a LazyConfig (see `clipdense.engine.run_config`).
+    An iteration is one optimizer step. Several processes on shares of a batch train like one process on the
+    whole batch, provided that the losses are means over images. ``Trainer(cfg)`` builds all arguments from a
+    yacs config or a LazyConfig (see `clipdense.engine.run_config`).
 
     Args:
         model: returns a dict of scalar losses in training mode.
-        optimizer: the learning rates of its groups are what ``schedule`` multiplies.
-        schedule: (iteration, progress in 0..1) -> multiplier.
+        optimizer: its groups have base learning rates, which ``schedule`` multiplies.
+        schedule: (iteration, progress in 0..1) -> multiplier of the learning rates.
         train_loader: number of the first batch -> endless iterable of batches from that one on.
-        evaluate: (model, final) -> nested dict of metrics, empty but in the main process; None for no
+        evaluate: (model, final) -> nested dict of metrics, empty except in the main process; None disables
             evaluation.
-        options: everything else.
+        options: all other settings.
 
     Attributes:
-        ema: `ModelEMA`, or None.
-        elapsed: seconds of training so far, all resumed parts together; the same in every process.
-        elapsed_before: the part of it that earlier processes spent.
+        ema: moving average of the weights; None if it is disabled.
+        elapsed: seconds of training so far, resumed runs included; equal in all processes.
+        elapsed_before: the part of ``elapsed`` that the resumed runs took.
+        finished: whether training has reached its end.
         results: flattened metrics of the last evaluation.
     """
 
@@ -87,6 +89,7 @@ class Trainer(TrainerBase):
         self.device = next(model.parameters()).device
         self.start_iter, self.max_iter = 0, options.max_iter
         self.elapsed = self.elapsed_before = 0.0
+        self.finished = False
         self.results: dict[str, float] = {}
         self._dtype = getattr(torch, options.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
@@ -97,31 +100,31 @@ class Trainer(TrainerBase):
         self.ema = ModelEMA(model, options.ema_decay) if options.ema_decay else None
         self._clip = build_clipper(options.clip_type, options.clip_value, options.clip_norm_type)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self._train_loader, self._evaluate = train_loader, evaluate
+        self.train_loader, self.evaluate = train_loader, evaluate
         self._batches: Iterator[Batch]
         self._random_state: dict[str, Any] | None = None
         self._history: dict[str, list[tuple[float, float]]] = {}
         self._interrupt, self._signal = Interrupt(), 0
-        self._consistent = True  # whether model and optimizer are as some iteration left them
-        self.register_hooks(default_hooks(options))
+        self._consistent = True  # False within an optimizer step
+        self.register_hooks(default_hooks(self))
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
-        """Constructor arguments from a yacs config or a LazyConfig."""
+        """Build the constructor's arguments from a yacs config or a LazyConfig."""
         return run_config(cfg).trainer_arguments()
 
     # ---- the loop
 
     def train(self) -> dict[str, float]:
-        """Train from ``start_iter`` to the end, evaluate, and write what a finished run leaves.
+        """Train from ``start_iter`` to the end, evaluate, and write the report of the run.
 
         Returns:
-            Flattened metrics of the final evaluation (main process).
+            Flattened metrics of the final evaluation; empty except in the main process.
 
         Raises:
-            FloatingPointError: a loss or a gradient became NaN or infinite.
-            CheckpointError: the final checkpoint cannot be written.
-            SystemExit: SIGINT or SIGTERM arrived; a checkpoint was saved first.
+            FloatingPointError: If a loss or a gradient is NaN or infinite.
+            WriteError: If the final checkpoint cannot be written.
+            SystemExit: If SIGINT or SIGTERM arrived; a checkpoint is saved first.
         """
         self.iter = self._done = self._saved = self.start_iter
         with EventStorage(self.start_iter) as self.storage:
@@ -129,7 +132,7 @@ class Trainer(TrainerBase):
                 for value, iteration in values:
                     self.storage.histories()[name].update(value, iteration)
             try:
-                with self._interrupt:  # before the loader forks its workers, which Ctrl-C reaches as well
+                with self._interrupt:  # before the loader starts its workers, which Ctrl-C reaches as well
                     self.before_train()
                     self._prepare()
                     while self.iter < self.max_iter:
@@ -137,44 +140,43 @@ class Trainer(TrainerBase):
                         self.run_step()
                         self.after_step()
                         self.iter += 1
-                        self._stop_if_asked()
-                self.storage.iter = self.iter
-                self.test(final=True)
+                        self._stop_if_requested()
+                self.finished = True
             except Exception as e:
-                self._rescue(e)
+                self._save_after_error(e)
                 raise
             finally:
                 self.after_train()
         if comm.is_main_process():
-            with self._evaluated_weights():
+            with self._averaged_weights():
                 write_report(self.model, self.options.output_dir, self.results)
         return self.results
 
     def progress(self, iteration: int) -> float:
-        """Share of the training that is done (0..1) after ``iteration`` iterations, at the present time."""
+        """Return the share of the training (0..1) that ``iteration`` iterations and the elapsed time make."""
         cap = self.options.max_seconds
         return min(1.0, max(iteration / self.options.max_iter, self.elapsed / cap if cap else 0.0))
 
     def train_mode(self) -> None:
-        """Training mode, but for norms and dropouts of frozen modules."""
+        """Put the model into training mode, except norms and dropouts of frozen modules."""
         self._ddp.train()
         keep_frozen_in_eval(self.model)
 
     def _prepare(self) -> None:
         self.train_mode()
         if self.progress(self.start_iter) >= 1.0:
-            logger.info("Nothing left to train: %s holds a finished run", self.options.output_dir)
+            logger.info("Training is complete: %s holds a finished run", self.options.output_dir)
             self.max_iter = self.start_iter
             return
-        self._batches = iter(self._train_loader(self.start_iter))
+        self._batches = iter(self.train_loader(self.start_iter))
         if self._random_state is not None:
             set_random_state(self._random_state)
-        else:  # how much was drawn so far depends on what this process has imported
+        else:  # the number of random values drawn so far depends on the imported modules
             seed_all_rng(self.options.seed + comm.get_rank())
         self._started = time.monotonic() - self.elapsed
 
     def run_step(self) -> None:
-        """One iteration."""
+        """Run one iteration: one optimizer step."""
         factor = self.schedule(self.iter, self.progress(self.iter))
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base_lr * factor
@@ -200,47 +202,44 @@ class Trainer(TrainerBase):
             self.max_iter = self._done
 
     def _accumulate_gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of the mean loss over ``batch``, part by part; returns the terms of the loss."""
+        """Accumulate the gradients of the mean loss over the parts of a batch; return the detached losses."""
         size = math.ceil(len(batch) / self.options.accumulation_steps)
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         total: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            with self._sync(at_backward=i + 1 == len(parts)):
+            with self._gradient_sync(enabled=i + 1 == len(parts)):
                 with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
-                    terms = self._ddp(part)
-                if isinstance(terms, Tensor):
-                    terms = {"total_loss": terms}
-                terms = {name: term.float() * (len(part) / len(batch)) for name, term in terms.items()}
-                self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
-            for name, term in terms.items():
-                total[name] = total[name] + term.detach() if name in total else term.detach()
+                    losses = self._ddp(part)
+                if isinstance(losses, Tensor):
+                    losses = {"total_loss": losses}
+                losses = {name: loss.float() * (len(part) / len(batch)) for name, loss in losses.items()}
+                self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+            for name, loss in losses.items():
+                total[name] = total[name] + loss.detach() if name in total else loss.detach()
         return total
 
-    def _sync(self, at_backward: bool) -> AbstractContextManager[None]:
-        if at_backward or not isinstance(self._ddp, DistributedDataParallel):
+    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+        if enabled or not isinstance(self._ddp, DistributedDataParallel):
             return nullcontext()
         return self._ddp.no_sync()
 
     def _share_metrics(self, losses: dict[str, Tensor], norm: Tensor, data_time: float, batch: Batch) -> None:
         """Log the losses of the global batch; agree with the other processes on the time and on stopping.
 
-        One small exchange, and one wait for the device, an iteration.
+        It costs one small exchange and one synchronisation with the device per iteration.
         """
         names = sorted(losses)
         measured = torch.stack([*(losses[name] for name in names), norm]).double()
-        told = measured.new_tensor([data_time, self._interrupt.signal, time.monotonic() - self._started])
-        rows = share_rows(torch.cat([measured, told])).cpu()
+        state = measured.new_tensor([data_time, self._interrupt.signal, time.monotonic() - self._started])
+        rows = share_rows(torch.cat([measured, state])).cpu()
         self.elapsed, self._signal = float(rows[0, -1]), int(rows[:, -2].max())
 
-        # under loss scaling an overflow of the gradients is expected; the scaler skips that step
-        checked = rows[:, : len(names) + (not self.scaler.is_enabled())].isfinite()
-        if not checked.all() or self.scaler.get_scale() < _LEAST_SCALE:
-            values = dict(zip(names, rows.mean(0).tolist(), strict=False))
-            raise FloatingPointError(
-                self._describe_non_finite(values, batch, bool(checked[comm.get_rank()].all()))
-            )
-
         means = dict(zip(names, rows.mean(0).tolist(), strict=False))
+        # with loss scaling, gradients may overflow: the scaler then skips the step
+        finite = rows[:, : len(names) + (not self.scaler.is_enabled())].isfinite()
+        if not finite.all() or self.scaler.get_scale() < _MIN_LOSS_SCALE:
+            suspects = [] if finite[comm.get_rank()].all() else batch
+            raise FloatingPointError(self._describe_non_finite(means, suspects))
         self.storage.put_scalars(total_loss=sum(means.values()), data_time=float(rows[:, -3].max()))
         if len(means) > 1:
             self.storage.put_scalars(**means)
@@ -251,79 +250,85 @@ class Trainer(TrainerBase):
 
     # ---- faults
 
-    def _describe_non_finite(self, losses: dict[str, float], batch: Batch, fine_here: bool) -> str:
+    def _describe_non_finite(self, losses: dict[str, float], suspects: Batch) -> str:
+        """Describe non-finite losses or gradients: their names, the images, and what to do.
+
+        Args:
+            losses: mean losses of the global batch.
+            suspects: the batch of this process if it has non-finite values; otherwise empty.
+        """
         bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
         if not bad:
             gradients = [
-                n
-                for n, p in self.model.named_parameters()
+                f"the gradient of {name}"
+                for name, p in self.model.named_parameters()
                 if p.grad is not None and not p.grad.isfinite().all()
             ]
-            bad = [f"the gradient of {name}" for name in gradients[:10]] + ["..."] * (len(gradients) > 10)
-        mine = [] if fine_here else [str(x.get("file_name", x.get("image_id", "?"))) for x in batch]
-        images = [name for names in comm.all_gather(mine) for name in names]
+            bad = gradients[:10] + ["..."] * (len(gradients) > 10)
+        own = [str(sample.get("file_name", sample.get("image_id", "?"))) for sample in suspects]
+        images = [name for names in comm.all_gather(own) for name in names]
         last = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none yet"
         return (
-            f"NaN or infinite at iteration {self.iter}: {', '.join(bad)}\n"
-            f"All terms: {', '.join(f'{name} = {value:.6g}' for name, value in losses.items())}\n"
+            f"NaN or infinite values at iteration {self.iter}: {', '.join(bad)}\n"
+            f"All losses: {', '.join(f'{name} = {value:.6g}' for name, value in losses.items())}\n"
             f"Images of the batch: {', '.join(images)}\n"
             f"Training stopped before this update; the last checkpoint is {last}. Check these images "
             "and their annotations, or lower SOLVER.BASE_LR, or set SOLVER.CLIP_GRADIENTS.ENABLED True."
         )
 
-    def _stop_if_asked(self) -> None:
-        # a signal that came after the last exchange is known to this process alone
+    def _stop_if_requested(self) -> None:
+        # with several processes, use the signal that all of them have agreed on
         number = self._interrupt.signal if comm.get_world_size() == 1 else self._signal
         if not number:
             return
         if self._saved < self._done:
             self.save(f"model_{self._done - 1:07d}")
-        comm.synchronize()  # a process that ends makes torchrun end the others: not while one is saving
+        comm.synchronize()  # torchrun ends all processes when one ends: wait until the checkpoint is saved
         logger.warning(
-            "Stopped by %s after %d iterations; --resume goes on.", signal.Signals(number).name, self._done
+            "Stopped by %s after %d iterations; --resume continues.", signal.Signals(number).name, self._done
         )
         raise SystemExit(128 + number)
 
-    def _rescue(self, error: Exception) -> None:
-        """When something fails between two iterations (data, evaluation), save what was trained so far."""
-        if (
-            isinstance(error, (CheckpointError, WriteError))
-            or not self._consistent
-            or self._saved >= self._done
-        ):
+    def _save_after_error(self, error: Exception) -> None:
+        """Save a checkpoint if an error occurred between two iterations (in data loading or evaluation)."""
+        if isinstance(error, (CheckpointError, WriteError)) or not self._consistent:
             return
-        if comm.get_world_size() == 1:  # the other processes are elsewhere, and saving is a joint effort
-            logger.error("%s: %s. Saving a checkpoint before giving up.", type(error).__name__, error)
+        # with several processes, saving needs all of them, and the others may wait elsewhere
+        if comm.get_world_size() == 1 and self._saved < self._done:
+            logger.error("%s: %s. Saving a checkpoint before exiting.", type(error).__name__, error)
             self.save(f"model_{self._done - 1:07d}")
 
     # ---- evaluation
 
-    def test(self, final: bool = False) -> dict[str, float]:
-        """Evaluate the current weights (their average, if there is one); training is not affected.
+    def test(self) -> dict[str, Any]:
+        """Evaluate the current weights, or their average; training is not affected.
 
         Returns:
-            Flattened metrics, empty but in the main process; also left in ``results``.
+            Nested dict of metrics; empty except in the main process. ``results`` keeps the flattened ones.
         """
-        if self._evaluate is None:
+        if self.evaluate is None:
             return {}
-        with preserved_random_state(), self._evaluated_weights():
-            results = self._evaluate(self.model, final)
+        with preserved_random_state(), self._averaged_weights():
+            results = self.evaluate(self.model, self.finished)
         self.train_mode()
         self.results = {name: float(value) for name, value in flatten_results_dict(results).items()}
-        self.storage.put_scalars(**self.results, smoothing_hint=False)
-        comm.synchronize()
-        return self.results
+        best = self.options.best_metric
+        if best and results and best not in self.results:
+            logger.error(
+                "TEST.BEST_METRIC %r is not among the metrics: %s", best, ", ".join(sorted(self.results))
+            )
+        return results
 
-    def _evaluated_weights(self) -> AbstractContextManager[None]:
+    def _averaged_weights(self) -> AbstractContextManager[None]:
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     # ---- checkpoints
 
     def save(self, name: str) -> None:
-        """Write ``<name>.pth``, from which training can go on exactly; every process must call it.
+        """Write ``<name>.pth``, from which training can resume exactly; every process must call this method.
 
-        Its ``model`` are the weights that are evaluated. With an average of weights, ``online`` holds the
-        trained ones.
+        The entry ``model`` holds the weights that are evaluated. With a moving average of the weights, these
+        are the averaged ones, and ``online`` holds the trained ones.
         """
         random_states = comm.gather(random_state())
         model = self.model.state_dict()
@@ -345,49 +350,51 @@ class Trainer(TrainerBase):
         self._saved = self._done
 
     def _recent_history(self) -> dict[str, list[tuple[float, float]]]:
-        """What the writers smooth over: the last values of each scalar, with their iterations."""
+        """Return the last values of each smoothed scalar with their iterations, for the metric writers."""
         smoothed = [name for name, smooth in self.storage.smoothing_hints().items() if smooth]
-        return {name: self.storage.history(name).values()[-_SMOOTHING:] for name in smoothed}
+        return {name: self.storage.history(name).values()[-_SMOOTHING_WINDOW:] for name in smoothed}
 
-    def save_best(self, metric: str, value: float) -> None:
-        """Write the evaluated weights as ``model_best.pth`` (main process)."""
-        with self._evaluated_weights():
-            self.checkpointer.save(
-                "model_best", tag=False, iteration=self._done - 1, metadata=self.options.metadata
-            )
-        record = json.dumps({"metric": metric, "value": value, "iteration": self._done - 1})
-        write_text(Path(self.options.output_dir, "model_best.json"), record)
+    def save_best(self, name: str, metric: str) -> None:
+        """Write the evaluated weights as ``<name>.pth`` and the metric's value as ``<name>.json``."""
+        with self._averaged_weights():
+            self.checkpointer.save(name, tag=False, iteration=self._done - 1, metadata=self.options.metadata)
+        record = {"metric": metric, "value": self.results[metric], "iteration": self._done - 1}
+        write_text(Path(self.options.output_dir, f"{name}.json"), json.dumps(record))
 
-    def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from the last checkpoint in the output folder, or begin from ``MODEL.WEIGHTS``.
+    def resume_or_load(self, resume: bool = True, weights: Checkpoint | None = None) -> None:
+        """Continue from the last checkpoint in the output folder, or start from ``MODEL.WEIGHTS``.
 
-        What an earlier run left in the output folder is moved to a subfolder unless it is resumed.
+        Files of an earlier run in the output folder are moved to a subfolder unless that run is resumed.
 
         Args:
-            resume: whether to look for a checkpoint; without one, or with False, training begins at iteration
-                0.
+            resume: whether to look for a checkpoint. Without one, training starts at iteration 0.
+            weights: content of the weight file, if it has been read already.
 
         Raises:
-            FileNotFoundError, CheckpointError: see `TrainingCheckpointer.load_weights`.
+            FileNotFoundError: If the weight file does not exist.
+            CheckpointError: If a file cannot be read or does not match the model or the optimizer.
         """
         if comm.is_main_process():
             prepare_output_dir(self.options.output_dir, keep=resume, weights=self.options.weights)
             self.checkpointer.remove_leftovers()
         comm.synchronize()
-        seen = comm.all_gather(self.checkpointer.has_checkpoint())
-        if resume and len(set(seen)) > 1:
+        found = comm.all_gather(self.checkpointer.has_checkpoint())
+        if resume and len(set(found)) > 1:
             raise CheckpointError(
                 f"only some processes see the checkpoint in {self.options.output_dir}: "
                 "resuming needs a folder that all machines share"
             )
-        if not (resume and seen[0]):
-            if resume:
-                logger.info("No checkpoint in %s: training begins at iteration 0", self.options.output_dir)
-            self.checkpointer.load_weights(self.options.weights)
-            if self.ema is not None:
-                self.ema.load(self.model.state_dict())
+        if resume and found[0]:
+            self._resume(self.checkpointer.get_checkpoint_file())
             return
-        path = self.checkpointer.get_checkpoint_file()
+        if resume:
+            logger.info("No checkpoint in %s: training starts at iteration 0", self.options.output_dir)
+        self.checkpointer.load_weights(self.options.weights, file=weights)
+        if self.ema is not None:
+            self.ema.load(self.model.state_dict())
+
+    def _resume(self, path: str) -> None:
+        """Restore model, optimizer, loss scale, time, metrics and random state from a checkpoint."""
         state = self.checkpointer.load_weights(path, complete=True)
         if self.ema is not None:
             self.ema.load(self.model.state_dict())
@@ -396,18 +403,20 @@ class Trainer(TrainerBase):
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError) as e:
             raise CheckpointError(
-                f"cannot resume from {path}: its optimizer is not the one of this config ({e})"
+                f"cannot resume from {path}: its optimizer does not match this config ({e})"
             ) from e
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.start_iter = state["iteration"] + 1
         self.elapsed = self.elapsed_before = state.get("elapsed", 0.0)
         self._history = state.get("history", {})
+        if comm.is_main_process():
+            drop_rows_from(Path(self.options.output_dir, "metrics.json"), self.start_iter)
         random_states = state.get("random_states", [])
         if len(random_states) == comm.get_world_size():
             self._random_state = random_states[comm.get_rank()]
         else:
             logger.warning(
-                "%s was saved by %d processes: the data order continues, dropout and sampling start afresh",
+                "%s was saved by %d processes: the data order continues, dropout and sampling are reseeded",
                 path,
                 len(random_states),
             )
@@ -416,7 +425,7 @@ class Trainer(TrainerBase):
 
 
 def distribute(model: nn.Module, find_unused_parameters: bool = False) -> nn.Module:
-    """``model`` itself in a single process, else wrapped so that gradients are averaged over processes."""
+    """Wrap a model so that gradients are averaged over processes; a single process needs no wrapper."""
     if comm.get_world_size() == 1:
         return model
     device = next(model.parameters()).device

@@ -122,7 +122,8 @@ class Predictor:
         if requested is not None or background is not None:
             _require_open_vocabulary(self.model)
         checkpointer = TrainingCheckpointer(self.model, "", options.weights_skip, options.allow_pickle)
-        stored = checkpointer.load_weights(options.weights, complete=True).get("metadata", {})
+        content = checkpointer.load_weights(options.weights, complete=True, file=loaded.weights)
+        stored = content.get("metadata", {})
         if requested is None:
             known = self._use_known_classes(run, {**options.metadata, **stored})
             requested = None if background is None else known

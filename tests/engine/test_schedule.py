@@ -1,8 +1,9 @@
 import pytest
 import torch
+from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
 
-from clipdense.engine.schedule import Schedule, build_schedule, cosine, multi_step, poly
+from clipdense.engine.schedule import PolynomialDecay, Schedule, build_schedule
 from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
@@ -45,9 +46,14 @@ def test_decays_to_the_end_value(name: str) -> None:
 
 
 def test_decays() -> None:
-    assert poly(2.0, end=0.2)(0.5) == pytest.approx(0.2 + 0.8 * 0.25)
-    assert cosine(0.2)(0.5) == pytest.approx(0.6)
-    assert [multi_step([0.5, 0.8], 0.1)(p) for p in (0.4, 0.5, 0.8)] == pytest.approx([1, 0.1, 0.01])
+    assert PolynomialDecay(2.0, end=0.2)(0.5) == pytest.approx(0.2 + 0.8 * 0.25)
+    steps = build_schedule(config(STEPS=(20, 32), WARMUP_ITERS=0))
+    assert [steps(i, i / 40) for i in (19, 20, 32)] == pytest.approx([1, 0.1, 0.01])
+
+
+def test_steps_that_do_not_ascend_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"SOLVER.STEPS must ascend, got \(31, 20\)"):
+        build_schedule(config(STEPS=(31, 20)))
 
 
 def test_under_a_time_cap_warmup_is_short_and_the_decay_complete() -> None:
@@ -56,16 +62,18 @@ def test_under_a_time_cap_warmup_is_short_and_the_decay_complete() -> None:
     schedule = build_schedule(config(LR_SCHEDULER_NAME="WarmupCosineLR", **solver))
     values = [schedule(i, i / 10) for i in range(11)]
     assert values[0] == pytest.approx(0.001)
-    assert values[1] == pytest.approx(cosine()(0.1))  # not a tenth of the way through warm-up
+    assert values[1] == pytest.approx(
+        CosineParamScheduler(1.0, 0.0)(0.1)
+    )  # not a tenth of the way through warm-up
     assert values[10] == pytest.approx(0.0)
     # a fast machine: the iterations decide, as without a cap
-    plain = Schedule(cosine(), max_iter=1000, warmup_iters=50)
-    fast = Schedule(cosine(), max_iter=1000, warmup_iters=50, timed=True)
+    plain = Schedule(CosineParamScheduler(1.0, 0.0), max_iter=1000, warmup_iters=50)
+    fast = Schedule(CosineParamScheduler(1.0, 0.0), max_iter=1000, warmup_iters=50, timed=True)
     assert [fast(i, i / 1000) for i in range(1000)] == [plain(i, i / 1000) for i in range(1000)]
 
 
 def test_unknown_names_are_errors() -> None:
-    with pytest.raises(ValueError, match="WarmupCosLR.*none of.*WarmupCosineLR"):
+    with pytest.raises(ValueError, match="must be one of.*WarmupCosineLR.*WarmupCosLR"):
         build_schedule(config(LR_SCHEDULER_NAME="WarmupCosLR"))
-    with pytest.raises(ValueError, match="WARMUP_METHOD 'log'"):
+    with pytest.raises(ValueError, match="WARMUP_METHOD must be 'linear' or 'constant', got 'log'"):
         build_schedule(config(WARMUP_METHOD="log"))
