@@ -1,7 +1,7 @@
 """Hooks of every run: checkpoints, evaluation, metric files and progress.
 
-`IterationTimer`, `EvalHook`, `BestCheckpointer` and `PeriodicWriter` are Detectron2's. The subclasses below add
-what exact resuming and full disks need.
+`IterationTimer`, `EvalHook`, `BestCheckpointer` and `PeriodicWriter` are Detectron2's. The subclasses below
+add what exact resuming and full disks need.
 """
 
 import datetime

@@ -36,8 +36,8 @@ class Schedule:
     """Learning-rate multiplier: a decay after a warm-up.
 
     If progress equals ``iteration / max_iter``, the values are those of Detectron2's `WarmupParamScheduler`.
-    Under a wall-clock limit (``SOLVER.MAX_SECONDS``), progress may be larger than that. The learning rate then
-    still decays to its end, and the warm-up ends after a tenth of the progress at the latest.
+    Under a wall-clock limit (``SOLVER.MAX_SECONDS``), progress may be larger. The learning rate then still
+    decays to its end, and the warm-up ends after a tenth of the progress at the latest.
 
     Attributes:
         decay: progress (0..1) -> multiplier after the warm-up.

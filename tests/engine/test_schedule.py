@@ -62,9 +62,7 @@ def test_under_a_time_cap_warmup_is_short_and_the_decay_complete() -> None:
     schedule = build_schedule(config(LR_SCHEDULER_NAME="WarmupCosineLR", **solver))
     values = [schedule(i, i / 10) for i in range(11)]
     assert values[0] == pytest.approx(0.001)
-    assert values[1] == pytest.approx(
-        CosineParamScheduler(1.0, 0.0)(0.1)
-    )  # not a tenth of the way through warm-up
+    assert values[1] == pytest.approx(CosineParamScheduler(1.0, 0.0)(0.1))
     assert values[10] == pytest.approx(0.0)
     # a fast machine: the iterations decide, as without a cap
     plain = Schedule(CosineParamScheduler(1.0, 0.0), max_iter=1000, warmup_iters=50)
