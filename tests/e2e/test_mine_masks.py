@@ -1,33 +1,29 @@
 """tools/mine_masks.py on a few shapes: a killed run, several processes, other options in the same folder."""
 
-import importlib.util
 import json
 import os
 import signal
 from pathlib import Path
 
+import mine_masks
 import pytest
 import torch
 from filelock import FileLock
+from mine_masks import main
 from PIL import Image
 
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.data.shapes.make import annotation_file
-from clipdense.systems.mining.pairs import MaskMiner
+from clipdense.engine.options import ConfigError
+from clipdense.systems.mining.pairs import Filters, MaskMiner
+from tests.helpers.small_models import small_ovseg_config
 
 from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "mine_masks.py"
 pytestmark = pytest.mark.usefixtures("small_shapes")
-
-
-@pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("mine_masks", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +45,7 @@ def arguments(small_shapes, small_shapes_root, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(main, arguments, tmp_path_factory):
+def whole(arguments, tmp_path_factory):
     """Folder of a run without a stop."""
     folder = tmp_path_factory.mktemp("whole")
     assert (
@@ -72,7 +68,7 @@ def test_a_run(whole):
         assert sheet.format == "PNG" and min(sheet.size) >= 128
 
 
-def test_a_killed_run_loses_and_repeats_nothing(main, arguments, whole, tmp_path, capsys):
+def test_a_killed_run_loses_and_repeats_nothing(arguments, whole, tmp_path, capsys):
     folder = tmp_path / "killed"
     command = [*arguments, "--captions", "5", "--truth", "shapes_closed_train", "--output", str(folder)]
     if (child := os.fork()) == 0:  # dies as by kill -9 in the middle of the third shard
@@ -101,7 +97,7 @@ def test_a_killed_run_loses_and_repeats_nothing(main, arguments, whole, tmp_path
     assert f"{folder}/pairs.jsonl" in capsys.readouterr().out
 
 
-def test_machines_share_a_folder(main, arguments, whole, tmp_path, capsys):
+def test_machines_share_a_folder(arguments, whole, tmp_path, capsys):
     truth = ["--proposals", "ground_truth:shapes_closed_train"]  # as in the file
     command = [*arguments, *truth, "--captions", "5", "--output", str(tmp_path), "--format", "parquet"]
     assert main([*command, "--shard", "2/2"]) == 0
@@ -112,7 +108,39 @@ def test_machines_share_a_folder(main, arguments, whole, tmp_path, capsys):
     assert read_pairs(tmp_path / "pairs.parquet") == read_pairs(whole / "pairs.jsonl")
 
 
-def test_what_is_wrong_is_said(main, arguments, whole, tmp_path, capsys):
+def test_the_models_masks_are_those_that_it_classifies(tmp_path):
+    cfg = small_ovseg_config()
+    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST = "BGR", 0
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    image = torch.randint(0, 256, (50, 70, 3), dtype=torch.uint8).numpy()
+    given: list[torch.Tensor] = []
+
+    def embed_masks(pixels: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given.append(masks)
+        return torch.zeros(len(masks), model.encoder.clip.embed_dim), torch.ones(len(masks), dtype=torch.bool)
+
+    miner = mine_masks.build_miner(cfg, None, Filters(), "cpu")
+    miner.encoder = embed_masks
+    miner({"file_name": "/a.png", "image_id": 1}, image, {"red star": "a red star"})
+    model.set_vocabulary(Vocabulary.from_names(["red star", "grass"]))
+    model.proposals_on, model.semantic_on = True, False
+    with torch.no_grad():
+        inputs = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
+        expected = model([{"image": inputs}])[0]["proposal_masks"] > model.encoder.rule.threshold
+    assert expected.any() and torch.equal(given[0], expected[expected.flatten(1).any(1)])
+
+
+def test_other_models_are_refused():
+    cfg = small_ovseg_config()
+    cfg.MODEL.META_ARCHITECTURE = "MaskFormer"
+    with pytest.raises(ConfigError, match="OVSeg, not MaskFormer"):
+        mine_masks.check_model(cfg, None)
+
+
+def test_what_is_wrong_is_said(arguments, whole, tmp_path, capsys):
     def error(*more: str) -> str:
         assert main([*arguments, "--output", str(whole), *more]) == 1
         return capsys.readouterr().err
@@ -133,4 +161,4 @@ def test_what_is_wrong_is_said(main, arguments, whole, tmp_path, capsys):
     assert "set MODEL.WEIGHTS" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--shard", "3/2"])
-    assert "--shard is I/N" in capsys.readouterr().err
+    assert "--shard must be I/N" in capsys.readouterr().err

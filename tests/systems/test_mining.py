@@ -13,28 +13,25 @@ from clipdense.clip import load_clip
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.mask_pairs import pair_mask
-from clipdense.engine.options import ConfigError
-from clipdense.run.config import add_clipdense_config
-from clipdense.systems.mining.pairs import (
-    FileProposals,
-    Filters,
-    GroundTruthProposals,
-    MaskMiner,
-    ModelProposals,
-    NounEmbedder,
-    assign,
-)
+from clipdense.systems.mining.captions import captioned_images
+from clipdense.systems.mining.pairs import Filters, MaskMiner, NounEmbedder, assign
+from clipdense.systems.mining.proposals import FileProposals, GroundTruthProposals
 from clipdense.systems.mining.report import ClassAgreement, MiningStatistics
-from clipdense.systems.mining.run import build_miner, captioned_images, mine_shard
-
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from clipdense.systems.mining.run import mine_shard
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
+class FixedMasks:
+    """Proposals: the same masks for every image."""
+
+    def propose_masks(self, sample: dict[str, Any]) -> torch.Tensor:
+        assert (sample["height"], sample["width"]) == MASKS.shape[1:]
+        return MASKS
+
+
 class MeanColor:
-    """Stands for CLIP: a mask's embedding is the mean colour in it, a noun's its colour."""
+    """Substitute for CLIP: the embedding of a mask is its mean colour, that of a noun its colour."""
 
     def __call__(self, image: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         valid = masks.flatten(1).any(1)
@@ -45,7 +42,7 @@ def color_of(noun: str) -> torch.Tensor | None:
     for word in noun.split():
         if word in COLORS:
             return torch.tensor(COLORS[word]) / 255.0
-    return None  # as a noun that is too long
+    return None  # like a noun that is too long
 
 
 def stripes() -> np.ndarray:
@@ -62,10 +59,11 @@ def box(x0: int, x1: int, y1: int = 4) -> torch.Tensor:
 # Beside the pure ones: a corner of green (2 pixels), half red and half green, nothing, and red again.
 MASKS = torch.stack([box(0, 12), box(6, 8, 1), box(0, 6), box(0, 0), box(6, 12), box(12, 18), box(0, 6)])
 RECORD = {"file_name": "/a.png", "image_id": 7}
+SAMPLE = RECORD | {"height": 4, "width": 18}
 
 
 def mine(nouns: dict[str, str], **filters: Any) -> list[dict[str, Any]]:
-    miner = MaskMiner(lambda record, image: MASKS, MeanColor(), color_of, Filters(**filters))
+    miner = MaskMiner(FixedMasks(), MeanColor(), color_of, Filters(**filters))
     return miner(RECORD, stripes(), nouns)
 
 
@@ -106,48 +104,6 @@ def test_filters():
     assert assign(embeddings[:1], text, Filters(margin=2.0))[0] is not None  # there is no second
 
 
-def small_config() -> CfgNode:
-    cfg = get_cfg()
-    add_clipdense_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.INPUT.FORMAT = "OVSeg", "cpu", "BGR"
-    cfg.INPUT.MIN_SIZE_TEST = 0
-    cfg.MODEL.CLIP.NAME, cfg.MODEL.TWO_STAGE.TEMPLATES = "shapes-vit", "single"
-    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_resnet_backbone", 0
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
-    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
-    keys = cfg.MODEL.MASK_FORMER
-    keys.PIXEL_DECODER.CONV_DIM = keys.MASK_DIM = keys.HIDDEN_DIM = 32
-    keys.NHEADS, keys.DIM_FEEDFORWARD, keys.NUM_OBJECT_QUERIES, keys.DEC_LAYERS = 4, 32, 6, 2
-    return cfg
-
-
-def test_a_models_masks_are_what_it_classifies(tmp_path):
-    cfg = small_config()
-    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS"):
-        build_miner(cfg)
-    torch.manual_seed(0)
-    miner = build_miner(cfg, lambda record, image: MASKS)
-    assert miner.embed("red star") is not None and len(miner.proposals(RECORD, stripes())) == len(MASKS)
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
-    miner = build_miner(cfg)
-    assert isinstance(miner.proposals, ModelProposals)
-    model = miner.proposals.model
-    model.set_vocabulary(Vocabulary.from_names(["red star", "grass"]))
-    model.proposals_on, model.semantic_on = True, False
-    image = torch.randint(0, 256, (50, 70, 3), dtype=torch.uint8).numpy()
-    with torch.no_grad():
-        inputs = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
-        expected = model([{"image": inputs}])[0]["proposal_masks"] > model.encoder.rule.threshold
-        found = miner.proposals(RECORD, image)
-    assert found.shape == (6, 50, 70) and found.dtype == torch.bool
-    assert torch.equal(found, expected) and found.any()
-    cfg.MODEL.META_ARCHITECTURE = "MaskFormer"
-    with pytest.raises(ConfigError, match="OVSeg, not MaskFormer"):
-        build_miner(cfg)
-
-
 def test_ground_truth_as_proposals(tmp_path):
     square = [[1.0, 1.0, 5.0, 1.0, 5.0, 3.0, 1.0, 3.0]]
     full = mask_util.encode(np.asfortranarray(box(6, 12).numpy(), np.uint8))
@@ -160,10 +116,10 @@ def test_ground_truth_as_proposals(tmp_path):
         {"category_id": 1},
     ]
     known = {"file_name": "/a.png", "annotations": annotations}
-    masks = GroundTruthProposals([known])(RECORD, stripes())
+    masks = GroundTruthProposals([known]).propose_masks(SAMPLE)
     assert masks.flatten(1).sum(1).tolist() == [8, 24, 4] and torch.equal(masks[1], box(6, 12))
     assert torch.equal(masks[2], box(0, 1))
-    assert GroundTruthProposals([])(RECORD, stripes()).shape == (0, 4, 18)
+    assert GroundTruthProposals([]).propose_masks(SAMPLE).shape == (0, 4, 18)
 
     ids = np.zeros((4, 18, 3), np.uint8)
     ids[:, 6:12, 0], ids[:, 12:, 1] = 3, 1  # 3 and 256
@@ -173,11 +129,11 @@ def test_ground_truth_as_proposals(tmp_path):
         "pan_seg_file_name": str(tmp_path / "ids.png"),
         "segments_info": [{"id": 256, "category_id": 1}, {"id": 3, "category_id": 0}],
     }
-    assert torch.equal(GroundTruthProposals([panoptic])(RECORD, stripes()), MASKS[[5, 4]])
+    assert torch.equal(GroundTruthProposals([panoptic]).propose_masks(SAMPLE), MASKS[[5, 4]])
     Image.fromarray(np.where(ids[..., 0] == 3, 255, ids[..., 1])).save(tmp_path / "labels.png")
     semantic = {"file_name": "/a.png", "sem_seg_file_name": str(tmp_path / "labels.png")}
-    assert torch.equal(GroundTruthProposals([semantic])(RECORD, stripes()), MASKS[[2, 5]])
-    assert torch.equal(GroundTruthProposals([semantic], 0)(RECORD, stripes()), MASKS[[5, 4]])
+    assert torch.equal(GroundTruthProposals([semantic]).propose_masks(SAMPLE), MASKS[[2, 5]])
+    assert torch.equal(GroundTruthProposals([semantic], 0).propose_masks(SAMPLE), MASKS[[5, 4]])
 
 
 def test_proposals_of_a_file(tmp_path):
@@ -186,15 +142,15 @@ def test_proposals_of_a_file(tmp_path):
     path = tmp_path / "proposals.json"
     path.write_text(json.dumps([item, item | {"image_id": 8}]))
     proposals = FileProposals(path)
-    assert torch.equal(proposals(RECORD, stripes()), MASKS[[4]])
-    assert len(proposals({"file_name": "/b.png", "image_id": 9}, stripes())) == 0
+    assert torch.equal(proposals.propose_masks(SAMPLE), MASKS[[4]])
+    assert len(proposals.propose_masks(SAMPLE | {"image_id": 9})) == 0
     with pytest.raises(ValueError, match=r"/a.png has 3 x 18 pixels, its proposals have 4 x 18"):
-        proposals(RECORD, stripes()[:3])
+        proposals.propose_masks(SAMPLE | {"height": 3})
     path.write_text(json.dumps([{"image_id": 7}]))
-    with pytest.raises(ValueError, match="not a json list of image_id and segmentation"):
+    with pytest.raises(ValueError, match="not a JSON list of image_id and segmentation"):
         FileProposals(path)
     path.write_text(json.dumps([{"image_id": 7, "segmentation": [[1.0, 1.0, 5.0, 1.0, 5.0, 3.0]]}]))
-    with pytest.raises(ValueError, match="polygons, not run lengths"):
+    with pytest.raises(ValueError, match="polygons instead of run lengths"):
         FileProposals(path)
 
 
@@ -228,7 +184,7 @@ def test_a_shard_counts_what_it_leaves_out(tmp_path):
         {"file_name": str(tmp_path / "a.png"), "image_id": 1, "captions": ["red", "green red walrus"]},
         {"file_name": str(tmp_path / "b.png"), "image_id": 2, "captions": ["blue"]},
     ]
-    miner = MaskMiner(lambda record, image: MASKS, MeanColor(), color_of)
+    miner = MaskMiner(FixedMasks(), MeanColor(), color_of)
     done: list[int] = []
     shard = mine_shard(miner, lambda captions: [c.split() for c in captions], records, lambda: done.append(1))
     assert len(done) == 2

@@ -1,4 +1,4 @@
-"""What mining has found, in numbers and in pictures."""
+"""Statistics and contact sheet of mined pairs."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from tabulate import tabulate
 
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_image
-from clipdense.systems.mining.pairs import RLE, Record, ground_truth_masks
+from clipdense.systems.mining.proposals import RLE, ground_truth_masks
 from clipdense.visualization.panels import save_picture
 
 __all__ = ["ClassAgreement", "MiningStatistics", "draw_pairs", "statistics_table"]
+
+Record = dict[str, Any]
 
 _QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 class ClassAgreement:
-    """How often a noun that is a class's name has a mask of that class.
+    """Share of pairs whose noun is a class name and whose mask shows that class.
 
-    A noun names a class if it is, or ends in, one of the class's names or its plural: "dog", "dogs", "brown
-    dog"; the longest name counts ("hot dog" is no dog). Such a pair is right if its mask has an IoU of at
-    least 0.5 with an annotated segment of that class, or with all of them together (plurals); it is inside if
-    at least half of it lies on them.
+    A noun names a class if it is, or ends with, one of the class's names or their plurals: "dog", "dogs",
+    "brown dog". The longest name counts: "hot dog" does not name the class dog. Such a pair is right if its
+    mask has an IoU of at least 0.5 with an annotated segment of the class, or with all of them together
+    (plurals). It is inside if at least half of the mask lies on them.
+
+    Args:
+        records: dataset dicts with segments.
+        vocabulary: the classes of the segments.
+        ignore_label: void in semantic maps.
     """
 
     def __init__(self, records: Iterable[Record], vocabulary: Vocabulary, ignore_label: int = 255) -> None:
-        """
-        Args:
-            records: dataset dicts with segments, whose classes `vocabulary` names.
-            ignore_label: void in semantic maps.
-        """
         self._ignore_label = ignore_label
         self._records = {os.path.abspath(record["file_name"]): record for record in records}
         self._classes = {
@@ -50,7 +52,7 @@ class ClassAgreement:
         self._last: tuple[str, list[tuple[int, RLE]]] = ("", [])
 
     def class_of(self, noun: str) -> int | None:
-        """The class that a noun names."""
+        """Return the class id that a noun names; None if it names no class."""
         words = noun.split()
         for start in range(len(words)):
             if (found := self._classes.get(" ".join(words[start:]))) is not None:
@@ -58,7 +60,7 @@ class ClassAgreement:
         return None
 
     def add(self, pair: Record) -> None:
-        """Count a pair; pairs of one image should come together."""
+        """Count a pair; fastest if the pairs of an image come one after the other."""
         known, label = self._records.get(pair["file_name"]), self.class_of(pair["noun"])
         if known is None or label is None:
             return
@@ -77,8 +79,11 @@ class ClassAgreement:
         self._counts["inside"] += bool(inside >= 0.5)
 
     def result(self) -> dict[str, float]:
-        """``named``: pairs whose noun names a class that their image has; ``right`` and ``inside``: shares of
-        them, 0 .. 1; ``absent``: pairs that name a class that their image does not have.
+        """Return the counts and shares.
+
+        Returns:
+            ``named``: pairs whose noun names a class of their image; ``right`` and ``inside``: shares of
+            them, 0 to 1; ``absent``: pairs whose noun names a class that is not in their image.
         """
         named = self._counts["named"]
         shares = {key: self._counts[key] / max(named, 1) for key in ("right", "inside")}
@@ -86,13 +91,13 @@ class ClassAgreement:
 
 
 class MiningStatistics:
-    """Numbers of a run, gathered shard by shard."""
+    """Statistics of a run, collected shard by shard.
+
+    Args:
+        agreement: compares the pairs with annotated classes; optional.
+    """
 
     def __init__(self, agreement: ClassAgreement | None = None) -> None:
-        """
-        Args:
-            agreement: counts the pairs, too.
-        """
         self._agreement = agreement
         self._totals: Counter[str] = Counter()
         self._nouns: Counter[str] = Counter()
@@ -103,7 +108,7 @@ class MiningStatistics:
         self._areas: list[float] = []
 
     def add(self, shard: Mapping[str, Any]) -> None:
-        """Count a shard, see `clipdense.systems.mining.run.mine_shard`."""
+        """Add a shard, see `clipdense.systems.mining.run.mine_shard`."""
         self._totals.update({key: shard[key] for key in ("images", "captions", "nouns")})
         self._too_long.update(shard["too_long"])
         self._unreadable += shard["unreadable"]
@@ -117,9 +122,13 @@ class MiningStatistics:
                 self._agreement.add(pair)
 
     def result(self) -> dict[str, Any]:
-        """Numbers of images, of those with pairs, of captions, of nouns before filters (an image's, each
-        once), of pairs and of distinct nouns; pairs an image; the 30 most frequent nouns; quantiles (percent
-        -> value) of scores and of mask areas (share of the image); what was skipped; agreement with classes.
+        """Return the statistics.
+
+        Returns:
+            Numbers of images, of images with pairs, of captions, of nouns before filters (counted once for
+            each image), of pairs and of distinct nouns; pairs per image; the 30 most frequent nouns;
+            quantiles (percent -> value) of scores and of mask areas (as a share of the image); skipped nouns
+            and images; the agreement with classes.
         """
         count = len(self._scores)
         quantiles = {
@@ -146,7 +155,7 @@ class MiningStatistics:
 
 
 def statistics_table(statistics: Mapping[str, Any]) -> str:
-    """The numbers of `MiningStatistics.result` as lines to print."""
+    """Format the result of `MiningStatistics` as a table."""
     keys = ("images", "images_with_pairs", "captions", "nouns_of_images", "pairs", "nouns", "pairs_per_image")
     rows = [(key.replace("_", " "), statistics[key]) for key in keys]
     for name in ("scores", "areas"):
@@ -167,11 +176,12 @@ def statistics_table(statistics: Mapping[str, Any]) -> str:
 
 
 def draw_pairs(pairs: Sequence[Record], path: Path, *, cell: int = 128, columns: int = 8) -> None:
-    """A contact sheet: what each mask shows, around it dimmed, with its noun and score.
+    """Draw a contact sheet: each masked region with dimmed surroundings, its noun and its score.
 
     Args:
-        path: PNG to write.
-        cell: side of a crop, in pixels.
+        pairs: as `clipdense.data.mask_pairs.read_pairs` returns them.
+        path: PNG file to write.
+        cell: side of a crop in pixels.
         columns: crops in a row.
     """
     strip, font = 28, ImageFont.load_default(11)
@@ -189,7 +199,7 @@ def draw_pairs(pairs: Sequence[Record], path: Path, *, cell: int = 128, columns:
 
 
 def _crop(pair: Record, cell: int) -> Image.Image:
-    """The mask's box and a quarter more on each side, in a square of the given size."""
+    """Cut the box of a mask, a quarter larger on each side, and fit it into a white square."""
     image = read_image(pair["file_name"])
     mask = mask_util.decode(pair["segmentation"]).astype(bool)
     image = np.where(mask[..., None], image, 255 - (255 - image) // 3)
@@ -206,7 +216,7 @@ def _crop(pair: Record, cell: int) -> Image.Image:
 
 
 def _forms(name: str) -> list[str]:
-    """A name and its regular plurals."""
+    """Return a name and its regular plurals."""
     plurals = [f"{name}s", f"{name}es"]
     if name.endswith("y"):
         plurals.append(f"{name[:-1]}ies")

@@ -1,0 +1,135 @@
+"""Protocols between models and the code that trains, evaluates or loads them.
+
+A model implements the protocols that apply to it; nothing has to be inherited. `isinstance` checks that the
+methods exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from clipdense.clip.vocabulary import Vocabulary
+
+__all__ = [
+    "CheckpointMetadata",
+    "LoadHook",
+    "MaskProposals",
+    "Proposals",
+    "RegionProbe",
+    "RegionProbeProvider",
+    "TrainingStart",
+]
+
+
+@dataclass(frozen=True)
+class MaskProposals:
+    """Class-agnostic mask proposals of one image.
+
+    Attributes:
+        masks: (Q, H, W) bool, at the image's output size. Masks may be empty and may overlap.
+        scores: (Q,) confidence of each mask; None if the source has none.
+    """
+
+    masks: Tensor
+    scores: Tensor | None = None
+
+
+@runtime_checkable
+class Proposals(Protocol):
+    """Source of class-agnostic masks: a segmentation model, annotations, or a file."""
+
+    def propose(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[MaskProposals]:
+        """Propose masks for a batch of images.
+
+        Args:
+            batched_inputs: Detectron2's input dicts. A model reads ``image`` (3, h, w) in its own format and
+                the output size ``height`` and ``width`` (default: h, w). Annotations and files are found by
+                ``file_name`` or ``image_id``.
+
+        Returns:
+            The proposals of each image, in order; masks have the output size.
+        """
+        ...
+
+
+@runtime_checkable
+class RegionProbe(Protocol):
+    """Embeddings of image regions and of class names in one joint space, as evaluators need them."""
+
+    def embed_masks(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed the regions of one image.
+
+        Args:
+            image: (3, H, W) RGB, values 0 to 255.
+            masks: (M, H, W) bool.
+
+        Returns:
+            embeddings: (V, D), not L2-normalised, of the V masks that have one, in order.
+            valid: (M,) bool, which masks these are.
+        """
+        ...
+
+    def embed_vocabulary(self, vocabulary: Vocabulary, templates: str) -> Tensor:
+        """Embed classes: (K, D), L2-normalised, averaged over the template set and the synonyms."""
+        ...
+
+
+@runtime_checkable
+class RegionProbeProvider(Protocol):
+    """A model that evaluators measure by its region embeddings instead of its outputs."""
+
+    def region_probe(self) -> RegionProbe:
+        """Return the probe of the current weights, in evaluation mode."""
+        ...
+
+
+@runtime_checkable
+class CheckpointMetadata(Protocol):
+    """A model that stores facts about its weights in a checkpoint's metadata.
+
+    `TrainingCheckpointer` merges `checkpoint_metadata` into the ``metadata`` entry of each .pth file, and the
+    export into the header of export.safetensors. When weights are loaded, it calls
+    `load_checkpoint_metadata` first, then `LoadHook.prepare_state`, then `load_state_dict`.
+    """
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """Return the metadata: strings, numbers, booleans, None, and lists and dicts of them."""
+        ...
+
+    def load_checkpoint_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Take over a file's metadata; without effect for keys that the file lacks.
+
+        Args:
+            metadata: all metadata of the file, with the keys of other writers as well; it may be empty.
+        """
+        ...
+
+
+@runtime_checkable
+class LoadHook(Protocol):
+    """A model that adapts a checkpoint's tensors to itself before they are loaded.
+
+    Typical uses: replace tensors that depend on the vocabulary by the model's own, keep a part of the model
+    that the configuration took from another file, and clear caches that depend on the weights.
+    """
+
+    def prepare_state(self, state: dict[str, Tensor]) -> None:
+        """Change a state dict in place before the strict comparison of keys and shapes.
+
+        Args:
+            state: the file's tensors under the model's keys.
+        """
+        ...
+
+
+@runtime_checkable
+class TrainingStart(Protocol):
+    """A model that must know when training begins."""
+
+    def start_training(self) -> None:
+        """Prepare for training; the trainer calls it once, after weights are loaded, before iteration 0."""
+        ...

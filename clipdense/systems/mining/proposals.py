@@ -1,0 +1,144 @@
+"""Sources of mask proposals that need no model: the annotations of a dataset, or a file of masks.
+
+Both follow the protocol `clipdense.open_vocabulary.Proposals`, as OVSeg does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pycocotools.mask as mask_util
+import torch
+from torch import Tensor
+
+from clipdense.data.datasets.layouts import load_json
+from clipdense.data.image import read_labels
+from clipdense.data.mask_pairs import labelled_segments
+
+__all__ = ["RLE", "FileProposals", "GroundTruthProposals", "encode_mask", "ground_truth_masks"]
+
+RLE = dict[str, Any]
+
+
+class GroundTruthProposals:
+    """The annotated segments of a dataset as proposals, see `ground_truth_masks`.
+
+    Args:
+        records: dataset dicts with segments.
+        ignore_label: void in semantic maps.
+    """
+
+    def __init__(self, records: Iterable[Mapping[str, Any]], ignore_label: int = 255) -> None:
+        self._ignore_label = ignore_label
+        self._records = {os.path.abspath(record["file_name"]): record for record in records}
+
+    def propose_masks(self, sample: Mapping[str, Any]) -> Tensor:
+        """Return the segments (Q, H, W) bool of an image; none if the dataset does not contain it.
+
+        Args:
+            sample: with ``file_name`` (absolute), and ``height`` and ``width`` in pixels.
+        """
+        size = sample["height"], sample["width"]
+        record = self._records.get(sample["file_name"])
+        segments = [] if record is None else ground_truth_masks(record, size, self._ignore_label)
+        return _decode([mask for _, mask in segments], size)
+
+
+class FileProposals:
+    """Masks from a JSON file: a list of ``image_id`` and ``segmentation`` (COCO RLE), like COCO's results.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not such a list.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._masks: dict[Any, list[RLE]] = defaultdict(list)
+        try:
+            for item in load_json(path):
+                self._masks[item["image_id"]].append(_compress(item["segmentation"], None))
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}: not a JSON list of image_id and segmentation (COCO RLE) ({error!r})"
+            ) from error
+
+    def propose_masks(self, sample: Mapping[str, Any]) -> Tensor:
+        """Return the masks (Q, H, W) bool of an image; none if the file does not contain it.
+
+        Args:
+            sample: with ``file_name``, ``image_id``, and ``height`` and ``width`` in pixels.
+
+        Raises:
+            ValueError: If the masks have another size than the image.
+        """
+        size = sample["height"], sample["width"]
+        masks = self._masks.get(sample["image_id"], [])
+        for mask in masks:
+            if tuple(mask["size"]) != size:
+                raise ValueError(
+                    f"{sample['file_name']} has {size[0]} x {size[1]} pixels, its proposals have "
+                    f"{mask['size'][0]} x {mask['size'][1]}"
+                )
+        return _decode(masks, size)
+
+
+def ground_truth_masks(
+    record: Mapping[str, Any], size: tuple[int, int], ignore_label: int = 255
+) -> list[tuple[int, RLE]]:
+    """Return the annotated segments of a dataset dict, without crowds.
+
+    Args:
+        record: with panoptic segments, else instances, else a semantic map, whose classes are one segment
+            each.
+        size: height and width of the image in pixels.
+        ignore_label: void in semantic maps.
+
+    Returns:
+        (contiguous class id, COCO RLE) of each segment.
+    """
+    if "annotations" in record and "pan_seg_file_name" not in record:
+        return [
+            (annotation["category_id"], _compress(annotation["segmentation"], size))
+            for annotation in record["annotations"]
+            if annotation.get("segmentation") and not annotation.get("iscrowd")
+        ]
+    segments = labelled_segments(record, ignore_label)
+    labels = read_labels(segments.file_name)
+    pairs = zip(segments.classes, segments.labels, strict=True)
+    return [(label, encode_mask(labels == value)) for label, value in pairs]
+
+
+def encode_mask(mask: npt.NDArray[np.bool_]) -> RLE:
+    """Encode a mask (H, W) as COCO's compressed RLE with text counts."""
+    return _compress(mask_util.encode(np.asfortranarray(mask, np.uint8)), None)
+
+
+def _compress(segmentation: Any, size: tuple[int, int] | None) -> RLE:
+    """Convert any COCO segmentation (polygons, full or compressed counts) to compressed RLE."""
+    if isinstance(segmentation, list):
+        if size is None:
+            raise TypeError("polygons instead of run lengths")
+        segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, size[0], size[1]))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+    counts = segmentation["counts"]
+    return {
+        "size": [int(side) for side in segmentation["size"]],
+        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
+    }
+
+
+def _decode(masks: Sequence[RLE], size: tuple[int, int]) -> Tensor:
+    if not masks:
+        return torch.zeros(0, *size, dtype=torch.bool)
+    decoded = mask_util.decode(list(masks))  # (H, W, Q)
+    return torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1))).bool()
