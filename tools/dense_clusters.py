@@ -20,7 +20,7 @@ from clipdense.checkpoint import CheckpointError
 from clipdense.clip import load_clip
 from clipdense.data.checks import check_dataset_names
 from clipdense.data.image import read_image
-from clipdense.evaluation.dense_regions import dense_map
+from clipdense.evaluation import CLIPProbe
 from clipdense.run.setup import available_device
 from clipdense.visualization.clusters import cluster_map, draw_clusters
 
@@ -71,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for title, name in zip(arguments.titles, arguments.model, strict=True):
             clip = load_clip(name, allow_pickle=arguments.allow_pickle, text=False)
             clip.to(available_device(arguments.device))
+            probe = CLIPProbe(clip)
             maps[title] = [
                 cluster_map(
-                    dense_map(clip, image, arguments.mode, arguments.image_size),
+                    probe.dense_map(image, arguments.mode, arguments.image_size),
                     image.shape[:2],
                     arguments.clusters,
                 )

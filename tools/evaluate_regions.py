@@ -26,7 +26,9 @@ from clipdense.checkpoint import CheckpointError
 from clipdense.clip import ClipModel, load_clip
 from clipdense.clip.attention import get_mode
 from clipdense.data.checks import check_dataset_names
-from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView, best_dense_mode
+from clipdense.data.mappers import original_sample
+from clipdense.evaluation import CLIPProbe, DenseRegionEvaluator, DenseView
+from clipdense.evaluation.probes import best_dense_mode
 from clipdense.files import atomic_path, write_text
 from clipdense.run.setup import available_device
 
@@ -91,6 +93,7 @@ def evaluate(name: str, records: Iterable[dict[str, Any]], arguments: argparse.N
     clip.to(available_device(arguments.device))
     evaluator = DenseRegionEvaluator(
         arguments.dataset,
+        CLIPProbe(clip),
         views=dense_views(clip, arguments),
         templates=arguments.templates,
         table=arguments.table,
@@ -99,7 +102,7 @@ def evaluate(name: str, records: Iterable[dict[str, Any]], arguments: argparse.N
     evaluator.reset()
     with torch.inference_mode():
         for record in tqdm(records, name, unit="image"):
-            evaluator.process([record], [{"clip": clip}])
+            evaluator.process([original_sample(record)], [{}])
     results = evaluator.evaluate()
     assert results is not None
     return [

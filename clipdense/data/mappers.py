@@ -22,6 +22,7 @@ __all__ = [
     "build_augmentations",
     "build_mapper",
     "map_image",
+    "original_sample",
     "read_image_or_skip",
     "transform_labels",
 ]
@@ -105,6 +106,22 @@ def map_image(mapper: Any, image: np.ndarray) -> dict[str, Any]:
     augmented = T.AugInput(image)
     mapper.augmentations(augmented)
     return {"image": _to_tensor(augmented.image), "height": image.shape[0], "width": image.shape[1]}
+
+
+def original_sample(record: dict[str, Any]) -> dict[str, Any]:
+    """Read the test input of models that are evaluated by their features: an image that is not resized.
+
+    Args:
+        record: dataset dict with ``file_name``.
+
+    Returns:
+        ``file_name``, ``image_id`` if the record has one, and ``image`` (3, H, W) uint8 RGB.
+
+    Raises:
+        BadImageError: If the image cannot be decoded.
+    """
+    sample = {key: record[key] for key in ("file_name", "image_id") if key in record}
+    return sample | {"image": _to_tensor(read_image(record["file_name"], "RGB"))}
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:

@@ -14,7 +14,7 @@ from clipdense.backbone.score_map import has_score_map, score_classes, score_map
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import dataset_vocabulary
 from clipdense.data.loader import build_test_loader
-from clipdense.evaluation import build_evaluator
+from clipdense.evaluation import build_evaluator, model_probes
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -48,11 +48,13 @@ def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str,
         ValueError: the model cannot take a data set's classes; before anything is evaluated.
     """
     results = {}
+    model.eval()
+    probes = model_probes(model)
     with _vocabularies(cfg, model) as vocabularies:
         for name in cfg.DATASETS.TEST:
             if name in vocabularies:
                 model.set_vocabulary(vocabularies[name])
-            loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name)
+            loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, probes=probes)
             results[name], shown = run_inference(model, loader, evaluator, PANEL_IMAGES if final else 0, name)
             if final and comm.is_main_process():
                 _draw(model, name, shown, cfg.OUTPUT_DIR)

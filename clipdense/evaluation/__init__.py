@@ -1,6 +1,8 @@
-"""Evaluators of detection and segmentation, behind Detectron2's `DatasetEvaluator`.
+"""Evaluators of detection, segmentation and features, as Detectron2's `DatasetEvaluator`.
 
-`build_evaluator` makes the one that a data set's metadata asks for; `EVALUATOR_REGISTRY` takes more.
+`build_evaluator` builds the one that a dataset's metadata names; `EVALUATOR_REGISTRY` accepts more.
+Evaluators only score: those that need features of a model get them from a probe, see
+`clipdense.evaluation.probes`.
 """
 
 from clipdense.evaluation.build import EVALUATOR_REGISTRY, build_evaluator
@@ -8,17 +10,31 @@ from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
+from clipdense.evaluation.probes import (
+    CLIPProbe,
+    DenseProbe,
+    Probes,
+    RegionEncoderProbe,
+    RegionProbe,
+    model_probes,
+)
 from clipdense.evaluation.proposals import OracleClassEvaluator
 from clipdense.evaluation.semantic import SemanticEvaluator
 
 __all__ = [
-    "EVALUATOR_REGISTRY",
+    "CLIPProbe",
+    "DenseProbe",
     "DenseRegionEvaluator",
     "DenseView",
+    "EVALUATOR_REGISTRY",
     "InstanceEvaluator",
-    "OracleClassEvaluator",
     "MaskClassificationEvaluator",
+    "OracleClassEvaluator",
     "PanopticEvaluator",
+    "Probes",
+    "RegionEncoderProbe",
+    "RegionProbe",
     "SemanticEvaluator",
     "build_evaluator",
+    "model_probes",
 ]

@@ -1,4 +1,4 @@
-"""What all evaluators share."""
+"""Shared base of the evaluators."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
+from torch import Tensor
 
 from clipdense.files import write_text
 
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
-__all__ = ["AlternativeEvaluators", "Results", "TaskEvaluator", "class_table", "save_json"]
+__all__ = ["AlternativeEvaluators", "Results", "TaskEvaluator", "class_table", "sample_image", "save_json"]
 
 Results = OrderedDict[str, dict[str, float]]
 
@@ -25,15 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 class TaskEvaluator(DatasetEvaluator):
-    """One kind of model output of one data set, collected over images and processes.
+    """Evaluator of one task on one dataset, collected over images and processes.
 
-    A subclass says which output it reads (`outputs`), what it keeps of an image (`process_image`) and how
-    that is scored (`score`, in the main process, over the records of all).
+    A subclass declares the model output that it reads (`outputs`), makes a record of each image
+    (`process_image`) and scores the records of all processes in the main process (`score`).
 
     Args:
-        output_dir: folder for predictions and results; None keeps nothing.
-        distributed: gather the records of all processes; False scores those of this one.
-        optional: a model may lack this output, and the results then lack the task; False makes that an error.
+        output_dir: folder for predictions and results; None writes nothing.
+        distributed: whether to gather the records of all processes; False scores those of this process.
+        optional: True: if the model lacks the output, the results lack the task; False: that is an error.
+
+    Attributes:
+        outputs: names of model outputs of which one is needed; empty if the evaluator measures a probe (see
+            `clipdense.evaluation.probes`) and reads no output.
     """
 
     outputs: tuple[str, ...] = ()
@@ -47,34 +52,37 @@ class TaskEvaluator(DatasetEvaluator):
         self._records: list[Any] = []
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Drop all images."""
         self._records = []
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
-        """Take the outputs of a batch.
+        """Process the outputs of a batch.
 
         Raises:
-            KeyError: the model does not give what is to be evaluated.
+            KeyError: If the model lacks the output that is evaluated, unless it is optional.
         """
         for sample, output in zip(inputs, outputs, strict=True):
-            if any(name in output for name in self.outputs):
+            if not self.outputs or any(name in output for name in self.outputs):
                 self._records.append(self.process_image(sample, output))
             elif not self._optional:
-                needed, given = " or ".join(self.outputs), ", ".join(sorted(output)) or "nothing"
+                needed, found = " or ".join(self.outputs), ", ".join(sorted(output)) or "nothing"
                 raise KeyError(
-                    f"{type(self).__name__} needs the output {needed}, but the model gives {given}"
+                    f"{type(self).__name__} needs the output {needed}, but the model gives {found}"
                 )
 
     def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> Any:
-        """What to keep of one image."""
-        raise TypeError(f"{type(self).__name__} does not say what it keeps of an image")
+        """Make the record of one image from its input and its output."""
+        raise NotImplementedError
 
     def score(self, records: list[Any]) -> Results:
-        """Metrics in percent of all images, by task."""
-        raise TypeError(f"{type(self).__name__} does not say how it scores")
+        """Compute metrics in percent from the records of all images: task -> metric -> value."""
+        raise NotImplementedError
 
     def evaluate(self) -> Results | None:
-        """Metrics in percent by task, NaN without ground truth; None in all processes but the first."""
+        """Compute metrics in percent: task -> metric -> value, NaN without ground truth.
+
+        Only the main process returns them; the others return None.
+        """
         records = self._records
         if self._distributed:
             comm.synchronize()
@@ -82,46 +90,67 @@ class TaskEvaluator(DatasetEvaluator):
             if not comm.is_main_process():
                 return None
         if not records and self._optional:
-            logger.info("The model gives no %s: not evaluated.", " or ".join(self.outputs))
+            logger.info("Skip %s: the model gives no %s", type(self).__name__, " or ".join(self.outputs))
             return OrderedDict()
         return self.score(records)
 
     def save(self, name: str, content: Any) -> None:
-        """Write JSON into the output folder, if there is one."""
+        """Write a JSON file into the output folder, if there is one."""
         if self._output_dir:
             save_json(os.path.join(self._output_dir, name), content)
 
 
 class AlternativeEvaluators(DatasetEvaluators):
-    """Optional evaluators of which a model must serve one at least.
+    """Optional evaluators, of which at least one must apply to the model.
 
     Args:
-        evaluators: each a `TaskEvaluator`.
+        evaluators: list of `TaskEvaluator`.
     """
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
-        """Take the outputs of a batch.
+        """Process the outputs of a batch.
 
         Raises:
-            KeyError: the model gives nothing that is to be evaluated.
+            KeyError: If no evaluator applies to the model.
         """
-        needed = [name for evaluator in self._evaluators for name in evaluator.outputs]
-        for output in outputs:
-            if not output.keys() & set(needed):
-                given = ", ".join(sorted(output)) or "nothing"
-                raise KeyError(
-                    f"the data set needs the output {' or '.join(needed)}, but the model gives {given}"
-                )
+        if all(evaluator.outputs for evaluator in self._evaluators):
+            needed = [name for evaluator in self._evaluators for name in evaluator.outputs]
+            for output in outputs:
+                if not output.keys() & set(needed):
+                    found = ", ".join(sorted(output)) or "nothing"
+                    raise KeyError(
+                        f"the dataset needs the output {' or '.join(needed)}, but the model gives {found}"
+                    )
         super().process(inputs, outputs)
 
 
+def sample_image(sample: Mapping[str, Any], size: tuple[int, ...]) -> Tensor:
+    """Return the image of a sample, (3, H, W) uint8 RGB at the size of its file.
+
+    Args:
+        sample: model input with ``image``, from a mapper that does not resize it.
+        size: (H, W) of the ground truth.
+
+    Raises:
+        ValueError: If the sample has no image, or one of another size.
+    """
+    image: Tensor | None = sample.get("image")
+    if image is None or tuple(image.shape[1:]) != tuple(size):
+        found = "no image" if image is None else "an image of {} x {} pixels".format(*image.shape[1:])
+        raise ValueError(
+            f"{sample['file_name']}: the sample has {found}, but its ground truth is {size[0]} x {size[1]}; "
+            "use a mapper (INPUT.MAPPER) that gives test images at their own size"
+        )
+    return image
+
+
 def save_json(path: str, content: Any) -> None:
-    """Write a JSON file whole or not at all: a full disk leaves the old one."""
+    """Write a JSON file atomically: a full disk leaves the old file as it was."""
     write_text(path, json.dumps(content))
 
 
 def class_table(header: str, values: Iterable[tuple[str, float]], columns: int = 3) -> str:
-    """Names and values as a table of several columns, for the log."""
+    """Format class names and values as a table of several columns, for the log."""
     cells = [cell for pair in values for cell in pair]
     rows = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
     return str(tabulate(rows, headers=["class", header] * columns, tablefmt="pipe", floatfmt=".2f"))

@@ -15,6 +15,7 @@ from tests.helpers import shares
 EQUAL = [
     *("BatchNorm1d", "BatchNorm2d", "BatchNormAct2d", "BatchNorm2d, one process idle"),
     *("training", "training in parts", "Mask R-CNN", "ContrastiveCLIP", "MaskAdaptedCLIP"),
+    *("CLIPSelf", "RegionCLIPBaseline"),
     *("a NaN on one process", "a signal to one process"),
 ]
 

@@ -1,4 +1,4 @@
-"""Dense regions: which segments count, what is pooled, and what the figures mean."""
+"""Dense regions: which segments are measured, what is pooled, and what the metrics mean."""
 
 import json
 
@@ -13,17 +13,12 @@ from clipdense.clip import TowerRequest, load_clip
 from clipdense.clip.text import TextBank
 from clipdense.data.datasets.standard import register_standard
 from clipdense.data.image import read_labels
-from clipdense.evaluation import DenseRegionEvaluator, DenseView, build_evaluator
-from clipdense.evaluation.dense_regions import (
-    best_dense_mode,
-    crop_features,
-    dense_map,
-    find_regions,
-    normalize_pixels,
-    pool_regions,
-    recall,
-    region_accuracy,
-)
+from clipdense.data.mappers import original_sample
+from clipdense.evaluation import CLIPProbe, DenseRegionEvaluator, DenseView, Probes, build_evaluator
+from clipdense.evaluation.accuracy import recall, region_accuracy
+from clipdense.evaluation.dense_regions import pool_regions
+from clipdense.evaluation.probes import best_dense_mode
+from clipdense.evaluation.regions import Regions, crop_regions, find_regions
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -40,6 +35,21 @@ CLASSES = {2: (0, True), 4: (1, True), 9: (2, False)}
 def clip():
     torch.manual_seed(0)
     return load_clip("shapes-vit", "random")
+
+
+@pytest.fixture(scope="module")
+def probe(clip):
+    return CLIPProbe(clip)
+
+
+def model_input(clip, image):
+    """Images (B, H, W, 3) uint8 as the CLIP takes them."""
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2) / 255
+    return (pixels - torch.tensor(clip.pixel_mean).view(3, 1, 1)) / torch.tensor(clip.pixel_std).view(3, 1, 1)
+
+
+def crop_features(probe, regions: Regions):
+    return F.normalize(probe.embed_crops(crop_regions(regions, probe.crop_size)), dim=1)
 
 
 @pytest.fixture
@@ -60,7 +70,7 @@ def scene():
 
 @pytest.fixture
 def dataset(scene, tmp_path, register):
-    """A registered data set of that scene, twice, and its records."""
+    """A registered dataset of that scene, twice, and its samples."""
     image, ids, segments = scene
     records, annotations = [], []
     for i in (1, 2):
@@ -69,7 +79,7 @@ def dataset(scene, tmp_path, register):
             tmp_path / f"panoptic_{i}.png"
         )
         annotations.append({"image_id": i, "file_name": f"panoptic_{i}.png", "segments_info": segments})
-        records.append({"image_id": i, "file_name": str(tmp_path / f"{i}.png")})
+        records.append(original_sample({"image_id": i, "file_name": str(tmp_path / f"{i}.png")}))
     path = tmp_path / "panoptic.json"
     path.write_text(json.dumps({"images": [], "annotations": annotations, "categories": CATEGORIES}))
     name = register(
@@ -83,7 +93,7 @@ def dataset(scene, tmp_path, register):
     return name, records
 
 
-def test_segments_that_count(scene):
+def test_measured_segments(scene):
     image, ids, segments = scene
     found = find_regions(image, ids, segments, CLASSES)
     assert found.labels.tolist() == [2, 1] and found.things.tolist() == [False, True]
@@ -98,17 +108,17 @@ def test_segments_that_count(scene):
     assert len(find_regions(image, ids, [at_limit] * 101, CLASSES).labels) == 100
 
 
-def test_features_by_hand(clip, scene):
+def test_features_by_hand(clip, probe, scene):
     regions = find_regions(*scene, CLASSES)
     with torch.inference_mode():
         # the thing's crop is its box, 1.5 times as large, cut at the border: (5, 0) .. (35, 30)
         cut = Image.fromarray(scene[0]).crop((5, 0, 35, 30)).resize((64, 64), Image.Resampling.BICUBIC)
-        expected = F.normalize(clip.encode_image(normalize_pixels(clip, np.array(cut)[None])), dim=1)
-        torch.testing.assert_close(crop_features(clip, regions, batch_size=1)[1:], expected)
-        dense = dense_map(clip, regions.image, "value")
+        expected = F.normalize(clip.encode_image(model_input(clip, np.array(cut)[None])), dim=1)
+        torch.testing.assert_close(crop_features(CLIPProbe(clip, batch_size=1), regions)[1:], expected)
+        dense = probe.dense_map(regions.image, "value")
         canvas = np.zeros((1, 96, 96, 3), np.uint8)  # longest side 96 = 12 patches, black below
         canvas[0, :60] = scene[0]
-        expected = clip.visual(normalize_pixels(clip, canvas), TowerRequest(dense="value")).dense
+        expected = clip.visual(model_input(clip, canvas), TowerRequest(dense="value")).dense
         torch.testing.assert_close(dense, expected)
         boxes, masks = pool_regions(dense, regions)
     unit = F.normalize(dense, dim=1)[0]
@@ -119,17 +129,17 @@ def test_features_by_hand(clip, scene):
     assert (boxes.norm(dim=1) - 1).abs().max() < 1e-5 and not torch.allclose(boxes[1], masks[1], atol=1e-3)
 
 
-def test_sizes_and_modes(clip, scene):
+def test_sizes_and_modes(clip, probe, scene):
     image = scene[0]
-    assert dense_map(clip, image).shape[-2:] == (12, 12)
-    assert dense_map(clip, image[:, :93]).shape[-2:] == (12, 12)  # rounded up
-    assert dense_map(clip, image, image_size=64).shape[-2:] == (8, 8)
-    with pytest.raises(ValueError, match="100 is no multiple of the stride 8"):
-        dense_map(clip, image, image_size=100)
+    assert probe.dense_map(image).shape[-2:] == (12, 12)
+    assert probe.dense_map(image[:, :93]).shape[-2:] == (12, 12)  # rounded up
+    assert probe.dense_map(image, image_size=64).shape[-2:] == (8, 8)
+    with pytest.raises(ValueError, match="100 is not a multiple of the stride 8"):
+        probe.dense_map(image, image_size=100)
     mode = best_dense_mode(clip.visual)
     assert mode in ("clipself", "value") and best_dense_mode(load_clip("shapes-rn").visual) == "value"
-    assert torch.equal(dense_map(clip, image), dense_map(clip, image, mode))
-    assert not torch.allclose(dense_map(clip, image), dense_map(clip, image, "plain"), atol=1e-3)
+    assert torch.equal(probe.dense_map(image), probe.dense_map(image, mode))
+    assert not torch.allclose(probe.dense_map(image), probe.dense_map(image, "plain"), atol=1e-3)
 
 
 def test_accuracy_of_hand_made_predictions():
@@ -161,15 +171,15 @@ def test_recall_by_hand():
     assert recall(queries, gallery, 1, block=2) == pytest.approx(100 / 3)
     assert recall(queries, gallery, 2, block=2) == 100
     constant = torch.ones(3, 2)
-    assert recall(constant, constant, 1) == 0  # features that tell nothing apart find nothing
+    assert recall(constant, constant, 1) == 0  # equal features find nothing
 
 
-def test_every_view_of_a_data_set(clip, dataset, tmp_path):
+def test_every_view_of_a_dataset(clip, probe, dataset, tmp_path):
     name, records = dataset
     views = [DenseView("value", 64), DenseView("value", 64, antialias=True), DenseView("plain", 128)]
-    evaluator = DenseRegionEvaluator(name, str(tmp_path / "out"), views=views, distributed=False)
+    evaluator = DenseRegionEvaluator(name, probe, str(tmp_path / "out"), views=views, distributed=False)
     evaluator.reset()
-    evaluator.process(records, [{"clip": clip}] * 2)
+    evaluator.process(records, [{}] * 2)
     results = evaluator.evaluate()
     assert json.loads((tmp_path / "out" / "dense_regions.json").read_text()) == results
     assert list(results) == [
@@ -189,28 +199,26 @@ def test_every_view_of_a_data_set(clip, dataset, tmp_path):
     text = TextBank(clip)(["red star", "blue ring", "grass"])
     found = [evaluator.regions(record) for record in records]
     with torch.inference_mode():
-        things = torch.cat([crop_features(clip, regions)[1:] for regions in found])
+        things = torch.cat([crop_features(probe, regions)[1:] for regions in found])
     hits = (things @ text.T).argmax(1) == 1
     assert first["crops.thing.macc1"] == 100 * hits.double().mean()
 
 
-def test_the_embeddings_decide(clip, dataset, tmp_path):
+def test_the_embeddings_decide(probe, dataset, tmp_path):
     name, records = dataset
-    probe = DenseRegionEvaluator(name, distributed=False)
-    regions = [probe.regions(record) for record in records]
-    with torch.inference_mode():
-        (stuff, thing), _ = (crop_features(clip, r) for r in regions)
+    regions = DenseRegionEvaluator(name, probe, distributed=False).regions(records[0])
+    stuff, thing = crop_features(probe, regions)
     table = tmp_path / "table.npy"
     for rows, accuracy in (([-thing, thing, stuff], 100), ([thing, -thing, -stuff], 0)):
         np.save(table, torch.stack(rows).numpy())
-        evaluator = DenseRegionEvaluator(name, table=table, distributed=False)
+        evaluator = DenseRegionEvaluator(name, probe, table=table, distributed=False)
         evaluator.reset()
-        evaluator.process(records[:1], [{"clip": clip}])
+        evaluator.process(records[:1], [{}])
         metrics = evaluator.evaluate()["dense_regions"]
         assert metrics["crops.thing.macc1"] == metrics["crops.stuff.top1"] == accuracy
 
 
-def test_config_reaches_the_evaluator(clip, dataset, tmp_path):
+def test_config_reaches_the_evaluator(probe, dataset, tmp_path):
     name, records = dataset
     MetadataCatalog.get(name).evaluator_type = "dense_regions"
     cfg = get_cfg()
@@ -218,44 +226,44 @@ def test_config_reaches_the_evaluator(clip, dataset, tmp_path):
     cfg.OUTPUT_DIR = str(tmp_path)
     cfg.TEST.DENSE_REGIONS.MODE, cfg.TEST.DENSE_REGIONS.IMAGE_SIZE = "plain", 64
     cfg.TEST.DENSE_REGIONS.ANTIALIAS, cfg.TEST.DENSE_REGIONS.TEMPLATES = True, "a picture of {}"
-    built = build_evaluator(cfg, name)
+    built = build_evaluator(cfg, name, probes=Probes(dense=probe))
     views = [DenseView("plain", 64, True)]
-    expected = DenseRegionEvaluator(name, views=views, templates="a picture of {}")
+    expected = DenseRegionEvaluator(name, probe, views=views, templates="a picture of {}")
     for evaluator in (built, expected):
         evaluator.reset()
-        evaluator.process(records, [{"clip": clip}] * 2)
+        evaluator.process(records, [{}] * 2)
     assert built.evaluate() == expected.evaluate()
     assert (tmp_path / "inference" / name / "dense_regions.json").is_file()
-    np.save(tmp_path / "table.npy", torch.randn(3, clip.embed_dim).numpy())
+    np.save(tmp_path / "table.npy", torch.randn(3, probe.embed_dim).numpy())
     cfg.TEST.DENSE_REGIONS.TABLE = str(tmp_path / "table.npy")
-    other = build_evaluator(cfg, name)
-    other.process(records, [{"clip": clip}] * 2)
+    other = build_evaluator(cfg, name, probes=Probes(dense=probe))
+    other.process(records, [{}] * 2)
     assert other.evaluate().keys() == {"dense_regions"}
+    with pytest.raises(ValueError, match=r"dense_regions', which needs a model with a dense_probe\(\)"):
+        build_evaluator(cfg, name)
 
 
-def test_what_is_wrong_is_said(clip, dataset, register):
+def test_errors_name_the_image_or_dataset(probe, dataset, register):
     name, records = dataset
-    evaluator = DenseRegionEvaluator(name, distributed=False)
-    with pytest.raises(KeyError, match="needs the output clip, but the model gives instances"):
-        evaluator.process(records[:1], [{"instances": None}])
+    evaluator = DenseRegionEvaluator(name, probe, distributed=False)
     with pytest.raises(ValueError, match="image 5 is not in the panoptic annotations"):
-        evaluator.process([{"image_id": 5, "file_name": records[0]["file_name"]}], [{"clip": clip}])
+        evaluator.process([records[0] | {"image_id": 5}], [{}])
+    with pytest.raises(ValueError, match="an image of 30 x 96 pixels, but its ground truth is 60 x 96"):
+        evaluator.process([records[0] | {"image": records[0]["image"][:, :30]}], [{}])
     boxes = register([], thing_classes=["red star"])
     with pytest.raises(ValueError, match=f"'{boxes}' has no panoptic annotations"):
-        DenseRegionEvaluator(boxes, distributed=False).regions(records[0])
-    optional = DenseRegionEvaluator(name, distributed=False, optional=True)
-    optional.process(records[:1], [{"instances": None}])
-    assert optional.evaluate() == {}
+        DenseRegionEvaluator(boxes, probe, distributed=False).regions(records[0])
 
 
-def test_a_data_set_without_regions(clip, tmp_path, register):
+def test_a_dataset_without_regions(probe, tmp_path, register):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     annotation = {"image_id": 1, "file_name": "a.png", "segments_info": []}
     content = {"annotations": [annotation], "categories": CATEGORIES}
     (tmp_path / "p.json").write_text(json.dumps(content))
     name = register([], panoptic_json=str(tmp_path / "p.json"), panoptic_root=str(tmp_path))
-    evaluator = DenseRegionEvaluator(name, distributed=False)
-    evaluator.process([{"image_id": 1, "file_name": str(tmp_path / "a.png")}], [{"clip": clip}])
+    evaluator = DenseRegionEvaluator(name, probe, distributed=False)
+    record = {"image_id": 1, "file_name": str(tmp_path / "a.png")}
+    evaluator.process([original_sample(record)], [{}])
     assert evaluator.evaluate() == {}
 
 
@@ -275,11 +283,10 @@ def coco_val(data_dir):
 @pytest.mark.parametrize("model", ["shapes-vit", "shapes-rn"])
 def test_real_images(coco_val, model):
     records = DatasetCatalog.get(coco_val)[:3]
-    clip = load_clip(model)
     views = [DenseView("", 320, antialias) for antialias in (False, True)]
-    evaluator = DenseRegionEvaluator(coco_val, views=views, distributed=False)
+    evaluator = DenseRegionEvaluator(coco_val, CLIPProbe(load_clip(model)), views=views, distributed=False)
     evaluator.reset()
-    evaluator.process(records, [{"clip": clip}] * len(records))
+    evaluator.process([original_sample(record) for record in records], [{}] * len(records))
     off, on = evaluator.evaluate().values()
     counts = {"thing.n": 0, "stuff.n": 0}
     for record in records:

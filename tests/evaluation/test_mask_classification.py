@@ -1,7 +1,7 @@
-"""Naming of ground-truth masks: which count, what the figures mean, and who is measured."""
+"""Classification of ground-truth masks: which masks count, what the metrics mean, which probe is measured."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,53 @@ from torch import Tensor
 
 from clipdense.clip import load_clip
 from clipdense.clip.text import TextBank
-from clipdense.evaluation import EVALUATOR_REGISTRY, MaskClassificationEvaluator, SemanticEvaluator
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.mappers import original_sample
+from clipdense.evaluation import (
+    EVALUATOR_REGISTRY,
+    MaskClassificationEvaluator,
+    Probes,
+    RegionEncoderProbe,
+    RegionProbe,
+    SemanticEvaluator,
+)
 from clipdense.regions import RegionEncoder
 from clipdense.run.config import add_clipdense_config
 
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 
 CLASSES = ["red star", "blue star", "red ring", "sand", "snow"]
 TRUTH = [[(1, 0), (2, 2), (3, 3)], [(1, 1), (2, 0), (3, 3), (4, 4)]]  # of each image: (segment id, class)
-PREDICTED = {(0, 2): 0, (1, 3): 4}  # (image, class) that the encoder gets wrong -> what it says
+PREDICTED = {(0, 2): 0, (1, 3): 4}  # (image, class) that the probe gets wrong -> its prediction
 
 
 class Oracle:
-    """Says the class that the image's red channel shows in the middle of the mask."""
+    """A region probe that predicts the class which the image's red channel shows inside a mask."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.clip = load_clip("shapes-vit", "random")
-        self.words = TextBank(self.clip, "single")(CLASSES)
+        self.text = TextBank(self.clip, "single")(CLASSES)
 
-    def __call__(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        said = [int(image[0][mask].max()) for mask in masks]
-        return 7 * self.words[said], torch.ones(len(masks), dtype=torch.bool)
+    def embed_masks(self, image: Tensor, masks: Tensor) -> Tensor:
+        return 7 * self.text[[int(image[0][mask].max()) for mask in masks]]
+
+    def embed_classes(self, vocabulary: Vocabulary, templates: str | Sequence[str]) -> Tensor:
+        assert templates == "single" and list(vocabulary.names) == CLASSES
+        return self.text
 
 
 @pytest.fixture(scope="module")
 def oracle() -> Oracle:
     return Oracle()
+
+
+@pytest.fixture
+def cfg() -> CfgNode:
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    return cfg
 
 
 @pytest.fixture
@@ -83,18 +102,17 @@ def dataset(tmp_path: Path, register: Callable[..., str]) -> str:
     )
 
 
-def run(dataset: str, encoder: Any, **settings: Any) -> dict[str, float]:
-    evaluator = MaskClassificationEvaluator(dataset, templates="single", **settings)
+def run(dataset: str, probe: RegionProbe, **settings: Any) -> dict[str, float]:
+    evaluator = MaskClassificationEvaluator(dataset, probe, templates="single", **settings)
     evaluator.reset()
     for record in DatasetCatalog.get(dataset):
-        sample = {key: record[key] for key in ("file_name", "image_id")}
-        evaluator.process([sample], [{"region_encoder": encoder}])
+        evaluator.process([original_sample(record)], [{}])
     results = evaluator.evaluate()
     assert results is not None
     return results["mask_classification"]
 
 
-def test_figures(dataset: str, oracle: Oracle, tmp_path: Path) -> None:
+def test_metrics(dataset: str, oracle: Oracle, tmp_path: Path) -> None:
     found = run(dataset, oracle, output_dir=str(tmp_path / "out"))
     assert found["n"] == 7  # neither the crowd nor the empty segment
     assert found["top1"] == pytest.approx(100 * 5 / 7)
@@ -124,22 +142,33 @@ def test_the_map_is_the_one_that_the_semantic_evaluator_would_see(dataset: str, 
     assert 0 < found["mIoU"] < 100
 
 
-def test_semantic_sets_give_a_mask_a_class(dataset: str, oracle: Oracle) -> None:
-    """What train_net builds for a semantic set takes a region encoder."""
+def test_semantic_datasets_have_a_mask_for_each_class(cfg: CfgNode, dataset: str, oracle: Oracle) -> None:
+    """The evaluator of a semantic dataset measures the region probe of a model."""
     records = DatasetCatalog.get(dataset)
     for record in records:
         del record["pan_seg_file_name"], record["segments_info"]
-    cfg = get_cfg()
-    add_clipdense_config(cfg)
-    evaluator = EVALUATOR_REGISTRY.get("sem_seg")(cfg, dataset, "")
+    probes = Probes(regions=RegionEncoderProbe(RegionEncoder(oracle.clip)))
+    evaluator = EVALUATOR_REGISTRY.get("sem_seg")(cfg, dataset, "", probes)
     evaluator.reset()
-    encoder = RegionEncoder(oracle.clip)
     for record in records:
-        evaluator.process([record], [{"region_encoder": encoder}])
+        evaluator.process([original_sample(record)], [{}])
     results = evaluator.evaluate()
     assert list(results) == ["mask_classification"]
     assert results["mask_classification"]["n"] == 7
-    bare = MaskClassificationEvaluator(dataset)
-    bare.reset()
-    with pytest.raises(KeyError, match="needs the output region_encoder, but the model gives clip"):
-        bare.process([records[0]], [{"clip": oracle.clip}])
+
+
+def test_without_a_probe_an_output_is_needed(cfg: CfgNode, dataset: str) -> None:
+    evaluator = EVALUATOR_REGISTRY.get("sem_seg")(cfg, dataset, "", Probes())
+    with pytest.raises(KeyError, match="needs the output sem_seg or .*, but the model gives nothing"):
+        evaluator.process(DatasetCatalog.get(dataset)[:1], [{}])
+
+
+def test_images_at_another_size_are_refused(dataset: str, oracle: Oracle) -> None:
+    sample = original_sample(DatasetCatalog.get(dataset)[0])
+    evaluator = MaskClassificationEvaluator(dataset, oracle, templates="single")
+    sample["image"] = sample["image"][:, :10]
+    with pytest.raises(ValueError, match=r"image0\.png: .* an image of 10 x 30 pixels, but .* is 20 x 30"):
+        evaluator.process([sample], [{}])
+    del sample["image"]
+    with pytest.raises(ValueError, match="the sample has no image"):
+        evaluator.process([sample], [{}])

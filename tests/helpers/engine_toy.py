@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipdense.data.loader import build_test_loader, build_train_loader
 from clipdense.data.mappers import MAPPER_REGISTRY
-from clipdense.evaluation import EVALUATOR_REGISTRY
+from clipdense.evaluation import EVALUATOR_REGISTRY, Probes
 from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
@@ -115,7 +115,7 @@ class ToyEvaluator(DatasetEvaluator):
 
 
 @EVALUATOR_REGISTRY.register()
-def toy(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluator:
+def toy(cfg: CfgNode, name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
     return ToyEvaluator()
 
 

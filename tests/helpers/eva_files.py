@@ -1,12 +1,14 @@
-"""Tiny files in the layout of EVA-CLIP's originals, which is CLIPSelf's, too."""
+"""Tiny files in the layout of EVA-CLIP's originals, which CLIPSelf uses as well."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clipdense.clip.eva import EVA02_CLIP
-from clipdense.clip.model import ClipModel, build_clip
+from clipdense.clip.model import ClipModel, build_clip, load_clip
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 24,
@@ -50,3 +52,18 @@ def state(model: ClipModel) -> dict[str, Tensor]:
         renamed[key] = value
     tables = {f"visual.{owner}rope.freqs_cos": torch.zeros(16, 88) for owner in ("", "blocks.1.attn.")}
     return {**renamed, **tables}
+
+
+def load_golden(state: dict[str, Tensor], config: dict[str, Any], path: Path) -> ClipModel:
+    """Load the EVA-CLIP of a golden file.
+
+    Args:
+        state: tensors under EVA-CLIP's keys.
+        config: the file's ``config``, with ``vision`` and ``text``.
+        path: a safetensors file to write on the way.
+    """
+    save_file(state, path)
+    vision = config["vision"]
+    clip = load_clip(path, head_width=vision["head_width"], text_heads=config["text"]["heads"])
+    clip.visual.trunk.rope.ref_feat_shape = (vision["pt_hw_seq_len"],) * 2  # no file stores it
+    return clip

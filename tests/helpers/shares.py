@@ -23,6 +23,7 @@ from clipdense.engine.distributed import SyncBatchNorm, convert_sync_batchnorm
 from clipdense.engine.trainer import Trainer, distribute
 from clipdense.regions import RegionEncoder
 from clipdense.run.config import add_clipdense_config
+from clipdense.systems.clipself import CLIPSelf, RegionCLIPBaseline
 from clipdense.systems.mask_adaptation import MaskAdaptedCLIP
 from tests.helpers.engine_toy import ROOT, toy_config
 
@@ -226,6 +227,46 @@ def mask_adapted() -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in found.items()}
 
 
+def clipself() -> dict[str, Tensor]:
+    """CLIPSelf, whose loss is a mean over regions, of which images have different numbers."""
+    torch.manual_seed(0)
+    clip = load_clip("shapes-vit", "random")
+    net = distribute(CLIPSelf(clip=clip, embedding_weight=0.5)).train()
+    with torch.no_grad():  # the student is not the teacher any more
+        for parameter in clip.visual.parameters():
+            parameter.mul_(1.02)
+    random = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([[0.0, 0, 0.5, 1], [0.25, 0.25, 1, 1], [0.1, 0.2, 0.4, 0.5]])
+    batch = [
+        {
+            "image": (torch.rand(3, 64, 64, generator=random) * 255).byte(),
+            "boxes": boxes[:n],
+            "crops": (torch.rand(n, 3, 64, 64, generator=random) * 255).byte(),
+        }
+        for n in (3, 1, 2, 1)
+    ]
+    found = gradients(net, net(share(batch)))
+    return {name.removeprefix("module."): value for name, value in found.items()}
+
+
+def region_concepts() -> dict[str, Tensor]:
+    """RegionCLIPBaseline on uneven shares; all concepts are compared with."""
+    torch.manual_seed(0)
+    concepts = torch.randn(3, 128)
+    net = distribute(RegionCLIPBaseline(clip=load_clip("shapes-vit", "random"), concepts=concepts)).train()
+    random = torch.Generator().manual_seed(0)
+    batch = [
+        {
+            "image": (torch.rand(3, 64, 64, generator=random) * 255).byte(),
+            "boxes": torch.tensor([[0.0, 0, 0.5, 1], [0.25, 0.25, 1, 1]])[:n],
+            "concepts": torch.tensor([2, 0])[:n],
+        }
+        for n in (2, 1, 2, 0)
+    ]
+    found = gradients(net, net(share(batch, uneven=True)))
+    return {name.removeprefix("module."): value for name, value in found.items()}
+
+
 def results(folder: str) -> dict[str, dict[str, Tensor]]:
     """Everything, by name."""
     sync = "MODEL.SYNC_BN", True
@@ -240,6 +281,8 @@ def results(folder: str) -> dict[str, dict[str, Tensor]]:
         "Mask R-CNN": mask_rcnn(),
         "ContrastiveCLIP": contrastive(),
         "MaskAdaptedCLIP": mask_adapted(),
+        "CLIPSelf": clipself(),
+        "RegionCLIPBaseline": region_concepts(),
     }
 
 

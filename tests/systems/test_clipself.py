@@ -1,4 +1,4 @@
-"""CLIPSelf: what is trained and what stays, the losses, the ensemble."""
+"""CLIPSelf and its RegionCLIP baseline: trained parameters, losses, the ensemble."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import ClipModel, TowerRequest, load_clip
+from clipdense.evaluation import CLIPProbe, model_probes
 from clipdense.run.setup import load_config
-from clipdense.systems.clipself import CLIPSelf, loss
+from clipdense.systems.clipself import CLIPSelf, RegionCLIPBaseline
 from clipdense.systems.clipself.loss import concept_loss, cosine_loss, sample_concepts
 
 from detectron2.config import CfgNode as CN
@@ -122,18 +123,10 @@ def test_half_precision() -> None:
     assert float(half) == pytest.approx(exact, abs=0.02) and half.dtype == torch.float32
 
 
-def test_loss_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The average over processes of unequal shares is the mean over all regions."""
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 8)
-    whole = cosine_loss(student, teacher)
-    monkeypatch.setattr(loss.comm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(loss, "share_rows", lambda row: torch.tensor([[4.0], [1.0]]))
-    shares = [cosine_loss(student[part], teacher[part]) for part in (slice(4), slice(4, 5))]
-    torch.testing.assert_close(sum(shares) / 2, whole)
-    naive = [(1 - F.cosine_similarity(student[p], teacher[p])).mean() for p in (slice(4), slice(4, 5))]
-    assert abs(sum(naive) / 2 - whole) > 1e-3
-    assert cosine_loss(student[:0], teacher[:0]) == 0
+def test_the_loss_of_no_regions() -> None:
+    """Over processes: tests/helpers/shares.py."""
+    empty = torch.zeros(0, 8)
+    assert cosine_loss(empty, empty) == 0
 
 
 def test_a_step_costs_no_more_than_its_parts() -> None:
@@ -158,49 +151,72 @@ def test_multiscale(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(12):
         model(batch())
     assert sides == {32, 96, 64}  # 64: the teacher's crops
-    with pytest.raises(ValueError, match=r"MULTISCALE: \[60\] are no multiples of the stride 8"):
+    with pytest.raises(ValueError, match=r"MULTISCALE: \[60\] are not multiples of the stride 8"):
         CLIPSelf(clip=nano("shapes-vit"), multiscale=(64, 60))
-    with pytest.raises(ValueError, match="IMAGE_SIZE 60 is no multiple of the stride 8"):
+    with pytest.raises(ValueError, match="IMAGE_SIZE 60 is not a multiple of the stride 8"):
         CLIPSelf(clip=nano("shapes-vit"))(batch(1, 60))
 
 
-def test_the_ensemble_is_evaluated_and_exported_but_not_trained(tmp_path: Path) -> None:
+@torch.no_grad()
+def move(model: CLIPSelf) -> None:
+    for p in model.student.visual.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+
+
+def test_the_ensemble_averages_the_weights() -> None:
     model = CLIPSelf(clip=nano("shapes-eva"), alpha=0.7)
-    with torch.no_grad():
-        for p in model.student.visual.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    move(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert model.clip is model.student
-    clip = model.eval()(batch())[1]["clip"]
-    assert clip is model.clip and not clip.training and clip.text is model.student.text
+    clip = model.ensemble()
+    assert not clip.training and clip.text is model.student.text
     for name, value in clip.visual.named_parameters():
         a, b = before[f"student.visual.{name}"], before[f"teacher.visual.{name}"]
         torch.testing.assert_close(value, 0.7 * a + 0.3 * b)
-    image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        assert not torch.allclose(model.student.encode_image(image), clip.encode_image(image), atol=1e-3)
-        save_checkpoint(tmp_path / "export.safetensors", *model.export_state())
-        again = load_clip(str(tmp_path / "export.safetensors"))
-        torch.testing.assert_close(again.encode_image(image), clip.encode_image(image))
-        tokens = again.tokenize(["a red star"])
-        torch.testing.assert_close(again.encode_text(tokens), clip.encode_text(tokens))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    model.train()
+
+
+def test_the_student_alone() -> None:
+    model = CLIPSelf(clip=nano("shapes-eva"), alpha=2.0)
+    move(model)
+    clip, student = model.ensemble().state_dict(), model.student.state_dict()
+    assert all(torch.equal(clip[k], v) for k, v in student.items())
+
+
+def test_the_ensemble_is_exported(tmp_path: Path) -> None:
+    model = CLIPSelf(clip=nano("shapes-eva"), alpha=0.7)
+    move(model)
+    image, clip = torch.randn(1, 3, 64, 64), model.ensemble()
+    save_checkpoint(tmp_path / "export.safetensors", *model.export_state())
+    again = load_clip(str(tmp_path / "export.safetensors"))
+    tokens = again.tokenize(["a red star"])
     with torch.no_grad():
-        for p in model.student.visual.parameters():
-            p.zero_()
-    assert model.clip is model.student
-    later = dict(model.eval().clip.visual.named_parameters())  # not the one of the last evaluation
-    assert all(torch.allclose(p, 0.3 * before[f"teacher.visual.{n}"]) for n, p in later.items())
-    alone = CLIPSelf(clip=nano("shapes-eva"), alpha=2.0).eval()
-    assert alone.clip is alone.student
+        torch.testing.assert_close(again.encode_image(image), clip.encode_image(image))
+        torch.testing.assert_close(again.encode_text(tokens), clip.encode_text(tokens))
+        assert not torch.allclose(model.student.encode_image(image), clip.encode_image(image), atol=1e-3)
 
 
-def test_the_temperature_stays_in_its_range() -> None:
+def test_the_ensemble_is_evaluated() -> None:
+    """In evaluation the model predicts nothing; its probe gives the features of the current ensemble."""
+    model = CLIPSelf(clip=nano("shapes-eva"), alpha=0.7).eval()
+    assert model(batch()) == [{}, {}]
+    image = batch(1)[0]["image"].permute(1, 2, 0).numpy()
+    probe = model_probes(model).dense
+    start = CLIPProbe(model.teacher).dense_map(image, "value")
+    torch.testing.assert_close(probe.dense_map(image, "value"), start)
+    move(model)
+    torch.testing.assert_close(probe.dense_map(image, "value"), start)
+    torch.testing.assert_close(
+        model_probes(model).dense.dense_map(image, "value"),
+        CLIPProbe(model.ensemble()).dense_map(image, "value"),
+    )
+    assert not torch.allclose(model_probes(model).dense.dense_map(image, "value"), start, atol=1e-3)
+    assert model_probes(model).regions is None
+
+
+def test_the_exported_temperature_is_in_range() -> None:
     model = CLIPSelf(clip=nano("shapes-vit"))
     torch.nn.init.constant_(model.student.logit_scale, 9.0)
-    model(batch())
-    assert float(model.student.logit_scale.exp()) == pytest.approx(100, rel=1e-4)
+    assert float(model.ensemble().logit_scale.exp()) == pytest.approx(100, rel=1e-4)
 
 
 def test_concepts_of_hand_computed_regions() -> None:
@@ -225,31 +241,70 @@ def test_sampled_concepts() -> None:
     assert len(sample_concepts(present[:0], 8, 3)) == 3
 
 
-def test_concepts_take_the_place_of_distillation() -> None:
+def concept_batch() -> list[dict]:
+    return [
+        {"image": s["image"], "boxes": s["boxes"], "concepts": torch.tensor([4, 1, 1][: 3 - i])}
+        for i, s in enumerate(batch())
+    ]
+
+
+@pytest.fixture
+def baseline() -> RegionCLIPBaseline:
     torch.manual_seed(0)
-    model = CLIPSelf(clip=nano("shapes-vit"), concepts=torch.randn(9, 128), num_concepts=5)
-    samples = [{k: v for k, v in s.items() if k != "crops"} for s in batch()]
-    with pytest.raises(ValueError, match=r"the loss needs concepts.*REGIONS is concepts if and only if"):
-        model(samples)
-    for i, sample in enumerate(samples):
-        sample["concepts"] = torch.tensor([4, 1, 1][: 3 - i])
-    value = model(samples)["loss_concepts"]
+    return RegionCLIPBaseline(
+        clip=nano("shapes-vit"), concepts=torch.randn(9, 128), num_concepts=5, weight=2.0
+    )
+
+
+def test_the_baseline_classifies_regions(baseline: RegionCLIPBaseline) -> None:
+    samples = concept_batch()
+    torch.manual_seed(3)
+    value = baseline(samples)["loss_concepts"]
+    torch.manual_seed(3)
+    concepts = torch.cat([sample["concepts"] for sample in samples])
+    sampled = sample_concepts(concepts, 9, 5)
+    unit = F.normalize(baseline.pool_regions(samples, "clipself"), dim=1)
+    rows = torch.tensor([sampled.tolist().index(c) for c in concepts])
+    scale = baseline.student.logit_scale.exp()
+    expected = 2 * concept_loss(unit, rows, baseline.concepts[sampled], scale)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
     value.backward()
-    assert value > 0 and trained(model) == {n for n, p in model.named_parameters() if p.grad is not None}
-    none = [{"image": s["image"], "boxes": s["boxes"][:0], "concepts": s["concepts"][:0]} for s in samples]
-    model(none)["loss_concepts"].backward()  # images without annotations
-    with pytest.raises(ValueError, match="the loss needs crops"):
-        CLIPSelf(clip=nano("shapes-vit"))(samples)
+    assert trained(baseline) == {n for n, p in baseline.named_parameters() if p.grad is not None}
 
 
-def test_the_clip_of_the_config() -> None:
-    """MODEL.CLIP means here what it means for trunks; what the exported file could not say is refused."""
+def test_the_baseline_takes_images_without_regions(baseline: RegionCLIPBaseline) -> None:
+    samples = [{**s, "boxes": s["boxes"][:0], "concepts": s["concepts"][:0]} for s in concept_batch()]
+    baseline(samples)["loss_concepts"].backward()
+
+
+def test_inputs_of_the_other_method(baseline: RegionCLIPBaseline) -> None:
+    with pytest.raises(ValueError, match="inputs have no concepts: set INPUT.CLIPSELF.REGIONS to concepts"):
+        baseline(batch())
+    with pytest.raises(ValueError, match="inputs have no crops: set INPUT.CLIPSELF.REGIONS to patches"):
+        CLIPSelf(clip=nano("shapes-vit"))(concept_batch())
+
+
+@pytest.fixture
+def cfg() -> CN:
     cfg = load_config("configs/shapes/clipself_vit_patches.yaml")
     cfg.defrost()
+    return cfg
+
+
+def test_the_clip_of_the_config(cfg: CN) -> None:
+    """MODEL.CLIP means the same as for trunks; what the exported file cannot store is refused."""
     cfg.MODEL.CLIP.CONFIG = CN(nano("shapes-vit").config["model_cfg"], new_allowed=True)
     cfg.MODEL.CLIP.CONFIG.vision_cfg.layers = 2
     cfg.MODEL.CLIP.PRETRAINED = "random"
     assert len(CLIPSelf(cfg).student.visual.blocks) == 2
     cfg.MODEL.CLIP.POSITION_GRID = 4
     with pytest.raises(ValueError, match="POSITION_GRID"):
+        CLIPSelf(cfg)
+
+
+def test_keys_of_the_other_method(cfg: CN) -> None:
+    with pytest.raises(ValueError, match=r"RegionCLIPBaseline needs MODEL\.CLIPSELF\.CONCEPTS"):
+        RegionCLIPBaseline(cfg)
+    cfg.MODEL.CLIPSELF.CONCEPTS = "nouns.npy"
+    with pytest.raises(ValueError, match="set MODEL.META_ARCHITECTURE to RegionCLIPBaseline"):
         CLIPSelf(cfg)

@@ -111,7 +111,10 @@ def test_patches_need_no_annotations(record: dict) -> None:
         assert np.array_equal(pixels(crop), crop_box(image, tuple((box * 60).tolist()), 32))
     random.seed(0)  # the loader's randomness decides
     assert torch.equal(mapper(REGIONS="patches")(record)["boxes"], sample["boxes"])
-    assert mapper(False)(record) == {"file_name": record["file_name"], "image_id": 3}
+    sample = mapper(False)(record)
+    assert sample.keys() == {"file_name", "image_id", "image"} and np.array_equal(
+        pixels(sample["image"]), image
+    )
 
 
 def test_proposals_see_context(record: dict) -> None:
@@ -124,7 +127,7 @@ def test_proposals_see_context(record: dict) -> None:
     del record["annotations"]
     with pytest.raises(KeyError, match=r"0\.png has no annotations, which .* proposals"):
         mapper(REGIONS="proposals")(record)
-    with pytest.raises(ValueError, match="REGIONS 'boxes' is none of patches, proposals, concepts"):
+    with pytest.raises(ValueError, match="REGIONS 'boxes': expected patches, proposals, concepts"):
         mapper(REGIONS="boxes")
 
 
@@ -217,7 +220,14 @@ def test_a_run_on_concepts(tmp_path: Path, config: Callable[..., Path], catalogs
     data = f'COCO_JSON: ["nouns:{tmp_path}/nouns.json:{photos}"]\n  TRAIN: [nouns]'
     train(
         config(data, "concepts"),
-        *("MODEL.CLIPSELF.CONCEPTS", tmp_path / "nouns.npy", "SOLVER.MAX_ITER", 2),
+        *(
+            "MODEL.META_ARCHITECTURE",
+            "RegionCLIPBaseline",
+            "MODEL.CLIPSELF.CONCEPTS",
+            tmp_path / "nouns.npy",
+            "SOLVER.MAX_ITER",
+            2,
+        ),
     )
     line = json.loads((tmp_path / "out" / "metrics.json").read_text().splitlines()[-1])
     assert line["total_loss"] > 0

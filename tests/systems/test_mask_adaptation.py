@@ -19,6 +19,7 @@ from clipdense.clip.mask_prompts import load_mask_prompts
 from clipdense.clip.model import pixel_statistics
 from clipdense.data.mask_pairs import write_pairs
 from clipdense.engine.optimizer import build_optimizer
+from clipdense.evaluation import model_probes
 from clipdense.regions import CropRule, crop_masks
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.setup import load_config
@@ -138,12 +139,12 @@ def test_errors_of_pairs_name_them(pair: dict[str, Any]) -> None:
     other = mask_util.encode(np.ones((40, 50), np.uint8, order="F"))
     with pytest.raises(ValueError, match=r"'red kite' is of \(40, 50\), the image of \(40, 60\)"):
         whole()(pair | {"segmentation": other})
+    evaluated = MaskPairMapper(False, rule=CropRule())(pair)
+    assert evaluated.keys() == {"file_name", "image_id", "image"} and evaluated["image"].shape == (3, 40, 60)
     Path(pair["file_name"]).write_bytes(b"no png")
     with pytest.raises(OSError, match=r"0\.png"):
         whole()(pair)
     assert MaskPairMapper(rule=CropRule(), skip_bad_images=True)(pair) is None
-    evaluated = MaskPairMapper(False, rule=CropRule())(pair)
-    assert evaluated == {"file_name": pair["file_name"], "image_id": 3}
 
 
 def test_pixel_statistics_are_the_clips(tmp_path: Path) -> None:
@@ -290,14 +291,15 @@ def test_each_run_keeps_what_the_one_before_learned(tmp_path: Path) -> None:
         build_model(config(*start, files[1], "MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH", 3))
 
 
-def test_evaluation_gives_the_encoder() -> None:
+def test_evaluation_gives_a_probe_of_the_encoder() -> None:
     net = model(prompted("both")).eval()
-    outputs = net([{"file_name": "a.png"}, {"file_name": "b.png"}])
-    assert [output["region_encoder"] is net.encoder for output in outputs] == [True, True]
+    assert net([{"file_name": "a.png"}, {"file_name": "b.png"}]) == [{}, {}]
     image, masks = torch.randint(0, 255, (3, 80, 70)), torch.zeros(2, 80, 70, dtype=torch.bool)
     masks[0, 10:40, 5:50] = True
     vectors, valid = net.encoder(image, masks)
     assert vectors.shape == (1, 128) and valid.tolist() == [True, False]
+    probe = model_probes(net).regions
+    assert probe is not None and torch.equal(probe.embed_masks(image, masks[:1]), vectors)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""CLIPSelf (Wu et al., ICLR 2024): a CLIP distils its image embeddings of crops into its own dense map."""
+"""Region-level CLIP by self-distillation (CLIPSelf, Wu et al., ICLR 2024), and its RegionCLIP baseline."""
 
 from clipdense.systems.clipself.config import add_clipself_config
 from clipdense.systems.clipself.mapper import CLIPSelfMapper
-from clipdense.systems.clipself.meta_arch import CLIPSelf
+from clipdense.systems.clipself.meta_arch import CLIPSelf, RegionCLIPBaseline
 
-__all__ = ["CLIPSelf", "CLIPSelfMapper", "add_clipself_config"]
+__all__ = ["CLIPSelf", "CLIPSelfMapper", "RegionCLIPBaseline", "add_clipself_config"]

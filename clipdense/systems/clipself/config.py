@@ -1,47 +1,48 @@
-"""Configuration keys of CLIPSelf: what is learned below MODEL.CLIPSELF, what it is learned from below
-INPUT.CLIPSELF."""
+"""Configuration keys of CLIPSelf: the training below MODEL.CLIPSELF, its input below INPUT.CLIPSELF."""
 
 from detectron2.config import CfgNode as CN
 
 
 def add_clipself_config(cfg: CN) -> None:
     """Add ``MODEL.CLIPSELF`` and ``INPUT.CLIPSELF`` (in place)."""
+    # Used by the meta-architectures CLIPSelf and RegionCLIPBaseline.
     cfg.MODEL.CLIPSELF = CN()
-    # Last-block mode of the student's dense map, one that its image tower has. "value" leaves the softmax
-    # attention of the last block out, as published.
+    # Last-block mode of the student's dense map. "value" drops the softmax attention of the last block, as
+    # published.
     cfg.MODEL.CLIPSELF.MODE = "value"
-    # Last groups of the student that are trained: blocks of a ViT; of a ResNet its four stages and the
-    # attention pool. -1: all of them. What is below, and norm and projection above, stay as they are.
+    # Number of groups that are trained, counted from the last: blocks of a ViT; the four stages and the
+    # attention pool of a ResNet. -1: all of them. Groups below, norm and projection stay frozen.
     cfg.MODEL.CLIPSELF.UNLOCKED_GROUPS = -1
-    # What is evaluated and exported is ALPHA * student + (1 - ALPHA) * teacher, weight by weight; 1 or more
-    # for the student alone. Published: 0.7 for B/16, 0.95 for L/14.
+    # The evaluated and exported weights are ALPHA * student + (1 - ALPHA) * initial CLIP; 1 or more: the
+    # student alone. Published: 0.7 for B/16, 0.95 for L/14.
     cfg.MODEL.CLIPSELF.ALPHA = 1.0
-    # Weight of the loss (1 - cosine of regions, or the concept loss).
+    # Weight of the loss.
     cfg.MODEL.CLIPSELF.WEIGHT = 1.0
-    # Weight of 1 - cosine between the student's and the teacher's image embeddings of the crops: keeps
-    # zero-shot classification, at the price of a forward and a backward pass of the student on the crops.
-    # Not published.
-    cfg.MODEL.CLIPSELF.EMBEDDING_WEIGHT = 0.0
-    # Sides in pixels, one of which each training batch is resized to; empty for INPUT.CLIPSELF.IMAGE_SIZE.
+    # Sides in pixels; each training batch is resized to one of them at random. Empty: no resizing from
+    # INPUT.CLIPSELF.IMAGE_SIZE.
     cfg.MODEL.CLIPSELF.MULTISCALE = ()
-    # RegionCLIP's baseline instead of distillation (with INPUT.CLIPSELF.REGIONS concepts): a text table with
-    # a row for every class of the training data.
+    # CLIPSelf: weight of 1 - cosine between the student's and the teacher's image embeddings of the crops.
+    # It preserves zero-shot classification, at the cost of a forward and a backward pass of the student on
+    # the crops. Not published; 0: off.
+    cfg.MODEL.CLIPSELF.EMBEDDING_WEIGHT = 0.0
+    # RegionCLIPBaseline: file with a text table that has a row for each class of the training dataset.
     cfg.MODEL.CLIPSELF.CONCEPTS = ""
-    # Concepts that each batch is compared with: its own, and others at random up to this number.
+    # RegionCLIPBaseline: number of concepts that each batch is compared with: its own, filled up at random.
     cfg.MODEL.CLIPSELF.NUM_CONCEPTS = 100
 
+    # Used by CLIPSelfMapper.
     cfg.INPUT.CLIPSELF = CN()
     # "patches" (cells of random grids; needs no annotations), "proposals" (annotated boxes), or "concepts"
-    # (annotated boxes with their classes; see MODEL.CLIPSELF.CONCEPTS).
+    # (annotated boxes with their classes, for RegionCLIPBaseline).
     cfg.INPUT.CLIPSELF.REGIONS = "patches"
-    # Side in pixels of the student's square image. Published: 1024 for patches of 16, 896 for 14.
+    # Side of the student's square image in pixels. Published: 1024 for patch size 16, 896 for 14.
     cfg.INPUT.CLIPSELF.IMAGE_SIZE = 1024
-    # Side in pixels of the teacher's crops: the native size of the CLIP.
+    # Side of the teacher's crops in pixels: the native image size of the CLIP.
     cfg.INPUT.CLIPSELF.CROP_SIZE = 224
-    # The most regions of an image.
+    # Maximum number of regions of an image.
     cfg.INPUT.CLIPSELF.MAX_BOXES = 20
-    # Patches: the most rows and columns of a grid.
+    # Patches: maximum number of rows and of columns of a grid.
     cfg.INPUT.CLIPSELF.MAX_SPLIT = 6
-    # Teacher's crops are regions enlarged by this around their centres; 0: as published, 1 for patches and
-    # 1.5 for proposals.
+    # Factor by which regions are enlarged around their centres for the teacher's crops. 0: as published,
+    # which is 1 for patches and 1.5 for proposals.
     cfg.INPUT.CLIPSELF.CROP_SCALE = 0.0

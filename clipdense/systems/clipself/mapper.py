@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipdense.data.letterbox import Uint8, crop_box, letterbox
-from clipdense.data.mappers import MAPPER_REGISTRY, read_image_or_skip
+from clipdense.data.mappers import MAPPER_REGISTRY, original_sample, read_image_or_skip
 from clipdense.systems.clipself.regions import Regions, draw_patches, draw_proposals
 
 from detectron2.config import CfgNode, configurable
@@ -21,20 +21,23 @@ _CROP_SCALES = {"patches": 1.0, "proposals": 1.5, "concepts": 1.0}
 
 @MAPPER_REGISTRY.register()
 class CLIPSelfMapper:
-    """Wu et al., CLIPSelf (ICLR 2024), Sec. 3; crops are cut from the image as it is on disk.
+    """Letterboxed images, their regions and the teacher's crops (Wu et al., CLIPSelf, ICLR 2024, Sec. 3).
+
+    Crops are cut from the image at its own resolution.
 
     Args:
-        is_train: in evaluation, which reads images itself, only ``file_name`` and ``image_id`` are passed on.
+        is_train: False gives the image at its own size, see `original_sample`.
         regions: "patches", "proposals" or "concepts".
         image_size: side of the student's image in pixels.
         crop_size: side of a crop in pixels.
-        max_boxes: the most regions of an image.
-        max_split: the most rows and columns of a grid of patches.
-        crop_scale: crops are regions enlarged by it; None: as published, 1 for patches and 1.5 for proposals.
+        max_boxes: maximum number of regions of an image.
+        max_split: maximum number of rows and of columns of a grid of patches.
+        crop_scale: factor by which regions are enlarged for their crops; None: as published, 1 for patches
+            and 1.5 for proposals.
         skip_bad_images: whether a damaged image file gives None, with a warning, instead of an error.
 
     Raises:
-        ValueError: other regions.
+        ValueError: If ``regions`` has another value.
     """
 
     @configurable
@@ -51,7 +54,7 @@ class CLIPSelfMapper:
         skip_bad_images: bool = False,
     ) -> None:
         if regions not in _CROP_SCALES:
-            raise ValueError(f"INPUT.CLIPSELF.REGIONS {regions!r} is none of {', '.join(_CROP_SCALES)}")
+            raise ValueError(f"INPUT.CLIPSELF.REGIONS {regions!r}: expected {', '.join(_CROP_SCALES)}")
         self.regions, self.image_size, self.crop_size = regions, image_size, crop_size
         self.max_boxes, self.max_split = max_boxes, max_split
         self.crop_scale = _CROP_SCALES[regions] if crop_scale is None else crop_scale
@@ -59,7 +62,7 @@ class CLIPSelfMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Constructor arguments from ``INPUT.CLIPSELF``."""
+        """Read the constructor arguments from ``INPUT.CLIPSELF``."""
         keys = cfg.INPUT.CLIPSELF
         return {
             "is_train": is_train,
@@ -73,24 +76,24 @@ class CLIPSelfMapper:
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """One image; randomness is that of Python's `random`.
+        """Map one image; regions are drawn with Python's `random`.
 
         Args:
             dataset_dict: ``file_name`` and ``image_id``; unless the regions are patches, ``annotations`` with
                 ``bbox``, for concepts also ``category_id``.
 
         Returns:
-            ``file_name``, ``image_id``; ``image`` (3, S, S) uint8 RGB; ``boxes`` (n, 4), xyxy in shares of
-            S; and ``crops`` (n, 3, s, s) uint8 RGB, or for concepts ``concepts`` (n,) int64. None for a
-            damaged image that may be skipped.
+            ``file_name``, ``image_id``; ``image`` (3, S, S) uint8 RGB; ``boxes`` (n, 4), xyxy relative to S
+            (range 0 to 1); and ``crops`` (n, 3, s, s) uint8 RGB, or for concepts ``concepts`` (n,) int64.
+            None for a damaged image that may be skipped.
 
         Raises:
-            KeyError: no annotations where regions come from them.
-            BadImageError: the image cannot be decoded.
+            KeyError: If the regions come from annotations and there are none.
+            BadImageError: If the image cannot be decoded.
         """
-        sample = {key: dataset_dict[key] for key in ("file_name", "image_id")}
         if not self.is_train:
-            return sample
+            return original_sample(dataset_dict)
+        sample = {key: dataset_dict[key] for key in ("file_name", "image_id")}
         image = read_image_or_skip(dataset_dict["file_name"], "RGB", self.skip_bad_images)
         if image is None:
             return None
@@ -99,12 +102,12 @@ class CLIPSelfMapper:
             return sample | self._concepts(dataset_dict, image)
         regions = self.draw(dataset_dict, image.shape[:2])
         crops = [crop_box(image, tuple(box), self.crop_size) for box in regions.crops[regions.valid]]
-        sample["boxes"] = _shares(regions.boxes[regions.valid], image)
+        sample["boxes"] = _relative(regions.boxes[regions.valid], image)
         sample["crops"] = _to_tensor(np.stack(crops))
         return sample
 
     def draw(self, record: dict[str, Any], image_size: tuple[int, int]) -> Regions:
-        """Patches or proposals of an image of (H, W) pixels."""
+        """Draw the patches or proposals of an image of (H, W) pixels."""
         rng = random.Random(random.getrandbits(64))
         if self.regions == "patches":
             return draw_patches(
@@ -118,18 +121,18 @@ class CLIPSelfMapper:
         return draw_proposals(boxes, image_size, rng, max_boxes=self.max_boxes, crop_scale=self.crop_scale)
 
     def _concepts(self, record: dict[str, Any], image: Uint8) -> dict[str, Tensor]:
-        """The first boxes and their classes, of whatever size."""
+        """Return the first boxes, of any size, and their classes."""
         annotations = self._annotations(record)[: self.max_boxes]
         xywh = np.array([_xywh(annotation) for annotation in annotations], float).reshape(-1, 4)
         xywh[:, 2:] += xywh[:, :2]
         concepts = torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.long)
-        return {"boxes": _shares(xywh, image), "concepts": concepts}
+        return {"boxes": _relative(xywh, image), "concepts": concepts}
 
     def _annotations(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         if "annotations" not in record:
             raise KeyError(
                 f"{record['file_name']} has no annotations, which INPUT.CLIPSELF.REGIONS {self.regions} "
-                "takes its boxes from; patches need none"
+                "needs; set it to patches for images without annotations"
             )
         annotations: list[dict[str, Any]] = record["annotations"]
         return annotations
@@ -140,11 +143,11 @@ def _xywh(annotation: dict[str, Any]) -> list[float]:
     return box
 
 
-def _shares(boxes: np.ndarray, image: Uint8) -> Tensor:
-    """Pixels of the image -> shares of the padded square."""
+def _relative(boxes: np.ndarray, image: Uint8) -> Tensor:
+    """Convert boxes in pixels of the image to boxes relative to the padded square."""
     return torch.from_numpy(boxes / max(image.shape[:2])).float()
 
 
 def _to_tensor(pixels: Uint8) -> Tensor:
-    """(..., H, W, 3) -> (..., 3, H, W)."""
+    """Convert (..., H, W, 3) to (..., 3, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))

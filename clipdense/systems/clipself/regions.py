@@ -1,4 +1,4 @@
-"""Which regions of an image teach (Wu et al., CLIPSelf, ICLR 2024, Sec. 3; the released code's numbers)."""
+"""Regions of an image for training (Wu et al., CLIPSelf, ICLR 2024, Sec. 3; values of the released code)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 MIN_AREA, MAX_AREA = 8.0**2, 1024.0**2
-"""Square pixels of the original image; proposals outside are not used."""
+"""Range of a proposal's area in square pixels of the original image; others are not used."""
 
 Float32 = npt.NDArray[np.float32]
 
@@ -34,9 +34,9 @@ class Regions:
     """Regions of one image, xyxy in pixels of the original.
 
     Attributes:
-        boxes: (n, 4), what the student pools; rows that are not valid are 0.
-        crops: (n, 4), what the teacher sees.
-        valid: (n,) bool.
+        boxes: (n, 4), boxes that the student's dense map is pooled over; 0 in invalid rows.
+        crops: (n, 4), boxes of the teacher's crops.
+        valid: (n,) bool, rows that are used.
     """
 
     boxes: npt.NDArray[np.float64]
@@ -46,8 +46,10 @@ class Regions:
 
 @cache
 def grid_pairs(max_split: int = 6) -> tuple[tuple[int, int], ...]:
-    """(rows, columns) of the grids: up to ``max_split`` a side, neither twice as long as the other; 24 for
-    6."""
+    """List the grids as (rows, columns): up to ``max_split`` a side, neither side more than twice the other.
+
+    There are 24 grids for 6.
+    """
     return tuple(
         (rows, columns)
         for rows in range(1, max_split + 1)
@@ -56,8 +58,8 @@ def grid_pairs(max_split: int = 6) -> tuple[tuple[int, int], ...]:
 
 
 def grid_boxes(rows: int, columns: int) -> Float32:
-    """Cells (rows * columns, 4) of a grid over an image of size 1 x 1: xyxy, row-major."""
-    # torch's linspace in float32, as published: a cell that ends on half a pixel is then rounded as there
+    """Compute the cells (rows * columns, 4) of a grid over an image of size 1 x 1: xyxy, row-major."""
+    # torch's linspace in float32, as published: cells that end on half a pixel are then rounded the same way
     x, y = torch.linspace(0, 1, columns + 1).numpy(), torch.linspace(0, 1, rows + 1).numpy()
     i, j = np.divmod(np.arange(rows * columns), columns)
     return np.stack([x[j], y[i], x[j + 1], y[i + 1]], axis=1)
@@ -71,7 +73,7 @@ def draw_patches(
     max_boxes: int = 20,
     crop_scale: float = 1.0,
 ) -> Regions:
-    """The cells of a random grid; of more than ``max_boxes``, that many at random."""
+    """Draw a random grid and up to ``max_boxes`` of its cells; see `patch_regions`."""
     rows, columns = rng.choice(grid_pairs(max_split))
     cells = rng.sample(range(rows * columns), min(max_boxes, rows * columns))
     return patch_regions(image_size, (rows, columns), cells, crop_scale)
@@ -80,13 +82,14 @@ def draw_patches(
 def patch_regions(
     image_size: tuple[int, int], grid: tuple[int, int], cells: Sequence[int], crop_scale: float = 1.0
 ) -> Regions:
-    """Cells of a grid over the image.
+    """Compute regions from cells of a grid over the image.
 
     Args:
         image_size: (H, W).
         grid: (rows, columns).
         cells: row-major indices.
-        crop_scale: the teacher's crop is the cell enlarged by it around its centre and clipped to the image.
+        crop_scale: factor by which a cell is enlarged around its centre, and clipped to the image, for its
+            crop.
     """
     height, width = image_size
     boxes = grid_boxes(*grid)[list(cells)] * np.array([width, height] * 2, np.float32)
@@ -101,7 +104,7 @@ def draw_proposals(
     max_boxes: int = 20,
     crop_scale: float = 1.5,
 ) -> Regions:
-    """Up to ``max_boxes`` of an image's boxes (n, 4), xywh, at random; see `proposal_regions`."""
+    """Draw up to ``max_boxes`` of an image's boxes (n, 4), xywh; see `proposal_regions`."""
     xywh = np.asarray(boxes, float).reshape(-1, 4)
     return proposal_regions(
         xywh[rng.sample(range(len(xywh)), min(max_boxes, len(xywh)))], image_size, crop_scale
@@ -111,15 +114,16 @@ def draw_proposals(
 def proposal_regions(
     boxes: npt.NDArray[np.float64], image_size: tuple[int, int], crop_scale: float = 1.5
 ) -> Regions:
-    """Boxes as regions; those of less than `MIN_AREA` or more than `MAX_AREA` are not valid.
+    """Compute regions from boxes; those smaller than `MIN_AREA` or larger than `MAX_AREA` are invalid.
 
-    Where none is, the first row becomes the image's top-left quarter (of each side); its crop is in whole
-    pixels and not enlarged, as published.
+    If no box is valid, the first row becomes the top-left corner of the image, a quarter of each side; its
+    crop is rounded down to whole pixels and not enlarged, as published.
 
     Args:
         boxes: (n, 4) xywh in pixels.
         image_size: (H, W).
-        crop_scale: the teacher's crop is the box enlarged by it around its centre and clipped to the image.
+        crop_scale: factor by which a box is enlarged around its centre, and clipped to the image, for its
+            crop.
     """
     area = boxes[:, 2] * boxes[:, 3]
     valid = (area >= MIN_AREA) & (area <= MAX_AREA)
@@ -128,9 +132,9 @@ def proposal_regions(
     if valid.any():
         return regions
     height, width = image_size
-    quarter, whole = np.zeros((max(1, len(boxes)), 4)), np.zeros((max(1, len(boxes)), 4))
-    quarter[0, 2:], whole[0, 2:] = (width / 4, height / 4), (width // 4, height // 4)
-    return Regions(quarter, whole, np.arange(len(quarter)) == 0)
+    corner, crop = np.zeros((max(1, len(boxes)), 4)), np.zeros((max(1, len(boxes)), 4))
+    corner[0, 2:], crop[0, 2:] = (width / 4, height / 4), (width // 4, height // 4)
+    return Regions(corner, crop, np.arange(len(corner)) == 0)
 
 
 def _regions(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from clipdense.clip.model import pixel_statistics
-from clipdense.data.mappers import MAPPER_REGISTRY, read_image_or_skip
+from clipdense.data.mappers import MAPPER_REGISTRY, original_sample, read_image_or_skip
 from clipdense.data.mask_pairs import pair_mask
 from clipdense.regions import CropRule, crop_masks, tight_boxes
 
@@ -27,7 +27,7 @@ class MaskPairMapper:
     the background again by its colour. Here the true mask goes along.
 
     Args:
-        is_train: in evaluation, which reads images itself, only ``file_name`` and ``image_id`` are passed on.
+        is_train: False gives the image at its own size, see `original_sample`.
         rule: how a mask becomes a crop.
         size: side of a crop in pixels.
         pixel_mean, pixel_std: of the CLIP, RGB, of images in 0 .. 1.
@@ -90,11 +90,11 @@ class MaskPairMapper:
             BadImageError: the image cannot be decoded.
             ValueError: a mask of another size than the image, or an empty one; names both.
         """
+        if not self.is_train:
+            return original_sample(dataset_dict)
         sample: dict[str, Any] = {
             key: dataset_dict[key] for key in ("file_name", "image_id") if key in dataset_dict
         }
-        if not self.is_train:
-            return sample
         pixels = read_image_or_skip(dataset_dict["file_name"], "RGB", self.skip_bad_images)
         if pixels is None:
             return None

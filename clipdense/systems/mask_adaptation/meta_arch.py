@@ -18,6 +18,7 @@ from clipdense.clip import ClipModel
 from clipdense.clip.layouts import MASK_PROMPTS
 from clipdense.clip.mask_prompts import MaskPrompts, load_mask_prompts
 from clipdense.clip.text import TextBank
+from clipdense.evaluation.probes import RegionEncoderProbe
 from clipdense.regions import CropRule, RegionEncoder
 
 from detectron2.config import CfgNode, configurable
@@ -137,11 +138,11 @@ class MaskAdaptedCLIP(nn.Module):
             batched_inputs: see `MaskPairMapper`.
 
         Returns:
-            In training ``{"loss_contrastive"}``; else ``{"region_encoder": self.encoder}`` for every input,
-            which `MaskClassificationEvaluator` measures.
+            In training ``{"loss_contrastive"}``. In evaluation an empty dict for each input: this model
+            predicts nothing itself, evaluators measure its `region_probe`.
         """
         if not self.training:
-            return [{"region_encoder": self.encoder} for _ in batched_inputs]
+            return [{} for _ in batched_inputs]
         regions, masks = (
             torch.stack([sample[key] for sample in batched_inputs]).to(self.device, non_blocking=True)
             for key in ("region", "region_mask")
@@ -154,6 +155,10 @@ class MaskAdaptedCLIP(nn.Module):
             local_loss=True, gather_with_grad=True, rank=comm.get_rank(), world_size=comm.get_world_size()
         )
         return {"loss_contrastive": loss(u, v, self.encoder.clip.logit_scale.exp())}
+
+    def region_probe(self) -> RegionEncoderProbe:
+        """Provide the embeddings of masks for evaluators."""
+        return RegionEncoderProbe(self.encoder)
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The CLIP, what `load_clip(file)` takes, and its mask prompts, what `load_mask_prompts` does.

@@ -8,6 +8,7 @@ from torch import Tensor
 from clipdense.data.shapes.pretraining.meta_arch import positive_pairs
 from clipdense.evaluation.base import Results, TaskEvaluator
 from clipdense.evaluation.build import EVALUATOR_REGISTRY
+from clipdense.evaluation.probes import Probes
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
@@ -48,6 +49,6 @@ def _recall(scores: Tensor, hits: Tensor, k: int) -> float:
 
 
 @EVALUATOR_REGISTRY.register()
-def clip_retrieval(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
+def clip_retrieval(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
     """Crops and captions of `CropCaptionMapper`."""
     return CropRetrievalEvaluator(output_dir)
