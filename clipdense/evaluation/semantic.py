@@ -1,9 +1,8 @@
 """Mean intersection over union of semantic segmentation.
 
-There are two definitions of the mean, which differ in what they make of a class that is predicted but
-nowhere labelled. To ``mIoU`` it is a class of IoU 0 (Detectron2 0.6, and with it OVSeg, ZegFormer and
-zsseg). ``mIoU_d2`` leaves it out: the mean over labelled classes (Detectron2 since July 2022).
-Vocabularies of hundreds of classes have many such.
+There are two definitions of the mean. They differ for a class that is predicted but never labelled, which is
+frequent in vocabularies of hundreds of classes: ``mIoU`` counts it with IoU 0 (Detectron2 0.6, and so OVSeg,
+ZegFormer and zsseg); ``mIoU_d2`` is the mean over labelled classes only (Detectron2 since July 2022).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from clipdense.evaluation.groups import class_groups
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import create_small_table
 
-__all__ = ["SemanticEvaluator", "forgive", "load_allowed_pairs", "segmentation_metrics"]
+__all__ = ["SemanticEvaluator", "load_allowed_pairs", "relax_confusion", "segmentation_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +34,21 @@ Array = npt.NDArray[np.float64]
 
 
 class SemanticEvaluator(TaskEvaluator):
-    """IoU of ``"sem_seg"`` (K, H, W), or of ``"sem_seg_labels"`` (H, W) where a vocabulary is large.
+    """IoU of ``"sem_seg"`` (K, H, W), or of ``"sem_seg_labels"`` (H, W) for large vocabularies.
 
     Results are ``{"sem_seg": {"mIoU", "mIoU_d2", "fwIoU", "mACC", "pACC"}}`` in percent (see
     `segmentation_metrics`), Detectron2's keys. Groups of classes in the metadata add ``mIoU_<group>`` and
-    ``mIoU_d2_<group>``, and base with novel their harmonic means ``hIoU`` and ``hIoU_d2``. `per_class` adds
-    ``IoU-<class>`` and ``ACC-<class>``, `allowed_pairs` ``mIoU_relaxed``, ``mIoU_d2_forgiving`` and
-    ``pACC_forgiving``. The predictions are written to ``sem_seg_predictions.json`` in COCO's format for
-    stuff.
+    ``mIoU_d2_<group>``; base and novel classes together add their harmonic means ``hIoU`` and ``hIoU_d2``.
+    `per_class` adds ``IoU-<class>`` and ``ACC-<class>``; `allowed_pairs` adds ``mIoU_relaxed``,
+    ``mIoU_d2_relaxed`` and ``pACC_relaxed``. The predictions are written to ``sem_seg_predictions.json`` in
+    COCO's format for stuff.
 
     Args:
-        dataset_name: registered data set whose dicts have ``sem_seg_file_name``, whose metadata
+        dataset_name: registered dataset whose dicts have ``sem_seg_file_name``, and whose metadata has
             ``stuff_classes`` and ``ignore_label``.
-        output_dir: folder for the predictions; None keeps nothing.
-        per_class: whether to report every class.
-        allowed_pairs: a file for `load_allowed_pairs`: predictions that count as hits beside the right one.
+        output_dir: folder for the predictions; None writes nothing.
+        per_class: whether to report each class.
+        allowed_pairs: file for `load_allowed_pairs`: predictions accepted besides the true class.
     """
 
     outputs: tuple[str, ...] = ("sem_seg", "sem_seg_labels")
@@ -79,7 +78,7 @@ class SemanticEvaluator(TaskEvaluator):
         self._dataset_ids = {contiguous: dataset_id for dataset_id, contiguous in ids.items()}
 
     def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> Any:
-        """The filled cells of the image's confusion matrix, and the prediction in COCO's format."""
+        """Compute the non-zero cells of the image's confusion matrix, and the prediction in COCO's format."""
         labels = output["sem_seg_labels"] if "sem_seg_labels" in output else output["sem_seg"].argmax(dim=0)
         predicted = labels.cpu().numpy().astype(np.int64)
         file_name = sample["file_name"]
@@ -93,7 +92,7 @@ class SemanticEvaluator(TaskEvaluator):
         return cells, counts[cells], self._encode(file_name, labels) if self._output_dir else []
 
     def _labels(self, file_name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """The true classes (H, W) of an image, and where they count."""
+        """Read the true classes (H, W) of an image, and the mask (H, W) of pixels that are evaluated."""
         path = self._ground_truth[file_name]
         actual = read_labels(path).astype(np.int64)
         judged = np.ones(actual.shape, bool) if self._ignore is None else actual != self._ignore
@@ -109,7 +108,7 @@ class SemanticEvaluator(TaskEvaluator):
             )
 
     def score(self, records: list[Any]) -> Results:
-        """IoU and accuracy, means and groups."""
+        """Compute means of IoU and accuracy, over all classes and over groups."""
         k = len(self._classes)
         pixels = np.zeros(k * k, np.int64)
         for cells, counts, _ in records:
@@ -119,8 +118,8 @@ class SemanticEvaluator(TaskEvaluator):
         confusion = pixels.reshape(k, k)
         metrics, iou, accuracy = segmentation_metrics(confusion, self._groups)
         if self._allowed is not None:
-            forgiven = segmentation_metrics(forgive(confusion, self._allowed))[0]
-            metrics |= {f"{key}_forgiving": forgiven[key] for key in ("mIoU", "mIoU_d2", "pACC")}
+            relaxed = segmentation_metrics(relax_confusion(confusion, self._allowed))[0]
+            metrics |= {f"{key}_relaxed": relaxed[key] for key in ("mIoU", "mIoU_d2", "pACC")}
         logger.info("%s:\n%s", self._name, create_small_table(metrics))
         if self._per_class:
             by_class = class_table("IoU", zip(self._classes, iou.tolist(), strict=True))
@@ -141,26 +140,26 @@ class SemanticEvaluator(TaskEvaluator):
 
 
 def _mean(values: Array) -> float:
-    """Mean of those that are not NaN."""
+    """Return the mean of the values that are not NaN; NaN if all are."""
     return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
 
 
 def segmentation_metrics(
     confusion: npt.NDArray[np.int64], groups: Mapping[str, Sequence[int]] | None = None
 ) -> tuple[dict[str, float], Array, Array]:
-    """Metrics of pixels.
+    """Compute semantic segmentation metrics from a confusion matrix.
 
     Args:
-        confusion: (K, K), (actual, predicted).
-        groups: name -> classes.
+        confusion: (K, K) pixel counts, (actual, predicted).
+        groups: group name -> classes.
 
     Returns:
         Means in percent: ``mIoU`` over the classes that are labelled or predicted somewhere, ``mIoU_d2``
-        over the labelled ones, ``fwIoU`` weighted by labelled pixels, ``mACC`` over the labelled classes,
-        ``pACC`` over pixels; ``mIoU_<group>`` and ``mIoU_d2_<group>``, and where there are novel classes the
-        harmonic means of base and novel ones ``hIoU`` and ``hIoU_d2``. IoU of each class (K,) in percent:
-        zero for one that is predicted but never labelled, NaN for one that is neither. Accuracy of each
-        class (K,): NaN where not labelled.
+        over the labelled classes, ``fwIoU`` weighted by labelled pixels, ``mACC`` over the labelled classes,
+        ``pACC`` over pixels; ``mIoU_<group>`` and ``mIoU_d2_<group>``; if there are novel classes, the
+        harmonic means ``hIoU`` and ``hIoU_d2`` of base and novel classes. Then IoU of each class (K,) in
+        percent: zero if it is predicted but never labelled, NaN if neither. Then accuracy of each class (K,)
+        in percent: NaN if not labelled.
     """
     hit, actual, predicted = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
     unknown = np.full(len(hit), np.nan)
@@ -185,43 +184,45 @@ def segmentation_metrics(
     return means, iou, accuracy
 
 
-def forgive(confusion: npt.NDArray[np.int64], allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """A confusion matrix in which allowed confusions are hits.
+def relax_confusion(
+    confusion: npt.NDArray[np.int64], allowed: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Count allowed confusions as correct: move them to the diagonal of a confusion matrix.
 
     Args:
-        confusion: (K, K) pixels (actual, predicted).
-        allowed: (K, K), true where the predicted class may stand for the actual one.
+        confusion: (K, K) pixel counts, (actual, predicted).
+        allowed: (K, K) bool, True where the predicted class is accepted for the actual one.
     """
     moved = np.where(allowed, confusion, 0)
     return np.asarray(confusion - moved + np.diag(moved.sum(1)))
 
 
 def load_allowed_pairs(path: str | os.PathLike[str], classes: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Which class may stand for which: synonyms, parts, kinds.
+    """Load the predictions that are accepted besides the true class: synonyms, parts, hypernyms.
 
     Args:
-        path: a JSON file ``{"true class": ["class that may stand for it", ...], ...}``. It holds for this
-            direction only: who calls a house a building may still be wrong to call any building a house.
-        classes: K names. Those in the file are any of a class's synonyms, or the whole string.
+        path: JSON file ``{"true class": ["accepted class", ...], ...}``. It is not symmetric: "building" may
+            be accepted for a house while "house" is wrong for a building.
+        classes: K class names. The file may use any synonym of a class, or the whole string.
 
     Returns:
-        (K, K) bool, (actual, predicted); the diagonal is false.
+        (K, K) bool, (actual, predicted); the diagonal is False.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no such table, or a name that is no class, with those that look like it.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file has another structure, or names an unknown class; similar names are listed.
     """
     content = load_json(os.fspath(path))
     if not isinstance(content, dict) or not all(
         isinstance(names, list) and all(isinstance(name, str) for name in names) for names in content.values()
     ):
-        raise ValueError(f'{path}: expected {{"true class": ["class that may stand for it", ...], ...}}')
+        raise ValueError(f'{path}: expected {{"true class": ["accepted class", ...], ...}}')
     vocabulary = Vocabulary.from_names(classes)
-    whole = {name.strip(): i for i, name in enumerate(classes)}
+    full_names = {name.strip(): i for i, name in enumerate(classes)}
 
     def index(name: str) -> int:
         try:
-            return whole[name] if name in whole else vocabulary.index(name)
+            return full_names[name] if name in full_names else vocabulary.index(name)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -71,7 +71,7 @@ def test_what_is_wrong_is_said_without_traceback(tool, weights, tmp_path, capsys
     assert tool("evaluate_regions")([*arguments, "--table", str(table)]) == 1
     assert f"error: no text table '{table}'" in capsys.readouterr().err
     assert tool("evaluate_regions")([*arguments, "--image-size", "100"]) == 1
-    assert "image size 100 is no multiple of the stride 8" in capsys.readouterr().err
+    assert "image size 100 is not a multiple of the stride 8" in capsys.readouterr().err
     assert tool("evaluate_regions")(["--dataset", "shapes_closed_panoptic_vall"]) == 1
     assert "shapes_closed_panoptic_val" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -162,12 +162,12 @@ class DenseStudent(nn.Module):
         """
         student, alpha = self.student, min(self.alpha, 1.0)
         scale, bias = deepcopy(student.logit_scale), deepcopy(student.logit_bias)
+        scale.clamp_(0, MAX_LOGIT_SCALE)
         model = ClipModel(student.name, deepcopy(student.visual), student.text, scale, bias, student.config)
         initial = dict(self.teacher.named_parameters())
         for name, parameter in model.named_parameters():
             if name in initial:
                 parameter.requires_grad_(False).copy_(torch.lerp(initial[name], parameter, alpha))
-        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         return model.eval()
 
     def dense_probe(self) -> CLIPProbe:
