@@ -1,5 +1,35 @@
-"""The contract of models whose vocabulary changes after they are built."""
+"""Contract of models whose vocabulary changes after they are built, and protocols between rooms."""
 
-from clipdense.open_vocabulary.trained_on import KEY, TrainedOn
+from clipdense.open_vocabulary.metadata import (
+    TRAINING_VOCABULARY,
+    move_vocabulary_buffer,
+    training_metadata,
+    training_vocabulary,
+)
+from clipdense.open_vocabulary.model import OpenVocabularyModel, TextEmbeddings, require_open_vocabulary
+from clipdense.open_vocabulary.protocols import (
+    CheckpointMetadata,
+    LoadHook,
+    MaskProposals,
+    Proposals,
+    RegionProbe,
+    RegionProbeProvider,
+    TrainingStart,
+)
 
-__all__ = ["KEY", "TrainedOn"]
+__all__ = [
+    "TRAINING_VOCABULARY",
+    "CheckpointMetadata",
+    "LoadHook",
+    "MaskProposals",
+    "OpenVocabularyModel",
+    "Proposals",
+    "RegionProbe",
+    "RegionProbeProvider",
+    "TextEmbeddings",
+    "TrainingStart",
+    "move_vocabulary_buffer",
+    "require_open_vocabulary",
+    "training_metadata",
+    "training_vocabulary",
+]
