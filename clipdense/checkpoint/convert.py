@@ -54,11 +54,12 @@ def convert_model(file: Checkpoint, classes: Sequence[str] | None = None) -> Che
     try:
         options: dict[str, Any] = {"config": layout.options(file.state, names)}
         state = layout.convert(file.state)
+        model = layout.metadata(file.state, names)
     except CheckpointError as e:
         raise CheckpointError(f"{file.path}, of layout {layout.name}: {e}") from e
     if names:
         options["classes"] = names
-    metadata = {"layout": MODEL_LAYOUT, "source": layout.name, "options": options}
+    metadata = {**model, "layout": MODEL_LAYOUT, "source": layout.name, "options": options}
     return replace(file, state=state, metadata=metadata, extras={})
 
 

@@ -44,11 +44,14 @@ class ModelLayout(Layout):
             needs and their values. Raises CheckpointError where tensors determine no model.
         prefixes: from the file's keys to beginnings of keys, the file's -> the model's.
         licence: of the published weights, where it does not allow every use; printed by the converter.
+        metadata: from the file's keys, and its classes where they are known, to what the model reads from a
+            checkpoint's metadata (`clipdense.open_vocabulary.CheckpointMetadata`).
     """
 
     options: Callable[[Mapping[str, Tensor], Sequence[str] | None], dict[str, Any]]
     prefixes: Callable[[Mapping[str, Tensor]], dict[str, str]]
     licence: str = ""
+    metadata: Callable[[Mapping[str, Tensor], Sequence[str] | None], dict[str, Any]] = lambda *_: {}
 
 
 def rename(key: str, prefixes: Mapping[str, str]) -> str:

@@ -13,12 +13,18 @@ from torch import nn
 
 from clipdense.checkpoint import LAYOUTS, Checkpoint, CheckpointError, convert_model, read_checkpoint
 from clipdense.files import WriteError, write_atomically, write_text
+from clipdense.open_vocabulary import CheckpointMetadata, LoadHook, move_vocabulary_buffer
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-__all__ = ["TrainingCheckpointer"]
+__all__ = ["TrainingCheckpointer", "model_metadata"]
 
 _PERIODIC = re.compile(r"model_\d+\.pth")
+
+
+def model_metadata(model: nn.Module) -> dict[str, Any]:
+    """Return what a model stores in checkpoints beside its tensors; empty for most models."""
+    return model.checkpoint_metadata() if isinstance(model, CheckpointMetadata) else {}
 
 
 class TrainingCheckpointer(DetectionCheckpointer):
@@ -27,6 +33,9 @@ class TrainingCheckpointer(DetectionCheckpointer):
     A checkpoint is complete before its name appears, and `last_checkpoint` names it only then, so that a run
     can always be resumed. A weight file is read without executing code from it; what it holds in vain or in
     another shape is an error.
+
+    A model that implements `CheckpointMetadata` stores its metadata in every checkpoint and gets the file's
+    metadata before its tensors are loaded; one that implements `LoadHook` may then adapt the tensors.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper.
@@ -56,6 +65,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
         Args:
             tag: whether a resumed run starts from it.
+            data: other entries; ``metadata`` is a dict, to which that of the model is added.
 
         Raises:
             CheckpointError: it cannot be written; the previous checkpoint is untouched.
@@ -64,6 +74,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
             return
         basename = f"{name}.pth"
         data = {"model": self.model.state_dict(), **data}
+        data["metadata"] = {**data.get("metadata", {}), **model_metadata(self.model)}
         try:
             write_atomically(Path(self.save_dir, basename), lambda file: torch.save(data, file))
             if tag:
@@ -118,7 +129,10 @@ class TrainingCheckpointer(DetectionCheckpointer):
             source = LAYOUTS.get(file.metadata.get("source", ""))
             if source is not None:  # a published model is there whole, or is not that model
                 self._complete, self._optional = True, source.optional
-            return {"model": file.state, **file.extras}
+            stored = file.extras.get("metadata")
+            noted = stored if isinstance(stored, dict) else {}  # of a training checkpoint
+            state, metadata = move_vocabulary_buffer(file.state, {**file.metadata, **noted})
+            return {"model": state, **file.extras, "metadata": metadata}
         if not self.allow_pickle:  # the layouts of Detectron2's model zoo
             raise CheckpointError(
                 f"{f} is a pickle, which can run code when opened: "
@@ -129,9 +143,10 @@ class TrainingCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         self._zoo = bool(checkpoint.get("matching_heuristics"))
         self._offered = len(checkpoint["model"])
-        before_load = getattr(self.model, "before_load", None)
-        if before_load is not None:  # e.g. what depends on the classes, which open vocabularies change
-            before_load(checkpoint["model"])
+        if isinstance(self.model, CheckpointMetadata):
+            self.model.load_checkpoint_metadata(checkpoint.get("metadata", {}))
+        if isinstance(self.model, LoadHook):
+            self.model.prepare_state(checkpoint["model"])
         for key in [k for k in checkpoint["model"] if self._skipped(k)]:
             own = self.model.state_dict().get(key)
             value = checkpoint["model"][key]

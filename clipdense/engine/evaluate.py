@@ -15,6 +15,7 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import dataset_vocabulary
 from clipdense.data.loader import build_test_loader
 from clipdense.evaluation import build_evaluator, model_probes
+from clipdense.open_vocabulary import OpenVocabularyModel
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -33,8 +34,7 @@ logger = logging.getLogger(__name__)
 def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str, Any]:
     """Evaluate on each of ``DATASETS.TEST``; the model is left in evaluation mode.
 
-    A model whose vocabulary can change (``set_vocabulary``) gets each data set's classes; the one that it had
-    before (``vocabulary``), with which training may go on, is set again in the end.
+    An `OpenVocabularyModel` gets the classes of each dataset; its previous vocabulary is restored in the end.
 
     Args:
         final: whether to draw ``predictions_<data set>.png`` as well, and ``scores_<data set>.png`` of a
@@ -70,11 +70,11 @@ def _vocabularies(cfg: CfgNode, model: Any) -> Iterator[dict[str, Vocabulary]]:
     All are set once, so that words without an embedding are known before hours of evaluation; text is encoded
     once however often it is set.
     """
-    if not hasattr(model, "set_vocabulary"):
+    if not isinstance(model, OpenVocabularyModel):
         yield {}
         return
     vocabularies = {name: dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TEST}
-    before = getattr(model, "vocabulary", None)
+    before = model.vocabulary
     try:
         for name, vocabulary in vocabularies.items():
             try:

@@ -9,6 +9,7 @@ from tabulate import tabulate
 from torch import nn
 
 from clipdense.checkpoint import save_checkpoint
+from clipdense.engine.checkpoint import model_metadata
 from clipdense.files import write_text
 
 __all__ = ["export", "print_results", "results_table", "write_report", "write_results"]
@@ -44,12 +45,15 @@ def print_results(results: dict[str, float]) -> None:
 def export(model: nn.Module, path: Path) -> None:
     """Save ``model.export_state() -> (tensors, metadata)`` as safetensors, if the model has one.
 
+    The metadata of a model that implements `CheckpointMetadata` is added.
+
     Raises:
         WriteError: If the file cannot be written.
     """
     export_state: Any = getattr(model, "export_state", None)
     if export_state is not None:
-        save_checkpoint(path, *export_state())
+        state, metadata = export_state()
+        save_checkpoint(path, state, {**metadata, **model_metadata(model)})
 
 
 def results_table(results: dict[str, float]) -> str:

@@ -27,6 +27,7 @@ from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.report import write_report
 from clipdense.engine.run_config import run_config
 from clipdense.files import WriteError, write_text
+from clipdense.open_vocabulary import TrainingStart
 
 from detectron2.config import configurable
 from detectron2.engine.train_loop import TrainerBase
@@ -168,6 +169,8 @@ class Trainer(TrainerBase):
             logger.info("Training is complete: %s holds a finished run", self.options.output_dir)
             self.max_iter = self.start_iter
             return
+        if isinstance(self.model, TrainingStart):
+            self.model.start_training()
         self._batches = iter(self.train_loader(self.start_iter))
         if self._random_state is not None:
             set_random_state(self._random_state)

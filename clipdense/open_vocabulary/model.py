@@ -35,7 +35,7 @@ class OpenVocabularyModel(ABC):
       are as given; without flags, systems treat every class as novel.
 
     A subclass calls `init_vocabulary` in its constructor and implements `encode_vocabulary`. It reads
-    `text_embeddings` and `base_flags`, and never sets vocabularies or embeddings in its forward. The mixin
+    `text_embeddings`, `training_text_embeddings` and `base_flags`, and its forward sets none of them. The mixin
     implements the protocols `CheckpointMetadata`, `LoadHook` and `TrainingStart`.
 
     Example::
@@ -45,19 +45,22 @@ class OpenVocabularyModel(ABC):
                 ...
                 self.init_vocabulary(vocabulary)
 
-            def encode_vocabulary(self, vocabulary):
+            def encode_vocabulary(self, vocabulary, training):
                 rows, classes = self.bank.per_synonym(vocabulary)
                 return {"rows": rows, "classes": classes}
 
             def forward(self, batched_inputs):
-                text = self.text_embeddings(self.label_vocabulary if self.training else self.vocabulary)
+                if self.training:
+                    text = self.training_text_embeddings()  # of the label vocabulary
+                    ...
+                text = self.text_embeddings()
                 base = self.base_flags()  # (K,) bool, or None
     """
 
     _label_vocabulary: Vocabulary | None
     _training_vocabulary: Vocabulary | None
     _vocabulary: Vocabulary | None
-    _text_cache: OrderedDict[tuple[tuple[str, ...], ...], TextEmbeddings]
+    _text_cache: OrderedDict[tuple[bool, tuple[tuple[str, ...], ...]], TextEmbeddings]
 
     def init_vocabulary(self, vocabulary: Vocabulary | None) -> None:
         """Set all three vocabularies to the one of the training data; None if there are no training data."""
@@ -66,8 +69,13 @@ class OpenVocabularyModel(ABC):
         self._text_cache = OrderedDict()
 
     @abstractmethod
-    def encode_vocabulary(self, vocabulary: Vocabulary) -> TextEmbeddings:
+    def encode_vocabulary(self, vocabulary: Vocabulary, training: bool) -> TextEmbeddings:
         """Encode the classes of a vocabulary; called once per vocabulary and set of weights.
+
+        Args:
+            vocabulary: the classes.
+            training: whether the embeddings are those of training, which may use other templates
+                (ZegFormer); most models ignore it.
 
         Returns:
             Tensors without gradients, by name.
@@ -102,29 +110,25 @@ class OpenVocabularyModel(ABC):
             ValueError: If a name cannot be embedded. The previous vocabulary stays set.
         """
         if embeddings is not None:
-            self._cache(vocabulary, embeddings)
-        self.text_embeddings(vocabulary)
+            self._cache((False, vocabulary.synonyms), embeddings)
+        self._embeddings(vocabulary, training=False)
         self._vocabulary = self._derive_base(vocabulary)
 
-    def text_embeddings(self, vocabulary: Vocabulary | None) -> TextEmbeddings:
-        """Return the embeddings of a vocabulary on the model's device, encoded when first asked for.
+    def text_embeddings(self) -> TextEmbeddings:
+        """Return the embeddings of the evaluation vocabulary, on the model's device.
 
         Raises:
             ValueError: If there is no vocabulary, or a name cannot be embedded.
         """
-        if vocabulary is None:
-            raise ValueError(
-                f"{type(self).__name__} has no classes: call set_vocabulary, or set DATASETS.TRAIN to a "
-                "dataset with class names"
-            )
-        key = vocabulary.synonyms
-        if key not in self._text_cache:
-            # not under inference_mode: training may use the same tensors later
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache(vocabulary, self.encode_vocabulary(vocabulary))
-        self._text_cache.move_to_end(key)
-        device = _device(self)
-        return {name: tensor.to(device) for name, tensor in self._text_cache[key].items()}
+        return self._embeddings(self._vocabulary, training=False)
+
+    def training_text_embeddings(self) -> TextEmbeddings:
+        """Return the embeddings of the label vocabulary, on the model's device.
+
+        Raises:
+            ValueError: If there is no vocabulary, or a name cannot be embedded.
+        """
+        return self._embeddings(self._label_vocabulary, training=True)
 
     def base_flags(self) -> Tensor | None:
         """Return which classes of evaluation are base: (K,) bool on the model's device; None if not known."""
@@ -163,8 +167,23 @@ class OpenVocabularyModel(ABC):
         known = self._training_vocabulary
         return vocabulary if known is None else vocabulary.with_base_from(known)
 
-    def _cache(self, vocabulary: Vocabulary, embeddings: TextEmbeddings) -> None:
-        self._text_cache[vocabulary.synonyms] = embeddings
+    def _embeddings(self, vocabulary: Vocabulary | None, training: bool) -> TextEmbeddings:
+        if vocabulary is None:
+            raise ValueError(
+                f"{type(self).__name__} has no classes: call set_vocabulary, or set DATASETS.TRAIN to a "
+                "dataset with class names"
+            )
+        key = (training, vocabulary.synonyms)
+        if key not in self._text_cache:
+            # not under inference_mode: training may use the same tensors later
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache(key, self.encode_vocabulary(vocabulary, training))
+        self._text_cache.move_to_end(key)
+        device = _device(self)
+        return {name: tensor.to(device) for name, tensor in self._text_cache[key].items()}
+
+    def _cache(self, key: tuple[bool, tuple[tuple[str, ...], ...]], embeddings: TextEmbeddings) -> None:
+        self._text_cache[key] = embeddings
         while len(self._text_cache) > _CACHED_VOCABULARIES:
             self._text_cache.popitem(last=False)
 

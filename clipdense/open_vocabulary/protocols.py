@@ -6,8 +6,7 @@ methods exist.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -17,7 +16,6 @@ from clipdense.clip.vocabulary import Vocabulary
 __all__ = [
     "CheckpointMetadata",
     "LoadHook",
-    "MaskProposals",
     "Proposals",
     "RegionProbe",
     "RegionProbeProvider",
@@ -25,33 +23,20 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class MaskProposals:
-    """Class-agnostic mask proposals of one image.
-
-    Attributes:
-        masks: (Q, H, W) bool, at the image's output size. Masks may be empty and may overlap.
-        scores: (Q,) confidence of each mask; None if the source has none.
-    """
-
-    masks: Tensor
-    scores: Tensor | None = None
-
-
 @runtime_checkable
 class Proposals(Protocol):
     """Source of class-agnostic masks: a segmentation model, annotations, or a file."""
 
-    def propose(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[MaskProposals]:
-        """Propose masks for a batch of images.
+    def propose_masks(self, sample: Mapping[str, Any]) -> Tensor:
+        """Propose masks for one image.
 
         Args:
-            batched_inputs: Detectron2's input dicts. A model reads ``image`` (3, h, w) in its own format and
-                the output size ``height`` and ``width`` (default: h, w). Annotations and files are found by
-                ``file_name`` or ``image_id``.
+            sample: Detectron2's input dict. A model reads ``image`` (3, h, w) in its own format, values 0 to
+                255, and the output size ``height`` and ``width`` in pixels (default: h, w). Annotations and
+                files are found by ``file_name`` or ``image_id``.
 
         Returns:
-            The proposals of each image, in order; masks have the output size.
+            (Q, height, width) bool; masks may be empty and may overlap.
         """
         ...
 

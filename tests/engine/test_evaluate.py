@@ -11,6 +11,7 @@ from torch import nn
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine import evaluate
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
+from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
 from tests.helpers import engine_toy
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -38,22 +39,24 @@ def test_run_inference_keeps_the_first_pairs() -> None:
     assert all("value" in output for _, output in pairs)
 
 
-class Open(engine_toy.ToyNet):
-    """Notes what it is told, and under which vocabulary it names what; knows no dogs."""
+class Open(OpenVocabularyModel, engine_toy.ToyNet):
+    """Records which vocabularies are set, and how many images run with each; it cannot embed "dog"."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.vocabulary = Vocabulary.parse("trained")
-        self.told: list[Vocabulary] = []
+        self.init_vocabulary(None)
+        self.set_vocabulary(Vocabulary.parse("trained"))
+        self.seen: list[Vocabulary] = []
         self.ran: dict[tuple[str, ...], int] = {}
 
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+    def encode_vocabulary(self, vocabulary: Vocabulary, training: bool) -> TextEmbeddings:
         if "dog" in vocabulary:
             raise ValueError("no row for 'dog'")
-        self.vocabulary = vocabulary
-        self.told.append(vocabulary)
+        return {}
 
     def forward(self, batch: list[dict[str, Any]]) -> Any:
+        if self.vocabulary not in self.seen:
+            self.seen.append(self.vocabulary)
         self.ran[self.vocabulary.names] = self.ran.get(self.vocabulary.names, 0) + len(batch)
         return super().forward(batch)
 
@@ -79,7 +82,7 @@ def test_each_data_set_has_its_own_words(tmp_path: Path, animals: dict[str, Any]
     model = Open()
     assert set(evaluate_datasets(cfg, model)) == {"toy", "toy_cats", "toy_birds"}
     assert model.ran == dict.fromkeys([("thing",), ("cat", "lynx"), ("bird",)], engine_toy.SIZE)
-    cats, birds = model.told[-3:-1]
+    cats, birds = model.seen[1:]
     assert cats.base == (True, False) and birds.base is None and birds.synonyms == (("bird", "fowl"),)
     # training goes on with its own
     assert model.vocabulary.names == ("trained",)
@@ -92,7 +95,7 @@ def test_commas_part_synonyms_or_stand_in_names(tmp_path: Path, animals: dict[st
         options = ("DATASETS.TEST", ("toy_cats",), "DATASETS.SPLIT_NAMES", split)
         model = Open()
         evaluate_datasets(engine_toy.toy_config(tmp_path, *options), model)
-        assert model.told[0].synonyms == (synonyms, ("grass",))
+        assert model.seen[0].synonyms == (synonyms, ("grass",))
 
 
 def test_words_that_the_model_cannot_take_are_said_first(tmp_path: Path, animals: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -64,19 +65,20 @@ class BrightPanoptic(BrightBox):
 
 
 @META_ARCH_REGISTRY.register()
-class OpenBrightBox(BrightBox):
+class OpenBrightBox(OpenVocabularyModel, BrightBox):
     """Boxes of the class whose name holds their colour ("red", "green", "blue"), if there is one.
 
     `embedder` (a `TextEmbedder`), where a test sets it, embeds the classes as a real model's does.
     """
 
     embedder: Any = None
-    vocabulary: Vocabulary | None = None
 
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        if self.embedder is not None:
-            self.text = self.embedder(vocabulary)
-        self.vocabulary = vocabulary
+    def __init__(self, cfg: CfgNode | None = None) -> None:
+        super().__init__(cfg)
+        self.init_vocabulary(None)
+
+    def encode_vocabulary(self, vocabulary: Vocabulary, training: bool) -> TextEmbeddings:
+        return {} if self.embedder is None else {"classes": self.embedder(vocabulary)}
 
     def find(self, sample: dict[str, Any]) -> dict[str, Any]:
         output = super().find(sample)

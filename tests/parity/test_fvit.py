@@ -11,6 +11,7 @@ from clipdense.backbone import JOINT, FrozenCLIPTrunk, InterpolatedTrunk
 from clipdense.checkpoint import Checkpoint, config_options, convert_model, model_layout
 from clipdense.clip.layouts import EVA_CLIP
 from clipdense.clip.model import build_clip
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.regions import FusionSettings, TextClassifier, get_fusion, pool_boxes
@@ -19,7 +20,7 @@ from clipdense.run.conversion import account_model, convert_weights
 from clipdense.run.keys import set_options
 from clipdense.run.setup import load_config
 from clipdense.systems.fvlm.convert import BLOCKS
-from clipdense.systems.fvlm.loss import known_class_logits, open_vocabulary_loss
+from clipdense.systems.fvlm.loss import mask_novel_logits, open_vocabulary_loss
 from clipdense.systems.fvlm.roi_heads import FVLMBoxPredictor
 
 from detectron2.config import get_cfg
@@ -112,7 +113,7 @@ def predictor(golden, relu=True):
         box_fc_dim=config["fc"],
         clip_scale=config["T_vlm"],
         fusion="fvit" if scale else "fvit_transfer",
-        settings=FusionSettings(config["alpha"], config["beta"]),
+        fusion_settings=FusionSettings(config["alpha"], config["beta"]),
         box2box_transform=Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0)),
         test_score_thresh=config["score_thr"],
         test_nms_thresh=config["nms"],
@@ -145,12 +146,13 @@ def head_outputs(golden, head, boxes, base):
     (decoded,) = boxes.predict_boxes((logits, deltas), [proposals])
     clipped = Boxes(decoded.clone())
     clipped.clip(tuple(config["img"]))
-    fused = boxes.fused_probabilities(logits, inputs["vlm_feats"], text, base)
+    q = boxes.clip_probabilities(inputs["vlm_feats"], text)
+    fused = boxes.fuse(logits.softmax(1), q, base)
     return {
         "detector_logits": logits,
         "detector_probs": logits.softmax(1),
         "bbox_deltas": deltas,
-        "vlm_scores": boxes.clip_probabilities(inputs["vlm_feats"], text),
+        "vlm_scores": q,
         "fused_scores": fused,
         "decoded_boxes": clipped.tensor,
     }, boxes.detect(decoded, fused, tuple(config["img"]))
@@ -188,7 +190,7 @@ def test_box_head(golden):
     sampled = inputs["label_weights"] > 0
     loss = open_vocabulary_loss(logits[sampled], labels[sampled], weight)
     close(golden, "loss/loss_cls", loss, 1e-5)
-    known = known_class_logits(logits, weight)
+    known = mask_novel_logits(logits, weight)
     expected = golden.part("out")["training_logits_novel_minus_inf"]
     assert torch.equal(known.isneginf(), expected.isneginf())
     torch.testing.assert_close(known[:, weight > 0], expected[:, weight > 0], atol=1e-5, rtol=0)
@@ -272,9 +274,9 @@ def detector(golden, tmp_path):
         )
         model = build_model(load_config(str(tmp_path / "config.yaml"))).eval()
         TrainingCheckpointer(model).load_weights(str(target), complete=True)
-        base = torch.ones(config["num_classes"], dtype=torch.bool)
-        base[config["novel"]] = False
-        model.roi_heads.set_classes(model.roi_heads.classes()[0], base)
+        names = Vocabulary.from_names([f"class {i}" for i in range(config["num_classes"])])
+        text = {"classes": model.roi_heads.box_predictor.cls_score.text}
+        model.set_vocabulary(names.with_novel(config["novel"]), text)
         return model
 
     return build
@@ -322,11 +324,11 @@ def test_every_output(golden, detector):
     boxes = [out[f"proposals.{i}"][:, :4] for i in range(len(sizes))]
     close(golden, "vlm_roi_feats", clip_features(model, features, boxes), 1e-4)
     x = heads.box_head(heads.box_pooler(maps[:4], [Boxes(b) for b in boxes]))
-    text, base = heads.classes()
+    text, base = model.evaluation_classes()
     logits, box_deltas = heads.box_predictor(x, text)
-    fused = heads.box_predictor.fused_probabilities(
-        logits, model.trunk.embed_boxes(features[JOINT], boxes), text, base
-    )
+    p = logits.softmax(1)
+    q = heads.box_predictor.clip_probabilities(model.trunk.embed_boxes(features[JOINT], boxes), text)
+    fused = heads.box_predictor.fuse(p, q, base)
     close(golden, "detector_logits", logits, 1e-4)
     close(golden, "bbox_deltas", box_deltas, 1e-4)
     close(golden, "fused_scores", fused, 1e-4)
@@ -345,14 +347,8 @@ def test_every_output(golden, detector):
         masks = heads.mask_head.layers(heads.mask_pooler(maps[:4], final))
         close(golden, "det.mask_logits_cat_over_images", masks, 1e-4)
 
-    heads.set_classes(text, torch.ones_like(base))  # as if nothing were novel
-    embeddings = model.trunk.embed_boxes(features[JOINT], boxes)
-    assert far(
-        golden,
-        "fused_scores",
-        heads.box_predictor.fused_probabilities(logits, embeddings, *heads.classes()),
-        1e-4,
-    )
+    # control: fused as if nothing were novel
+    assert far(golden, "fused_scores", heads.box_predictor.fuse(p, q, torch.ones_like(base)), 1e-4)
 
 
 def clip_features(model, features, boxes):
@@ -403,8 +399,8 @@ def test_full_size_files_map_without_rest(golden):
     report = account_model(cfg, converted, model_layout(state).drops)
     assert report.complete, str(report)
     dropped = report.dropped["RoPE tables"] + report.dropped["unused classifier"]
-    # one of the file's tensors is two of ours, and the list of classes is ours
-    assert len(report.loaded) == len(state) + len(stray) - len(dropped) + 2
+    # one tensor of the file becomes two of the model: text and background
+    assert len(report.loaded) == len(state) + len(stray) - len(dropped) + 1
     large, masks = "l14" in golden.id, "lvis" in golden.id
     assert options["MODEL.FROZEN_CLIP.BLOCKS"] == BLOCKS[24 if large else 12]
     assert options["MODEL.ROI_HEADS.NUM_CLASSES"] == (1203 if masks else 65)

@@ -34,7 +34,7 @@ def test_ovseg(golden, tmp_path):
     prediction = model.head(features)
     close(golden, "pred_embeddings", prediction.query_embeddings, 5e-4)
     close(golden, "pred_masks", prediction.mask_logits, 5e-4)
-    text = model._embedded("evaluation", model.vocabulary)[0]
+    text = model.text_embeddings()["queries"]
     masks = F.interpolate(
         prediction.mask_logits, images.tensor.shape[-2:], mode="bilinear", align_corners=False
     )
@@ -73,7 +73,8 @@ def test_zegformer(golden, tmp_path):
     seen = set(c["train_classes"])
     unseen = [i for i, name in enumerate(c["test_classes"]) if name not in seen]
     model.set_vocabulary(Vocabulary.from_names(c["test_classes"], novel=unseen))
-    queries, crops = model._embedded("evaluation", model.vocabulary)
+    text = model.text_embeddings()
+    queries, crops = text["queries"], text["crops"]
     close(golden, "text_features_test", queries, 1e-5)
     close(golden, "text_features_test_clip", crops, 1e-5)
     images = model.preprocess_image(batch)

@@ -359,7 +359,9 @@ def test_another_vocabulary_builds_nothing_anew(
     check(predictor(scene()), 0)
     assert predictor.metadata.thing_classes == predictor.metadata.stuff_classes == ["blue box", "cat"]
     predictor.set_vocabulary(["red box", "azure box"])
-    assert len(encoded) == 4 and torch.equal(predictor.model.text, bank(["red box", "azure box"]))
+    assert len(encoded) == 4 and torch.equal(
+        predictor.model.text_embeddings()["classes"], bank(["red box", "azure box"])
+    )
     assert list(map(id, predictor.model.modules())) == modules
     assert [p.data_ptr() for p in (*predictor.model.parameters(), *bank.clip.parameters())] == weights
     # what cannot be embedded changes nothing

@@ -13,9 +13,10 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.mappers import build_augmentations
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.options import ConfigError
+from clipdense.open_vocabulary import training_vocabulary
 from clipdense.run.setup import load_config
 from clipdense.systems.fvlm import FVLM, open_vocabulary_loss
-from clipdense.systems.fvlm.roi_heads import CLIP_EMBEDDING
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -100,8 +101,8 @@ def test_novel_classes_do_not_compete() -> None:
 @pytest.mark.parametrize("tower", ["rn", "vit", "eva"])
 def test_heads_train_and_clip_does_not(config, tower: str) -> None:
     model = build_model(config(tower))
-    assert model.trained_on.names == tuple(CLASSES)
-    assert model.trained_on.base == (True, True, False, True)
+    assert model.training_vocabulary.names == tuple(CLASSES)
+    assert model.training_vocabulary.base == (True, True, False, True)
     losses = losses_of(model, batch())
     sum(losses.values()).backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
@@ -139,17 +140,17 @@ def test_training_keeps_its_classes_whatever_is_looked_for(config) -> None:
 
 def test_base_is_what_shares_a_name_with_a_base_class_of_training(config) -> None:
     model = build_model(config())
-    assert model.roi_heads.classes()[1].tolist() == [True, True, False, True]
+    assert model.evaluation_classes()[1].tolist() == [True, True, False, True]
     model.set_vocabulary(Vocabulary.parse("green ring, crimson star|Red_Star, banana"))
-    text, base = model.roi_heads.classes()
+    text, base = model.evaluation_classes()
     assert text.shape == (3, 128) and base.tolist() == [False, True, False]
     assert model.vocabulary.names == ("green ring", "crimson star", "banana")
     alone = Vocabulary.parse("banana")
     model.set_vocabulary(alone)
-    torch.testing.assert_close(model.roi_heads.classes()[0], text[2:])
+    torch.testing.assert_close(model.evaluation_classes()[0], text[2:])
     unknown = build_model(config("vit", "DATASETS.TRAIN", []))  # neither data nor weights name its classes
     unknown.set_vocabulary(alone)
-    assert unknown.trained_on is None and unknown.roi_heads.classes()[1] is None  # fused as novel
+    assert unknown.training_vocabulary is None and unknown.evaluation_classes()[1] is None  # fused as novel
     assert (detect(unknown)[0].pred_classes == 0).all()
 
 
@@ -158,9 +159,9 @@ def test_a_class_is_scored_the_same_among_others_but_for_the_softmax(config) -> 
     model = build_model(config()).eval()
     heads, x = model.roi_heads, torch.randn(7, 32)
     model.set_vocabulary(Vocabulary.parse("red star, cat"))
-    two = heads.box_predictor(x, heads.classes()[0])[0]
+    two = heads.box_predictor(x, model.evaluation_classes()[0])[0]
     model.set_vocabulary(Vocabulary.parse("dog, cat, house, red star"))
-    four = heads.box_predictor(x, heads.classes()[0])[0]
+    four = heads.box_predictor(x, model.evaluation_classes()[0])[0]
     torch.testing.assert_close(two, four[:, [3, 1, 4]])
 
 
@@ -169,9 +170,10 @@ def test_clip_decides_about_novel_words(config) -> None:
     model = build_model(
         config("vit", "MODEL.FVLM.FUSION", "fvit", "MODEL.FVLM.ALPHA", 1.0, "MODEL.FVLM.BETA", 1.0)
     )
-    text, base = model.roi_heads.classes()
+    text, base = model.evaluation_classes()
     predictor = model.roi_heads.box_predictor
-    scores = predictor.fused_probabilities(torch.randn(4, 5), 3 * text + 0.01, text, base)
+    q = predictor.clip_probabilities(3 * text + 0.01, text)
+    scores = predictor.fuse(torch.randn(4, 5).softmax(1), q, base)
     assert scores[:, :-1].argmax(1).tolist() == [0, 1, 2, 3]
     rows = torch.cat([text, predictor.cls_score.background])
     expected = (100 * F.normalize(3 * text + 0.01, dim=1) @ rows.T).softmax(1)
@@ -183,7 +185,7 @@ def test_a_learned_background_is_the_detectors_alone(config) -> None:
     sum(losses_of(model, batch()).values()).backward()
     predictor = model.roi_heads.box_predictor
     assert predictor.cls_score.background.grad.abs().sum() > 0
-    clip = predictor.clip_probabilities(torch.randn(3, 128), model.roi_heads.classes()[0])
+    clip = predictor.clip_probabilities(torch.randn(3, 128), model.evaluation_classes()[0])
     assert (clip[:, -1] == 0).all()
     torch.testing.assert_close(clip.sum(1), torch.ones(3))
     assert len(detect(model)[0]) == 5
@@ -191,19 +193,23 @@ def test_a_learned_background_is_the_detectors_alone(config) -> None:
         build_model(config("rn", "MODEL.FVLM.BACKGROUND", "none"))
 
 
+def table(path: Path | str) -> list[object]:
+    return ["MODEL.FVLM.TEXT_SOURCE", "table", "MODEL.FVLM.TEXT_TABLE", path]
+
+
 def test_words_from_a_table(config, tmp_path: Path) -> None:
     rows = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     names = [*CLASSES, "background", "banana"]
     torch.save({"embeddings": rows, "index": {"classes": names}}, tmp_path / "table.pt")
-    model = build_model(config("vit", "MODEL.FVLM.TEXT", tmp_path / "table.pt"))
-    torch.testing.assert_close(model.roi_heads.classes()[0], F.normalize(rows[:4], dim=1))
+    model = build_model(config("vit", *table(tmp_path / "table.pt")))
+    torch.testing.assert_close(model.evaluation_classes()[0], F.normalize(rows[:4], dim=1))
     model.set_vocabulary(Vocabulary.parse("banana"))
-    torch.testing.assert_close(model.roi_heads.classes()[0], F.normalize(rows[5:], dim=1))
+    torch.testing.assert_close(model.evaluation_classes()[0], F.normalize(rows[5:], dim=1))
     with pytest.raises(ValueError, match="'bananas'"):
         model.set_vocabulary(Vocabulary.parse("bananas"))
     assert model.vocabulary.names == ("banana",)
     with pytest.raises(FileNotFoundError, match=r"no\.pt"):
-        build_model(config("vit", "MODEL.FVLM.TEXT", "no.pt"))
+        build_model(config("vit", *table("no.pt")))
 
     torch.save(
         {
@@ -219,10 +225,10 @@ def test_words_from_a_table(config, tmp_path: Path) -> None:
         ("first", rows[5:]),
         ("mean", F.normalize(rows[4:], dim=1).mean(0, keepdim=True)),
     ):
-        keys = ["MODEL.FVLM.TEXT", tmp_path / "two.pt", "MODEL.FVLM.SYNONYMS", synonyms]
+        keys = [*table(tmp_path / "two.pt"), "MODEL.FVLM.SYNONYMS", synonyms]
         model = build_model(config("vit", *keys, "MODEL.FVLM.BACKGROUND", "learned"))
         model.set_vocabulary(Vocabulary((("banana", "plantain"),)))
-        torch.testing.assert_close(model.roi_heads.classes()[0], F.normalize(expected, dim=1))
+        torch.testing.assert_close(model.evaluation_classes()[0], F.normalize(expected, dim=1))
 
 
 # checkpoints
@@ -235,8 +241,8 @@ def load_into(model: FVLM, path: Path) -> FVLM:
 
 def test_checkpoints_know_what_they_were_trained_on(config, dataset: str, tmp_path: Path) -> None:
     trained = build_model(config())
+    TrainingCheckpointer(trained, str(tmp_path)).save("trained")
     path = tmp_path / "trained.pth"
-    torch.save({"model": trained.state_dict()}, path)
     expected = detect(trained)
     assert torch.equal(detect(load_into(build_model(config()), path))[0].scores, expected[0].scores)
 
@@ -245,15 +251,16 @@ def test_checkpoints_know_what_they_were_trained_on(config, dataset: str, tmp_pa
     MetadataCatalog.get(other).thing_classes = ["cat", "red star"]
     try:
         model = load_into(build_model(config("vit", "DATASETS.TRAIN", [other])), path)
-        assert model.trained_on.names == tuple(CLASSES)
+        assert model.training_vocabulary.names == tuple(CLASSES)
         model.set_vocabulary(Vocabulary.parse("cat, red star"))
-        assert model.roi_heads.classes()[1].tolist() == [False, True]
+        assert model.evaluation_classes()[1].tolist() == [False, True]
         samples = batch()
         for sample in samples:
             sample["instances"].gt_classes = torch.tensor([0, 1])
-        losses_of(model, samples)  # trained on, it learns other classes
-        assert model.trained_on.names == ("cat", "red star")
-        assert model.state_dict()["trained_on_json"].tolist() == list(model.trained_on.to_json().encode())
+        model.start_training()
+        losses_of(model, samples)
+        assert model.training_vocabulary.names == ("cat", "red star")
+        assert training_vocabulary(model.checkpoint_metadata()) == model.training_vocabulary
     finally:
         DatasetCatalog.remove(other)
         MetadataCatalog.remove(other)
@@ -262,13 +269,15 @@ def test_checkpoints_know_what_they_were_trained_on(config, dataset: str, tmp_pa
 def test_weights_alone_know_the_training_words(config, tmp_path: Path) -> None:
     """No text tower in memory; the words are those that the weights bring."""
     trained = build_model(config())
-    torch.save({"model": trained.state_dict()}, tmp_path / "trained.pth")
-    model = load_into(build_model(config("vit", "MODEL.FVLM.TEXT", "weights")), tmp_path / "trained.pth")
+    TrainingCheckpointer(trained, str(tmp_path)).save("trained")
+    model = load_into(
+        build_model(config("vit", "MODEL.FVLM.TEXT_SOURCE", "weights")), tmp_path / "trained.pth"
+    )
     assert torch.equal(detect(model)[0].scores, detect(trained)[0].scores)
     for detector in (model, trained):
         detector.set_vocabulary(Vocabulary.parse("red ring, blue star"))
     torch.testing.assert_close(detect(model)[0].scores, detect(trained)[0].scores)
-    with pytest.raises(ValueError, match="no embedding of 'cat'"):
+    with pytest.raises(ValueError, match="no text embedding of 'cat'"):
         model.set_vocabulary(Vocabulary.parse("cat, red star"))
     with pytest.raises(CheckpointError, match="cls_score.background: not in the file"):
         state = trained.state_dict()
@@ -279,10 +288,10 @@ def test_weights_alone_know_the_training_words(config, tmp_path: Path) -> None:
 
 def test_a_random_text_tower_is_refused(config) -> None:
     keys = ["MODEL.CLIP.PRETRAINED", "random", "MODEL.WEIGHTS", "detector.safetensors"]
-    with pytest.raises(ValueError, match="TEXT_CLIP"):
+    with pytest.raises(ValueError, match="TEXT_ENCODER"):
         build_model(config("vit", *keys))
-    model = build_model(config("vit", *keys, "MODEL.FVLM.TEXT_CLIP", ["shapes-vit", ""]))
-    assert torch.equal(model.roi_heads.classes()[0], build_model(config()).roi_heads.classes()[0])
+    model = build_model(config("vit", *keys, "MODEL.FVLM.TEXT_ENCODER.NAME", "shapes-vit"))
+    assert torch.equal(model.evaluation_classes()[0], build_model(config()).evaluation_classes()[0])
 
 
 # cost
@@ -302,7 +311,8 @@ def test_many_classes_cost_next_to_nothing(config) -> None:
     flops = {}
     for count in (80, 1203):
         text = F.normalize(torch.randn(count, 128), dim=1)
-        model.roi_heads.set_classes(text, torch.rand(count) > 0.5)
+        names = Vocabulary.from_names([f"class {i}" for i in range(count)])
+        model.set_vocabulary(names, {"classes": text})
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(batch(training=False))
         flops[count] = counter.get_total_flops()
@@ -320,22 +330,34 @@ def test_masks_are_class_agnostic(config) -> None:
 def test_other_backbones_and_classes_are_refused(config, dataset: str) -> None:
     for text in ("clip", "weights"):
         with pytest.raises(ValueError, match="frozen CLIP"):
-            build_model(config("rn", "MODEL.TRUNK.NAME", "CLIPTrunk", "MODEL.FVLM.TEXT", text))
-    with pytest.raises(ValueError, match="one list"):
+            build_model(config("rn", "MODEL.TRUNK.NAME", "CLIPTrunk", "MODEL.FVLM.TEXT_SOURCE", text))
+    with pytest.raises(ValueError, match="one class list"):
         build_model(config("rn", "DATASETS.TRAIN", [dataset, "shapes_closed_val"]))
 
 
-def test_proposals_carry_clips_embedding(config) -> None:
-    """Every proposal of every image has its own."""
+def test_clip_scores_every_proposal_of_every_image(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP pools exactly the proposals, in the order in which the detector scores them."""
     model = build_model(config("rn")).eval()
-    seen: list[Instances] = []
-    model.roi_heads.register_forward_pre_hook(lambda module, args: seen.extend(args[2]))
+    proposals: list[Instances] = []
+    model.proposal_generator.register_forward_hook(lambda module, args, out: proposals.extend(out[0]))
+    scored: list[torch.Tensor] = []
+    score = model.roi_heads.box_predictor.clip_probabilities
+
+    def record(embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        scored.append(embeddings)
+        return score(embeddings, text)
+
+    monkeypatch.setattr(model.roi_heads.box_predictor, "clip_probabilities", record)
     detect(model)
-    images = model.preprocess_image(batch(training=False))
-    joint = model.trunk(images.tensor)["joint"]
-    boxes = [p.proposal_boxes.tensor for p in seen]
-    rows = torch.cat([p.get(CLIP_EMBEDDING) for p in seen])
-    torch.testing.assert_close(rows, model.trunk.tower.embed_regions(joint, boxes=boxes))
+    joint = model.trunk(model.preprocess_image(batch(training=False)).tensor)["joint"]
+    boxes = [found.proposal_boxes.tensor for found in proposals]
+    torch.testing.assert_close(scored[0], model.trunk.tower.embed_regions(joint, boxes=boxes))
+
+
+def test_old_config_keys_are_refused_with_the_new_name(config) -> None:
+    for old, new in (("TEXT", "TEXT_SOURCE"), ("TEXT_CLIP", "TEXT_ENCODER.NAME")):
+        with pytest.raises(ConfigError, match=f"FVLM.{old} was renamed to MODEL.FVLM.{new}"):
+            config("rn", f"MODEL.FVLM.{old}", "weights")
 
 
 # the recipe

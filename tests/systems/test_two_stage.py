@@ -63,7 +63,7 @@ def model(built: OVSeg) -> OVSeg:
     built.scoring, built.max_dense_classes, built.calibration = Scoring(), 256, 0.0
     built.semantic_on, built.panoptic_on, built.instance_on = True, False, False
     built.encoder.rule = replace(built.encoder.rule, threshold=0.4)
-    built.set_vocabulary(Vocabulary.from_names(CLASSES))
+    built.init_vocabulary(Vocabulary.from_names(CLASSES))
     return built.eval()
 
 
@@ -130,12 +130,9 @@ def test_base_classes_are_those_of_training(model: OVSeg) -> None:
     model.scoring = Scoring("ensemble", "zsseg", FusionSettings(0.0, 1.0), "boost")
     masks = model.preprocess_image(batch())
     prediction = model.head(model.backbone(masks.tensor))
-    logits = model.classifier(
-        prediction.query_embeddings, model._embedded("evaluation", model.vocabulary)[0]
-    )[0]
-    large = torch.nn.functional.interpolate(prediction.mask_logits, masks.tensor.shape[-2:], mode="bilinear")[
-        0
-    ]
+    logits = model.classifier(prediction.query_embeddings, model.text_embeddings()["queries"])[0]
+    size = masks.tensor.shape[-2:]
+    large = torch.nn.functional.interpolate(prediction.mask_logits, size, mode="bilinear")[0]
     scores = model.scores(logits, large, masks.image_sizes[0], batch()[0]["image"])
     torch.testing.assert_close(scores[:, 1:], logits.softmax(1)[:, 1:])
     assert (scores[:, 0] - logits.softmax(1)[:, 0]).abs().max() > 1e-3
@@ -182,16 +179,15 @@ def test_the_best_mask_of_each_class(model: OVSeg) -> None:
 
 
 def test_without_words_nothing_is_looked_for(model: OVSeg) -> None:
-    model.vocabulary = None
-    model.before_load({})
+    model.init_vocabulary(None)
     with pytest.raises(ValueError, match="set_vocabulary"), torch.no_grad():
         model(batch())
 
 
 def test_checkpoints_know_what_they_were_trained_on(model: OVSeg, tmp_path: Path) -> None:
     """Base is what the weights have seen, also where the run's data are others; older files do not say."""
+    TrainingCheckpointer(model, str(tmp_path)).save("trained")
     path = tmp_path / "trained.pth"
-    torch.save({"model": model.state_dict()}, path)
     other = "two_stage_other"
     MetadataCatalog.get(other).set(stuff_classes=["cat", "red star", "dog", "fox"])
     cfg = small_config()
@@ -201,16 +197,14 @@ def test_checkpoints_know_what_they_were_trained_on(model: OVSeg, tmp_path: Path
     finally:
         MetadataCatalog.remove(other)
     TrainingCheckpointer(loaded).load_weights(str(path), complete=True)
-    assert loaded.trained_on.names == tuple(CLASSES)
+    assert loaded.training_vocabulary.names == tuple(CLASSES)
     loaded.set_vocabulary(Vocabulary.from_names(["cat", "blue star"]))
     assert loaded.vocabulary.base == (False, True)
-    with EventStorage():
-        loaded.train()(batch())  # trained on, it learns other classes
-    assert loaded.trained_on.names[0] == "cat"
-    content = {key: value for key, value in model.state_dict().items() if key != "trained_on_json"}
-    torch.save({"model": content}, path)
+    loaded.start_training()
+    assert loaded.training_vocabulary.names[0] == "cat"
+    torch.save({"model": model.state_dict()}, path)  # without metadata
     TrainingCheckpointer(loaded).load_weights(str(path), complete=True)
-    assert loaded.trained_on.names[0] == "cat"
+    assert loaded.training_vocabulary.names[0] == "cat"
 
 
 @torch.no_grad()

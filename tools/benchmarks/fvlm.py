@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks import MIN_PAIRS, Row, flops, peak_memory, wall
 from benchmarks.denseclip import FixedProposals, random_batch, random_proposals
 from clipdense import add_clipdense_config
+from clipdense.clip.vocabulary import Vocabulary
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -48,8 +50,9 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     for classes, limit in ((80, 100), (1203, 300)):
         generator = torch.Generator().manual_seed(classes)
         text = F.normalize(torch.randn(classes, model.trunk.tower.embed_dim, generator=generator))
-        base = torch.rand(classes, generator=generator) > 0.3
-        model.roi_heads.set_classes(text.to(device), base.to(device))
+        base = (torch.rand(classes, generator=generator) > 0.3).tolist()
+        vocabulary = replace(Vocabulary.from_names([f"class {i}" for i in range(classes)]), base=tuple(base))
+        model.set_vocabulary(vocabulary, {"classes": text.to(device)})
         # so many detections pass, whatever the scores
         model.roi_heads.box_predictor.test_score_thresh = 2.0 / classes
         model.roi_heads.box_predictor.test_topk_per_image = limit
@@ -69,7 +72,7 @@ def _model(config_file: str, device: str) -> Any:
     add_clipdense_config(cfg)
     cfg.merge_from_file(config_file)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.CLIP.PRETRAINED = device, "", "random"
-    cfg.DATASETS.TRAIN, cfg.MODEL.FVLM.TEXT, cfg.MODEL.ROI_HEADS.NUM_CLASSES = (), "weights", 65
+    cfg.DATASETS.TRAIN, cfg.MODEL.FVLM.TEXT_SOURCE, cfg.MODEL.ROI_HEADS.NUM_CLASSES = (), "weights", 65
     torch.manual_seed(0)
     return build_model(cfg)
 

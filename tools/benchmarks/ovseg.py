@@ -161,8 +161,8 @@ def _model(args: argparse.Namespace, device: str) -> Any:
     # random words, for which no text tower has to run
     generator = torch.Generator().manual_seed(0)
     text = F.normalize(torch.randn(FORWARD_CLASSES, model.encoder.clip.embed_dim, generator=generator))
-    model.vocabulary = Vocabulary.from_names([f"class {i}" for i in range(FORWARD_CLASSES)])
-    model._words["evaluation"] = [text.to(device)]
+    vocabulary = Vocabulary.from_names([f"class {i}" for i in range(FORWARD_CLASSES)])
+    model.set_vocabulary(vocabulary, {"queries": text.to(device), "crops": text.to(device)})
     return model
 
 
@@ -198,7 +198,7 @@ def _end_to_end(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]
 
 def _option(option: str, args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) -> Row:
     """Time of a forward with an option and without, and what it changes in CLIP's logits and in labels."""
-    text = model._words["evaluation"][-1]
+    text = model.text_embeddings()["crops"]
     results: dict[str, Tensor] = {}
 
     def record(module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
@@ -252,15 +252,10 @@ def _setting(option: str, model: Any, batch: list[dict[str, Any]]) -> tuple[obje
     if option != "pruned":
         return encoder, "precision", option
     with torch.inference_mode():  # half of the queries
-        queries = model.head(model.backbone(model.preprocess_image(batch).tensor)).require_query_embeddings()[
-            0
-        ]
-        scores = model.classifier(queries, model._words["evaluation"][0]).softmax(-1)
-    return (
-        model,
-        "scoring",
-        replace(model.scoring, min_query_score=scores[:, :-1].amax(-1).quantile(0.5).item()),
-    )
+        queries = model.head(model.backbone(model.preprocess_image(batch).tensor)).require_query_embeddings()
+        scores = model.classifier(queries[0], model.text_embeddings()["queries"]).softmax(-1)
+    min_query_score = scores[:, :-1].amax(-1).quantile(0.5).item()
+    return model, "scoring", replace(model.scoring, min_query_score=min_query_score)
 
 
 def _reference(path: Path) -> Callable[..., object]:

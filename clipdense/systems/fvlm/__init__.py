@@ -1,4 +1,6 @@
-"""Detectors of any words on a frozen CLIP: F-VLM (Kuo et al., ICLR 2023), F-ViT (Wu et al., ICLR 2024)."""
+"""Open-vocabulary detection on a frozen CLIP backbone: F-VLM (Kuo et al., ICLR 2023) and
+F-ViT (Wu et al., CLIPSelf, ICLR 2024).
+"""
 
 from clipdense.systems.fvlm import convert as convert
 from clipdense.systems.fvlm.config import add_fvlm_config

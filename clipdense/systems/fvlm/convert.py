@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from clipdense.checkpoint import (
 )
 from clipdense.clip.eva import EVA02_CLIP
 from clipdense.clip.layouts import EVA_CLIP
-from clipdense.open_vocabulary.trained_on import KEY as TRAINED_ON
+from clipdense.open_vocabulary import training_metadata
 
 __all__ = ["FVIT"]
 
@@ -94,8 +93,7 @@ def _convert(state: State) -> dict[str, Tensor]:
         converted |= {f"{_CLASSIFIER}text": rows[:-1], f"{_CLASSIFIER}background": rows[-1:]}
     if (scale := converted.get(f"{_CLASSIFIER}log_scale")) is not None:
         converted[f"{_CLASSIFIER}log_scale"] = scale.log()
-    # which classes it was trained on, the file does not say
-    return converted | {TRAINED_ON: torch.zeros(0, dtype=torch.uint8)}
+    return converted
 
 
 def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
@@ -152,7 +150,7 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
         "MODEL.ROI_BOX_HEAD.FC_DIM": shown_size(state, (f"{_BOX}shared_fcs.0.bias", 0)),
         "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
         "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 0,
-        "MODEL.FVLM.TEXT": "weights",
+        "MODEL.FVLM.TEXT_SOURCE": "weights",
         "MODEL.FVLM.BACKGROUND": "text",
         "MODEL.FVLM.EMBEDDING_RELU": True,
         "MODEL.FVLM.BOX_FC_DIM": width,
@@ -237,6 +235,8 @@ FVIT = register_layout(
         convert=_convert,
         options=_options,
         prefixes=_prefixes,
+        # the file does not say which of its classes were labelled in training
+        metadata=lambda *_: training_metadata(None),
         drops=(
             DropRule(
                 "RoPE tables",

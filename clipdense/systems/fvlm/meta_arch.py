@@ -1,4 +1,4 @@
-"""F-VLM and F-ViT: a detector of any words on a frozen CLIP."""
+"""F-VLM and F-ViT: open-vocabulary detection on a frozen CLIP backbone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from clipdense.backbone import JOINT, FrozenCLIPTrunk
 from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.open_vocabulary.trained_on import TrainedOn
-from clipdense.systems.fvlm.roi_heads import CLIP_EMBEDDING, FVLMROIHeads
-from clipdense.systems.fvlm.words import BACKGROUND, build_text, known_rows, training_vocabulary
+from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
+from clipdense.open_vocabulary.build import label_vocabulary
+from clipdense.systems.fvlm.roi_heads import FVLMROIHeads
+from clipdense.systems.fvlm.text import BACKGROUND, build_text_embedder, embed_on_cpu, select_rows
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_proposal_generator
@@ -27,58 +28,58 @@ _TEXT_KEY = "roi_heads.box_predictor.cls_score.text"
 
 
 @META_ARCH_REGISTRY.register()
-class FVLM(TrainedOn, GeneralizedRCNN):
-    """A detector whose classes are any words (Kuo et al., F-VLM, ICLR 2023; F-ViT: Wu et al., CLIPSelf, ICLR
-    2024).
+class FVLM(OpenVocabularyModel, GeneralizedRCNN):
+    """Open-vocabulary detector on a frozen CLIP (F-VLM, Kuo et al., ICLR 2023; F-ViT, Wu et al., CLIPSelf,
+    ICLR 2024).
 
-    The trunk is a frozen CLIP; pyramid, RPN and heads are trained on the base classes. In evaluation the
-    detector's scores of each proposal, p, are fused with CLIP's own, q, which it gives to the region of its
-    frozen map: base classes trust p more, novel classes q.
-
-    Attributes:
-        vocabulary: the classes of evaluation.
+    The backbone is a frozen CLIP; pyramid, RPN and heads are trained on the base classes. In evaluation, the
+    detector's class scores p of each proposal are fused with CLIP's own scores q, which come from pooling the
+    region on CLIP's frozen feature map. The fusion weights p more for base classes, and q for novel ones.
     """
+
+    roi_heads: FVLMROIHeads
 
     @configurable
     def __init__(
         self,
         *,
-        text: TextEmbedder | None = None,
+        text_embedder: TextEmbedder | None = None,
         vocabulary: Vocabulary | None = None,
         square_size: int = 0,
         **kwargs: Any,
     ) -> None:
         """
         Args:
-            text: embeds words; None: only those of training can be looked for.
-            vocabulary: of the training data, whose classes the labels count.
-            square_size: side of the squares that images are padded to at least, in pixels; 0: none.
-            kwargs: of `GeneralizedRCNN`; the backbone holds a `FrozenCLIPTrunk`, the heads are
-                `FVLMROIHeads`.
+            text_embedder: embeds class names; None: only classes whose embeddings are in the weights can be
+                named.
+            vocabulary: classes of the training data, which the labels count.
+            square_size: side in pixels of the squares that images are padded to; 0: no such padding.
+            kwargs: arguments of `GeneralizedRCNN`; the backbone contains a `FrozenCLIPTrunk`, and
+                ``roi_heads`` are `FVLMROIHeads`.
 
         Raises:
-            ValueError: another backbone.
+            ValueError: If the backbone has no `FrozenCLIPTrunk`.
         """
         super().__init__(**kwargs)
         find_trunk(self.backbone)
-        self._text = text
-        self._labels = vocabulary
+        self.text_embedder = text_embedder
         self.square_size = square_size
-        self.set_trained_on(vocabulary)
-        self.vocabulary = vocabulary
+        self.init_vocabulary(vocabulary)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         backbone: Backbone = build_backbone(cfg)
-        text, vocabulary = build_text(cfg), training_vocabulary(cfg)
+        embedder, vocabulary = build_text_embedder(cfg), label_vocabulary(cfg)
         background, base = None, None
-        if text is None or vocabulary is None:
-            classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if vocabulary is None else len(vocabulary)
-            rows = torch.zeros(classes, find_trunk(backbone).tower.embed_dim)
+        if embedder is None or vocabulary is None:
+            num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if vocabulary is None else len(vocabulary)
+            text = torch.zeros(num_classes, find_trunk(backbone).tower.embed_dim)
         else:
-            rows = _embed(text, vocabulary)
+            text = embed_on_cpu(embedder, vocabulary)
         if cfg.MODEL.FVLM.BACKGROUND == "text":
-            background = rows.new_zeros(1, rows.shape[1]) if text is None else _embed(text, BACKGROUND)
+            background = text.new_zeros(1, text.shape[1])
+            if embedder is not None:
+                background = embed_on_cpu(embedder, BACKGROUND)
         elif cfg.MODEL.FVLM.BACKGROUND != "learned":
             raise ValueError(
                 f"MODEL.FVLM.BACKGROUND must be text or learned, not {cfg.MODEL.FVLM.BACKGROUND!r}"
@@ -89,52 +90,54 @@ class FVLM(TrainedOn, GeneralizedRCNN):
         return {
             "backbone": backbone,
             "proposal_generator": build_proposal_generator(cfg, shapes),
-            "roi_heads": FVLMROIHeads(cfg, shapes, text=rows, background=background, base=base),
+            "roi_heads": FVLMROIHeads(cfg, shapes, text=text, background=background, base=base),
             "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "text": text,
+            "text_embedder": embedder,
             "vocabulary": vocabulary,
             "square_size": cfg.MODEL.FVLM.SQUARE_SIZE,
         }
 
     @property
     def trunk(self) -> FrozenCLIPTrunk:
-        """The frozen CLIP in the backbone."""
+        """Frozen CLIP in the backbone."""
         return find_trunk(self.backbone)
 
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Look for other classes in evaluation. Only their embeddings are made, and those are kept.
+    def encode_vocabulary(self, vocabulary: Vocabulary, training: bool) -> TextEmbeddings:
+        """Embed classes as ``classes`` (K, D), unit length; see `OpenVocabularyModel`."""
+        if self.text_embedder is None:
+            stored = self.roi_heads.box_predictor.cls_score.text
+            return {"classes": select_rows(vocabulary, self.training_vocabulary, stored)}
+        if isinstance(self.text_embedder, TextBank):
+            self.text_embedder.clip.to(self.device)
+        return {"classes": self.text_embedder(vocabulary)}
 
-        Base is what shares a name with a base class of training. Nothing else is built anew, and training
-        keeps its own classes.
+    def evaluation_classes(self) -> tuple[Tensor, Tensor | None]:
+        """Return the text embeddings t and the base flags of the evaluation vocabulary.
 
-        Raises:
-            ValueError: names that cannot be embedded; the vocabulary stays as it was.
+        Returns:
+            text: (K, D), unit length. Without a vocabulary, these are the embeddings in the weights.
+            base: (K,) bool; None if base and novel are not known, so that all classes are fused as novel
+                (F-VLM's code without a base indicator).
         """
-        heads: FVLMROIHeads = self.roi_heads
-        if self._text is None:
-            text = known_rows(vocabulary, self.trained_on, heads.box_predictor.cls_score.text)
-        else:
-            if isinstance(self._text, TextBank):
-                self._text.clip.to(self.device)
-            text = self._text(vocabulary).to(self.device)
-        vocabulary = self.seen_in_training(vocabulary)
-        base = None if vocabulary.base is None else torch.tensor(vocabulary.base, device=self.device)
-        heads.set_classes(text, base)
-        self.vocabulary = vocabulary
+        if self.vocabulary is None:
+            predictor = self.roi_heads.box_predictor
+            return predictor.cls_score.text, predictor.class_weight[:-1] > 0
+        return self.text_embeddings()["classes"], self.base_flags()
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> Any:
-        """As `GeneralizedRCNN`: losses in training, ``instances`` of the vocabulary's classes otherwise.
+        """Return the losses in training, otherwise ``instances`` of the vocabulary's classes for each image.
 
-        Labels count the classes of the training data; those of its novel classes are left out.
+        Args:
+            batched_inputs: as for `GeneralizedRCNN`. Labels count the classes of the training data; objects
+                of novel classes are removed from them.
         """
-        if self.training:
-            if self.trained_on is not self._labels:  # the weights now learn other classes than they knew
-                self.set_trained_on(self._labels)
-            if self._labels is not None and self._labels.base is not None:
-                batched_inputs = [self._base_only(sample) for sample in batched_inputs]
+        labels = self.label_vocabulary
+        if self.training and labels is not None and labels.base is not None:
+            base = torch.tensor(labels.base)
+            batched_inputs = [keep_base_objects(sample, base) for sample in batched_inputs]
         return super().forward(batched_inputs)
 
     def inference(
@@ -143,23 +146,41 @@ class FVLM(TrainedOn, GeneralizedRCNN):
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
     ) -> Any:
-        """As `GeneralizedRCNN.inference`."""
+        """Detect objects of the vocabulary (F-VLM, section 3.3); arguments as `GeneralizedRCNN.inference`.
+
+        R proposals of all images, K classes, C and D the dimensions of a region feature and of the joint
+        space.
+        """
         if detected_instances is not None:
             return super().inference(batched_inputs, detected_instances, do_postprocess)
+        heads, predictor = self.roi_heads, self.roi_heads.box_predictor
+        text, base = self.evaluation_classes()  # (K, D), (K,)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         proposals, _ = self.proposal_generator(images, features, None)
-        boxes = [p.proposal_boxes.tensor for p in proposals]
-        embeddings = self.trunk.embed_boxes(features[JOINT], boxes)
-        for proposal, embedding in zip(proposals, embeddings.split([len(b) for b in boxes]), strict=True):
-            proposal.set(CLIP_EMBEDDING, embedding)
-        results, _ = self.roi_heads(images, features, proposals, None)
+        boxes = [found.proposal_boxes for found in proposals]
+
+        # p: the detector's scores
+        regions = heads.pool_regions(features, boxes)  # (R, C)
+        logits, deltas = predictor(regions, text)  # (R, K + 1), (R, 4)
+        p = logits.float().softmax(1)
+
+        # q: CLIP's scores of the same regions
+        embeddings = self.trunk.embed_boxes(features[JOINT], [b.tensor for b in boxes])  # (R, D)
+        q = predictor.clip_probabilities(embeddings, text)  # (R, K + 1)
+
+        scores = predictor.fuse(p, q, base).split([len(b) for b in boxes])
+        decoded = predictor.predict_boxes((logits, deltas), proposals)
+        results = [
+            predictor.detect(*found) for found in zip(decoded, scores, images.image_sizes, strict=True)
+        ]
+        results = heads.forward_with_given_boxes(features, results)  # masks, if there is a mask head
         if not do_postprocess:
             return results
         return GeneralizedRCNN._postprocess(results, batched_inputs, images.image_sizes)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
-        """Normalised images, padded with zeros to one size, right and below."""
+        """Normalise images and pad them with zeros to one size, at the right and the bottom."""
         images = super().preprocess_image(batched_inputs)
         if not self.square_size:
             return images
@@ -167,37 +188,33 @@ class FVLM(TrainedOn, GeneralizedRCNN):
         side = max(self.square_size, height, width)
         return ImageList(F.pad(images.tensor, (0, side - width, 0, side - height)), images.image_sizes)
 
-    def before_load(self, state: dict[str, Tensor]) -> None:
-        """Called with a checkpoint's tensors, which it may change, before they are loaded.
+    def prepare_state(self, state: dict[str, Tensor]) -> None:
+        """Keep this model's own text embeddings when weights are loaded; see `LoadHook`.
 
-        What was trained on which classes is as the checkpoint says. No weight depends on the classes, so a
-        detector can be trained further on others, or none of its own: where words can be embedded, their
-        embeddings are this model's.
+        No trained tensor depends on the classes, so a detector can be trained further on other classes.
+        Without a text embedder, the embeddings of the file are loaded.
         """
-        self.restore_trained_on(state, self._labels)
-        if self._text is not None:
+        super().prepare_state(state)
+        if self.text_embedder is not None:
             state[_TEXT_KEY] = self.roi_heads.box_predictor.cls_score.text
 
-    def _base_only(self, sample: dict[str, Any]) -> dict[str, Any]:
-        assert self._labels is not None and self._labels.base is not None
-        instances = sample["instances"]
-        known = torch.tensor(self._labels.base, device=instances.gt_classes.device)
-        return sample | {"instances": instances[known[instances.gt_classes]]}
+
+def keep_base_objects(sample: dict[str, Any], base: Tensor) -> dict[str, Any]:
+    """Return a training sample without the objects of novel classes; ``base`` (K,) bool."""
+    instances = sample["instances"]
+    return sample | {"instances": instances[base.to(instances.gt_classes.device)[instances.gt_classes]]}
 
 
 def find_trunk(backbone: Backbone) -> FrozenCLIPTrunk:
-    """The frozen CLIP in a backbone. Raises ValueError where there is none."""
+    """Find the frozen CLIP in a backbone.
+
+    Raises:
+        ValueError: If there is none.
+    """
     found = next((m for m in backbone.modules() if isinstance(m, FrozenCLIPTrunk)), None)
     if found is None:
         raise ValueError(
-            f"FVLM needs a frozen CLIP below its {type(backbone).__name__}: set MODEL.TRUNK.NAME "
-            "FrozenCLIPTrunk or InterpolatedTrunk"
+            f"FVLM needs a frozen CLIP in its backbone, but {type(backbone).__name__} has none: set "
+            "MODEL.TRUNK.NAME to FrozenCLIPTrunk or InterpolatedTrunk"
         )
     return found
-
-
-def _embed(text: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
-    """Embeddings (K, D); only their shape where the model is built on the meta device."""
-    if text.device.type == "meta":
-        return torch.empty(len(vocabulary), text.dim)
-    return text(vocabulary).cpu()

@@ -1,4 +1,4 @@
-"""Heads of F-VLM: any words as classes, scores fused with CLIP's."""
+"""Heads of F-VLM: classification by text embeddings, and fusion with CLIP's scores."""
 
 from __future__ import annotations
 
@@ -23,20 +23,17 @@ from detectron2.modeling.roi_heads import (
 )
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["CLIP_EMBEDDING", "FVLMBoxPredictor", "FVLMROIHeads"]
-
-CLIP_EMBEDDING = "clip_embedding"
-"""Field of proposals with CLIP's embedding of each region, (n, D)."""
+__all__ = ["FVLMBoxPredictor", "FVLMROIHeads"]
 
 
 class FVLMBoxPredictor(FastRCNNOutputLayers):
-    """Scores by cosine similarity to text, class-agnostic boxes; in evaluation scores fused with CLIP's (Kuo
-    et al., F-VLM, ICLR 2023, section 3).
+    """Class scores by cosine similarity to text, and class-agnostic boxes (F-VLM, Kuo et al., ICLR 2023,
+    section 3).
 
     Attributes:
-        classifier: of the training classes; its `text` goes into checkpoints.
-        class_weight: (K + 1,) weight of each training class in the loss, 0 for novel ones, the background
-            last.
+        cls_score: `TextClassifier` of the training classes, whose text embeddings are in checkpoints.
+        class_weight: (K + 1,) weight of each training class in the loss, 0 for novel classes; the background
+            is last.
     """
 
     class_weight: Tensor
@@ -50,18 +47,19 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
         box_fc_dim: int = 0,
         clip_scale: float = 100.0,
         fusion: str = "fvlm",
-        settings: FusionSettings,
+        fusion_settings: FusionSettings,
         **kwargs: Any,
     ) -> None:
         """
         Args:
-            input_shape: of a region's feature.
-            classifier: the detector's.
-            class_weight: see the class.
-            box_fc_dim: width of a layer that only box regression has; 0 for none.
+            input_shape: shape of a region feature.
+            classifier: the detector's classifier of the training classes.
+            class_weight: (K + 1,), see the class.
+            box_fc_dim: width of a fully connected layer of the box regression only; 0: no such layer.
             clip_scale: inverse temperature of CLIP's scores.
-            fusion, settings: see `clipdense.regions.fusion`.
-            kwargs: of `FastRCNNOutputLayers`.
+            fusion: name of a rule in `clipdense.regions.fusion`.
+            fusion_settings: CLIP's weights for base and novel classes.
+            kwargs: arguments of `FastRCNNOutputLayers`.
         """
         super().__init__(input_shape, num_classes=len(classifier.text), cls_agnostic_bbox_reg=True, **kwargs)
         self.cls_score: nn.Module = classifier
@@ -74,22 +72,26 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
             )
         self.register_buffer("class_weight", class_weight, persistent=False)
         self.clip_scale = clip_scale
-        self.fusion, self.settings = get_fusion(fusion), settings
+        self.fusion, self.fusion_settings = get_fusion(fusion), fusion_settings
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Region features (R, C) -> logits (R, K + 1), the background last, and box deltas (R, 4).
+        """Predict class logits and box deltas.
 
         Args:
-            text: (K, D) embeddings of the classes; None for those of training.
+            x: region features (R, C).
+            text: (K, D) unit embeddings of the classes; None for the training classes.
+
+        Returns:
+            Logits (R, K + 1) with the background last, and box deltas (R, 4).
         """
         return self.cls_score(x, text), self.bbox_pred(x)
 
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: Sequence[Instances]) -> dict[str, Tensor]:
-        """Classification over the known classes, and Detectron2's box regression."""
+        """Compute the classification loss over the base classes, and Detectron2's box regression loss."""
         logits, deltas = predictions
         labels = torch.cat([p.gt_classes for p in proposals])
         boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
-        # an image without objects has no targets, and no region of its own that needs one
+        # an image without objects has no gt_boxes; its regions are background, whose targets are not used
         targets = [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
         losses = {
             "loss_cls": open_vocabulary_loss(logits, labels, self.class_weight),
@@ -98,14 +100,14 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
     def clip_probabilities(self, embeddings: Tensor, text: Tensor) -> Tensor:
-        """CLIP's scores of regions: softmax of scaled cosines.
+        """Score regions by CLIP: softmax of scaled cosines.
 
         Args:
-            embeddings: (R, D), of any length.
-            text: (K, D) unit embeddings.
+            embeddings: CLIP's region embeddings (R, D), of any length.
+            text: (K, D) unit embeddings of the classes.
 
         Returns:
-            (R, K + 1), the background last; 0 where the detector has learned one, that CLIP does not know.
+            (R, K + 1), the background last; 0 for a learned background, which is not in CLIP's space.
         """
         background = cast(TextClassifier, self.cls_score).background
         z = F.normalize(embeddings.float(), dim=1) * self.clip_scale
@@ -113,20 +115,25 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
             return F.pad((z @ text.T).softmax(1), (0, 1))
         return (z @ torch.cat([text, background]).T).softmax(1)
 
-    def fused_probabilities(
-        self, logits: Tensor, embeddings: Tensor, text: Tensor, base: Tensor | None
-    ) -> Tensor:
-        """The detector's logits (R, K + 1) and CLIP's region embeddings (R, D) -> fused scores (R, K + 1)."""
-        clip = self.clip_probabilities(embeddings, text)
-        return self.fusion(logits.float().softmax(1), clip, base, self.settings)
-
-    def detect(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Instances:
-        """The best detections of one image.
+    def fuse(self, p: Tensor, q: Tensor, base: Tensor | None) -> Tensor:
+        """Fuse the detector's scores p with CLIP's scores q; see `clipdense.regions.fusion`.
 
         Args:
-            boxes: (R, 4) decoded; clipped to the image here.
+            p, q: (R, K + 1), the background last.
+            base: (K,) bool, which classes are base; None: all count as novel.
+        """
+        return self.fusion(p, q, base, self.fusion_settings)
+
+    def detect(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Instances:
+        """Select the best detections of one image: score threshold, NMS per class, limit.
+
+        Args:
+            boxes: (R, 4) decoded boxes in pixels; clipped to the image here.
             scores: (R, K + 1), the background last.
-            image_size: (h, w) without padding.
+            image_size: (height, width) without padding.
+
+        Returns:
+            ``pred_boxes``, ``scores`` and ``pred_classes``, by descending score.
         """
         finite = boxes.isfinite().all(1) & scores.isfinite().all(1)
         clipped = Boxes(boxes[finite])
@@ -149,14 +156,13 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
 class FVLMROIHeads(StandardROIHeads):
     """`StandardROIHeads` with a `FVLMBoxPredictor`, on pyramids of any strides.
 
-    Its mask head, if there is one, is class-agnostic. Evaluation needs the field "clip_embedding" of the
-    proposals, and speaks of the classes that :meth:`set_classes` was told, or of those of training.
+    A mask head, if there is one, is class-agnostic. `FVLM.inference` combines the heads with CLIP's scores;
+    their own inference gives the detector's scores of the training classes alone.
     """
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.set_classes(None, None)
 
     @classmethod
     def from_config(
@@ -169,10 +175,10 @@ class FVLMROIHeads(StandardROIHeads):
     ) -> dict[str, Any]:
         """
         Args:
-            cfg, input_shape: as Detectron2's.
+            cfg, input_shape: as for Detectron2's heads.
             text: (K, D) embeddings of the training classes.
-            background: (1, D), or None: it is learned.
-            base: (K,) bool, which of them have labels; None for all.
+            background: (1, D) embedding of the background; None: it is learned.
+            base: (K,) bool, which training classes have labels; None: all.
         """
         features = [input_shape[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
         keys, box, mask = cfg.MODEL.FVLM, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
@@ -215,46 +221,31 @@ class FVLMROIHeads(StandardROIHeads):
                 box_fc_dim=keys.BOX_FC_DIM,
                 clip_scale=keys.CLIP_SCALE,
                 fusion=keys.FUSION,
-                settings=FusionSettings(keys.ALPHA, keys.BETA),
+                fusion_settings=FusionSettings(keys.ALPHA, keys.BETA),
                 **predictor,
             ),
         }
         if cfg.MODEL.MASK_ON:
             if not mask.CLS_AGNOSTIC_MASK:
-                raise ValueError("F-VLM needs MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK True: its classes change")
+                raise ValueError(
+                    "set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK True: the vocabulary of F-VLM changes, so its "
+                    "mask head cannot have one output per class"
+                )
             arguments["mask_in_features"] = cfg.MODEL.ROI_HEADS.IN_FEATURES
             arguments["mask_pooler"] = pooler(mask)
             arguments["mask_head"] = build_mask_head(cfg, pooled(mask))
         return arguments
 
-    def set_classes(self, text: Tensor | None, base: Tensor | None) -> None:
-        """Let evaluation speak of other classes; training does not.
+    def pool_regions(self, features: Mapping[str, Tensor], boxes: Sequence[Boxes]) -> Tensor:
+        """Pool the pyramid over boxes and run the box head.
 
         Args:
-            text: (K, D) unit embeddings; None for those of training.
-            base: (K,) bool, which of them training had labels of; None: not known, so that all are fused as
-                novel ones (F-VLM's code without a base indicator).
+            features: maps by name.
+            boxes: one entry per image, in pixels of the padded images.
+
+        Returns:
+            Region features (R, C) of all images, in order.
         """
-        self._text, self._base = text, base
-
-    def classes(self) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (K, D) and base mask (K,), see :meth:`set_classes`, of the classes of evaluation."""
-        if self._text is None:
-            return self.box_predictor.cls_score.text, self.box_predictor.class_weight[:-1] > 0
-        return self._text, self._base
-
-    def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]) -> Any:
-        if self.training:
-            return super()._forward_box(features, proposals)
-        boxes = [p.proposal_boxes for p in proposals]
-        x = self.box_head(self.box_pooler([features[name] for name in self.box_in_features], boxes))
-        text, base = self.classes()
-        logits, deltas = self.box_predictor(x, text)
-        embeddings = torch.cat([p.get(CLIP_EMBEDDING) for p in proposals])
-        scores = self.box_predictor.fused_probabilities(logits, embeddings, text, base)
-        sizes = [len(p) for p in proposals]
-        decoded = self.box_predictor.predict_boxes((logits, deltas), proposals)
-        return [
-            self.box_predictor.detect(b, s, p.image_size)
-            for b, s, p in zip(decoded, scores.split(sizes), proposals, strict=True)
-        ]
+        maps = [features[name] for name in self.box_in_features]
+        regions: Tensor = self.box_head(self.box_pooler(maps, boxes))
+        return regions

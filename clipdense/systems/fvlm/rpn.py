@@ -1,4 +1,4 @@
-"""Published variants of the RPN."""
+"""RPN variants of the published F-ViT detectors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["NormRPNHead", "ProbabilityRPN"]
 
 @RPN_HEAD_REGISTRY.register()
 class NormRPNHead(StandardRPNHead):
-    """Detectron2's RPN head, each convolution followed by a norm and then the ReLU; all levels share it
-    (F-ViT on OV-LVIS).
+    """Detectron2's RPN head with a norm between each convolution and its ReLU, shared by all levels (F-ViT on
+    OV-LVIS).
     """
 
     @configurable
     def __init__(self, *, norm: str, **kwargs: Any) -> None:
         """
         Args:
-            norm: any of Detectron2, not empty.
-            kwargs: of `StandardRPNHead`.
+            norm: any norm of Detectron2; not empty.
+            kwargs: arguments of `StandardRPNHead`.
         """
         super().__init__(**kwargs)
         for conv in self.conv.modules():
@@ -42,10 +42,10 @@ class NormRPNHead(StandardRPNHead):
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class ProbabilityRPN(RPN):
-    """Detectron2's RPN, but proposals are ranked by probability, as mmdetection does: in float32 logits from
-    about 17 on are all 1, and the first anchors win.
+    """Detectron2's RPN with proposals ranked by probability instead of logit, as in mmdetection.
 
-    "objectness_logits" of its proposals are probabilities.
+    In float32, all logits above about 17 become probability 1, and the first anchors win. The field
+    ``objectness_logits`` of its proposals holds probabilities.
     """
 
     def predict_proposals(
@@ -55,7 +55,7 @@ class ProbabilityRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
-        """See `RPN.predict_proposals`."""
+        """Rank, decode and filter proposals; arguments as `RPN.predict_proposals`."""
         probabilities = [logits.sigmoid() for logits in pred_objectness_logits]
         found: list[Instances] = super().predict_proposals(
             anchors, probabilities, pred_anchor_deltas, image_sizes

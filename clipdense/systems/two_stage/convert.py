@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clipdense.checkpoint import (
+    CheckpointError,
     DropRule,
     ModelLayout,
     config_leaves,
@@ -24,6 +25,7 @@ from clipdense.checkpoint import (
     shown_size,
 )
 from clipdense.clip.layouts import OPENAI_CLIP, config_from_tensors
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.maskformer.convert import (
     DROPS,
     NON_COMMERCIAL,
@@ -32,7 +34,7 @@ from clipdense.maskformer.convert import (
     head_options,
     head_prefixes,
 )
-from clipdense.open_vocabulary.trained_on import KEY as TRAINED_ON
+from clipdense.open_vocabulary import training_metadata
 
 __all__ = ["OVSEG", "ZEGFORMER", "ZEGFORMER_PROPOSALS", "ZSSEG"]
 
@@ -87,7 +89,6 @@ def _convert(state: State) -> dict[str, Tensor]:
     prefixes = _prefixes(state)
     ours = {rename(key, prefixes): value for key, value in state.items()}
     scale = ours.get("classifier.scale")
-    ours[TRAINED_ON] = torch.zeros(0, dtype=torch.uint8)  # the file does not say which classes
     ours["classifier.scale"] = torch.tensor(100.0) if scale is None else scale.float().exp().reshape(())
     if "encoder.mask_prompts.prompts" in ours and not len(ours["encoder.mask_prompts.prompts"]):
         del ours["encoder.mask_prompts.prompts"]
@@ -95,6 +96,17 @@ def _convert(state: State) -> dict[str, Tensor]:
     if learned := [ours[name] for name in names if name in ours]:  # an empty one has no key
         ours = dict.fromkeys(names, learned[0][:0]) | ours
     return ours
+
+
+def _metadata(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
+    """Note the training classes, if as many names are known as the training loss has classes."""
+    weight = state.get("criterion.empty_weight")
+    if not classes or weight is None or len(weight) - 1 != len(classes):
+        return training_metadata(None)
+    try:
+        return training_metadata(Vocabulary.from_names(classes, separator=None))
+    except ValueError as error:
+        raise CheckpointError(f"names of classes: {error}") from error
 
 
 def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
@@ -189,6 +201,7 @@ def _layout(
             matches=matches,
             convert=_convert,
             options=options,
+            metadata=_metadata,
             prefixes=_prefixes,
             drops=_DROPS,
             licence=licence,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from clipdense.clip.mask_prompts import MaskPrompts, load_mask_prompts
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.classes import dataset_vocabulary
 from clipdense.inference import (
     best_masks,
     instance_inference,
@@ -27,7 +25,8 @@ from clipdense.inference import (
 from clipdense.maskformer import EmbeddingHead, MaskFormer, MaskFormerHead
 from clipdense.maskformer.prediction import MaskPrediction
 from clipdense.maskformer.targets import pad_targets
-from clipdense.open_vocabulary.trained_on import TrainedOn
+from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
+from clipdense.open_vocabulary.build import label_vocabulary
 from clipdense.regions import CropRule, FusionSettings, RegionEncoder, cosine_logits
 from clipdense.systems.two_stage.queries import QueryClassifier
 from clipdense.systems.two_stage.scores import Scoring
@@ -57,16 +56,13 @@ class MaskProposals:
 
 
 @META_ARCH_REGISTRY.register()
-class OVSeg(TrainedOn, MaskFormer):
+class OVSeg(OpenVocabularyModel, MaskFormer):
     """Two stages (OVSeg, Liang et al., CVPR 2023; zsseg, Xu et al., ECCV 2022; ZegFormer, Ding et al., CVPR
     2022): class-agnostic masks, each classified twice.
 
     A query's embedding v is compared with the words: p. The crop that its mask cuts out of the image goes
     through CLIP, and is compared with the words: q. Both are fused. The CLIP is frozen; what is trained are
     the proposals, with the words of the training classes.
-
-    Attributes:
-        vocabulary: the classes of evaluation; None before there are any.
     """
 
     @configurable
@@ -114,14 +110,10 @@ class OVSeg(TrainedOn, MaskFormer):
         self.crop_scale, self.calibration = crop_scale, calibration
         self.best_masks = best_masks
         self.max_dense_classes = max_dense_classes
-        self._train_bank = TextBank(encoder.clip, train_templates or templates, prompts=prompts)
-        self._banks = [
-            TextBank(encoder.clip, template, prompts=prompts)
-            for template in dict.fromkeys((templates, crop_templates or templates))
-        ]
-        self._labels = self.vocabulary = vocabulary
-        self.set_trained_on(vocabulary)
-        self._words: dict[str, list[Tensor]] = {}
+        self.train_bank = TextBank(encoder.clip, train_templates or templates, prompts=prompts)
+        self.query_bank = TextBank(encoder.clip, templates, prompts=prompts)
+        self.crop_bank = TextBank(encoder.clip, crop_templates or templates, prompts=prompts)
+        self.init_vocabulary(vocabulary)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -150,7 +142,6 @@ class OVSeg(TrainedOn, MaskFormer):
         elif keys.MASK_PROMPTS.DEPTH:
             mask_prompts = MaskPrompts.of(clip.visual, keys.MASK_PROMPTS.DEPTH)
         settings = FusionSettings(scores.ALPHA, scores.BETA)
-        vocabularies = [dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TRAIN]
         return arguments | {
             "head": MaskFormerHead(cfg, arguments["backbone"].output_shape(), class_embed=embed),
             "encoder": RegionEncoder(
@@ -182,19 +173,16 @@ class OVSeg(TrainedOn, MaskFormer):
             "calibration": keys.CALIBRATION,
             "best_masks": keys.BEST_MASKS,
             "max_dense_classes": cfg.TEST.MAX_DENSE_CLASSES,
-            "vocabulary": vocabularies[0] if vocabularies else None,
+            "vocabulary": label_vocabulary(cfg),
         }
 
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Look for other classes in evaluation; their text is encoded once and kept. Base is what shares a
-        name with a class of training, where those are known.
-
-        Raises:
-            ValueError: names that cannot be embedded; the vocabulary stays as it was.
+    def encode_vocabulary(self, vocabulary: Vocabulary, training: bool) -> TextEmbeddings:
+        """Embed classes as ``queries`` and, for evaluation, as ``crops``: (K, D), unit length; see
+        `OpenVocabularyModel`.
         """
-        vocabulary = self.seen_in_training(vocabulary)
-        words = [bank(vocabulary) for bank in self._banks]
-        self.vocabulary, self._words["evaluation"] = vocabulary, words
+        if training:
+            return {"queries": self.train_bank(vocabulary)}
+        return {"queries": self.query_bank(vocabulary), "crops": self.crop_bank(vocabulary)}
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> Any:
         """As `MaskFormer`: losses in training; otherwise for each image those that are on of ``sem_seg``
@@ -204,10 +192,8 @@ class OVSeg(TrainedOn, MaskFormer):
             images = self.preprocess_image(batched_inputs)
             prediction = self.head(self.backbone(images.tensor))
             size = (images.tensor.shape[-2], images.tensor.shape[-1])
-            if self.trained_on is not self._labels:  # the weights now learn other classes than they knew
-                self.set_trained_on(self._labels)
             targets = [self._targets(sample) for sample in batched_inputs]
-            words = self._embedded("training", self._labels)[0]
+            words = self.training_text_embeddings()["queries"]
             return self.criterion(self._classify(prediction, words), pad_targets(targets, size))
         proposals = self.propose(batched_inputs)
         class_logits = self.classify(proposals.query_embeddings)
@@ -236,7 +222,7 @@ class OVSeg(TrainedOn, MaskFormer):
     def classify(self, query_embeddings: Tensor) -> Tensor:
         """Compare query embeddings (B, Q, D) with the evaluation vocabulary -> class logits (B, Q, K + 1),
         "no object" last."""
-        return self.classifier(query_embeddings, self._embedded("evaluation", self.vocabulary)[0]).float()
+        return self.classifier(query_embeddings, self.text_embeddings()["queries"]).float()
 
     def propose_masks(self, sample: dict[str, Any]) -> Tensor:
         """Predict the binary masks that the crops of one image are cut with.
@@ -265,7 +251,6 @@ class OVSeg(TrainedOn, MaskFormer):
         """
         if self.scoring.source == "proposals":
             return self.scoring(logits, None, None, None)
-        assert self.vocabulary is not None
         if not self.encoder.rule.padded_logits:
             masks = masks[:, : image_size[0], : image_size[1]].sigmoid()
         image = image.to(self.device)
@@ -274,8 +259,8 @@ class OVSeg(TrainedOn, MaskFormer):
             image if self.input_format == "RGB" else image.flip(0), masks, query_mask
         )
         scale = self.crop_scale or self.encoder.clip.logit_scale.exp()
-        clip = cosine_logits(embeddings, self._embedded("evaluation", self.vocabulary)[-1], scale)
-        return self.scoring(logits, clip, valid, self._base(), query_mask)
+        clip = cosine_logits(embeddings, self.text_embeddings()["crops"], scale)
+        return self.scoring(logits, clip, valid, self.base_flags(), query_mask)
 
     def postprocess(
         self, logits: Tensor, masks: Tensor, image_size: tuple[int, int], sample: dict[str, Any]
@@ -294,7 +279,7 @@ class OVSeg(TrainedOn, MaskFormer):
                 limits = masks[:, : image_size[0], : image_size[1]] if rule.padded_logits else probabilities
                 classes, maps = classes[best], (limits[best] > rule.threshold).float()
             arguments = classes, maps, (height, width)
-            calibration: dict[str, Any] = {"base": self._base(), "calibration": self.calibration}
+            calibration: dict[str, Any] = {"base": self.base_flags(), "calibration": self.calibration}
             if 0 < self.max_dense_classes < scores.shape[1] - 1:
                 output["sem_seg_labels"] = semantic_labels(*arguments, **calibration)[0]
             else:
@@ -311,11 +296,9 @@ class OVSeg(TrainedOn, MaskFormer):
             output["instances"] = instance_inference(logits, masks, topk=self.topk, things=things)
         return output
 
-    def before_load(self, state: dict[str, Tensor]) -> None:
-        """Called with a checkpoint's tensors before they are loaded: other weights embed words anew, and an
-        adapted CLIP keeps its place. What was trained on which classes is as the checkpoint says."""
-        self._words.clear()
-        self.restore_trained_on(state, self._labels)
+    def prepare_state(self, state: dict[str, Tensor]) -> None:
+        """Load hook: clear cached text embeddings; keep ADAPTED_CLIP. See `LoadHook`."""
+        super().prepare_state(state)
         if self.keep_encoder:
             own = {f"encoder.{key}": value for key, value in self.encoder.state_dict().items()}
             for key in [key for key in state if key.startswith("encoder.") and not key.startswith(TEXT)]:
@@ -326,19 +309,6 @@ class OVSeg(TrainedOn, MaskFormer):
         aux = [self._classify(layer, words) for layer in prediction.aux]
         logits = self.classifier(prediction.require_query_embeddings(), words)
         return replace(prediction, class_logits=logits, aux=aux)
-
-    def _embedded(self, use: str, vocabulary: Vocabulary | None) -> list[Tensor]:
-        """Embeddings (K, D) of words for queries, first, and for crops, last."""
-        if vocabulary is None:
-            raise ValueError(f"no classes for {use}: set_vocabulary, or data sets in DATASETS.TRAIN")
-        if use not in self._words:
-            banks = [self._train_bank] if use == "training" else self._banks
-            self._words[use] = [bank(vocabulary) for bank in banks]
-        return [words.to(self.device) for words in self._words[use]]
-
-    def _base(self) -> Tensor | None:
-        base = None if self.vocabulary is None else self.vocabulary.base
-        return None if base is None else torch.tensor(base, device=self.device)
 
     def _things(self) -> frozenset[int]:
         flags = None if self.vocabulary is None else self.vocabulary.thing
