@@ -110,9 +110,9 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         self.crop_scale, self.calibration = crop_scale, calibration
         self.best_masks = best_masks
         self.max_dense_classes = max_dense_classes
-        self.train_bank = TextBank(encoder.clip, train_templates or templates, prompts=prompts)
-        self.query_bank = TextBank(encoder.clip, templates, prompts=prompts)
-        self.crop_bank = TextBank(encoder.clip, crop_templates or templates, prompts=prompts)
+        names = [templates, train_templates or templates, crop_templates or templates]
+        banks = {name: TextBank(encoder.clip, name, prompts=prompts) for name in dict.fromkeys(names)}
+        self.query_bank, self.train_bank, self.crop_bank = (banks[name] for name in names)
         self.init_vocabulary(vocabulary)
 
     @classmethod
