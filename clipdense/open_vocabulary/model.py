@@ -34,9 +34,9 @@ class OpenVocabularyModel(ABC):
       synonym with a base class of the training vocabulary. If the training vocabulary is not known, the flags
       are as given; without flags, systems treat every class as novel.
 
-    A subclass calls `init_vocabulary` in its constructor and implements `encode_vocabulary`. Its forward reads
-    `text_embeddings`, `training_text_embeddings` and `base_flags`, and sets none of them. The mixin implements
-    the protocols `CheckpointMetadata`, `LoadHook` and `TrainingStart`.
+    A subclass calls `init_vocabulary` in its constructor and implements `encode_vocabulary`. Its forward
+    reads `text_embeddings`, `training_text_embeddings` and `base_flags`, and sets none of them. The mixin
+    implements the protocols `CheckpointMetadata`, `LoadHook` and `TrainingStart`.
 
     Example::
 
