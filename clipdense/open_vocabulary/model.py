@@ -201,8 +201,8 @@ def require_open_vocabulary(model: Any, known: str = "") -> OpenVocabularyModel:
     if isinstance(model, OpenVocabularyModel):
         return model
     raise ValueError(
-        f"{type(model).__name__} has a closed vocabulary: it was trained to distinguish a fixed list of "
-        f"classes. Leave the vocabulary out, or use an open-vocabulary model{f' ({known})' if known else ''}."
+        f"{type(model).__name__} has a closed vocabulary: it predicts the classes that it was trained on and no "
+        f"others. Leave out the vocabulary, or use an open-vocabulary model{f' ({known})' if known else ''}."
     )
 
 

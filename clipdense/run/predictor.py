@@ -23,6 +23,7 @@ from clipdense.data.mappers import map_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.options import ConfigError
 from clipdense.engine.run_config import RunConfig, run_config
+from clipdense.open_vocabulary import OpenVocabularyModel, require_open_vocabulary
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.keys import config_keys, config_value
 from clipdense.run.setup import LoadedConfig, available_device, complete_config, read_config
@@ -214,7 +215,7 @@ class Predictor:
 
     def _use_known_classes(self, run: RunConfig, stored: dict[str, Any]) -> Vocabulary | None:
         """Set the classes of the dataset or the weights; return those of an open-vocabulary model."""
-        is_open = _is_open(self.model)
+        is_open = isinstance(self.model, OpenVocabularyModel)
         self.metadata = _metadata(run, stored, prefer_stored=not is_open)
         if not is_open:
             return None
@@ -315,18 +316,16 @@ def _append(vocabulary: Vocabulary, background: VocabularyLike) -> Vocabulary:
     return Vocabulary(vocabulary.synonyms + further.synonyms, base and base + rest, thing + rest)
 
 
-def _is_open(model: Any) -> bool:
-    return hasattr(model, "set_vocabulary")
-
-
 def _require_open_vocabulary(model: Any) -> None:
-    if not _is_open(model):
-        able = ", ".join(sorted(name for name, kind in META_ARCH_REGISTRY if _is_open(kind)))
-        raise ConfigError(
-            f"{type(model).__name__} has a closed vocabulary: it predicts the classes that it was trained on "
-            "and no others. Leave out the vocabulary, or use an open-vocabulary model "
-            f"({able or 'none is registered'})."
-        )
+    kinds = sorted(
+        name
+        for name, kind in META_ARCH_REGISTRY
+        if isinstance(kind, type) and issubclass(kind, OpenVocabularyModel)
+    )
+    try:
+        require_open_vocabulary(model, ", ".join(kinds))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _metadata(run: RunConfig, stored: dict[str, Any], prefer_stored: bool) -> Metadata:

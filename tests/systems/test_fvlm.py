@@ -356,7 +356,7 @@ def test_clip_scores_every_proposal_of_every_image(config, monkeypatch: pytest.M
 
 def test_old_config_keys_are_refused_with_the_new_name(config) -> None:
     for old, new in (("TEXT", "TEXT_SOURCE"), ("TEXT_CLIP", "TEXT_ENCODER.NAME")):
-        with pytest.raises(ConfigError, match=f"FVLM.{old} was renamed to MODEL.FVLM.{new}"):
+        with pytest.raises(ConfigError, match=f"FVLM.{old} is now MODEL.FVLM.{new}"):
             config("rn", f"MODEL.FVLM.{old}", "weights")
 
 
