@@ -200,9 +200,10 @@ def require_open_vocabulary(model: Any, known: str = "") -> OpenVocabularyModel:
     """
     if isinstance(model, OpenVocabularyModel):
         return model
+    examples = f" ({known})" if known else ""
     raise ValueError(
-        f"{type(model).__name__} has a closed vocabulary: it predicts the classes that it was trained on and no "
-        f"others. Leave out the vocabulary, or use an open-vocabulary model{f' ({known})' if known else ''}."
+        f"{type(model).__name__} has a closed vocabulary: it predicts the classes that it was trained on and "
+        f"no others. Leave out the vocabulary, or use an open-vocabulary model{examples}."
     )
 
 
