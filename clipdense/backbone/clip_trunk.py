@@ -11,18 +11,11 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
-from clipdense.backbone.trunk import Trunk, check_pixel_statistics, feature_name
+from clipdense.backbone.trunk import NUM_STAGES, Trunk, check_pixel_statistics, feature_name
 from clipdense.clip.attention import TokenStream
 from clipdense.clip.model import ClipModel, build_clip, load_clip
-from clipdense.clip.towers import (
-    ConvNeXtTower,
-    ResNetTower,
-    TimmViTTower,
-    Tower,
-    TowerOutput,
-    TowerRequest,
-    TransformerTower,
-)
+from clipdense.clip.towers import Tower, TowerOutput, TowerRequest, TransformerTower
+from clipdense.clip.towers.groups import parameters_of
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
@@ -119,25 +112,18 @@ class CLIPTrunk(Trunk):
     def stages(self) -> list[list[nn.Module | nn.Parameter]]:
         stages = self._tower_stages()
         if self.joint:
-            inside = {id(p) for stage in stages for part in stage for p in _parameters(part)}
+            inside = {id(p) for stage in stages for p in parameters_of(stage)}
             stages[-1].extend(p for p in self.tower.parameters() if id(p) not in inside)
         return stages
 
     def _tower_stages(self) -> list[list[nn.Module | nn.Parameter]]:
-        tower: Any = self.tower
-        if isinstance(tower, ResNetTower):
-            stem = [getattr(tower, f"{layer}{i}") for i in "123" for layer in ("conv", "bn")]
-            return [stem, *([getattr(tower, f"layer{i}")] for i in range(1, 5))]
-        if isinstance(tower, ConvNeXtTower):
-            return [[tower.trunk.stem], *([stage] for stage in tower.trunk.stages)]
-        blocks = list(tower.blocks)
-        quarters: list[list[nn.Module | nn.Parameter]] = [[], [], [], []]
-        for i, block in enumerate(blocks):
-            quarters[4 * i // len(blocks)].append(block)
-        return [
-            _embedding(tower.trunk if isinstance(tower, TimmViTTower) else tower, tower.blocks),
-            *quarters,
-        ]
+        groups, count = self.tower.groups(), NUM_STAGES - 1
+        if not isinstance(self.tower, TransformerTower):
+            return [list(groups.stem), *([stage] for stage in groups.blocks)]
+        quarters: list[list[nn.Module | nn.Parameter]] = [[] for _ in range(count)]
+        for i, block in enumerate(groups.blocks):
+            quarters[count * i // len(groups.blocks)].append(block)
+        return [[*groups.stem, *groups.positions], *quarters]
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         return self._maps(self._run(images, self._want))
@@ -193,19 +179,3 @@ def clip_from_config(cfg: CN, *, text: bool = True) -> ClipModel:
     if keys.POSITION_GRID:
         clip.visual.resize_positions(keys.POSITION_GRID)
     return clip
-
-
-def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
-    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-
-
-def _embedding(owner: nn.Module, blocks: nn.Module) -> list[nn.Module | nn.Parameter]:
-    """Whatever makes the tokens: lone parameters but the projection, and the modules before the blocks."""
-    parts: list[nn.Module | nn.Parameter] = [
-        p for n, p in owner.named_parameters(recurse=False) if n != "proj"
-    ]
-    for child in owner.children():
-        if any(module is blocks for module in child.modules()):
-            break
-        parts.append(child)
-    return parts

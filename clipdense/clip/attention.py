@@ -1,35 +1,37 @@
-"""One view of a transformer block, and the table of last-block modes that dense CLIP methods use.
+"""The view of a transformer block, and the table of last-block modes of dense CLIP methods.
 
-A mode is a small function of (block view, token stream), so modes x tower families is a sum, not a product.
+A mode is a small function of (block view, token stream, guidance): a new mode works with every tower family,
+and a new family works with every mode.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipdense.clip.position import Grid, rotate
 
 
 @dataclass
 class TokenStream:
-    """The tokens between two blocks.
+    """Tokens between two blocks.
 
     Attributes:
         x: (B, L, C). Patch tokens are the last h * w, row-major; the class token, if the tower has one, is
             the first.
         grid: (h, w) of the patch tokens.
         rope: sine and cosine (h * w, head_dim) that rotate queries and keys of patch tokens.
-        bias: added to the attention logits, broadcastable to (B, heads, L, L); -inf forbids. None: all
-            attend to all.
-        causal: every token attends only to itself and its predecessors (text); excludes a bias.
-        window: side in patches of the windows that patch tokens attend within (and to the tokens before
-            them); 0: the whole grid. Excludes a bias.
+        bias: added to the attention logits, broadcastable to (B, heads, L, L); -inf forbids attention. None:
+            every token attends to every token.
+        causal: every token attends only to itself and its predecessors (text). Cannot be combined with a
+            bias.
+        window: side, in patches, of the windows that patch tokens attend within (and to the tokens before
+            the patches). 0: the whole grid. Cannot be combined with a bias.
     """
 
     x: Tensor
@@ -45,8 +47,52 @@ class TokenStream:
         return self.x[:, self.x.shape[1] - self.grid[0] * self.grid[1] :]
 
 
+@dataclass(frozen=True)
+class ParameterRows:
+    """Rows of a parameter, along its first dimension.
+
+    Attributes:
+        parameter: the parameter.
+        rows: range of rows; None for the whole parameter.
+    """
+
+    parameter: nn.Parameter
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class AttentionParameters:
+    """Weights and biases of the query, key and value projections of one attention.
+
+    Where a library keeps the three projections in one tensor, each part is a range of its rows.
+    """
+
+    q: tuple[ParameterRows, ...]
+    k: tuple[ParameterRows, ...]
+    v: tuple[ParameterRows, ...]
+
+    @classmethod
+    def from_linears(cls, q: nn.Module, k: nn.Module, v: nn.Module) -> AttentionParameters:
+        """Collect the parameters of three separate projections."""
+        return cls(*(tuple(ParameterRows(p) for p in part.parameters()) for part in (q, k, v)))
+
+    @classmethod
+    def from_fused(cls, *fused: nn.Parameter | None) -> AttentionParameters:
+        """Split parameters whose rows are queries, keys and values, a third each."""
+        return cls(*(row_parts(fused, i, 3) for i in range(3)))
+
+
+def row_parts(parameters: Iterable[nn.Parameter | None], index: int, count: int) -> tuple[ParameterRows, ...]:
+    """Return the part `index` of `count` equal parts of the rows of each parameter."""
+    return tuple(
+        ParameterRows(p, slice(index * len(p) // count, (index + 1) * len(p) // count))
+        for p in parameters
+        if p is not None
+    )
+
+
 class Block(ABC):
-    """A residual block as x + out(attention(q, k, v)), then x + mlp(x), whatever library built it.
+    """View of a residual block: x + out(attention(q, k, v)), then x + mlp(x), for any library's block.
 
     Norms, layer scales and stochastic depth belong to the methods, so that post-norm blocks have the same
     view.
@@ -57,36 +103,42 @@ class Block(ABC):
 
     @abstractmethod
     def normed(self, x: Tensor) -> Tensor:
-        """What the attention reads: (B, L, C)."""
+        """Norm tokens (B, L, C) for the attention."""
 
     @abstractmethod
     def qkv(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value projections of normed tokens, heads side by side: each (B, L, C)."""
+        """Project normed tokens to queries, keys and values, heads side by side: each (B, L, C)."""
 
     @abstractmethod
     def key(self, u: Tensor) -> Tensor:
-        """The key projection alone."""
+        """Project normed tokens to keys (B, L, C)."""
 
     @abstractmethod
     def value(self, u: Tensor) -> Tensor:
-        """The value projection alone."""
+        """Project normed tokens to values (B, L, C)."""
 
     @abstractmethod
     def out(self, y: Tensor) -> Tensor:
-        """From the attention's result to what it adds to the residual: inner norm, output projection, layer
-        scale.
-        """
+        """Map the attention's result to its residual branch: inner norm, output projection, layer scale."""
 
     @abstractmethod
     def mlp(self, x: Tensor) -> Tensor:
-        """What the MLP adds to the residual, its norm included."""
+        """Compute the residual branch of the MLP, its norm included."""
+
+    @abstractmethod
+    def attention_parameters(self) -> AttentionParameters:
+        """Return the parameters of the query, key and value projections."""
 
     def norm_heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-head norms of queries and keys (B, heads, L, head_dim); none by default."""
+        """Norm queries and keys (B, heads, L, head_dim) per head; the default returns them unchanged."""
         return q, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stream: TokenStream) -> Tensor:
-        """Softmax attention (B, L, C) over the stream's tokens."""
+        """Compute softmax attention (B, L, C) over the stream's tokens.
+
+        Raises:
+            ValueError: If the stream has a bias and is causal or windowed.
+        """
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, v))
         q, k = self.norm_heads(q, k)
         if stream.rope is not None:
@@ -108,8 +160,9 @@ def _rotate_patches(x: Tensor, stream: TokenStream) -> Tensor:
 
 
 def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, grid: Grid, side: int, dropout: float) -> Tensor:
-    """Patches attend to their window and to the prefix tokens; prefix tokens attend to all. Edge windows are
-    cut short.
+    """Attend within windows: patches see their window and the prefix tokens, prefix tokens see all tokens.
+
+    Windows at the edge are smaller.
     """
     (h, w), (batch, heads, length, _) = grid, q.shape
     prefix = length - h * w
@@ -134,33 +187,83 @@ def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, grid: Grid, side: int, d
     return torch.cat([F.scaled_dot_product_attention(q[:, :, :prefix], k, v, None, dropout), y], dim=2)
 
 
-Mode = Callable[[Block, TokenStream], Tensor]
-MODES: dict[str, Mode] = {}
-CLASS_TOKEN_MODES: set[str] = set()
+ModeFunction = (
+    Callable[[Block, TokenStream], TokenStream] | Callable[[Block, TokenStream, Tensor], TokenStream]
+)
 
 
-def dense_mode(*names: str, class_token: bool = False) -> Callable[[Mode], Mode]:
-    """Register a last-block mode: from the stream that enters the last block to the tokens (B, L, C) that
-    leave it.
+@dataclass(frozen=True)
+class Mode:
+    """A last-block mode: from the tokens that enter the last block to the tokens that leave it.
 
-    Args:
-        names: what the methods that share the mode call it.
-        class_token: the mode reads the class token, so towers without one do not have it.
+    Attributes:
+        name: first name of the mode.
+        function: takes the block view and the token stream, and the guidance if the mode has one. The
+            returned stream may have another grid (ProxyCLIP: the grid of the external features).
+        class_token: whether the mode reads the class token; towers without one do not offer it.
+        guidance: what the guidance tensor must be (meaning and shape, e.g. "patch features (B, C, h, w) of
+            another model"); empty if the mode takes none.
     """
 
-    def register(mode: Mode) -> Mode:
-        MODES.update(dict.fromkeys(names, mode))
-        CLASS_TOKEN_MODES.update(names if class_token else ())
-        return mode
+    name: str
+    function: ModeFunction
+    class_token: bool = False
+    guidance: str = ""
+
+    def __call__(self, block: Block, stream: TokenStream, guidance: Tensor | None = None) -> TokenStream:
+        """Run the mode.
+
+        Args:
+            block: view of the last block.
+            stream: tokens that enter it.
+            guidance: external tensor that steers the attention; see the attribute.
+
+        Raises:
+            ValueError: If the mode takes guidance and there is none, or the reverse.
+        """
+        self.check_guidance(guidance)
+        arguments = () if guidance is None else (guidance,)
+        return self.function(block, stream, *arguments)  # type: ignore[call-arg, arg-type]
+
+    def check_guidance(self, guidance: Tensor | None) -> None:
+        """Raise ValueError unless guidance is given exactly if the mode takes it."""
+        if guidance is None and self.guidance:
+            raise ValueError(
+                f"mode '{self.name}' needs guidance: pass {self.guidance} in TowerRequest.guidance"
+            )
+        if guidance is not None and not self.guidance:
+            raise ValueError(f"mode '{self.name}' takes no guidance, but TowerRequest.guidance is set")
+
+
+MODES: dict[str, Mode] = {}
+
+
+def dense_mode(
+    *names: str, class_token: bool = False, guidance: str = ""
+) -> Callable[[ModeFunction], ModeFunction]:
+    """Register a last-block mode.
+
+    Args:
+        names: names that methods use for the mode; the first is the main one.
+        class_token: see `Mode`.
+        guidance: see `Mode`.
+
+    Returns:
+        Decorator that returns the function unchanged.
+    """
+
+    def register(function: ModeFunction) -> ModeFunction:
+        MODES.update(dict.fromkeys(names, Mode(names[0], function, class_token, guidance)))
+        return function
 
     return register
 
 
 def get_mode(name: str) -> Mode:
-    """A last-block mode by name.
+    """Return a last-block mode by name.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: If the mode is unknown.
     """
     if name not in MODES:
         raise ValueError(f"unknown last-block mode '{name}'; known: {', '.join(MODES)}")
@@ -168,30 +271,30 @@ def get_mode(name: str) -> Mode:
 
 
 @dense_mode("plain")
-def plain(block: Block, stream: TokenStream) -> Tensor:
-    """The block as CLIP trained it."""
+def plain(block: Block, stream: TokenStream) -> TokenStream:
+    """Run the block as CLIP was trained."""
     x = stream.x
     x = x + block.out(block.attend(*block.qkv(block.normed(x)), stream))
-    return x + block.mlp(x)
+    return replace(stream, x=x + block.mlp(x))
 
 
 @dense_mode("value", "clipself", "maskclip")
-def value(block: Block, stream: TokenStream) -> Tensor:
-    """Each token attends to itself alone: x + out(v), then the MLP; residual, inner norm and MLP are kept.
+def value(block: Block, stream: TokenStream) -> TokenStream:
+    """Let each token attend to itself only: x + out(v), then the MLP. Residual, inner norm and MLP stay.
 
-    MaskCLIP (specs/denseclip_maskclip_segclip.md 2.1) for CLIP's blocks, CLIPSelf
-    (specs/clipself_fvlm_catseg_odise_fcclip.md 1.2) also for EVA's, whose inner norm stands before the
-    projection.
+    Source: MaskCLIP (Zhou et al., ECCV 2022); CLIPSelf (Wu et al., ICLR 2024) uses it for EVA's blocks too,
+        which have an inner norm before the projection.
     """
     x = stream.x
     x = x + block.out(block.value(block.normed(x)))
-    return x + block.mlp(x)
+    return replace(stream, x=x + block.mlp(x))
 
 
 @dense_mode("catseg", class_token=True)
-def catseg(block: Block, stream: TokenStream) -> Tensor:
-    """As `value`, but the residual of every token is the class token (CAT-Seg,
-    specs/clipself_fvlm_catseg_odise_fcclip.md 3.1).
+def catseg(block: Block, stream: TokenStream) -> TokenStream:
+    """Run the mode `value` with the class token as the residual of every token.
+
+    Source: the released code of CAT-Seg (Cho et al., CVPR 2024).
     """
     x = stream.x[:, :1] + block.out(block.value(block.normed(stream.x)))
-    return x + block.mlp(x)
+    return replace(stream, x=x + block.mlp(x))

@@ -28,6 +28,7 @@ from clipdense.checkpoint import (
 )
 from clipdense.clip.eva import EVA02_CLIP, EVA02Model
 from clipdense.clip.layouts import EVA_CLIP, JIT_ENTRIES, MASK_PROMPTS, OPENAI_CLIP, config_from_tensors
+from clipdense.clip.pixels import normalize_pixels
 from clipdense.clip.sources import Source, resolve
 from clipdense.clip.tokenizer import CLIP_VOCABULARY, build_tokenizer, token_counts
 from clipdense.clip.towers import TextTower, Tower, TowerOutput, TowerRequest, build_tower
@@ -75,6 +76,11 @@ class ClipModel(nn.Module):
         self.image_size = visual.image_size
         self.pixel_mean: tuple[float, ...] = tuple(config["preprocess_cfg"]["mean"])
         self.pixel_std: tuple[float, ...] = tuple(config["preprocess_cfg"]["std"])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalise RGB images (..., 3, H, W), 0..255, with the model's statistics, on the model's device."""
+        images = images.to(self.logit_scale.device, non_blocking=True)
+        return normalize_pixels(images, self.pixel_mean, self.pixel_std)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> embeddings (B, D), not L2-normalised."""

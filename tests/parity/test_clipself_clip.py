@@ -110,7 +110,7 @@ def test_eva(golden, tmp_path, monkeypatch):
         if index > 0:
             results[f"native_tokens_after_block{index - 1}"] = stream.x
         if index == last:
-            value = get_mode("clipself")(tower.block(last), stream)
+            value = get_mode("clipself")(tower.block(last), stream).x
             results["native_tokens_value_path_last_block"] = value
         return stream
 

@@ -39,7 +39,7 @@ def test_catseg(golden, tmp_path):
             if index > 0:
                 results[f"block{index - 1}_LND_{size}"] = stream.x.transpose(0, 1)
             if index == last:
-                tokens = get_mode("catseg")(tower.block(last), stream)
+                tokens = get_mode("catseg")(tower.block(last), stream).x
                 results[f"dense_tokens_{size}"] = tower.project(tower.norm_tokens(tokens))
             return stream
 

@@ -1,4 +1,4 @@
-"""Image and text towers: one file a family, one contract (`Tower`)."""
+"""Image and text towers: one file per family, one contract (`Tower`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest
 from clipdense.clip.towers.convnext import ConvNeXtTower
+from clipdense.clip.towers.groups import TowerGroups
 from clipdense.clip.towers.resnet import ResNetTower
 from clipdense.clip.towers.text import TextTower
 from clipdense.clip.towers.timm_vit import TimmViTTower
@@ -25,19 +26,24 @@ __all__ = [
     "TextTower",
     "TimmViTTower",
     "Tower",
+    "TowerGroups",
     "TowerOutput",
+    "TowerRequest",
     "TransformerTower",
     "ViTTower",
-    "TowerRequest",
     "build_tower",
 ]
 
 
 def build_tower(visual: nn.Module, position_rule: str = "bicubic") -> Tower:
-    """The tower that takes over an open_clip image module; parameters are shared, not copied.
+    """Build the tower of an open_clip image module; parameters are shared, not copied.
+
+    Args:
+        visual: image tower of an open_clip model.
+        position_rule: rule for grids other than the native one, see `clipdense.clip.position`.
 
     Raises:
-        ValueError: a family without a tower, or a variant that its tower cannot represent.
+        ValueError: If the family has no tower, or its tower does not support this variant.
     """
     if isinstance(visual, ModifiedResNet):
         return ResNetTower(visual, position_rule)

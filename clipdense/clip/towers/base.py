@@ -1,30 +1,35 @@
-"""The contract of an image tower: one forward, only what is asked."""
+"""The contract of an image tower: one forward that computes the requested outputs only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipdense.clip.position import POSITION_RULES, Grid, resize_table
+from clipdense.clip.towers.groups import TowerGroups
 
 
 @dataclass(frozen=True)
 class TowerRequest:
-    """What a tower forward shall return.
+    """Requested tower outputs.
 
     Attributes:
         taps: ResNet and ConvNeXt: stages 2 to 5 (C2 to C5); transformers: 0-based block indices (residual
             stream, no norm).
-        pre: the last map before the projection into the joint space, under the dense mode ("plain" without
-            one).
+        pre: the last map before the projection into the joint space, in the dense mode ("plain" if there is
+            none).
         dense: last-block mode of the dense map in the joint space, e.g. "plain" or "value".
         keys: key projection of the last attention, un-normalised, heads side by side.
         pooled: the image embedding.
-        tap_mode: transformers: the mode of the last block, for its tap (F-ViT: "value").
+        tap_mode: transformers: mode of the last block for its tap (F-ViT: "value").
+        guidance: transformers: tensor that steers the attention of the last block, e.g. patch features of
+            another model, a similarity, region ids or token weights. Passed to the modes of ``dense`` and
+            ``tap_mode`` that take guidance (`clipdense.clip.attention.Mode.guidance` says what each mode
+            expects); an error if none of them does.
     """
 
     taps: tuple[int, ...] = ()
@@ -33,6 +38,7 @@ class TowerRequest:
     keys: bool = False
     pooled: bool = False
     tap_mode: str = "plain"
+    guidance: Tensor | None = field(default=None, compare=False)
 
 
 POOLED = TowerRequest(pooled=True)
@@ -40,7 +46,7 @@ _POOL_DENSE = "its pooling has no weights; pool `dense` with clipdense.regions"
 
 
 class TowerOutput:
-    """What was asked for; reading anything else is an error.
+    """Requested outputs of a tower; reading any other output is an error.
 
     Attributes:
         taps: (map (B, C, h, w), stride in pixels), in the order of `TowerRequest.taps`.
@@ -61,20 +67,23 @@ class TowerOutput:
 
     def __getattr__(self, name: str) -> Any:
         if name in TowerOutput.__annotations__:
-            raise AttributeError(f"'{name}' was not asked for: pass it in TowerRequest")
+            raise AttributeError(f"'{name}' was not requested: set it in TowerRequest")
         raise AttributeError(name)
 
 
 class Tower(nn.Module):
-    """An image tower that has taken over the parts of an open_clip module, under the same state-dict names.
+    """Image tower with the parts of an open_clip module, under the same state-dict names.
 
     Attributes:
         embed_dim: D of the joint space.
-        stride: of `dense` and `pre`, in pixels.
-        grid: (h, w) of the native dense map; `image_size` is the native (H, W).
-        tap_channels, tap_strides: by tap.
-        dense_modes: values of `TowerRequest.dense`; empty if the tower has no dense map (see `why_no_dense`).
-        has_keys: whether there is an attention whose keys `TowerRequest.keys` can ask for.
+        stride: stride of `dense` and `pre`, in pixels.
+        grid: (h, w) of the native dense map.
+        image_size: native (H, W), in pixels.
+        tap_channels: number of channels by tap.
+        tap_strides: stride in pixels by tap.
+        dense_modes: valid values of `TowerRequest.dense`; empty if the tower has no dense map.
+        why_no_dense: reason why the tower has no dense map, for error messages.
+        has_keys: whether the tower has an attention whose keys `TowerRequest.keys` can request.
         position_rule: name in `clipdense.clip.position.POSITION_RULES` for grids other than the native one.
     """
 
@@ -96,51 +105,61 @@ class Tower(nn.Module):
 
     @property
     def dense_modes(self) -> tuple[str, ...]:
-        """See the class."""
+        """Valid values of `TowerRequest.dense`."""
         return () if self.why_no_dense else ("plain",)
 
-    def forward(self, images: Tensor, want: TowerRequest = POOLED) -> TowerOutput:
-        """Normalised images (B, 3, H, W) of any size from one stride up -> what `want` names.
+    def forward(self, images: Tensor, request: TowerRequest = POOLED) -> TowerOutput:
+        """Compute the requested outputs.
+
+        Args:
+            images: (B, 3, H, W), normalised; both sides at least one stride.
+            request: outputs to compute.
 
         Raises:
-            ValueError: an image smaller than the stride, a tap or mode that this tower does not have.
+            ValueError: If an image is smaller than the stride, or the tower does not have a requested output.
         """
-        self.check(images, want)
-        return self.features(images.to(self.dtype), want)
+        self.check(images, request)
+        return self.features(images.to(self.dtype), request)
 
-    def features(self, images: Tensor, want: TowerRequest) -> TowerOutput:
-        """The family's forward; `want` has been checked."""
+    def features(self, images: Tensor, request: TowerRequest) -> TowerOutput:
+        """Compute the outputs of a checked request."""
+        raise NotImplementedError
+
+    def groups(self) -> TowerGroups:
+        """Return the parameters by their role, for fine-tuning rules (`clipdense.clip.finetune`)."""
         raise NotImplementedError
 
     def embed_regions(
         self, features: Tensor, *, boxes: Sequence[Tensor] | None = None, masks: Tensor | None = None
     ) -> Tensor:
-        """Region embeddings in the joint space by the pooling that the tower has weights for, not
-        L2-normalised.
+        """Embed regions in the joint space by the tower's own pooling (attention pool, MLP head).
 
         Args:
             features: `TowerOutput.pre`, (B, C, h, w).
-            boxes: one (n_i, 4) per image, xyxy in input pixels -> (sum n_i, D).
-            masks: (B, Q, h, w), at least 0, at the size of `features` -> (B, Q, D).
+            boxes: one (n_i, 4) per image, xyxy in input pixels.
+            masks: (B, Q, h, w), at least 0, at the size of `features`.
+
+        Returns:
+            (sum n_i, D) for boxes, (B, Q, D) for masks; not L2-normalised.
 
         Raises:
-            ValueError: not exactly one of boxes and masks, or the tower's region pooling has no weights.
+            ValueError: If not exactly one of boxes and masks is given, or the tower's pooling has no weights.
         """
         if (boxes is None) == (masks is None):
-            raise ValueError("embed_regions takes either boxes or masks")
+            raise ValueError("embed_regions takes either boxes or masks: pass exactly one of them")
         if boxes is not None:
             return self.embed_boxes(features, boxes)
         assert masks is not None
         return self.embed_masks(features, masks)
 
     def resize_positions(self, side: int) -> None:
-        """Resize the stored position table to a grid of side x side, bilinearly; it becomes the native one.
+        """Resize the stored position table bilinearly to side x side, which becomes the native grid.
 
-        DenseCLIP does this at load, and applies the position rule to the result at run time: two resamplings,
-        which are not one.
+        DenseCLIP does this when it loads weights, and applies the position rule to the result at run time.
+        Two resamplings differ from one.
 
         Raises:
-            ValueError: the tower has no position table.
+            ValueError: If the tower has no position table.
         """
         owner = self.position_owner()
         if owner is None:
@@ -150,46 +169,52 @@ class Tower(nn.Module):
         self.grid = (side, side)
 
     def position_owner(self) -> Any:
-        """The module with the parameter `positional_embedding`, (1 + h * w, C); None where there is none."""
+        """Return the module with the parameter `positional_embedding` (1 + h * w, C), or None."""
         return None
 
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """`embed_regions` of boxes."""
+        """Embed boxes; see `embed_regions`."""
         raise self.cannot("region embeddings of boxes", _POOL_DENSE)
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:
-        """`embed_regions` of masks."""
+        """Embed masks; see `embed_regions`."""
         raise self.cannot("region embeddings of masks", _POOL_DENSE)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; images are cast to it."""
+        """Data type of the weights; images are cast to it."""
         return next(p.dtype for p in self.parameters() if p.dim() == 4)
 
-    def check(self, images: Tensor, want: TowerRequest) -> None:
-        """Refuse what this tower cannot give."""
+    def check(self, images: Tensor, request: TowerRequest) -> None:
+        """Raise ValueError for images or requested outputs that do not fit the tower."""
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.stride:
             raise ValueError(
                 f"{type(self).__name__} takes images (B, 3, H, W) of at least {self.stride} px a side, not "
                 f"{tuple(images.shape)}"
             )
-        for tap in want.taps:
+        for tap in request.taps:
             if tap not in self.tap_channels:
                 raise self.cannot(f"tap {tap}", f"its taps are {sorted(self.tap_channels)}")
-        if want.dense is not None and want.dense not in self.dense_modes:
+        if request.dense is not None and request.dense not in self.dense_modes:
             known = ", ".join(self.dense_modes)
             why = f"its modes are {known}" if known else self.why_no_dense
-            raise self.cannot(f"dense '{want.dense}'", why)
-        if want.keys and not self.has_keys:
+            raise self.cannot(f"dense '{request.dense}'", why)
+        if request.keys and not self.has_keys:
             raise self.cannot("keys", "it has no attention")
+        self.check_guidance(request)
+
+    def check_guidance(self, request: TowerRequest) -> None:
+        """Raise ValueError if the guidance does not fit the requested modes."""
+        if request.guidance is not None:
+            raise self.cannot("an output with guidance", "its dense modes take none")
 
     def cannot(self, output: str, why: str) -> ValueError:
-        """The error for an output that this tower does not have."""
+        """Return the error for an output that the tower does not have."""
         return ValueError(f"{type(self).__name__} cannot give {output}: {why}")
 
 
 def adopt(module: nn.Module, source: nn.Module) -> None:
-    """Register the children and own parameters of `source` in `module`, under their names."""
+    """Register the children and direct parameters of `source` in `module` under the same names."""
     for name, child in source.named_children():
         module.add_module(name, child)
     for name, parameter in source.named_parameters(recurse=False):
@@ -197,5 +222,5 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """(B, h * w, C) -> (B, C, h, w)."""
+    """Reshape tokens (B, h * w, C), row-major, to a map (B, C, h, w)."""
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)

@@ -1,4 +1,4 @@
-"""CLIP's ModifiedResNet: C2 to C5, and its attention pool for every position, region or mask."""
+"""CLIP's ModifiedResNet: C2 to C5, and its attention pool for positions, boxes and masks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor, nn
 
+from clipdense.clip.attention import AttentionParameters
 from clipdense.clip.position import resize_table, square_grid
 from clipdense.clip.roi_align import roi_align
 from clipdense.clip.towers.base import Tower, TowerOutput, TowerRequest, to_map
+from clipdense.clip.towers.groups import TowerGroups, norm_parameters
 
 
 class ResNetTower(Tower):
-    """ModifiedResNet (specs/denseclip_maskclip_segclip.md 1.3, 1.4).
+    """CLIP's ModifiedResNet.
 
-    Modes of `dense`: "plain" makes every position a query of the attention pool (DenseCLIP's z), with the
-    mean token among the keys; "value" or "maskclip" is c_proj(v_proj(C5)), without positions or attention.
-    `pre` is C5, `keys` k_proj(C5). A tower whose `attnpool` is None is the trunk alone.
+    Modes of `dense`: in "plain" every position is a query of the attention pool, and the mean token is among
+    the keys (z of DenseCLIP, Rao et al., CVPR 2022); "value" or "maskclip" is c_proj(v_proj(C5)), without
+    positions or attention. `pre` is C5, `keys` is k_proj(C5). If `attnpool` is None, the tower is the trunk
+    alone.
     """
 
     avgpool: nn.AvgPool2d
@@ -45,46 +48,61 @@ class ResNetTower(Tower):
 
     @property
     def dense_modes(self) -> tuple[str, ...]:
-        """See the class."""
+        """Valid values of `TowerRequest.dense`; empty without an attention pool."""
         return () if self.why_no_dense else ("plain", "value", "maskclip")
 
-    def features(self, images: Tensor, want: TowerRequest) -> TowerOutput:
-        """Stem, four stages, then the pool; stages beyond the last one wanted do not run."""
-        if want.pooled and self.attnpool is None:
+    def features(self, images: Tensor, request: TowerRequest) -> TowerOutput:
+        """Run the stem, the stages up to the last requested one, and the pool if it is needed."""
+        if request.pooled and self.attnpool is None:
             raise self.cannot("pooled", self.why_no_dense)
         out = TowerOutput()
-        whole = want.pre or want.keys or want.pooled or want.dense is not None
-        stages = self._stages()[: 4 if whole else max(want.taps, default=1) - 1]
+        whole = request.pre or request.keys or request.pooled or request.dense is not None
+        stages = self._stages()[: 4 if whole else max(request.taps, default=1) - 1]
         maps, x = {}, self._stem(images)
         for tap, stage in enumerate(stages, start=2):
             x = stage(x)
-            if tap in want.taps:
+            if tap in request.taps:
                 maps[tap] = x
-        out.taps = [(maps[tap], self.tap_strides[tap]) for tap in want.taps]
-        if want.pre:
+        out.taps = [(maps[tap], self.tap_strides[tap]) for tap in request.taps]
+        if request.pre:
             out.pre = x
         if self.attnpool is None:
             return out
-        if want.keys:
+        if request.keys:
             out.keys = _pointwise(x, self.attnpool.k_proj)
-        if want.dense in ("value", "maskclip"):
+        if request.dense in ("value", "maskclip"):
             out.dense = _pointwise(_pointwise(x, self.attnpool.v_proj), self.attnpool.c_proj)
-        every = want.dense == "plain"
-        if every or want.pooled:
+        every = request.dense == "plain"
+        if every or request.pooled:
             tokens = attention_pool(self.attnpool, x, self._positions(x), every_query=every)
             if every:
                 out.dense = to_map(tokens[:, 1:], (x.shape[2], x.shape[3]))
-            if want.pooled:
+            if request.pooled:
                 out.pooled = tokens[:, 0]
         return out
 
     def position_owner(self) -> Any:
-        """The attention pool."""
+        """Return the attention pool."""
         return self.attnpool
 
+    def groups(self) -> TowerGroups:
+        """See `Tower.groups`; the blocks are the four stages, the projection is the attention pool."""
+        pool = self.attnpool
+        return TowerGroups(
+            stem=tuple(getattr(self, f"{layer}{i}") for i in "123" for layer in ("conv", "bn")),
+            blocks=tuple(self._stages()),
+            projection=() if pool is None else tuple(pool.children()),
+            positions=() if pool is None else (pool.positional_embedding,),
+            norms=norm_parameters(self),
+            attentions=()
+            if pool is None
+            else (AttentionParameters.from_linears(pool.q_proj, pool.k_proj, pool.v_proj),),
+        )
+
     def embed_boxes(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """RoIAlign C5 to the pool's native grid (aligned, adaptive sampling), then the attention pool as in
-        training (F-VLM).
+        """Pool boxes of C5 by RoIAlign to the native grid, then by the attention pool.
+
+        Source: F-VLM (Kuo et al., ICLR 2023), section 3.
         """
         if self.attnpool is None:
             raise self.cannot("region embeddings", self.why_no_dense)
@@ -92,11 +110,10 @@ class ResNetTower(Tower):
         return attention_pool(self.attnpool, rois, self._positions(rois))[:, 0]
 
     def embed_masks(self, features: Tensor, masks: Tensor) -> Tensor:
-        """Attention from the mean over the whole map to the positions inside each mask (> 0), the mean token
-        not among them.
+        """Attend from the mean over the whole map to the positions inside each mask (> 0).
 
-        FC-CLIP's pooling of ResNets (specs/clipself_fvlm_catseg_odise_fcclip.md 4.2). An empty mask gives
-        c_proj's bias.
+        The mean token is not among the keys. An empty mask gives the bias of c_proj. This is how the released
+        code of FC-CLIP (Yu et al., NeurIPS 2023) pools ResNets.
         """
         if self.attnpool is None:
             raise self.cannot("region embeddings", self.why_no_dense)
@@ -118,15 +135,16 @@ class ResNetTower(Tower):
 
 
 def attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, every_query: bool = False) -> Tensor:
-    """[mean; x_1 .. x_hw] + positions through the pool's attention.
+    """Run the pool's attention on the tokens [mean; x_1 .. x_hw] + positions.
 
     Args:
+        pool: CLIP's attention pool.
         x: (B, C, h, w).
         positions: (1 + h * w, C).
-        every_query: every token is a query; otherwise the mean token alone.
+        every_query: use every token as a query; by default only the mean token.
 
     Returns:
-        (B, 1 + h * w, D), or (B, 1, D).
+        (B, 1 + h * w, D) with ``every_query``, otherwise (B, 1, D).
     """
     tokens = x.flatten(2).transpose(1, 2)
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + positions.to(x.dtype)
@@ -137,12 +155,13 @@ def attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, every_qu
 
 
 def masked_attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
-    """The pool with one query per mask, keys and values restricted to it.
+    """Run the pool with one query per mask, whose keys and values are the positions inside the mask.
 
     Args:
+        pool: CLIP's attention pool.
         x: (B, C, h, w).
         positions: (1 + h * w, C).
-        masks: (B, Q, h, w).
+        masks: (B, Q, h, w); a position is inside where > 0.
 
     Returns:
         (B, Q, D).
@@ -153,7 +172,7 @@ def masked_attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, m
     mean = tokens.mean(1, keepdim=True) + positions[:1].to(x.dtype)
     tokens = tokens + positions[1:].to(x.dtype)
     q = _heads(pool, pool.q_proj(mean)).expand(-1, -1, masks.shape[1], -1)
-    # An empty mask would be a softmax over nothing: let it attend everywhere, then drop its result.
+    # The softmax of an empty mask is undefined: attend everywhere, then drop the result.
     k, v = _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=(inside | ~filled)[:, None])
     return _linear(pool.c_proj, y.transpose(1, 2).flatten(2) * filled)

@@ -1,4 +1,4 @@
-"""The text tower, for any number of tokens up to its context."""
+"""Text tower for any number of tokens up to its context length."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from clipdense.clip.towers.vit import ClipBlock
 
 
 class TextTower(nn.Module):
-    """open_clip's TextTransformer, or the text half of its CLIP, under the names of a `custom_text` model.
+    """open_clip's TextTransformer, or the text part of its CLIP, with the key names of a `custom_text` model.
 
     Attributes:
-        embed_dim: D of the joint space; `width`: C of the tokens.
-        context_length: positions; a causal tower takes any length up to it, a bidirectional one (SigLIP)
-            exactly it.
-        pool_type: "argmax" (the largest id ends CLIP's texts), "eos", "last", "first".
+        embed_dim: D of the joint space.
+        width: C of the tokens.
+        causal: whether tokens attend only to themselves and their predecessors.
+        context_length: number of positions. A causal tower takes any length up to it, a bidirectional tower
+            (SigLIP) takes exactly this length.
+        pool_type: token whose state is the text embedding: "argmax" (the largest id, which ends CLIP's
+            texts), "eos", "last" or "first".
+        eos_id: id of the end token for "eos".
     """
 
     token_embedding: nn.Embedding
@@ -68,20 +72,19 @@ class TextTower(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids (n, L) -> embeddings (n, D), not L2-normalised.
+        """Embed token ids (n, L) as (n, D), not L2-normalised.
 
-        Where the end of the text is its largest id and attention is causal, padding beyond the longest text
-        is not computed.
+        A causal tower whose texts end with their largest id skips the padding after the longest text.
 
         Raises:
-            ValueError: more tokens than the context; fewer, for a bidirectional tower.
+            ValueError: If L exceeds the context length, or differs from it for a bidirectional tower.
         """
         if self.pool_type == "argmax" and self.causal and len(tokens):
             tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
         return self.encode(self.token_embedding(tokens), self.end(tokens))
 
     def end(self, tokens: Tensor) -> Tensor:
-        """The position (n,) whose state is the text embedding."""
+        """Return the position (n,) of each text whose state is the text embedding."""
         if self.pool_type == "argmax":
             return tokens.argmax(1)
         if self.pool_type == "eos":
@@ -89,11 +92,17 @@ class TextTower(nn.Module):
         return tokens.new_full((len(tokens),), tokens.shape[1] - 1 if self.pool_type == "last" else 0)
 
     def encode(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Token embeddings (n, L, C) without positions, e.g. with learned contexts, and end positions (n,)
-        -> (n, D).
+        """Embed texts that are given as token embeddings, e.g. with learned contexts.
+
+        Args:
+            embeddings: (n, L, C), positions not added.
+            end: (n,) positions whose states are the text embeddings.
+
+        Returns:
+            (n, D), not L2-normalised.
 
         Raises:
-            ValueError: as `forward`.
+            ValueError: See `forward`.
         """
         states = self.states(embeddings)[-1]
         pooled: Tensor = self.ln_final(states[torch.arange(len(states), device=states.device), end])
@@ -104,7 +113,7 @@ class TextTower(nn.Module):
         return pooled @ self.text_projection
 
     def states(self, embeddings: Tensor) -> list[Tensor]:
-        """Token embeddings (n, L, C) without positions -> the tokens after each block."""
+        """Return the tokens (n, L, C) after each block, for token embeddings (n, L, C) without positions."""
         length = embeddings.shape[1]
         if not self.causal and length != self.context_length:
             raise ValueError(
@@ -114,6 +123,6 @@ class TextTower(nn.Module):
         x = embeddings + truncate_text(self.positional_embedding, length)
         stream, states = TokenStream(x.to(blocks[0].get_weight_dtype()), (0, 0), causal=self.causal), []
         for block in blocks:
-            stream.x = plain(ClipBlock(block), stream)
+            stream = plain(ClipBlock(block), stream)
             states.append(stream.x)
         return states

@@ -13,18 +13,19 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-from clipdense.clip.attention import Block, TokenStream
+from clipdense.clip.attention import AttentionParameters, Block, ParameterRows, TokenStream, row_parts
 from clipdense.clip.position import resize_table, rope_table
 from clipdense.clip.roi_align import roi_align
+from clipdense.clip.towers.groups import TowerGroups, around, norm_parameters
 from clipdense.clip.towers.transformer import BlockHook, TransformerTower
 
 
 class TimmViTTower(TransformerTower):
-    """timm's Eva and VisionTransformer at any grid; RoPE as in specs/clipself_fvlm_catseg_odise_fcclip.md
-    1.1 and 1.8.
+    """timm's Eva and VisionTransformer, for any grid.
 
     A tower whose image embedding comes from an attention-pooling head (MAP: SigLIP, Perception Encoder) has
-    no per-patch map in the joint space, so `dense` is an error; that head is its region pooling.
+    no per-patch map in the joint space. Requesting `dense` is an error; the head is its region pooling. RoPE
+    is computed for every grid, see `clipdense.clip.position.rope_table`.
     """
 
     trunk: Any  # Eva or VisionTransformer
@@ -60,16 +61,42 @@ class TimmViTTower(TransformerTower):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks, first to last."""
+        """Transformer blocks, first to last."""
         blocks: nn.ModuleList = self.trunk.blocks
         return blocks
 
     def block(self, index: int) -> Block:
-        """The view of one block."""
+        """Return the view of one block."""
         return TimmBlockView(self.blocks[index])
 
+    def groups(self) -> TowerGroups:
+        """See `Tower.groups`; an attention-pooling head is part of the projection."""
+        before, after = around(self.trunk, self.blocks)
+        positions = () if self.trunk.pos_embed is None else (self.trunk.pos_embed,)
+        tokens = (
+            p for p in self.trunk.parameters(recurse=False) if not any(p is table for table in positions)
+        )
+        attentions, pool = self.attentions(), self.trunk.attn_pool
+        if pool is not None:
+            keys_values = (pool.kv.weight, pool.kv.bias)
+            attentions += (
+                AttentionParameters(
+                    tuple(ParameterRows(p) for p in pool.q.parameters()),
+                    row_parts(keys_values, 0, 2),
+                    row_parts(keys_values, 1, 2),
+                ),
+            )
+        return TowerGroups(
+            stem=(*tokens, *before),
+            blocks=tuple(self.blocks),
+            projection=(*after, self.head),
+            positions=positions,
+            norms=norm_parameters(self),
+            attentions=attentions,
+        )
+
     def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
-        """norm_pre([class; registers; patches] + positions), and the RoPE table of this grid."""
+        """Embed images: norm_pre([class; registers; patches] + positions), with the grid's RoPE table."""
         trunk = self.trunk
         patches = trunk.patch_embed.proj(images)
         h, w = patches.shape[-2:]
@@ -92,17 +119,17 @@ class TimmViTTower(TransformerTower):
         return stream
 
     def norm_tokens(self, x: Tensor) -> Tensor:
-        """The trunk's final norm."""
+        """Apply the trunk's final norm."""
         y: Tensor = self.trunk.norm(x)
         return y
 
     def project(self, x: Tensor) -> Tensor:
-        """The classifier head of each token, then open_clip's projection."""
+        """Apply the trunk's classifier head, then open_clip's projection, to each token."""
         y: Tensor = self.head(self.trunk.head(self.trunk.head_drop(self.trunk.fc_norm(x))))
         return y
 
     def pool(self, x: Tensor) -> Tensor:
-        """The trunk's own pooling (class token, mean or MAP) and head."""
+        """Embed images by the trunk's own pooling (class token, mean or MAP head) and the projection."""
         y: Tensor = self.head(self.trunk.forward_head(self.norm_tokens(x)))
         return y
 
@@ -142,7 +169,7 @@ class TimmViTTower(TransformerTower):
 
 
 class TimmBlockView(Block):
-    """View of timm's EvaBlock, EvaBlockPostNorm and ViT Block; fused or separate projections."""
+    """View of timm's EvaBlock, EvaBlockPostNorm and ViT Block, with fused or separate projections."""
 
     def __init__(self, block: Any) -> None:
         if not isinstance(block, EvaBlock | EvaBlockPostNorm | TimmBlock):
@@ -186,6 +213,17 @@ class TimmBlockView(Block):
         block = self.source
         y = block.norm2(block.mlp(x)) if self.post_norm else self._scale(block.mlp(block.norm2(x)), 2)
         return block.drop_path2(y)  # type: ignore[no-any-return]
+
+    def attention_parameters(self) -> AttentionParameters:
+        attn = self.attn
+        if attn.qkv is None:
+            return AttentionParameters.from_linears(attn.q_proj, attn.k_proj, attn.v_proj)
+        fused = AttentionParameters.from_fused(attn.qkv.weight, attn.qkv.bias)
+        if getattr(attn, "q_bias", None) is None:
+            return fused
+        # EVA has no bias of keys: k_bias is a buffer of zeros
+        q, v = ParameterRows(attn.q_bias), ParameterRows(attn.v_bias)
+        return AttentionParameters((*fused.q, q), fused.k, (*fused.v, v))
 
     def _scale(self, y: Tensor, branch: int) -> Tensor:
         if isinstance(self.source, TimmBlock):

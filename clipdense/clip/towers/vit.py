@@ -1,4 +1,4 @@
-"""open_clip's own ViT: OpenAI's, LAION's, DataComp's, MetaCLIP's, CLIPA's."""
+"""open_clip's own ViT, e.g. of OpenAI, LAION, DataComp, MetaCLIP and CLIPA."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
 
-from clipdense.clip.attention import Block, TokenStream
+from clipdense.clip.attention import AttentionParameters, Block, TokenStream
 from clipdense.clip.position import resize_table
+from clipdense.clip.towers.groups import TowerGroups, norm_parameters
 from clipdense.clip.towers.transformer import BlockHook, TransformerTower
 
 
 class ViTTower(TransformerTower):
-    """open_clip's VisionTransformer with class token, at any grid."""
+    """open_clip's VisionTransformer with a class token, for any grid."""
 
     conv1: nn.Conv2d
     class_embedding: nn.Parameter
@@ -48,21 +49,32 @@ class ViTTower(TransformerTower):
         self.tap_strides = dict.fromkeys(range(depth), self.stride)
 
     def position_owner(self) -> Any:
-        """The tower itself."""
+        """Return the tower itself."""
         return self
+
+    def groups(self) -> TowerGroups:
+        """See `Tower.groups`."""
+        return TowerGroups(
+            stem=(self.class_embedding, self.conv1, self.ln_pre),
+            blocks=tuple(self.blocks),
+            projection=(self.ln_post, self.proj),
+            positions=(self.positional_embedding,),
+            norms=norm_parameters(self),
+            attentions=self.attentions(),
+        )
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The residual attention blocks, first to last."""
+        """Residual attention blocks, first to last."""
         blocks: nn.ModuleList = self.transformer.resblocks
         return blocks
 
     def block(self, index: int) -> Block:
-        """The view of one block."""
+        """Return the view of one block."""
         return ClipBlock(self.blocks[index])
 
     def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
-        """ln_pre([class; patches] + positions)."""
+        """Embed images: ln_pre([class; patches] + positions)."""
         patches = self.conv1(images)
         h, w = patches.shape[-2:]
         stream = TokenStream(patches.flatten(2).transpose(1, 2), (h, w))
@@ -74,16 +86,16 @@ class ViTTower(TransformerTower):
         return stream
 
     def norm_tokens(self, x: Tensor) -> Tensor:
-        """ln_post."""
+        """Apply ln_post."""
         y: Tensor = self.ln_post(x)
         return y
 
     def project(self, x: Tensor) -> Tensor:
-        """x @ proj."""
+        """Multiply by the projection matrix."""
         return x @ self.proj
 
     def pool(self, x: Tensor) -> Tensor:
-        """The class token, or the mean of the patches (CLIPA), before or after the final norm."""
+        """Embed the class token, or the mean of the patches (CLIPA), before or after the final norm."""
         x = x if self.pool_first else self.ln_post(x)
         x = x[:, 0] if self.pool_type == "tok" else x[:, 1:].mean(1)
         return self.project(self.ln_post(x) if self.pool_first else x)
@@ -121,6 +133,9 @@ class ClipBlock(Block):
     def mlp(self, x: Tensor) -> Tensor:
         y: Tensor = self.source.ls_2(self.source.mlp(self.source.ln_2(x)))
         return y
+
+    def attention_parameters(self) -> AttentionParameters:
+        return AttentionParameters.from_fused(self.source.attn.in_proj_weight, self.source.attn.in_proj_bias)
 
     def _projection(self, u: Tensor, part: int) -> Tensor:
         attn = self.source.attn
