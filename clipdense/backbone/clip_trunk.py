@@ -119,7 +119,7 @@ class CLIPTrunk(Trunk):
     def _tower_stages(self) -> list[list[nn.Module | nn.Parameter]]:
         groups, count = self.tower.groups(), NUM_STAGES - 1
         if not isinstance(self.tower, TransformerTower):
-            return [list(groups.stem), *([stage] for stage in groups.blocks)]
+            return [list(groups.stem), *(list[nn.Module | nn.Parameter]([stage]) for stage in groups.blocks)]
         quarters: list[list[nn.Module | nn.Parameter]] = [[] for _ in range(count)]
         for i, block in enumerate(groups.blocks):
             quarters[count * i // len(groups.blocks)].append(block)

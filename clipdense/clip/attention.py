@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -190,6 +191,7 @@ def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, grid: Grid, side: int, d
 ModeFunction = (
     Callable[[Block, TokenStream], TokenStream] | Callable[[Block, TokenStream, Tensor], TokenStream]
 )
+AnyMode = TypeVar("AnyMode", bound=ModeFunction)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Mode:
         """
         self.check_guidance(guidance)
         arguments = () if guidance is None else (guidance,)
-        return self.function(block, stream, *arguments)  # type: ignore[call-arg, arg-type]
+        return self.function(block, stream, *arguments)
 
     def check_guidance(self, guidance: Tensor | None) -> None:
         """Raise ValueError unless guidance is given exactly if the mode takes it."""
@@ -238,9 +240,7 @@ class Mode:
 MODES: dict[str, Mode] = {}
 
 
-def dense_mode(
-    *names: str, class_token: bool = False, guidance: str = ""
-) -> Callable[[ModeFunction], ModeFunction]:
+def dense_mode(*names: str, class_token: bool = False, guidance: str = "") -> Callable[[AnyMode], AnyMode]:
     """Register a last-block mode.
 
     Args:
@@ -252,7 +252,7 @@ def dense_mode(
         Decorator that returns the function unchanged.
     """
 
-    def register(function: ModeFunction) -> ModeFunction:
+    def register(function: AnyMode) -> AnyMode:
         MODES.update(dict.fromkeys(names, Mode(names[0], function, class_token, guidance)))
         return function
 

@@ -81,7 +81,8 @@ def apply_rule(tower: Tower, rule: FineTuneRule) -> list[RemovableHandle]:
         parameter.requires_grad_(bool(rows))
         ranges = [r for r in rows if r is not None]
         if rows and len(ranges) == len(rows) and sum(r.stop - r.start for r in ranges) < len(parameter):
-            handles.append(parameter.register_hook(_RowMask(ranges)))
+            handle = parameter.register_hook(_RowMask(ranges))  # type: ignore[no-untyped-call]
+            handles.append(handle)
     return handles
 
 
