@@ -1,10 +1,11 @@
-"""Paths inside the package."""
+"""Paths of configs and datasets."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-__all__ = ["config_path"]
+__all__ = ["config_path", "datasets_root"]
 
 _PACKAGE = Path(__file__).parent
 
@@ -25,3 +26,8 @@ def config_path(name: str) -> str:
         known = ", ".join(siblings) if siblings else "that folder does not exist"
         raise FileNotFoundError(f"clipdense has no config {name!r}; beside it there are: {known}")
     return str(path)
+
+
+def datasets_root() -> Path:
+    """Return the folder of datasets: ``$DETECTRON2_DATASETS``, by default ``datasets``."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()

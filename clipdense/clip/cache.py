@@ -1,4 +1,4 @@
-"""Where computed things are kept, and the hashes that they are kept under."""
+"""Disk cache of text embeddings, and the hash of the modules that computed them."""
 
 from __future__ import annotations
 
@@ -29,19 +29,25 @@ _digests: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """A hash of what a module computes: its structure, and every byte of its parameters and buffers.
+    """Hash what a module computes: its structure, and every byte of its parameters and buffers.
 
-    Structure means the tree of submodules with their classes and plain settings (head counts, activations,
-    eps, pooling). The bytes are read once an instance: the digest is kept until a tensor is replaced
-    (`data_ptr`), written in place (`_version`: optimizers, `load_state_dict`), changes shape, dtype or
-    device, or differs at one of 16 probed elements. The probe is for writes through `.data`, which leave no
-    other trace; one that misses all probed elements goes unseen.
+    The structure is the tree of submodules with their classes and plain settings (head counts, activations,
+    eps, pooling). The digest is computed once and kept until a tensor is replaced, written in place
+    (optimizers, `load_state_dict`), or changes its shape, type or device. Writing through ``tensor.data`` is
+    not detected: PyTorch does not count such writes.
+
+    Args:
+        module: the module.
+
+    Returns:
+        SHA-256 in hexadecimal.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     structure = [_describe(name, m) for name, m in module.named_modules()]
-    stamps = [(name, *_stamp(tensor)) for name, tensor in tensors]
-    stamp = (structure, stamps, _probe([tensor for _, tensor in tensors]))
-    if module in _digests and _digests[module][0] == stamp:
+    # inference tensors do not count writes, so their digest is not kept
+    counted = not any(tensor.is_inference() for _, tensor in tensors)
+    stamp = (structure, [(name, *_stamp(tensor)) for name, tensor in tensors]) if counted else None
+    if counted and module in _digests and _digests[module][0] == stamp:
         return _digests[module][1]
     digest = hashlib.sha256(json.dumps(structure).encode())
     for name, tensor in tensors:
@@ -66,17 +72,7 @@ def _describe(name: str, module: nn.Module) -> list[Any]:
 
 
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    version = -1 if tensor.is_inference() else tensor._version  # inference tensors count no writes
-    return tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype, tensor.device
-
-
-def _probe(tensors: list[Tensor]) -> list[list[float]]:
-    samples: dict[torch.device, list[Tensor]] = {}  # one transfer a device
-    for t in tensors:
-        samples.setdefault(t.device, []).append(
-            t.detach().reshape(-1)[:: max(1, t.numel() // 16)][:16].float()
-        )
-    return [torch.cat(parts).nan_to_num().tolist() for parts in samples.values()]
+    return tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.dtype, tensor.device
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -84,13 +80,12 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class RowStore:
-    """Named float32 rows on disk, safe under several processes.
+    """Store of named float32 rows on disk, safe under several processes.
 
-    A folder of immutable files, each written under a temporary name and then renamed: who reads sees whole
-    files only, and two processes that write the same rows at once only do the work twice. A file that cannot
-    be read, or whose bytes do not match its checksum, is removed with a warning, and its rows count as
-    absent. A folder that cannot be written is a warning too, not an error. The folder may be deleted at any
-    time.
+    The store is a folder of immutable files, each written atomically. Two processes that write the same rows
+    at once do the work twice, and nothing else happens. A file that cannot be read, or does not match its
+    checksum, is removed with a warning; its rows count as absent. A folder that cannot be written causes a
+    warning, not an error. The folder may be deleted at any time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,28 +93,30 @@ class RowStore:
         self._files: dict[Path, list[str]] = {}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The rows (D,) of those names that are kept."""
-        wanted, rows = set(names), dict[str, Tensor]()
+        """Return the stored rows (D,) among the named ones."""
+        missing, rows = set(names), dict[str, Tensor]()
         for path in sorted(self.folder.glob("*.safetensors")):
-            if wanted.isdisjoint(self._files.get(path, wanted)):
+            if missing.isdisjoint(self._files.get(path, missing)):
                 continue
             try:
                 self._files[path], table = _read(path)
-            except FileNotFoundError:  # another process has just removed it
+            except FileNotFoundError:  # another process has removed it meanwhile
                 continue
             except (OSError, SafetensorError, ValueError, KeyError) as error:
-                _log.warning("text cache file %s is damaged (%s); its rows are computed again", path, error)
+                _log.warning(
+                    "Removing damaged text cache file %s (%s); its embeddings are computed again", path, error
+                )
                 self._files.pop(path, None)
                 path.unlink(missing_ok=True)
                 continue
             for name, row in zip(self._files[path], table, strict=True):
-                if name in wanted:
+                if name in missing:
                     rows[name] = row.clone()
-            wanted -= rows.keys()
+            missing -= rows.keys()
         return rows
 
     def write(self, rows: Mapping[str, Tensor]) -> None:
-        """Keep rows (D,) float32 on the CPU."""
+        """Store rows (D,), float32 on the CPU, by name."""
         names = json.dumps(list(rows))
         table = torch.stack(list(rows.values()))
         path = self.folder / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.safetensors"
@@ -127,7 +124,7 @@ class RowStore:
             with atomic_path(path) as temporary:
                 save_file({"rows": table}, temporary, {"names": names, "checksum": _checksum(names, table)})
         except (OSError, SafetensorError) as error:
-            _log.warning("text embeddings are not kept: cannot write %s (%s)", path, error)
+            _log.warning("Not caching text embeddings: cannot write %s (%s)", path, error)
 
 
 def _read(path: Path) -> tuple[list[str], Tensor]:

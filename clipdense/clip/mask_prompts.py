@@ -1,7 +1,8 @@
-"""Mask prompt tuning: learned tokens in place of the patches outside a mask."""
+"""Mask prompt tuning: learned tokens replace the patches outside a mask."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,71 +17,107 @@ from clipdense.clip.towers import BlockHook, Tower, TowerRequest, TransformerTow
 
 __all__ = ["MaskPrompts", "load_mask_prompts", "patch_keep"]
 
+_log = logging.getLogger(__name__)
+
 
 def patch_keep(masks: Tensor, stride: int) -> Tensor:
-    """Masks (N, 1, H, W), inside where > 0, -> (N, h * w) bool: the patches with any pixel inside."""
+    """Find the patches with any pixel inside a mask.
+
+    Args:
+        masks: (N, 1, H, W); a pixel is inside where > 0.
+        stride: side of a patch in pixels.
+
+    Returns:
+        (N, h * w) bool, row-major.
+    """
     return F.max_pool2d(masks.float(), stride).flatten(1) > 0
 
 
 class MaskPrompts(nn.Module):
-    """Mask prompt tuning of a ViT (Liang et al., OVSeg, CVPR 2023, section 3.3).
+    """Mask prompt tuning of a ViT.
 
-    Patches without a pixel of the mask are replaced: in the input, before positions are added, by the first
-    set of prompts; in what enters block d, for every d below the depth, by the d-th. The class token never
-    is, and replaced tokens are attended to like any other.
+    Patches without a pixel of the mask are replaced by learned tokens: in the input, before positions are
+    added, by the first set of prompts, and in the input of block d by the d-th set, for every d below the
+    depth. The class token is never replaced. Replaced tokens are attended to like any other token. Sets
+    beyond the blocks of the tower have no effect, as in the released code of OVSeg.
 
     Attributes:
-        prompts: (depth, h * w, C), one a place of the patch grid, or (depth, 1, C), shared by all places.
+        prompts: (depth, h * w, C), one per place of the patch grid, or (depth, 1, C), shared by all places.
             Depth 0 changes nothing.
+
+    Source: Liang et al., Open-Vocabulary Semantic Segmentation with Mask-adapted CLIP (OVSeg), CVPR 2023,
+        section 3.3.
     """
 
     def __init__(self, depth: int, positions: int, width: int, std: float = 0.02) -> None:
         """
         Args:
-            depth: sets of prompts.
+            depth: number of sets of prompts.
             positions: h * w of the tower's grid, or 1.
             width: C of the tower's tokens.
-            std: of the normal distribution at the start.
+            std: standard deviation of the initial normal distribution.
         """
         super().__init__()
         self.prompts = nn.Parameter(torch.randn(depth, positions, width) * std)
 
     @classmethod
     def of(cls, tower: Tower, depth: int) -> MaskPrompts:
-        """New ones of a depth for a tower.
+        """Create new prompts of a depth for a tower.
 
         Raises:
-            ValueError: it is no ViT.
+            ValueError: If the tower is not a ViT or has fewer blocks than the depth.
         """
         if not isinstance(tower, TransformerTower):
             raise tower.cannot("mask prompts", "only ViTs have tokens")
+        if depth > len(tower.blocks):
+            raise tower.cannot(f"mask prompts of depth {depth}", f"it has {len(tower.blocks)} blocks")
         height, width = tower.grid
         return cls(depth, height * width, tower.tap_channels[0])
 
+    def check(self, tower: Tower) -> None:
+        """Check loaded prompts against a tower; log a warning if some sets have no effect.
+
+        Raises:
+            ValueError: If the tower is not a ViT.
+        """
+        if not isinstance(tower, TransformerTower):
+            raise tower.cannot("mask prompts", "only ViTs have tokens")
+        if len(self.prompts) > len(tower.blocks):
+            _log.warning(
+                "Ignoring mask prompts %d to %d: the tower has %d blocks",
+                len(tower.blocks) + 1,
+                len(self.prompts),
+                len(tower.blocks),
+            )
+
     def hook(self, keep: Tensor) -> BlockHook:
-        """The hook for a batch whose patches `keep` (N, h * w) stay."""
+        """Return the block hook for a batch whose patches ``keep`` (N, h * w) are not replaced."""
         return _Replacement(self.prompts, keep[:, :, None])
 
     def forward(self, tower: TransformerTower, images: Tensor, masks: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) and their masks (N, 1, H, W), inside where > 0, -> image embeddings
-        (N, D), not L2-normalised.
+        """Embed masked images.
+
+        Args:
+            tower: the ViT.
+            images: (N, 3, H, W), normalised.
+            masks: (N, 1, H, W); a pixel is inside where > 0.
+
+        Returns:
+            (N, D) image embeddings, not L2-normalised.
 
         Raises:
-            ValueError: more prompts than blocks, or an image of another grid than the prompts.
+            ValueError: If the images have another patch grid than the prompts.
         """
-        if len(self.prompts) > len(tower.blocks):
-            raise tower.cannot(
-                f"mask prompts of depth {len(self.prompts)}", f"it has {len(tower.blocks)} blocks"
-            )
         hook = self.hook(patch_keep(masks, tower.stride))
         embeddings: Tensor = tower(images, TowerRequest(pooled=True), hook=hook).pooled
         return embeddings
 
 
 def load_mask_prompts(path: str | Path, *, allow_pickle: bool = False) -> MaskPrompts | None:
-    """The mask prompts that the file of a CLIP holds beside it; None where it holds none.
+    """Load the mask prompts from the file of a CLIP; None if it has none.
 
     Args:
+        path: weight file.
         allow_pickle: see `clipdense.checkpoint.read_checkpoint`, whose errors this raises.
     """
     prompts = read_checkpoint(path, allow_pickle=allow_pickle, lazy=True).state.get(MASK_PROMPTS)
@@ -92,11 +129,13 @@ def load_mask_prompts(path: str | Path, *, allow_pickle: bool = False) -> MaskPr
 
 
 class _Replacement:
+    """Block hook that replaces patches by prompts."""
+
     def __init__(self, prompts: Tensor, keep: Tensor) -> None:
         self.prompts, self.keep = prompts, keep
 
     def __call__(self, index: int, stream: TokenStream) -> TokenStream:
-        """The input is index -1; what enters block 0 has been replaced there."""
+        # set 0 replaces patches in the embeddings (index -1), so block 0 has no set of its own
         depth = max(index, 0)
         if index == 0 or depth >= len(self.prompts):
             return stream

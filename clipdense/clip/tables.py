@@ -15,7 +15,6 @@ A file without an index takes its names from the caller, row by row.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -234,20 +233,21 @@ def _key(names: Sequence[str], name: str | None) -> tuple[str, ...]:
     return tuple(map(canonical, names if name is None else (names[0], name)))
 
 
-def find_table(name: str | Path, key: str) -> Path:
-    """A table file, or the one of that name below ``DETECTRON2_DATASETS``.
+def find_table(name: str | Path, folder: str | Path, *, key: str) -> Path:
+    """Find a table file by its path, or by its path relative to a folder.
 
     Args:
-        key: the config key that names it, for the error.
+        name: path of the file.
+        folder: folder to search if ``name`` is not a file.
+        key: config key that names the table, for the error.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: If there is no such file.
     """
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    places = list(dict.fromkeys((Path(name).expanduser(), root / name)))
+    places = list(dict.fromkeys((Path(name).expanduser(), Path(folder) / name)))
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"{key}: there is no {' and no '.join(map(str, places))}")
+        raise FileNotFoundError(f"{key}: no text table {' or '.join(map(str, places))}")
     return found
 
 

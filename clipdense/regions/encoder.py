@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from clipdense.clip import ClipModel
 from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.model import PRECISIONS
-from clipdense.clip.towers import TransformerTower
 from clipdense.regions import CropRule, get_crop_rule
 from clipdense.regions.crops import crop_masks
 
@@ -58,8 +57,8 @@ class RegionEncoder(nn.Module):
         height, width = clip.image_size
         if height != width:
             raise ValueError(f"'{clip.name}' takes images of {height} x {width}; crops are squares")
-        if mask_prompts is not None and not isinstance(clip.visual, TransformerTower):
-            raise clip.visual.cannot("mask prompts", "only ViTs have tokens")
+        if mask_prompts is not None:
+            mask_prompts.check(clip.visual)
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
         self.clip, self.mask_prompts = clip, mask_prompts

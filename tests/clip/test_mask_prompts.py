@@ -102,8 +102,24 @@ def test_prompts_shared_by_all_places_fit_any_grid() -> None:
         prompts_for(tower, 1)(tower, torch.randn(1, 3, *size), masks)
 
 
-def test_more_prompts_than_blocks_are_refused() -> None:
+def test_surplus_prompts_have_no_effect_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     tower = tower_of("shapes-vit")
     images, masks = inputs(tower)
-    with pytest.raises(ValueError, match="cannot give mask prompts of depth"):
-        prompts_for(tower, len(tower.blocks) + 1)(tower, images, masks)
+    depth = len(tower.blocks)
+    surplus = prompts_for(tower, depth + 2)
+    fitting = MaskPrompts(depth, *surplus.prompts.shape[1:])
+    fitting.load_state_dict({"prompts": surplus.prompts[:depth]})
+    assert torch.equal(surplus(tower, images, masks), fitting(tower, images, masks))
+    fitting.check(tower)
+    assert not caplog.records
+    surplus.check(tower)
+    assert f"Ignoring mask prompts {depth + 1} to {depth + 2}: the tower has {depth} blocks" in caplog.text
+
+
+def test_new_prompts_deeper_than_the_tower_are_refused() -> None:
+    tower = tower_of("shapes-vit")
+    assert len(MaskPrompts.of(tower, len(tower.blocks)).prompts) == len(tower.blocks)
+    with pytest.raises(ValueError, match="cannot give mask prompts of depth 5: it has 4 blocks"):
+        MaskPrompts.of(tower, len(tower.blocks) + 1)
+    with pytest.raises(ValueError, match="only ViTs have tokens"):
+        MaskPrompts.of(load_clip("shapes-rn", "random", text=False).visual, 1)

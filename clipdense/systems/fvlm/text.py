@@ -12,6 +12,7 @@ from clipdense.clip import load_clip
 from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary, canonical
+from clipdense.paths import datasets_root
 
 from detectron2.config import CfgNode
 
@@ -37,7 +38,8 @@ def build_text_embedder(cfg: CfgNode) -> TextEmbedder | None:
     if keys.TEXT_SOURCE == "weights":
         return None
     if keys.TEXT_SOURCE == "table":
-        return TextTable.load(find_table(keys.TEXT_TABLE, "MODEL.FVLM.TEXT_TABLE"), synonyms=keys.SYNONYMS)
+        table = find_table(keys.TEXT_TABLE, datasets_root(), key="MODEL.FVLM.TEXT_TABLE")
+        return TextTable.load(table, synonyms=keys.SYNONYMS)
     encoder = keys.TEXT_ENCODER
     if not encoder.NAME and cfg.MODEL.CLIP.PRETRAINED == "random" and cfg.MODEL.WEIGHTS:
         raise ValueError(

@@ -11,6 +11,7 @@ from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import class_names
+from clipdense.paths import datasets_root
 from clipdense.regions import TextClassifier
 
 from detectron2.config import CfgNode as CN
@@ -78,5 +79,6 @@ def class_embeddings(cfg: CN) -> Tensor:
     vocabulary = Vocabulary.from_names(class_names(cfg), separator=None)
     table: str = cfg.MODEL.TEXT_RCNN.TABLE
     if table:
-        return TextTable.load(find_table(table, "MODEL.TEXT_RCNN.TABLE"), vocabulary)(vocabulary)
+        path = find_table(table, datasets_root(), key="MODEL.TEXT_RCNN.TABLE")
+        return TextTable.load(path, vocabulary)(vocabulary)
     return TextBank(clip_from_config(cfg), cfg.MODEL.TEXT_RCNN.TEMPLATES)(vocabulary).cpu()
