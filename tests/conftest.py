@@ -1,12 +1,13 @@
 """What every test shares: where golden files and real data lie, and fresh interpreters."""
 
 import atexit
+import copy
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One thread a process: two pytest workers share two cores, and results stay the same on any machine.
@@ -70,3 +71,13 @@ def run_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def catalogs() -> Iterator[None]:
+    """Restore Detectron2's catalogs after the test."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    before = dict(DatasetCatalog.data), copy.deepcopy(MetadataCatalog.data)
+    yield
+    DatasetCatalog.data, MetadataCatalog.data = before

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Turn crops with a painted background, listed in a CSV, into mask-category pairs that have their masks.
+"""Convert crops with a painted background, listed in a CSV file, to mask-category pairs with masks.
 
     tools/import_mask_csv.py coco_proposal_1cap.csv pairs.jsonl --image-root crops
 
-The CSV is OVSeg's: tab-separated, with the columns filepath and title. What is exactly of RGB (124, 116, 103)
-is background, so files of a lossy format are refused. Train on the pairs with
+The CSV file has OVSeg's format: tab-separated, with the columns filepath and title. Pixels of exactly RGB
+(124, 116, 103) are background; files of a lossy format are therefore refused. Train on the pairs with
 DATASETS.MASK_PAIRS "['pairs:pairs.jsonl:crops']" and DATASETS.TRAIN "['pairs']".
 """
 
@@ -26,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("csv", type=Path, help="the list of crops")
-    parser.add_argument("output", type=Path, help="file to write, .jsonl or .parquet")
-    parser.add_argument("--image-root", type=Path, help="folder of the crops (default: the list's)")
+    parser.add_argument("csv", type=Path, help="list of the crops")
+    parser.add_argument("output", type=Path, help="pair file to write, .jsonl or .parquet")
+    parser.add_argument(
+        "--image-root", type=Path, help="folder of the crops (default: the folder of the list)"
+    )
     arguments = parser.parse_args(argv)
     root = arguments.csv.parent if arguments.image_root is None else arguments.image_root
     written = 0
@@ -46,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{written} pairs in {arguments.output}; {len(rows) - written} crops were all background")
+    print(
+        f"{written} pairs in {arguments.output}; {len(rows) - written} crops without foreground were skipped"
+    )
     return 0
 
 

@@ -1,8 +1,7 @@
-"""Small data sets made on the spot."""
+"""Small datasets that tests write."""
 
-import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,6 @@ from PIL import Image
 from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
-
-@pytest.fixture
-def catalogs() -> Iterator[None]:
-    """Detectron2's catalogs, as they were before the test afterwards."""
-    before = dict(DatasetCatalog.data), copy.deepcopy(MetadataCatalog.data)
-    yield
-    DatasetCatalog.data, MetadataCatalog.data = before
 
 
 @pytest.fixture
@@ -39,7 +29,7 @@ def cfg() -> CfgNode:
 
 @pytest.fixture
 def coco_json(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """Write a COCO data set of random images, wide and tall, with a polygon and an RLE mask each."""
+    """Write a COCO dataset of random images, wide and tall, with a polygon and an RLE mask each."""
 
     def write(
         count: int = 10, categories: tuple[str, ...] = ("cat", "dog"), folder: str = "own"

@@ -30,7 +30,7 @@ def test_one_run_starts_from_what_the_other_exported(tmp_path: Path) -> None:
 
     short = ("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 4)
     before = run("ft", eval_only=True)
-    unmasked = run("ft", "MODEL.TWO_STAGE.CROP.MASKED", False, eval_only=True)
+    unmasked = run("ft", "MODEL.MASK_ADAPTED_CLIP.CROP.MASKED", False, eval_only=True)
     assert before["mask_classification/n"] == unmasked["mask_classification/n"] > 5
     assert before["mask_classification/top1"] > 50
     assert "mask_classification/mIoU" in before

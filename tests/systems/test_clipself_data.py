@@ -1,10 +1,9 @@
 """CLIPSelf's data: what the mapper gives, and runs from the command line."""
 
-import copy
 import json
 import random
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,11 @@ from clipdense.systems.clipself import CLIPSelfMapper
 from clipdense.systems.clipself.regions import draw_patches, draw_proposals, grid_pairs
 
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.structures import BoxMode
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (40, 60)
-
-
-@pytest.fixture
-def catalogs() -> Iterator[None]:
-    before = dict(DatasetCatalog.data), copy.deepcopy(MetadataCatalog.data)
-    yield
-    DatasetCatalog.data, MetadataCatalog.data = before
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
-"""Import of crops whose background has a colour of its own."""
+"""Import of crops whose background is painted in one colour."""
 
-import runpy
 from pathlib import Path
 from typing import Any
 
+import import_mask_csv
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,18 +16,16 @@ from clipdense.systems.mask_adaptation.keyed_crops import BACKGROUND
 
 from detectron2.data import DatasetCatalog
 
-MAIN = runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools/import_mask_csv.py"))["main"]
-
 
 @pytest.fixture
 def crops(tmp_path: Path) -> np.ndarray:
-    """Two crops in a folder, one without a foreground; the mask of the first."""
+    """Write two crops, the second without foreground; return the mask of the first."""
     rng = np.random.default_rng(0)
     mask = np.zeros((10, 14), bool)
     mask[2:8, :9] = True
-    pixels = rng.integers(0, 100, (10, 14, 3), dtype=np.uint8)  # none is like the background
+    pixels = rng.integers(0, 100, (10, 14, 3), dtype=np.uint8)  # none has the background colour
     pixels[~mask] = BACKGROUND
-    pixels[3, 3] = (124, 116, 104)  # nor is a neighbour of it
+    pixels[3, 3] = (124, 116, 104)  # similar, but foreground
     (tmp_path / "crops").mkdir()
     Image.fromarray(pixels).save(tmp_path / "crops" / "a.png")
     Image.new("RGB", (5, 5), BACKGROUND).save(tmp_path / "crops" / "b.png")
@@ -35,10 +33,10 @@ def crops(tmp_path: Path) -> np.ndarray:
     return mask
 
 
-def test_masks_are_told_from_the_colour(
+def test_masks_are_recovered_from_the_colour(
     tmp_path: Path, crops: np.ndarray, catalogs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert MAIN([str(tmp_path / "list.csv"), str(tmp_path / "pairs.jsonl")]) == 0
+    assert import_mask_csv.main([str(tmp_path / "list.csv"), str(tmp_path / "pairs.jsonl")]) == 0
     assert "1 pairs" in capsys.readouterr().out
     (pair,) = read_pairs(tmp_path / "pairs.jsonl")
     assert pair["noun"] == "red kite" and (pair["height"], pair["width"]) == (10, 14)
@@ -48,19 +46,19 @@ def test_masks_are_told_from_the_colour(
     assert sample["region"].shape == (3, 32, 32)
 
 
-def test_what_cannot_be_told_is_an_error(
+def test_unusable_crops_are_errors(
     tmp_path: Path, crops: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.open(tmp_path / "crops" / "a.png").save(tmp_path / "crops" / "a.jpg", quality=100)
     (tmp_path / "crops" / "c.png").write_bytes(b"no png")
     for lines, message in (
-        ("filepath\ttitle\ncrops/a.jpg\tkite", "a.jpg is a JPEG file, which need not keep colours"),
+        ("filepath\ttitle\ncrops/a.jpg\tkite", "a.jpg is a JPEG file, a format that may change colours"),
         ("filepath\ttitle\ncrops/c.png\tkite", "c.png: not a readable image"),
         ("filepath\ttitle\ncrops/d.png\tkite", "d.png"),
         ("filepath\ttitle\ncrops/a.png\t", "list.csv, line 2: lacks filepath or title"),
         ("filepath,title\ncrops/a.png,kite", "no column filepath and no column title"),
     ):
         (tmp_path / "list.csv").write_text(lines + "\n")
-        assert MAIN([str(tmp_path / "list.csv"), str(tmp_path / "pairs.jsonl")]) == 1
+        assert import_mask_csv.main([str(tmp_path / "list.csv"), str(tmp_path / "pairs.jsonl")]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "pairs.jsonl").exists()

@@ -1,8 +1,7 @@
-"""Adapting a CLIP to masked crops: what it sees, what is trained and what is exported."""
+"""Adaptation of CLIP to masked crops: its input, its trained parameters and its export."""
 
 import copy
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from clipdense.run.setup import load_config
 from clipdense.systems.mask_adaptation import MaskAdaptedCLIP, MaskPairMapper
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
@@ -45,7 +43,7 @@ def config(*settings: Any) -> CfgNode:
 
 
 def prompted(trainable: str, *settings: Any) -> CfgNode:
-    depth = ("MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH", 2)
+    depth = ("MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH", 2)
     return config(*depth, "MODEL.MASK_ADAPTED_CLIP.TRAINABLE", trainable, *settings)
 
 
@@ -85,7 +83,7 @@ def pair(tmp_path: Path) -> dict[str, Any]:
 def whole(**settings: Any) -> MaskPairMapper:
     """A mapper whose random crop is the whole of a square region."""
     return MaskPairMapper(
-        rule=CropRule(0.4, **settings), size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), **PIXELS
+        rule=CropRule(0.4, **settings), size=64, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), **PIXELS
     )
 
 
@@ -137,7 +135,7 @@ def test_errors_of_pairs_name_them(pair: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"0\.png: the mask of 'red kite' is empty"):
         whole()(pair | {"segmentation": empty})
     other = mask_util.encode(np.ones((40, 50), np.uint8, order="F"))
-    with pytest.raises(ValueError, match=r"'red kite' is of \(40, 50\), the image of \(40, 60\)"):
+    with pytest.raises(ValueError, match=r"'red kite' has size \(40, 50\), the image \(40, 60\)"):
         whole()(pair | {"segmentation": other})
     evaluated = MaskPairMapper(False, rule=CropRule())(pair)
     assert evaluated.keys() == {"file_name", "image_id", "image"} and evaluated["image"].shape == (3, 40, 60)
@@ -226,15 +224,23 @@ def test_temperature_stays_in_range() -> None:
 
 def test_wrong_settings_are_refused() -> None:
     for settings, message in (
-        (("MODEL.MASK_ADAPTED_CLIP.TRAINABLE", "text"), "TRAINABLE 'text' is none of image, prompts, both"),
+        (
+            ("MODEL.MASK_ADAPTED_CLIP.TRAINABLE", "text"),
+            "TRAINABLE 'text' is not one of image, prompts, both",
+        ),
         (("MODEL.MASK_ADAPTED_CLIP.TRAINABLE", "prompts"), r"needs mask prompts: set .*DEPTH"),
         (("INPUT.MASK_PAIRS.SIZE", 224), "SIZE 224: 'shapes-vit' takes crops of 64"),
         (("MODEL.CLIP.POSITION_GRID", 4), "POSITION_GRID"),
-        (("MODEL.CLIP.NAME", "shapes-rn", "MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH", 1), "mask prompts"),
+        (
+            ("MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH", 2),
+            r"no effect .*set MODEL\.MASK_ADAPTED_CLIP\.MASK_PROMPTS",
+        ),
+        (("MODEL.TWO_STAGE.CROP.FILL", "zero"), r"no effect .*set MODEL\.MASK_ADAPTED_CLIP\.CROP"),
+        (("MODEL.CLIP.NAME", "shapes-rn", "MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH", 1), "mask prompts"),
     ):
         with pytest.raises(ValueError, match=message):
             build_model(config(*settings))
-    unused = ("MODEL.TWO_STAGE.MASK_PROMPTS.ENABLED", False)
+    unused = ("MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.ENABLED", False)
     with pytest.raises(ValueError, match="with ENABLED True"):
         build_model(prompted("both", *unused))
 
@@ -288,7 +294,7 @@ def test_each_run_keeps_what_the_one_before_learned(tmp_path: Path) -> None:
     kept = load_mask_prompts(files[2])
     assert kept is not None and torch.equal(kept.prompts, prompts.mask_prompts.prompts)
     with pytest.raises(ValueError, match=r"DEPTH 3: .*1\.safetensors has mask prompts of depth 2"):
-        build_model(config(*start, files[1], "MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH", 3))
+        build_model(config(*start, files[1], "MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH", 3))
 
 
 def test_evaluation_gives_a_probe_of_the_encoder() -> None:
@@ -300,13 +306,6 @@ def test_evaluation_gives_a_probe_of_the_encoder() -> None:
     assert vectors.shape == (1, 128) and valid.tolist() == [True, False]
     probe = model_probes(net).regions
     assert probe is not None and torch.equal(probe.embed_masks(image, masks[:1]), vectors)
-
-
-@pytest.fixture
-def catalogs() -> Iterator[None]:
-    before = dict(DatasetCatalog.data), copy.deepcopy(MetadataCatalog.data)
-    yield
-    DatasetCatalog.data, MetadataCatalog.data = before
 
 
 def train(*settings: object, resume: bool = False) -> None:

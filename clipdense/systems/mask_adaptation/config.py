@@ -1,5 +1,4 @@
-"""Configuration keys of adapting a CLIP to masked crops; the crop rule and the depth of mask prompts are
-those of MODEL.TWO_STAGE, so that training equals inference."""
+"""Configuration keys of CLIP's adaptation to masked crops."""
 
 from detectron2.config import CfgNode as CN
 
@@ -10,18 +9,37 @@ def add_adaptation_config(cfg: CN) -> None:
     The defaults are OVSeg's (Liang et al., CVPR 2023, section 3).
     """
     cfg.MODEL.MASK_ADAPTED_CLIP = CN()
-    # What is trained beside the temperature: "image" (the image tower), "prompts" (the mask prompts), "both".
-    # The text tower never is.
+    # Parameters to train, besides the temperature: "image" (the image encoder), "prompts" (the mask prompts)
+    # or "both". The text encoder is frozen.
     cfg.MODEL.MASK_ADAPTED_CLIP.TRAINABLE = "image"
-    # Prompt templates of the nouns, a set's name ("name": the noun alone) or one sentence with {} in it;
-    # their embeddings are averaged. OVSeg: the captions of its pairs as they are, of unknown form.
+    # Prompt templates of the nouns: the name of a set ("name": the noun alone), or one sentence with {} in
+    # it. Embeddings of several templates are averaged. OVSeg trains with the texts of its pairs unchanged.
     cfg.MODEL.MASK_ADAPTED_CLIP.TEMPLATES = "name"
-    # The learned temperature exp(logit_scale) is kept between 1 and this.
+    # Upper bound of the learned temperature exp(logit_scale); the lower bound is 1.
     cfg.MODEL.MASK_ADAPTED_CLIP.MAX_LOGIT_SCALE = 100.0
+    # Mask prompts of a ViT: the number of layers that have them; 0 keeps those of the file in
+    # MODEL.CLIP.PRETRAINED, if it has any. ENABLED False ignores them in the forward.
+    cfg.MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS = CN()
+    cfg.MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH = 0
+    cfg.MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.ENABLED = True
+    # How a mask becomes a crop: the attributes of clipdense.regions.CropRule. Use the values of
+    # MODEL.TWO_STAGE.CROP in the OVSeg model that will use the adapted CLIP.
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP = CN()
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.THRESHOLD = 0.4
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.SAMPLING = "bicubic"
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.MASKED = True
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.FILL = "mean"
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.EXPAND = 1.0
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.SOFT = False
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.KEEP_EMPTY = False
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.PADDED_LOGITS = False
+    # Crops in one forward of CLIP, in evaluation.
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP_BATCH_SIZE = 64
 
     cfg.INPUT.MASK_PAIRS = CN()
-    # Side of a region in pixels: the native size of the CLIP.
+    # Side of a crop in pixels; must be the native image size of the CLIP.
     cfg.INPUT.MASK_PAIRS.SIZE = 224
-    # Random resized crop of a region: the part of its area that is kept, and the aspect ratio of that.
+    # Random resized crop of a region: range of the area that is kept (share of the region's area), and of its
+    # aspect ratio (width / height in pixels).
     cfg.INPUT.MASK_PAIRS.CROP_SCALE = (0.9, 1.0)
     cfg.INPUT.MASK_PAIRS.CROP_RATIO = (3 / 4, 4 / 3)

@@ -1,7 +1,7 @@
-"""Import of mask-category pairs that were saved as crops with a painted background (OVSeg's released format).
+"""Import of mask-category pairs that are stored as crops with a painted background (OVSeg's released format).
 
-The mask of such a crop is told from a colour. Here that is done once, from files that keep it exactly; the
-pairs then have their masks.
+The mask of such a crop is everything that does not have the background colour. It is recovered once, from
+lossless files, and stored with the pair.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from PIL import Image
 __all__ = ["BACKGROUND", "keyed_mask", "read_keyed_csv", "read_keyed_pair"]
 
 BACKGROUND = (124, 116, 103)
-"""RGB of the background, ImageNet's mean colour, rounded (specs/ovseg_zegformer_maskformer.md 2.7)."""
+"""RGB of the background in OVSeg's released crops: ImageNet's mean colour, rounded."""
 
 LOSSLESS = ("BMP", "PNG", "PPM", "TIFF")
 _COLUMNS = ("filepath", "title")
 
 
 def read_keyed_csv(path: str | Path) -> list[tuple[str, str]]:
-    """The rows of a tab-separated file with the columns ``filepath`` and ``title``: image files and nouns.
+    """Read the rows (image file, noun) of a tab-separated file with the columns ``filepath`` and ``title``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a column is missing, or a row lacks an entry; names the line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a column is missing, or a row lacks an entry; names the line.
     """
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter="\t")
@@ -46,24 +46,32 @@ def read_keyed_csv(path: str | Path) -> list[tuple[str, str]]:
 
 
 def keyed_mask(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """The pixels (H, W, 3), RGB, that are not exactly of the colour `BACKGROUND`: (H, W)."""
+    """Return the mask (H, W) of the pixels (H, W, 3) RGB whose colour differs from `BACKGROUND`."""
     return (pixels != np.array(BACKGROUND, np.uint8)).any(-1)
 
 
 def read_keyed_pair(name: str, noun: str, image_root: str | Path) -> dict[str, Any] | None:
-    """The pair (see `clipdense.data.mask_pairs.read_pairs`) of one crop; None if all of it is background.
+    """Read one crop as a pair, see `clipdense.data.mask_pairs.read_pairs`.
+
+    Args:
+        name: image file, relative to ``image_root``.
+        noun: of the pair.
+        image_root: folder of the images.
+
+    Returns:
+        The pair; None if the whole crop is background.
 
     Raises:
-        FileNotFoundError: no such image.
-        ValueError: a file of a lossy format, or no image; names it.
+        FileNotFoundError: If the image does not exist.
+        ValueError: If the file is not an image, or has a lossy format; names it.
     """
     path = os.path.join(image_root, name)
     try:
         with Image.open(path) as image:
             if image.format not in LOSSLESS:
                 raise ValueError(
-                    f"{path} is a {image.format} file, which need not keep colours: its background, RGB "
-                    f"{BACKGROUND}, cannot be told. Import the crops as they were saved first "
+                    f"{path} is a {image.format} file, a format that may change colours, so that its "
+                    f"background, RGB {BACKGROUND}, cannot be recognised. Import the original crops "
                     f"({', '.join(LOSSLESS)})"
                 )
             mask = keyed_mask(np.array(image.convert("RGB")))

@@ -1,4 +1,4 @@
-"""Training input of `MaskAdaptedCLIP`: the masked crop of a mask-category pair, and its noun."""
+"""Training input of `MaskAdaptedCLIP`: masked crops of mask-category pairs, with their nouns."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,21 +20,21 @@ __all__ = ["MaskPairMapper"]
 
 @MAPPER_REGISTRY.register()
 class MaskPairMapper:
-    """Masked crops as OVSeg's inference cuts them (Liang et al., CVPR 2023, section 3.2), and a random
-    resized crop of each, of image and mask alike.
+    """Mapper from a mask-category pair to a random resized crop of its masked region (OVSeg, Liang et al.,
+    CVPR 2023, section 3.2), cut as at inference.
 
-    The released training cuts, paints and saves regions before it resizes them (with antialiasing), and finds
-    the background again by its colour. Here the true mask goes along.
+    The released training saves painted regions, resizes them with antialiasing, and recovers the background
+    from its colour. This mapper crops image and mask together and keeps the true mask.
 
     Args:
-        is_train: False gives the image at its own size, see `original_sample`.
-        rule: how a mask becomes a crop.
+        is_train: False returns the image at its own size, see `original_sample`.
+        rule: defines how a mask becomes a crop.
         size: side of a crop in pixels.
-        pixel_mean, pixel_std: of the CLIP, RGB, of images in 0 .. 1.
-        scale: share of a region's area that a random crop keeps, from and to.
-        ratio: width / height of a random crop in pixels, from and to. A region that is longer loses both ends
+        pixel_mean, pixel_std: pixel statistics of the CLIP: RGB, for values 0 to 1.
+        crop_scale: range of the area of a random crop, as a share of the region's area.
+        crop_ratio: range of width / height of a random crop in pixels. A longer region loses both ends
             (torchvision's `RandomResizedCrop`).
-        skip_bad_images: whether a damaged image file gives None, with a warning, instead of an error.
+        skip_bad_images: return None for a damaged image, with a warning, instead of raising an error.
     """
 
     @configurable
@@ -46,22 +46,23 @@ class MaskPairMapper:
         size: int = 224,
         pixel_mean: Sequence[float] = (0.0, 0.0, 0.0),
         pixel_std: Sequence[float] = (1.0, 1.0, 1.0),
-        scale: tuple[float, float] = (0.9, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        crop_scale: tuple[float, float] = (0.9, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         skip_bad_images: bool = False,
     ) -> None:
         self.is_train, self.rule, self.size = is_train, rule, size
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
-        self.scale, self.ratio = scale, ratio
+        self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
         self.skip_bad_images = skip_bad_images
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Constructor arguments from ``INPUT.MASK_PAIRS``, ``MODEL.TWO_STAGE.CROP`` and ``MODEL.CLIP``."""
+        """Build the constructor arguments from ``INPUT.MASK_PAIRS``, ``MODEL.MASK_ADAPTED_CLIP.CROP`` and
+        ``MODEL.CLIP``."""
         keys, clip = cfg.INPUT.MASK_PAIRS, cfg.MODEL.CLIP
         arguments: dict[str, Any] = {
             "is_train": is_train,
-            "rule": CropRule.from_config(cfg.MODEL.TWO_STAGE.CROP),
+            "rule": CropRule.from_config(cfg.MODEL.MASK_ADAPTED_CLIP.CROP),
         }
         if not is_train:
             return arguments
@@ -70,25 +71,25 @@ class MaskPairMapper:
             "size": keys.SIZE,
             "pixel_mean": mean,
             "pixel_std": std,
-            "scale": tuple(keys.CROP_SCALE),
-            "ratio": tuple(keys.CROP_RATIO),
+            "crop_scale": tuple(keys.CROP_SCALE),
+            "crop_ratio": tuple(keys.CROP_RATIO),
             "skip_bad_images": cfg.INPUT.SKIP_BAD_IMAGES,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """One pair; randomness is that of torch.
+        """Map one pair; random numbers come from torch.
 
         Args:
             dataset_dict: a pair, see `clipdense.data.mask_pairs`.
 
         Returns:
-            ``file_name`` and, if it is there, ``image_id``; ``region`` (3, S, S) normalised for the CLIP;
-            ``region_mask`` (1, S, S), inside where > 0; ``noun``. None for a damaged image that may be
+            ``file_name`` and, if given, ``image_id``; ``region`` (3, S, S), normalised for the CLIP;
+            ``region_mask`` (1, S, S), above 0 inside the mask; ``noun``. None for a damaged image that is
             skipped.
 
         Raises:
-            BadImageError: the image cannot be decoded.
-            ValueError: a mask of another size than the image, or an empty one; names both.
+            BadImageError: If the image cannot be decoded.
+            ValueError: If the mask is empty, or has another size than the image; names both.
         """
         if not self.is_train:
             return original_sample(dataset_dict)
@@ -101,14 +102,14 @@ class MaskPairMapper:
         mask = torch.from_numpy(pair_mask(dataset_dict))
         what = f"{dataset_dict['file_name']}: the mask of {dataset_dict['noun']!r}"
         if mask.shape != pixels.shape[:2]:
-            raise ValueError(f"{what} is of {tuple(mask.shape)}, the image of {pixels.shape[:2]}")
+            raise ValueError(f"{what} has size {tuple(mask.shape)}, the image {pixels.shape[:2]}")
         if not mask.any():
             raise ValueError(f"{what} is empty")
         region, region_mask = self.crop(torch.from_numpy(pixels).permute(2, 0, 1), mask)
         return sample | {"region": region, "region_mask": region_mask, "noun": dataset_dict["noun"]}
 
     def crop(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """A random resized crop of what a mask shows.
+        """Cut a random resized crop from a masked region.
 
         Args:
             image: (3, H, W) uint8 RGB.
@@ -117,7 +118,7 @@ class MaskPairMapper:
         Returns:
             The region (3, S, S), normalised, and its mask (1, S, S).
         """
-        if self.rule.sampling == "bicubic" and self.rule.expand == 1:  # nothing beyond the box is seen
+        if self.rule.sampling == "bicubic" and self.rule.expand == 1:  # no pixel beyond the box is read
             x0, y0, x1, y1 = tight_boxes(mask[None])[0].int().tolist()
             image, mask = image[:, y0:y1, x0:x1], mask[y0:y1, x0:x1]
         crops = crop_masks(
@@ -130,8 +131,10 @@ class MaskPairMapper:
         )
         x0, y0, x1, y1 = crops.boxes[0].tolist()
         shape = torch.empty(1, y1 - y0, x1 - x0, device="meta")
-        top, left, height, width = RandomResizedCrop.get_params(shape, list(self.scale), list(self.ratio))
+        top, left, height, width = RandomResizedCrop.get_params(
+            shape, list(self.crop_scale), list(self.crop_ratio)
+        )
         x, y = x0 + left, y0 + top
-        if mask[y : y + height, x : x + width].any():  # else the ends that it loses are all that is inside
+        if mask[y : y + height, x : x + width].any():  # else the crop would contain nothing of the mask
             crops = replace(crops, boxes=torch.tensor([[x, y, x + width, y + height]]))
         return crops.regions()[0], crops.region_masks()[0]

@@ -1,4 +1,4 @@
-"""`MaskAdaptedCLIP`: a CLIP that learns to name masked crops."""
+"""`MaskAdaptedCLIP`: contrastive fine-tuning of CLIP on masked crops."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from clipdense.clip.mask_prompts import MaskPrompts, load_mask_prompts
 from clipdense.clip.text import TextBank
 from clipdense.evaluation.probes import RegionEncoderProbe
 from clipdense.regions import CropRule, RegionEncoder
+from clipdense.regions.crops import CROP_RULES
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -32,14 +33,14 @@ TRAINABLE = ("image", "prompts", "both")
 
 @META_ARCH_REGISTRY.register()
 class MaskAdaptedCLIP(nn.Module):
-    """Mask-adapted CLIP (OVSeg, Liang et al., CVPR 2023, section 3): contrast of masked crops and nouns.
+    """Contrastive learning of masked crops and nouns (OVSeg, Liang et al., CVPR 2023, section 3).
 
-    The image tower, mask prompts in place of its masked patches, or both are trained, with the temperature;
-    the text tower stays as it is, and so do statistics of BatchNorms. One after the other is a run that
-    starts from the file which the one before exported: its mask prompts come along.
+    Trained are the image encoder, the mask prompts that replace its masked patches, or both, and the
+    temperature. The text encoder and the statistics of BatchNorms are frozen. To train one part after the
+    other, start the second run from the export of the first, which contains the mask prompts.
 
-    Equal nouns in a batch count as negatives, as published. As the text tower is locked, their embeddings are
-    equal, and targets that they share would give the same loss.
+    Equal nouns in a batch count as negatives, as published. Their text embeddings are equal, since the text
+    encoder is frozen; shared targets would give the same loss.
 
     Attributes:
         encoder: embeds masked crops.
@@ -56,24 +57,24 @@ class MaskAdaptedCLIP(nn.Module):
     ) -> None:
         """
         Args:
-            encoder: with the CLIP to train, text tower included, and its mask prompts.
+            encoder: with the CLIP to train, including its text encoder, and its mask prompts.
             trainable: "image", "prompts" or "both".
-            templates: of the nouns, see `TextBank`.
-            max_logit_scale: upper bound of the temperature exp(logit_scale), whose lower one is 1.
+            templates: prompt templates of the nouns, see `TextBank`.
+            max_logit_scale: upper bound of the temperature exp(logit_scale); the lower bound is 1.
 
         Raises:
-            ValueError: another choice, a CLIP without text tower, or mask prompts to train where there are
-                none.
+            ValueError: If ``trainable`` is unknown, the CLIP has no text encoder, or mask prompts are to be
+                trained and the encoder has none.
         """
         super().__init__()
         if trainable not in TRAINABLE:
             raise ValueError(
-                f"MODEL.MASK_ADAPTED_CLIP.TRAINABLE {trainable!r} is none of {', '.join(TRAINABLE)}"
+                f"MODEL.MASK_ADAPTED_CLIP.TRAINABLE {trainable!r} is not one of {', '.join(TRAINABLE)}"
             )
         if trainable != "image" and not encoder.prompted:
             raise ValueError(
                 f"MODEL.MASK_ADAPTED_CLIP.TRAINABLE {trainable!r} needs mask prompts: set "
-                "MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH, with ENABLED True"
+                "MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH, with ENABLED True"
             )
         self.encoder = encoder.requires_grad_(False)
         clip = encoder.clip
@@ -83,21 +84,23 @@ class MaskAdaptedCLIP(nn.Module):
         if trainable != "image":
             assert encoder.mask_prompts is not None
             encoder.mask_prompts.requires_grad_(True)
-        self.max_logit_scale = math.log(max_logit_scale)
+        self.max_logit_scale = max_logit_scale
         self._bank = TextBank(clip, templates)
         self.train()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Constructor arguments from ``MODEL.CLIP``, ``MODEL.MASK_ADAPTED_CLIP`` and ``MODEL.TWO_STAGE``.
+        """Build the constructor arguments from ``MODEL.CLIP`` and ``MODEL.MASK_ADAPTED_CLIP``.
 
         Raises:
-            ValueError: a position grid, which the exported file could not say; crops of another size than the
-                CLIP's; mask prompts of another depth than the file's; and see `clip_from_config`.
+            ValueError: If a position grid is set (an export cannot store it), crops have another size than
+                the CLIP's images, the file's mask prompts have another depth, or keys of OVSeg are set; see
+                also `clip_from_config`.
         """
-        keys, stage = cfg.MODEL.MASK_ADAPTED_CLIP, cfg.MODEL.TWO_STAGE
+        keys = cfg.MODEL.MASK_ADAPTED_CLIP
+        _refuse_two_stage_keys(cfg)
         if cfg.MODEL.CLIP.POSITION_GRID:
-            raise ValueError("MODEL.CLIP.POSITION_GRID: the exported CLIP keeps its own grid; set it to 0")
+            raise ValueError("MODEL.CLIP.POSITION_GRID: an export keeps the CLIP's own grid; set it to 0")
         clip = clip_from_config(cfg)
         if clip.image_size[0] != cfg.INPUT.MASK_PAIRS.SIZE:
             raise ValueError(
@@ -106,10 +109,10 @@ class MaskAdaptedCLIP(nn.Module):
             )
         encoder = RegionEncoder(
             clip,
-            CropRule.from_config(cfg.MODEL.TWO_STAGE.CROP),
+            CropRule.from_config(keys.CROP),
             mask_prompts=_mask_prompts(cfg, clip),
-            use_mask_prompts=stage.MASK_PROMPTS.ENABLED,
-            batch_size=stage.CROP_BATCH_SIZE,
+            use_mask_prompts=keys.MASK_PROMPTS.ENABLED,
+            batch_size=keys.CROP_BATCH_SIZE,
         )
         return {
             "encoder": encoder,
@@ -120,11 +123,11 @@ class MaskAdaptedCLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are moved to."""
+        """Device of the model, to which inputs are moved."""
         return self.encoder.clip.logit_scale.device
 
     def train(self, mode: bool = True) -> MaskAdaptedCLIP:
-        """The text tower, and BatchNorms, always stay in evaluation mode."""
+        """Set the mode; the text encoder and BatchNorms stay in evaluation mode."""
         super().train(mode)
         for module in self.encoder.clip.modules():
             if module is self.encoder.clip.text or isinstance(module, _BatchNorm):
@@ -132,7 +135,7 @@ class MaskAdaptedCLIP(nn.Module):
         return self
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> Any:
-        """Loss of a batch.
+        """Compute the contrastive loss of a batch.
 
         Args:
             batched_inputs: see `MaskPairMapper`.
@@ -150,7 +153,7 @@ class MaskAdaptedCLIP(nn.Module):
         u = F.normalize(self.encoder.encode(regions, masks).float(), dim=-1)
         v = self._bank.embed_names([sample["noun"] for sample in batched_inputs]).to(self.device)
         self._clamp_scale()
-        # gradients flow through what is gathered: the average over processes is that of the global batch
+        # with gradients through the gathered tensors, the mean over processes is the loss of the global batch
         loss = ClipLoss(
             local_loss=True, gather_with_grad=True, rank=comm.get_rank(), world_size=comm.get_world_size()
         )
@@ -161,9 +164,9 @@ class MaskAdaptedCLIP(nn.Module):
         return RegionEncoderProbe(self.encoder)
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The CLIP, what `load_clip(file)` takes, and its mask prompts, what `load_mask_prompts` does.
+        """Return the tensors and metadata of a file for `load_clip` and `load_mask_prompts`.
 
-        In full precision: a run that starts from the file changes nothing but what it trains.
+        Tensors keep full precision, so that a run from this file changes only the parameters that it trains.
         """
         self._clamp_scale()
         clip, prompts = self.encoder.clip, self.encoder.mask_prompts
@@ -172,19 +175,33 @@ class MaskAdaptedCLIP(nn.Module):
 
     @torch.no_grad()
     def _clamp_scale(self) -> None:
-        self.encoder.clip.logit_scale.clamp_(0, self.max_logit_scale)
+        self.encoder.clip.logit_scale.clamp_(0, math.log(self.max_logit_scale))
 
 
 def _mask_prompts(cfg: CfgNode, clip: ClipModel) -> MaskPrompts | None:
-    """Those of the CLIP's file; else new ones of ``MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH``."""
-    depth, file = cfg.MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH, cfg.MODEL.CLIP.PRETRAINED
+    """Load the mask prompts of the CLIP's file; else make new ones of the configured depth."""
+    depth, file = cfg.MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH, cfg.MODEL.CLIP.PRETRAINED
     if os.path.isfile(file):
         stored = load_mask_prompts(file, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         if stored is not None and depth not in (0, len(stored.prompts)):
             raise ValueError(
-                f"MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH {depth}: {file} has mask prompts of depth "
-                f"{len(stored.prompts)}; 0 takes them as they are"
+                f"MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH {depth}: {file} has mask prompts of depth "
+                f"{len(stored.prompts)}; set 0 to keep them"
             )
         if stored is not None:
             return stored
     return MaskPrompts.of(clip.visual, depth) if depth else None
+
+
+def _refuse_two_stage_keys(cfg: CfgNode) -> None:
+    """Refuse the keys of OVSeg that configured this model before it had its own."""
+    stage = cfg.MODEL.TWO_STAGE
+    if CropRule.from_config(stage.CROP) != CROP_RULES["ovseg"]:
+        key = "CROP"
+    elif stage.MASK_PROMPTS.DEPTH or not stage.MASK_PROMPTS.ENABLED:
+        key = "MASK_PROMPTS"
+    else:
+        return
+    raise ValueError(
+        f"MODEL.TWO_STAGE.{key} has no effect on MaskAdaptedCLIP: set MODEL.MASK_ADAPTED_CLIP.{key}"
+    )
