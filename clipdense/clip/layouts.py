@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clipdense.checkpoint import DropRule, Layout, register_layout
+from clipdense.checkpoint import DropRule, Layout, count_parts, register_layout, shown_size
 from clipdense.clip.eva import EVA02_CLIP
 
 # In a TorchScript state dict only; a plain one does not have them.
@@ -144,18 +144,7 @@ def config_from_tensors(
             "mlp_ratio": _mlp_ratio(shape, "visual.transformer"),
         }
     elif "visual.trunk.blocks.0.attn.norm.weight" in shape:
-        width, patch = shape["visual.trunk.cls_token"][-1], shape["visual.trunk.patch_embed.proj.weight"][-1]
-        hidden = shape["visual.trunk.blocks.0.mlp.fc1_g.weight"][0]
-        vision = {
-            "timm_model_name": EVA02_CLIP,
-            "timm_pool": "token",
-            "timm_proj": None,
-            "layers": len(_children(shape, "visual.trunk.blocks.")),
-            "width": width,
-            "patch_size": patch,
-            "image_size": _side(shape["visual.trunk.pos_embed"][1]) * patch,
-            "mlp_ratio": math.ceil(1e4 * hidden / width) / 1e4,  # timm truncates width * mlp_ratio
-        }
+        vision = {"timm_pool": "token", "timm_proj": None, **eva_vision_config(state)}
     else:
         raise ValueError(
             "the tensors do not determine the image tower (only those of CLIP's ResNet and ViT, and of "
@@ -184,6 +173,31 @@ def config_from_tensors(
             "layers": len(_children(shape, "text.transformer.resblocks.")),
             "mlp_ratio": _mlp_ratio(shape, "text.transformer"),
         },
+    }
+
+
+def eva_vision_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return open_clip's `vision_cfg` of a converted EVA02-CLIP image tower, without `head_width`.
+
+    Args:
+        state: tensors under the names that `EVA_CLIP` converts to; those of other modules are ignored.
+
+    Raises:
+        CheckpointError: If the tensors that show a size are missing.
+        ValueError: If the position grid is not square.
+    """
+    trunk = "visual.trunk."
+    mlp = f"{trunk}blocks.0.mlp."
+    width = shown_size(state, (f"{trunk}norm.weight", 0), (f"{trunk}cls_token", 2))
+    patch = shown_size(state, (f"{trunk}patch_embed.proj.weight", 3))
+    hidden = shown_size(state, *((f"{mlp}{x}", 0) for x in ("fc1_g.bias", "fc1_x.bias", "fc1_g.weight")))
+    return {
+        "timm_model_name": EVA02_CLIP,
+        "layers": count_parts(state, f"{trunk}blocks."),
+        "width": width,
+        "patch_size": patch,
+        "image_size": _side(shown_size(state, (f"{trunk}pos_embed", 1))) * patch,
+        "mlp_ratio": math.ceil(1e4 * hidden / width) / 1e4,  # timm truncates width * mlp_ratio
     }
 
 

@@ -11,8 +11,6 @@ from clipdense.open_vocabulary.protocols import (
     CheckpointMetadata,
     LoadHook,
     Proposals,
-    RegionProbe,
-    RegionProbeProvider,
     TrainingStart,
 )
 
@@ -22,8 +20,6 @@ __all__ = [
     "LoadHook",
     "OpenVocabularyModel",
     "Proposals",
-    "RegionProbe",
-    "RegionProbeProvider",
     "TextEmbeddings",
     "TrainingStart",
     "move_vocabulary_buffer",

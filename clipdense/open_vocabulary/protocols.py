@@ -1,4 +1,6 @@
-"""Protocols between models and the code that trains, evaluates or loads them.
+"""Protocols between models and the code that trains them, loads them, or uses their masks.
+
+What evaluators need from a model is in `clipdense.evaluation.probes`.
 
 A model implements the protocols that apply to it; nothing has to be inherited. `isinstance` checks that the
 methods exist.
@@ -11,14 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from clipdense.clip.vocabulary import Vocabulary
-
 __all__ = [
     "CheckpointMetadata",
     "LoadHook",
     "Proposals",
-    "RegionProbe",
-    "RegionProbeProvider",
     "TrainingStart",
 ]
 
@@ -38,37 +36,6 @@ class Proposals(Protocol):
         Returns:
             (Q, height, width) bool; masks may be empty and may overlap.
         """
-        ...
-
-
-@runtime_checkable
-class RegionProbe(Protocol):
-    """Embeddings of image regions and of class names in one joint space, as evaluators need them."""
-
-    def embed_masks(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed the regions of one image.
-
-        Args:
-            image: (3, H, W) RGB, values 0 to 255.
-            masks: (M, H, W) bool.
-
-        Returns:
-            embeddings: (V, D), not L2-normalised, of the V masks that have one, in order.
-            valid: (M,) bool, which masks these are.
-        """
-        ...
-
-    def embed_vocabulary(self, vocabulary: Vocabulary, templates: str) -> Tensor:
-        """Embed classes: (K, D), L2-normalised, averaged over the template set and the synonyms."""
-        ...
-
-
-@runtime_checkable
-class RegionProbeProvider(Protocol):
-    """A model that evaluators measure by its region embeddings instead of its outputs."""
-
-    def region_probe(self) -> RegionProbe:
-        """Return the probe of the current weights, in evaluation mode."""
         ...
 
 

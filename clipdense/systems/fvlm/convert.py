@@ -1,9 +1,9 @@
-"""Published F-ViT detectors: mmdetection's R-CNN on EVA02-CLIP, with box heads alone (OV-COCO) or with a
-class-agnostic mask head (OV-LVIS).
+"""Layout of the published F-ViT detectors (Wu et al., CLIPSelf, ICLR 2024): mmdetection's R-CNN on
+EVA02-CLIP, with box heads only (OV-COCO) or also a class-agnostic mask head (OV-LVIS).
 
-Sizes are read from the tensors. What they cannot tell is as in the released configs
-(specs/clipself_fvlm_catseg_odise_fcclip.md 2.2): heads of the ViT, the tapped blocks, temperatures, and
-fusion weights and sizes of images, which depend on the data that the mask head tells.
+Sizes are read from the tensors. The tensors do not determine the head width of the ViT, the tapped blocks,
+the temperatures, the fusion weights and the image size: these are set as in the released configs. The
+presence of a mask head decides between the settings for OV-COCO and OV-LVIS.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from clipdense.checkpoint import (
     rename,
     shown_size,
 )
-from clipdense.clip.eva import EVA02_CLIP
-from clipdense.clip.layouts import EVA_CLIP
+from clipdense.clip.layouts import EVA_CLIP, eva_vision_config
 from clipdense.open_vocabulary import training_metadata
 
 __all__ = ["FVIT"]
@@ -35,9 +34,9 @@ __all__ = ["FVIT"]
 State = Mapping[str, Tensor]
 
 BLOCKS = {12: [3, 5, 7, 11], 24: [6, 10, 14, 23]}
-"""The tapped blocks of the released ViTs, by depth."""
+"""Tapped blocks of the released ViTs, by depth."""
 SCALE = 50.0
-"""Inverse temperature of the detector where it is not learned (the transfer head)."""
+"""Inverse temperature of the detector if it is not learned (transfer head)."""
 
 _VISUAL, _TOWER = "backbone.visual.", "backbone.bottom_up.trunk.tower."
 _BOX, _MASK = "roi_head.bbox_head.", "roi_head.mask_head."
@@ -81,10 +80,8 @@ def _prefixes(state: State) -> dict[str, str]:
 
 def _convert(state: State) -> dict[str, Tensor]:
     prefixes = _prefixes(state)
-    visual = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith(_VISUAL)}
-    converted = {
-        _TOWER + key.removeprefix("visual."): value for key, value in EVA_CLIP.convert(visual).items()
-    }
+    visual = EVA_CLIP.convert(_visual(state))
+    converted = {_TOWER + key.removeprefix("visual."): value for key, value in visual.items()}
     for key, value in state.items():
         if not key.startswith(_VISUAL):
             converted[rename(key, prefixes)] = value
@@ -99,7 +96,9 @@ def _convert(state: State) -> dict[str, Tensor]:
 def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
     num_classes = shown_size(state, (f"{_BOX}all_embeddings", 1), (f"{_BOX}fc_cls.bias", 0)) - 1
     if classes and len(classes) != num_classes:
-        raise CheckpointError(f"heads of {num_classes} classes, but {len(classes)} names of classes")
+        raise CheckpointError(
+            f"the file's heads have {num_classes} classes, but {len(classes)} class names are given"
+        )
     strides, depth = _strides(state), count_parts(state, f"{_VISUAL}blocks.")
     names = [int(math.log2(stride)) for stride in strides]
     pyramid = [f"p{name}" for name in names]
@@ -162,7 +161,7 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _data_options(state: State, large: bool) -> dict[str, Any]:
-    """What belongs to the data that a detector was trained for."""
+    """Return the released settings for OV-COCO (boxes) or OV-LVIS (masks)."""
     transfer = f"{_BOX}detect_temperature" not in state
     if not any(key.startswith(_MASK) for key in state):
         return {
@@ -197,29 +196,25 @@ def _data_options(state: State, large: bool) -> dict[str, Any]:
 
 
 def _clip_config(state: State) -> dict[str, Any]:
-    """open_clip's model_cfg of the image tower; there is no text tower."""
-    width = shown_size(state, (f"{_VISUAL}norm.weight", 0), (f"{_VISUAL}cls_token", 2))
-    patch = shown_size(state, (f"{_VISUAL}patch_embed.proj.weight", 3))
-    hidden = shown_size(
-        state, *((f"{_VISUAL}blocks.0.mlp.{x}", 0) for x in ("w1.bias", "w2.bias", "w1.weight"))
-    )
+    """Return open_clip's model_cfg of the image tower; there is no text tower."""
+    try:
+        vision = eva_vision_config(EVA_CLIP.convert(_visual(state)))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     return {
         "embed_dim": shown_size(state, (f"{_VISUAL}head.bias", 0), (f"{_VISUAL}head.weight", 0)),
         "custom_text": True,
-        "vision_cfg": {
-            "timm_model_name": EVA02_CLIP,
-            "layers": count_parts(state, f"{_VISUAL}blocks."),
-            "width": width,
-            "head_width": 64,
-            "patch_size": patch,
-            "image_size": patch * math.isqrt(shown_size(state, (f"{_VISUAL}pos_embed", 1)) - 1),
-            "mlp_ratio": math.ceil(1e4 * hidden / width) / 1e4,  # timm truncates width * mlp_ratio
-        },
+        "vision_cfg": {**vision, "head_width": 64},
     }
 
 
+def _visual(state: State) -> dict[str, Tensor]:
+    """Return the tensors of the image tower under EVA-CLIP's own names, ``visual.*``."""
+    return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith(_VISUAL)}
+
+
 def _strides(state: State) -> list[float]:
-    """Of the five levels."""
+    """Return the strides of the five pyramid levels in pixels."""
     patch = shown_size(state, (f"{_VISUAL}patch_embed.proj.weight", 3))
     return [patch / 4 * 2**level for level in range(5)]
 
@@ -235,16 +230,16 @@ FVIT = register_layout(
         convert=_convert,
         options=_options,
         prefixes=_prefixes,
-        # the file does not say which of its classes were labelled in training
+        # the file does not say which of its classes had labels in training
         metadata=lambda *_: training_metadata(None),
         drops=(
             DropRule(
                 "RoPE tables",
                 re.escape(_TOWER) + r"trunk\.(blocks\.\d+\.attn\.)?rope\.(flag|freqs_(cos|sin)(_\d+)?)",
-                "computed for every grid",
+                "computed for each grid",
             ),
             DropRule(
-                "unused classifier", re.escape(_BOX) + r"fc_cls\..*", "classes are scored by their text"
+                "unused classifier", re.escape(_BOX) + r"fc_cls\..*", "class scores come from text embeddings"
             ),
         ),
     )
