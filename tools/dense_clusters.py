@@ -4,7 +4,7 @@
     tools/dense_clusters.py clusters.png --model shapes-vit output/clipself/export.safetensors
     tools/dense_clusters.py clusters.png --model shapes-rn shapes-vit --input a.jpg b.jpg --image-size 512
 
-Every image and model is clustered on its own: what matters is where the borders run, colours mean nothing.
+Each image and model is clustered separately: compare the borders of the clusters; colours have no meaning.
 """
 
 import argparse
@@ -33,28 +33,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("output", type=Path, help="PNG to write")
     parser.add_argument(
-        "--model", nargs="+", required=True, help="names or files that load_clip takes, one column each"
+        "--model",
+        nargs="+",
+        required=True,
+        help="model names or weight files, as for load_clip; one column each",
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="load weight files that are pickles")
-    parser.add_argument("--titles", nargs="+", help="of the columns (default: the models)")
-    parser.add_argument("--input", nargs="+", type=Path, help="images (default: from the data set)")
-    parser.add_argument("--dataset", default="shapes_closed_panoptic_val", help="a registered data set")
-    parser.add_argument("--images", type=int, default=6, help="so many of the data set's first (default: 6)")
-    parser.add_argument("--clusters", type=int, default=6, help="of an image (default: 6)")
-    parser.add_argument("--mode", default="", help="dense mode (default: each tower's best)")
+    parser.add_argument("--allow-pickle", action="store_true", help="allow weight files that are pickles")
+    parser.add_argument("--titles", nargs="+", help="titles of the columns (default: the models)")
+    parser.add_argument("--input", nargs="+", type=Path, help="image files (default: images of --dataset)")
+    parser.add_argument(
+        "--dataset", default="shapes_closed_panoptic_val", help="registered dataset (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=6, help="number of images of --dataset, the first ones (default: 6)"
+    )
+    parser.add_argument("--clusters", type=int, default=6, help="number of clusters in an image (default: 6)")
+    parser.add_argument(
+        "--mode",
+        default="",
+        help="dense mode (default: clipself, value or plain, the first that the tower has)",
+    )
     parser.add_argument(
         "--image-size",
         type=int,
         default=0,
-        help="side that images are letterboxed to, a multiple of the stride (default: each image's own)",
+        help="side in pixels of letterboxed images, a multiple of the stride (default: the image's own)",
     )
-    parser.add_argument("--device", default="cuda", help="cuda (default, where there is a GPU), cpu, ...")
+    parser.add_argument("--device", default="cuda", help="cuda (default if there is a GPU), cpu, ...")
     arguments = parser.parse_args(argv)
     arguments.titles = arguments.titles or arguments.model
     if len(arguments.titles) != len(arguments.model):
-        parser.error("--titles: one for each --model")
+        parser.error("--titles: expected one for each --model")
     if len(set(arguments.titles)) < len(arguments.titles):
-        parser.error("--titles: the columns need different titles")
+        parser.error("--titles: titles must differ")
     return arguments
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Name the segments of a data set from image crops and from pooled dense features, and print both accuracies.
+"""Classify the segments of a dataset from image crops and from pooled dense features; print both accuracies.
 
     tools/evaluate_regions.py --model shapes-rn shapes-vit shapes-eva --modes all
     tools/evaluate_regions.py --model shapes-rn shapes-vit --image-size 128 192 256 --curve output/sizes.png
@@ -7,7 +7,7 @@
         --dataset coco_2017_val_panoptic_with_sem_seg --templates vild_63 --antialias both
 
 The protocol is CLIPSelf's (`clipdense.evaluation.dense_regions`): boxes ("rois") and masks ("maskpool") on
-the dense map of the letterboxed image, and crops through the whole image tower, which are the upper bound.
+the dense map of the letterboxed image; image embeddings of crops ("crops") are the upper bound.
 """
 
 import argparse
@@ -43,42 +43,55 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", nargs="+", default=["shapes-rn"], help="names or files that load_clip takes"
+        "--model", nargs="+", default=["shapes-rn"], help="model names or weight files, as for load_clip"
     )
-    parser.add_argument("--pretrained", help="tag, hub id or file (one model)")
-    parser.add_argument("--allow-pickle", action="store_true", help="load a weight file that is a pickle")
-    parser.add_argument("--dataset", default="shapes_ov_panoptic_val", help="a panoptic data set")
-    parser.add_argument("--modes", nargs="+", help="dense modes, or 'all' (default: the tower's best)")
+    parser.add_argument("--pretrained", help="open_clip tag, hub id or weight file (for a single --model)")
+    parser.add_argument("--allow-pickle", action="store_true", help="allow weight files that are pickles")
+    parser.add_argument(
+        "--dataset",
+        default="shapes_ov_panoptic_val",
+        help="registered panoptic dataset (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        help="dense modes, or 'all' (default: clipself, value or plain, the first that the tower has)",
+    )
     parser.add_argument(
         "--image-size",
         nargs="+",
         type=int,
         default=[0],
         metavar="SIZE",
-        help="sides that images are letterboxed to, multiples of the stride (default: each image's own)",
+        help="sides in pixels of letterboxed images, multiples of the stride (default: the image's own)",
     )
-    parser.add_argument("--antialias", choices=list(ANTIALIAS), default="off", help="resizing of masks")
-    parser.add_argument("--templates", default="single", help="prompt template set")
+    parser.add_argument(
+        "--antialias",
+        choices=list(ANTIALIAS),
+        default="off",
+        help="antialiasing when masks are resized (default: off)",
+    )
+    parser.add_argument("--templates", default="single", help="prompt template set (default: %(default)s)")
     parser.add_argument(
         "--table", default="", help="file with the class embeddings (tools/make_text_table.py)"
     )
-    parser.add_argument("--images", type=int, help="only the first N images")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--curve", type=Path, help="draw macc1 of things over the image sizes here (PNG)")
-    parser.add_argument("--device", default="cuda", help="cuda (default, where there is a GPU), cpu, ...")
+    parser.add_argument("--images", type=int, help="number of images, the first ones (default: all)")
+    parser.add_argument("--json", type=Path, help="JSON file to write with all metrics")
+    parser.add_argument("--curve", type=Path, help="PNG to write: macc1 of things over the image sizes")
+    parser.add_argument("--device", default="cuda", help="cuda (default if there is a GPU), cpu, ...")
     arguments = parser.parse_args(argv)
     if arguments.pretrained and len(arguments.model) > 1:
-        parser.error("--pretrained goes with one --model")
+        parser.error("--pretrained needs a single --model")
     if arguments.curve and 0 in arguments.image_size:
-        parser.error("--curve is drawn over several --image-size")
+        parser.error("--curve needs --image-size with values above 0")
     return arguments
 
 
 def dense_views(clip: ClipModel, arguments: argparse.Namespace) -> list[DenseView]:
     modes = arguments.modes or [best_dense_mode(clip.visual)]
-    if modes == ["all"]:  # one name each: methods share modes
-        named = {get_mode(mode): mode for mode in reversed(clip.visual.dense_modes)}
-        modes = list(named.values())[::-1]
+    if modes == ["all"]:  # methods share modes: keep one name of each
+        names = {get_mode(mode): mode for mode in reversed(clip.visual.dense_modes)}
+        modes = list(names.values())[::-1]
     return [
         DenseView(mode, size, antialias)
         for mode in modes
@@ -88,7 +101,7 @@ def dense_views(clip: ClipModel, arguments: argparse.Namespace) -> list[DenseVie
 
 
 def evaluate(name: str, records: Iterable[dict[str, Any]], arguments: argparse.Namespace) -> list[Row]:
-    """Metrics of one model, one row a view."""
+    """Compute the metrics of one model, one row for each view."""
     clip = load_clip(name, arguments.pretrained, allow_pickle=arguments.allow_pickle)
     clip.to(available_device(arguments.device))
     evaluator = DenseRegionEvaluator(
@@ -112,7 +125,7 @@ def evaluate(name: str, records: Iterable[dict[str, Any]], arguments: argparse.N
 
 
 def region_table(rows: Sequence[Row], kind: str) -> str:
-    """Accuracies of things or stuff, one line a model and source; crops once a model."""
+    """Format the accuracies of things or stuff: a line for each model and source; crops once for a model."""
     lines: dict[tuple[str, ...], Row] = {}
     for row in rows:
         size = row["image_size"] or "native"
@@ -129,7 +142,7 @@ def region_table(rows: Sequence[Row], kind: str) -> str:
 
 
 def retrieval_table(rows: Sequence[Row]) -> str:
-    """Retrieval between boxes and crops; masks, and so antialiasing, have no part in it."""
+    """Format the retrieval between boxes and crops, which does not depend on masks or antialiasing."""
     shown = {(r["model"], r["mode"], r["image_size"]): r for r in rows}
     keys = ["model", "mode", "image_size", *(k for k in rows[0] if "_R@" in k)]
     cells = [[r[k] or "native" if k == "image_size" else r[k] for k in keys] for r in shown.values()]
@@ -137,7 +150,7 @@ def retrieval_table(rows: Sequence[Row]) -> str:
 
 
 def draw_curve(rows: Sequence[Row], path: Path) -> None:
-    """Macc1 of things over the image size: boxes as lines, crops, which do not know it, dashed."""
+    """Draw macc1 of things over the image size: boxes as lines; crops, which do not depend on it, dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -181,12 +194,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.json:  # after every model: a later one may fail
                 write_json(rows, arguments.json)
         if not rows:
-            raise ValueError(f"no segment of {arguments.dataset} counts")
+            raise ValueError(f"{arguments.dataset}: no segment has a box of 8 x 8 to 1024 x 1024 pixels")
         for kind in ("thing", "stuff"):
             number = int(rows[0][f"{kind}.n"])
             print(f"\n{number} {kind} regions of {arguments.dataset}, accuracy in percent")
             print(region_table(rows, kind))
-        print("\nboxes and crops that find each other, in percent")
+        print("\nretrieval between boxes and crops, recall in percent")
         print(retrieval_table(rows))
         if arguments.curve:
             draw_curve(rows, arguments.curve)

@@ -1,18 +1,16 @@
 """Average precision of boxes and masks under the rules of COCO and LVIS.
 
 Two backends compute the same table of precisions: `hotcoco` (Rust, the default) and the reference,
-pycocotools (with LVIS's rules in `lvis_reference`). They agree to the last bit on the real samples; where a
-reference library is at fault, both backends here give the right number:
+pycocotools (with LVIS's rules in `lvis_reference`). They agree to the last bit on the real samples. Both
+backends correct errors of the libraries:
 
-- pycocotools takes the annotation id 0 for "unmatched", so that a ground truth with this id can never be
-  found: ids are counted from 1 before it sees them;
-- pycocotools fails on an annotation without an area, hotcoco counts it as small: the area of its box is
-  taken;
-- pycocotools fails on an empty list of results: AP is 0 for classes that occur, NaN where nothing could be
-  found;
-- lvis-api drops annotations and detections of no area (an empty mask is no false positive there, with COCO it
-  is one). hotcoco keeps them; to give LVIS's published numbers they are dropped here, after the limit per
-  image was applied.
+- pycocotools uses the annotation id 0 for "unmatched", so that it never finds a ground truth with this id:
+  ids are renumbered from 1;
+- pycocotools fails on an annotation without an area, hotcoco counts it as small: the area of its box is used;
+- pycocotools fails on an empty list of results: AP is 0 for classes with ground truth, NaN for others;
+- lvis-api drops annotations and detections with area 0, so that an empty mask is not a false positive, as it
+  is for COCO. hotcoco keeps them. They are dropped here after the limit per image is applied, which gives
+  LVIS's published numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ Rules = Literal["coco", "lvis"]
 Area = Literal["all", "small", "medium", "large"]
 
 DEFAULT_MAX_DETS = {"coco": 100, "lvis": 300}
-"""Detections that count: per image and class (COCO), per image (LVIS)."""
+"""Limit on detections: per image and class (COCO), per image (LVIS)."""
 
 _THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _AREAS = ("all", "small", "medium", "large")
@@ -44,14 +42,14 @@ _AREAS = ("all", "small", "medium", "large")
 
 @dataclass
 class PrecisionTable:
-    """Precision of every class, from which each metric is a mean.
+    """Precision of each class; every metric is a mean over entries of this table.
 
     Attributes:
         precision: (T, R, K, A): T=10 IoU thresholds 0.50:0.05:0.95, R=101 recalls 0:0.01:1, K classes, A=4
-            areas (all, small < 32^2 <= medium < 96^2 <= large). Range 0..1; -1 where a class has no ground
+            areas (all, small < 32^2 <= medium < 96^2 <= large). Range 0 to 1; -1 for a class without ground
             truth.
-        recall: (T, K, A), the highest recall reached; same range.
-        categories: K category dicts of the ground truth, ordered by id.
+        recall: (T, K, A), maximum recall; same range.
+        categories: K category dicts of the ground truth, in order of their ids.
     """
 
     precision: npt.NDArray[np.float64]
@@ -61,12 +59,12 @@ class PrecisionTable:
     def ap(
         self, iou: float | None = None, area: Area = "all", category_ids: Collection[int] | None = None
     ) -> float:
-        """Mean over the classes that occur, in percent; NaN where none does.
+        """Compute average precision in percent: the mean over the classes with ground truth; NaN without any.
 
         Args:
-            iou: one threshold; None for the mean over all ten.
-            area: size of the ground truth that counts.
-            category_ids: classes that count; None for all.
+            iou: one IoU threshold; None: the mean over all ten.
+            area: size range of the ground truth.
+            category_ids: classes to average over; None: all.
         """
         precision = self.precision[..., _AREAS.index(area)]
         if iou is not None:
@@ -78,7 +76,7 @@ class PrecisionTable:
 
 
 class Backend(Protocol):
-    """Holds the ground truth of a data set and scores detections against it."""
+    """Ground truth of a dataset, against which detections are scored."""
 
     categories: list[dict[str, Any]]
     image_ids: frozenset[int]
@@ -86,23 +84,29 @@ class Backend(Protocol):
     def __init__(self, json_file: str, rules: Rules) -> None: ...
 
     def table(self, detections: Detections, iou_type: str, max_dets: int) -> PrecisionTable:
-        """Precisions for ``"bbox"`` or ``"segm"``."""
+        """Compute precisions of detections.
+
+        Args:
+            detections: of images in ``image_ids``.
+            iou_type: "bbox" or "segm".
+            max_dets: limit on detections, see `DEFAULT_MAX_DETS`.
+        """
 
 
 def average_precision_backend(name: str, json_file: str, rules: Rules) -> Backend:
-    """The backend of a name, with the ground truth of an annotation file in COCO's or LVIS's format loaded.
+    """Load an annotation file in COCO's or LVIS's format into the backend of a name.
 
     Raises:
-        ValueError: unknown backend, or a file that is no such annotation file.
+        ValueError: If the backend is unknown, or the file has another format.
     """
     if name not in BACKENDS:
-        raise ValueError(f"TEST.METRIC_BACKEND is {name!r}; there are {', '.join(BACKENDS)}")
+        raise ValueError(f"TEST.METRIC_BACKEND is {name!r}; expected {', '.join(BACKENDS)}")
     backend: Backend = BACKENDS[name](json_file, rules)
     return backend
 
 
 def _repair(dataset: dict[str, Any], rules: Rules) -> None:
-    """What the module's docstring says of ids and areas, for the annotations of a ground truth (in place)."""
+    """Correct ids and areas of ground-truth annotations (in place), see the module's docstring."""
     annotations = [{"area": a["bbox"][2] * a["bbox"][3], **a} for a in dataset["annotations"]]
     if rules == "lvis":
         annotations = [a for a in annotations if a["area"] > 0]
@@ -112,7 +116,7 @@ def _repair(dataset: dict[str, Any], rules: Rules) -> None:
 
 
 def _read_hotcoco(json_file: str) -> hotcoco.COCO:
-    """An annotation file; nulls, which hotcoco takes for an error, are left out."""
+    """Read an annotation file; entries that are null, which hotcoco refuses, are dropped."""
     try:
         return hotcoco.COCO(json_file)
     except ValueError as error:
@@ -125,11 +129,11 @@ def _read_hotcoco(json_file: str) -> hotcoco.COCO:
             rows[key] = [{k: v for k, v in row.items() if v is not None} for row in rows[key]]
         return hotcoco.COCO(rows)
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{json_file} is no annotation file in COCO's format: {reason}") from reason
+        raise ValueError(f"{json_file} is not an annotation file in COCO's format: {reason}") from reason
 
 
 class HotcocoBackend:
-    """hotcoco, fed with arrays."""
+    """`Backend` on hotcoco, which takes arrays."""
 
     def __init__(self, json_file: str, rules: Rules) -> None:
         self._rules = rules
@@ -169,14 +173,14 @@ class HotcocoBackend:
             )
             masks: Any = detections.masks if iou_type == "segm" else None
             results = self._ground_truth.load_res(rows, segmentation=masks)
-            if iou_type == "segm":  # small, medium and large go by the mask, not by the box
+            if iou_type == "segm":  # small, medium and large are areas of the mask, not of the box
                 results.update_anns(ids=np.arange(1, len(rows) + 1), area=detections.areas("segm"))
-        # `None` only says that the limit per image, which LVISeval would set to 300, has been applied
+        # None: the limit per image, which LVISeval would set to 300, has been applied already
         return results.cap_detections_per_image(None) if self._rules == "lvis" else results
 
 
 class PycocotoolsBackend:
-    """pycocotools, slow and the measure of all others."""
+    """`Backend` on pycocotools: slow, the reference."""
 
     def __init__(self, json_file: str, rules: Rules) -> None:
         from pycocotools.coco import COCO
@@ -208,7 +212,7 @@ class PycocotoolsBackend:
             detections = detections[detections.areas(iou_type) > 0]
         with contextlib.redirect_stdout(io.StringIO()):
             if len(detections):
-                # with a box in it, loadRes takes the box's area for the mask's
+                # if results have a box, loadRes uses its area instead of the mask's
                 results = self._ground_truth.loadRes(detections.to_json(boxes=iou_type == "bbox"))
             else:
                 results = COCO()

@@ -5,38 +5,39 @@ from detectron2.config import CfgNode as CN
 
 def add_evaluation_config(cfg: CN) -> None:
     """Add the keys of `clipdense.evaluation` to ``cfg`` (in place)."""
-    # Who computes AP and PQ: "hotcoco" (Rust, fast) or "reference" (pycocotools, panopticapi). The numbers
-    # are the same.
+    # Library that computes AP and PQ: "hotcoco" (Rust, fast) or "reference" (pycocotools, panopticapi). The
+    # numbers are the same.
     cfg.TEST.METRIC_BACKEND = "hotcoco"
-    # Highest-scoring detections that count: per image and class (COCO), or per image (LVIS).
-    # 0: what the benchmark prescribes, 100 for COCO and 300 for LVIS.
+    # Limit on detections, the best scores first: per image and class (COCO), or per image (LVIS).
+    # 0: the limit of the benchmark, 100 for COCO and 300 for LVIS.
     cfg.TEST.MAX_DETS = 0
-    # Whether results hold one entry per class as well: AP-<class>, PQ-<class>, IoU-<class> and ACC-<class>.
+    # Whether the results include each class: AP-<class>, PQ-<class>, IoU-<class> and ACC-<class>.
     cfg.TEST.PER_CLASS = False
-    # Up to so many classes open-vocabulary semantic segmentation gives a map of scores for each of them,
-    # "sem_seg" (K, H, W); beyond, the best class of every pixel, "sem_seg_labels" (H, W). 0: always all maps.
+    # Up to this number of classes, open-vocabulary semantic segmentation gives a score map for each class,
+    # "sem_seg" (K, H, W); above it, the best class of each pixel, "sem_seg_labels" (H, W). 0: no limit.
     cfg.TEST.MAX_DENSE_CLASSES = 256
 
     cfg.TEST.SEMANTIC = CN()
-    # Classes that may stand for others, beside the strict score: a list of "data_set:file.json", where the
-    # file holds {"true class": ["class that may stand for it", ...]}. "~" and environment variables are
-    # expanded. Results get mIoU_relaxed, mIoU_d2_forgiving and pACC_forgiving.
+    # Predictions accepted besides the true class, as a list of "dataset:file.json"; the file holds
+    # {"true class": ["accepted class", ...]}. "~" and environment variables are expanded. Adds mIoU_relaxed,
+    # mIoU_d2_relaxed and pACC_relaxed to the results.
     cfg.TEST.SEMANTIC.ALLOWED_PAIRS = []
 
-    # CLIPSelf's measure of dense features, for models that give a CLIP as output "clip".
+    # CLIPSelf's evaluation of dense features, for models that provide a dense probe.
     cfg.TEST.DENSE_REGIONS = CN()
-    # Last-block mode of the image tower; "" for the best of an image tower as it is ("clipself", "value").
+    # Last-block mode of the image tower; "": "clipself" or "value" if the tower has it, else "plain".
     cfg.TEST.DENSE_REGIONS.MODE = ""
-    # Side of the square that images are letterboxed to, a multiple of the tower's stride (CLIPSelf: 1024 for
-    # B/16, 896 for L/14). 0: their own longest side, rounded up to one.
+    # Side in pixels of the square that images are letterboxed to, a multiple of the tower's stride (CLIPSelf:
+    # 1024 for B/16, 896 for L/14). 0: the longest side of each image, rounded up to a multiple.
     cfg.TEST.DENSE_REGIONS.IMAGE_SIZE = 0
-    # Whether masks are resized to the map with antialiasing; published numbers are without.
+    # Whether masks are resized to the map with antialiasing; published numbers are computed without.
     cfg.TEST.DENSE_REGIONS.ANTIALIAS = False
-    # Prompt templates of the class names (CLIPSelf: "vild_63"), or a file with the class embeddings.
+    # Prompt templates of the class names (CLIPSelf: "vild_63").
     cfg.TEST.DENSE_REGIONS.TEMPLATES = "single"
+    # File with the class embeddings, used instead of the text encoder (see tools/make_text_table.py).
     cfg.TEST.DENSE_REGIONS.TABLE = ""
 
-    # Prompt templates of the class names that a model's region encoder (its output "region_encoder") tells
-    # ground-truth masks by.
+    # Classification of ground-truth masks, for models that provide a region probe.
     cfg.TEST.MASK_CLASSIFICATION = CN()
+    # Templates for classifying ground-truth masks.
     cfg.TEST.MASK_CLASSIFICATION.TEMPLATES = "ovseg_14"

@@ -1,4 +1,4 @@
-"""Detections of a whole data set, as arrays."""
+"""Detections of a whole dataset, as arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RLE = dict[str, Any]
 
 
 def encode_masks(masks: torch.Tensor) -> list[RLE]:
-    """COCO run-length encodings of (N, H, W) masks; what is above zero is foreground."""
+    """Encode masks (N, H, W) as COCO run lengths; values above zero are foreground."""
     if masks.shape[0] == 0:
         return []
     rles = hotcoco.mask.encode((masks > 0).cpu().numpy().transpose(1, 2, 0))
@@ -28,13 +28,13 @@ def encode_masks(masks: torch.Tensor) -> list[RLE]:
 
 @dataclass
 class Detections:
-    """N detections as columns: little memory, and nothing to convert for the metric.
+    """N detections as columns, which need little memory and no conversion for the metric.
 
     Attributes:
-        image_ids, category_ids: (N,) int64, ids of the data set.
+        image_ids, category_ids: (N,) int64, ids of the dataset.
         boxes: (N, 4) float64, x, y, width, height in pixels of the original image.
-        scores: (N,) float64, any finite range.
-        masks: N run-length encodings with text ``counts``, or None for a detector of boxes.
+        scores: (N,) float64, finite.
+        masks: N run-length encodings with text ``counts``; None if the model predicts boxes only.
     """
 
     image_ids: npt.NDArray[np.int64]
@@ -48,7 +48,7 @@ class Detections:
 
     @classmethod
     def empty(cls, *, masks: bool = False) -> Detections:
-        """No detections."""
+        """Return no detections."""
         ids = np.zeros(0, np.int64)
         return cls(ids, ids, np.zeros((0, 4)), np.zeros(0), [] if masks else None)
 
@@ -56,16 +56,16 @@ class Detections:
     def from_instances(
         cls, instances: Instances, image_id: int, category_id: Callable[[int], int] = int
     ) -> Detections:
-        """What a model found in one image.
+        """Convert the detections of one image.
 
         Args:
             instances: with `scores`, `pred_classes` and `pred_boxes` or `pred_masks` ((N, H, W) or BitMasks);
-                boxes that are missing are taken from the masks.
-            image_id: of the data set.
-            category_id: predicted class -> category id of the data set.
+                without boxes, they are computed from the masks.
+            image_id: id of the image in the dataset.
+            category_id: maps a predicted class to a category id of the dataset.
 
         Raises:
-            ValueError: a score or a box is not finite.
+            ValueError: If a score or a box is not finite.
         """
         masks: Any = instances.pred_masks if instances.has("pred_masks") else None
         if isinstance(masks, BitMasks):
@@ -83,7 +83,7 @@ class Detections:
         return cls(
             np.full(len(scores), image_id, np.int64),
             np.array(classes, np.int64),
-            # subtracted in their own precision, as Detectron2 does
+            # subtracted in the boxes' own precision, as Detectron2 does
             np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float64),
             scores,
             None if masks is None else encode_masks(masks.detach()),
@@ -91,7 +91,7 @@ class Detections:
 
     @classmethod
     def from_json(cls, results: Sequence[dict[str, Any]]) -> Detections:
-        """From a list in COCO's result format (all with boxes; masks, if any, as run-length encodings)."""
+        """Convert a list in COCO's result format (all with boxes; masks, if any, as run-length encodings)."""
         if not results:
             return cls.empty()
         return cls(
@@ -104,7 +104,7 @@ class Detections:
 
     @classmethod
     def concatenate(cls, parts: Iterable[Detections]) -> Detections:
-        """All parts in order; a part without detections says nothing about masks unless all are so."""
+        """Concatenate parts in order; empty parts decide about masks only if all parts are empty."""
         parts = list(parts)
         filled = [part for part in parts if len(part)]
         if not filled:
@@ -112,7 +112,7 @@ class Detections:
         masked = [part.masks for part in filled if part.masks is not None]
         if masked and len(masked) < len(filled):
             raise ValueError(
-                "some images have masks and others have none: a model predicts masks or it does not"
+                "some images have pred_masks and others do not; a model must give them for all images"
             )
         return cls(
             np.concatenate([part.image_ids for part in filled]),
@@ -123,14 +123,14 @@ class Detections:
         )
 
     def __getitem__(self, keep: npt.NDArray[np.bool_]) -> Detections:
-        """Those where `keep` (N,) is true."""
+        """Select the detections where ``keep`` (N,) is True."""
         masks = None if self.masks is None else [self.masks[i] for i in np.flatnonzero(keep)]
         return Detections(
             self.image_ids[keep], self.category_ids[keep], self.boxes[keep], self.scores[keep], masks
         )
 
     def top_per_image(self, k: int) -> Detections:
-        """The `k` highest scores of each image over all classes, in the old order; the earlier wins a tie."""
+        """Keep the ``k`` best scores of each image over all classes, order kept; ties keep the first."""
         order = np.lexsort((-self.scores, self.image_ids))
         _, start, count = np.unique(self.image_ids[order], return_index=True, return_counts=True)
         keep = np.zeros(len(self), bool)
@@ -138,7 +138,7 @@ class Detections:
         return self[keep]
 
     def areas(self, iou_type: str) -> npt.NDArray[np.float64]:
-        """(N,) size in pixels: of the mask for ``"segm"``, else of the box."""
+        """Compute areas (N,) in pixels: of the masks for "segm", else of the boxes."""
         if iou_type != "segm":
             return self.boxes[:, 2] * self.boxes[:, 3]
         if not self.masks:
@@ -146,7 +146,7 @@ class Detections:
         return np.asarray(hotcoco.mask.area(self.masks), np.float64)
 
     def to_json(self, *, boxes: bool = True) -> list[dict[str, Any]]:
-        """As a list in COCO's result format."""
+        """Convert to a list in COCO's result format; ``boxes`` False leaves the boxes out."""
         columns = zip(
             self.image_ids.tolist(),
             self.category_ids.tolist(),

@@ -1,4 +1,4 @@
-"""Groups of classes that a data set reports apart."""
+"""Groups of classes for which a dataset reports separate metrics."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ __all__ = ["class_attributes", "class_groups"]
 
 
 def class_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
-    """Groups that a data set's metadata declares, as positions in `names`.
+    """Read the groups of classes from a dataset's metadata.
 
-    ``base_classes`` and ``novel_classes`` (lists of class names) give the groups ``base`` and ``novel``; with
-    only one of them, the other holds the rest. ``novel_kinds`` (kind -> class names) gives a group for each
-    kind.
+    ``base_classes`` and ``novel_classes`` (lists of class names) define the groups ``base`` and ``novel``; if
+    only one of them is given, the other group holds the remaining classes. ``novel_kinds`` (kind -> class
+    names) defines a group for each kind.
 
     Args:
-        metadata: of Detectron2's catalog.
+        metadata: an entry of Detectron2's ``MetadataCatalog``.
         names: class names of the task, in order.
 
     Returns:
-        Group -> positions; empty groups, and those of another task (stuff among things), are left out.
+        Group -> positions in ``names``, without empty groups. Classes of another task (stuff for a thing
+        task) are left out.
 
     Raises:
-        ValueError: a list names a class that the data set lacks.
+        ValueError: If a list names a class that the dataset lacks.
     """
     lists = {group: metadata.get(f"{group}_classes") or () for group in ("base", "novel")}
     lists.update(metadata.get("novel_kinds") or {})
@@ -37,18 +38,20 @@ def class_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
             near = difflib.get_close_matches(unknown[0], known, n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             shown = ", ".join(map(repr, unknown[:5]))
-            raise ValueError(f"metadata of '{metadata.name}': {group} class {shown} is no class{hint}")
+            raise ValueError(f"metadata of '{metadata.name}': {group} class {shown} is not a class{hint}")
         if found := [position[name] for name in members if name in position]:
             groups[group] = found
-    for given, other in (("novel", "base"), ("base", "novel")):
-        if given in groups and other not in groups:
-            groups[other] = [i for i in range(len(names)) if i not in set(groups[given])]
+    for group, other in (("novel", "base"), ("base", "novel")):
+        if group in groups and other not in groups:
+            groups[other] = [i for i in range(len(names)) if i not in set(groups[group])]
     return groups
 
 
 def class_attributes(metadata: Any, names: Sequence[str]) -> dict[str, list[str]]:
-    """The metadata's ``class_attributes`` (attribute -> one value a thing class) as one value for each of
-    `names`, "" where a class has none.
+    """Read ``class_attributes`` (attribute -> one value for each thing class) from a dataset's metadata.
+
+    Returns:
+        Attribute -> one value for each of ``names``; "" for a class without a value.
     """
     things = metadata.get("thing_classes") or []
     listed = metadata.get("class_attributes") or {}

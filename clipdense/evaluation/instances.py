@@ -33,23 +33,21 @@ class InstanceEvaluator(TaskEvaluator):
 
     Results are ``{"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}, "segm": {...}}`` in percent,
     ``"segm"`` if the model predicts masks. LVIS adds ``APr, APc, APf`` (rare, common, frequent classes).
-    Where the metadata lists groups of classes (see `class_groups`), each adds ``AP_<group>`` and
-    ``AP50_<group>``, the mean over its classes that occur: ``AP50_novel`` is what OV-COCO reports.
-    `per_class` adds ``AP-<class>``.
+    Each group of classes in the metadata (see `class_groups`) adds ``AP_<group>`` and ``AP50_<group>``, the
+    mean over its classes with ground truth; OV-COCO reports ``AP50_novel``. `per_class` adds ``AP-<class>``.
 
-    The detections are written to ``coco_instances_results.json`` (or ``lvis_...``) in COCO's result format,
-    also where the annotation file holds no annotations to score them by (test sets): all metrics are NaN
-    then.
+    The detections are written to ``coco_instances_results.json`` (or ``lvis_...``) in COCO's result format.
+    If the annotation file has no annotations (test splits), all metrics are NaN.
 
     Args:
-        dataset_name: registered data set. Its annotations are the metadata's ``json_file``; a data set
-            without one is converted from Detectron2's standard dicts.
-        rules: ``"coco"`` or ``"lvis"``.
-        output_dir: folder for the detections; None keeps nothing.
-        backend: ``"hotcoco"`` or ``"reference"``.
-        max_dets: highest-scoring detections that count, per image and class (COCO) or per image (LVIS); 0 for
-            the benchmark's own limit.
-        per_class: whether to report every class.
+        dataset_name: registered dataset. Its annotations are the metadata's ``json_file``; without one, they
+            are converted from Detectron2's standard dicts.
+        rules: "coco" or "lvis".
+        output_dir: folder for the detections; None writes nothing.
+        backend: "hotcoco" or "reference".
+        max_dets: limit on detections, the best scores first: per image and class (COCO) or per image (LVIS);
+            0: the limit of the benchmark.
+        per_class: whether to report each class.
     """
 
     outputs = ("instances",)
@@ -73,7 +71,7 @@ class InstanceEvaluator(TaskEvaluator):
         self._per_class = per_class
         metadata = MetadataCatalog.get(dataset_name)
         if not metadata.get("thing_classes"):
-            DatasetCatalog.get(dataset_name)  # a COCO file's classes are known once it has been read
+            DatasetCatalog.get(dataset_name)  # reading a COCO file fills in its classes
         self._backend = average_precision_backend(backend, _annotation_file(dataset_name, output_dir), rules)
         self._category_ids = _category_ids(metadata, rules)
         names: Sequence[str] = metadata.get("thing_classes") or ()
@@ -85,17 +83,17 @@ class InstanceEvaluator(TaskEvaluator):
         }
 
     def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> Detections:
-        """The detections of an image."""
+        """Convert the detections of an image."""
         image_id = sample["image_id"]
         if image_id not in self._backend.image_ids:
             raise ValueError(f"image {image_id!r} is not in the annotations of '{self._name}'")
         return Detections.from_instances(output["instances"], image_id, self._category_id)
 
     def score(self, records: list[Detections]) -> Results:
-        """AP of boxes, and of masks if there are any."""
+        """Compute AP of boxes, and of masks if there are any."""
         detections = Detections.concatenate(records)
         if not len(detections):
-            logger.warning("%s: the model detected nothing.", self._name)
+            logger.warning("%s: the model detected nothing", self._name)
         if self._output_dir:
             self.save(f"{self._rules}_instances_results.json", detections.to_json())
         results: Results = OrderedDict()
@@ -133,8 +131,8 @@ class InstanceEvaluator(TaskEvaluator):
         except KeyError:
             known = len(self._category_ids)
             raise ValueError(
-                f"the model predicts class {predicted}, but '{self._name}' has {known} classes of things: "
-                "does MODEL.ROI_HEADS.NUM_CLASSES, or the vocabulary, belong to another data set?"
+                f"the model predicts class {predicted}, but '{self._name}' has {known} thing classes; "
+                "check MODEL.ROI_HEADS.NUM_CLASSES, or the vocabulary"
             ) from None
 
     def _display_name(self, category: Mapping[str, Any]) -> str:
@@ -142,13 +140,14 @@ class InstanceEvaluator(TaskEvaluator):
 
 
 def _annotation_file(dataset_name: str, output_dir: str | None) -> str:
-    """Local path of a data set's annotations in COCO's format, made from its dicts if need be."""
+    """Return the local path of a dataset's annotations in COCO's format; without a file, write one."""
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("json_file"):
         return str(PathManager.get_local_path(metadata.json_file))
     if output_dir is None:
         raise ValueError(
-            f"'{dataset_name}' has no annotation file: give an output_dir to convert its dicts into"
+            f"'{dataset_name}' has no annotation file (metadata json_file): set output_dir, where one is "
+            "written from its dicts"
         )
     path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
     convert_to_coco_json(dataset_name, path)
@@ -156,9 +155,9 @@ def _annotation_file(dataset_name: str, output_dir: str | None) -> str:
 
 
 def _category_ids(metadata: Any, rules: Rules) -> dict[int, int]:
-    """Predicted class -> category id."""
+    """Map predicted classes to category ids."""
     if mapping := metadata.get("thing_dataset_id_to_contiguous_id"):
         return {contiguous: category_id for category_id, contiguous in mapping.items()}
-    # LVIS counts from 1; `convert_to_coco_json` writes the classes as they are
+    # LVIS counts from 1; `convert_to_coco_json` writes the classes unchanged
     first = 1 if rules == "lvis" else 0
     return {i: i + first for i in range(len(metadata.thing_classes))}

@@ -31,7 +31,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Matches:
-    """Segments of a class: `tp` matched (IoU > 0.5) with the sum `iou`, `fp` superfluous, `fn` missed."""
+    """Segments of a class.
+
+    Attributes:
+        iou: sum of the IoU of matched segments.
+        tp: matched segments (IoU > 0.5).
+        fp: predicted segments without a match.
+        fn: ground-truth segments without a match.
+    """
 
     iou: float = 0.0
     tp: int = 0
@@ -43,9 +50,9 @@ Record = tuple[Any, bytes, list[dict[str, int]]]
 
 
 def panoptic_quality(matches: Collection[Matches]) -> tuple[float, float, float]:
-    """PQ, SQ, RQ in percent (arXiv:1801.00868, section 4).
+    """Compute PQ, SQ and RQ in percent (Kirillov et al., Panoptic Segmentation, arXiv:1801.00868, section 4).
 
-    Means over the classes that are labelled or predicted somewhere; NaN where none is.
+    They are means over the classes that are labelled or predicted somewhere; NaN if there are none.
     """
     occurring = [m for m in matches if m.tp + m.fp + m.fn]
     if not occurring:
@@ -61,16 +68,16 @@ class PanopticEvaluator(TaskEvaluator):
 
     Results are ``{"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}}`` in percent: all, things,
     stuff. Groups of classes in the metadata add ``PQ_<group>``; `per_class` adds ``PQ-<class>``. Both
-    backends count the same matches; an image without a prediction counts as all void (panopticapi stops
-    there), and a data set without things or stuff has NaN for them (panopticapi divides by zero).
+    backends count the same matches. An image without a prediction counts as all void (panopticapi raises an
+    error), and a dataset without things or without stuff has NaN for them (panopticapi divides by zero).
 
     The predictions are written to ``panoptic_predictions.json`` and ``panoptic/*.png`` in COCO's format.
 
     Args:
-        dataset_name: registered data set with ``panoptic_json`` and ``panoptic_root`` in its metadata.
-        output_dir: folder for the predictions; None keeps nothing.
-        backend: ``"hotcoco"`` or ``"reference"`` (panopticapi).
-        per_class: whether to report every class.
+        dataset_name: registered dataset with ``panoptic_json`` and ``panoptic_root`` in its metadata.
+        output_dir: folder for the predictions; None writes nothing.
+        backend: "hotcoco" or "reference" (panopticapi).
+        per_class: whether to report each class.
     """
 
     outputs = ("panoptic_seg",)
@@ -87,7 +94,7 @@ class PanopticEvaluator(TaskEvaluator):
     ) -> None:
         super().__init__(output_dir, distributed=distributed, optional=optional)
         if backend not in PANOPTIC_BACKENDS:
-            raise ValueError(f"TEST.METRIC_BACKEND is {backend!r}; there are {', '.join(PANOPTIC_BACKENDS)}")
+            raise ValueError(f"TEST.METRIC_BACKEND is {backend!r}; expected {', '.join(PANOPTIC_BACKENDS)}")
         self._name = dataset_name
         self._match = PANOPTIC_BACKENDS[backend]
         self._per_class = per_class
@@ -107,7 +114,7 @@ class PanopticEvaluator(TaskEvaluator):
         self._groups = {group: {ids[i] for i in classes} for group, classes in groups.items()}
 
     def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> Record:
-        """Image id, segments as a PNG file, and their categories."""
+        """Convert a prediction to the image id, a PNG file of segment ids, and their categories."""
         image_id = sample["image_id"]
         if image_id not in self._files:
             raise ValueError(f"image {image_id!r} is not in the panoptic annotations of '{self._name}'")
@@ -118,7 +125,7 @@ class PanopticEvaluator(TaskEvaluator):
         present = set(np.unique(ids).tolist()) - {0}
         if unknown := present - {s["id"] for s in segments}:
             raise ValueError(
-                f"image {image_id!r}: pixels of segments {sorted(unknown)[:5]} without segments_info"
+                f"image {image_id!r}: the map has segments {sorted(unknown)[:5]} that segments_info lacks"
             )
         kept = [
             {"id": int(s["id"]), "category_id": self._category_id(s)} for s in segments if s["id"] in present
@@ -126,7 +133,7 @@ class PanopticEvaluator(TaskEvaluator):
         return image_id, _png(ids), kept
 
     def score(self, records: list[Record]) -> Results:
-        """PQ, SQ and RQ of all classes, things, stuff, and the groups."""
+        """Compute PQ, SQ and RQ of all classes, things and stuff, and PQ of the groups."""
         with tempfile.TemporaryDirectory(prefix="clipdense_panoptic_") as scratch:
             folder = Path(self._output_dir or scratch) / "panoptic"
             predictions = self._write(records, folder)
@@ -150,7 +157,7 @@ class PanopticEvaluator(TaskEvaluator):
         return OrderedDict(panoptic_seg=metrics)
 
     def _write(self, records: list[Record], folder: Path) -> list[dict[str, Any]]:
-        """Write the PNG files; the JSON that goes with them."""
+        """Write the PNG files; return their annotations in COCO's format."""
         predicted = {image_id: (png, segments) for image_id, png, segments in records}
         missing = self._files.keys() - predicted.keys()
         if missing:
@@ -169,7 +176,7 @@ class PanopticEvaluator(TaskEvaluator):
         return annotations
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[dict[str, Any]]]:
-        """Pixels that hold class * label_divisor + instance, or -1 for void, as segments."""
+        """Convert pixels class * label_divisor + instance (-1: void) to segment ids and segments_info."""
         things = self._category_ids[True]
         segments = [
             {"id": label + 1, "category_id": label // self._metadata.label_divisor}
@@ -180,7 +187,7 @@ class PanopticEvaluator(TaskEvaluator):
 
     def _category_id(self, segment: dict[str, Any]) -> int:
         if "isthing" not in segment:
-            return int(segment["category_id"])  # a model may give ids of the data set itself
+            return int(segment["category_id"])  # the model gives category ids of the dataset
         ids = self._category_ids[bool(segment["isthing"])]
         if segment["category_id"] not in ids:
             kind = "thing" if segment["isthing"] else "stuff"
@@ -194,7 +201,7 @@ _ROWS = (("all", ""), ("things", "_th"), ("stuff", "_st"))
 
 
 def _png(ids: npt.NDArray[np.int64]) -> bytes:
-    """Segment ids as the R + 256 G + 65536 B of a PNG."""
+    """Encode segment ids as a PNG, id = R + 256 G + 65536 B."""
     colours = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
     with io.BytesIO() as buffer:
         Image.fromarray(colours).save(buffer, format="PNG")

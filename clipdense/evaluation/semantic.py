@@ -82,12 +82,12 @@ class SemanticEvaluator(TaskEvaluator):
         labels = output["sem_seg_labels"] if "sem_seg_labels" in output else output["sem_seg"].argmax(dim=0)
         predicted = labels.cpu().numpy().astype(np.int64)
         file_name = sample["file_name"]
-        actual, judged = self._labels(file_name)
+        actual, evaluated = self._labels(file_name)
         if predicted.shape != actual.shape:
             raise ValueError(f"{file_name}: prediction of shape {predicted.shape}, labels of {actual.shape}")
         k = len(self._classes)
-        self._check(predicted[judged], f"prediction of {file_name}")
-        counts = np.bincount(actual[judged] * k + predicted[judged], minlength=k * k)
+        self._check(predicted[evaluated], f"prediction of {file_name}")
+        counts = np.bincount(actual[evaluated] * k + predicted[evaluated], minlength=k * k)
         cells = np.flatnonzero(counts)
         return cells, counts[cells], self._encode(file_name, labels) if self._output_dir else []
 
@@ -95,9 +95,9 @@ class SemanticEvaluator(TaskEvaluator):
         """Read the true classes (H, W) of an image, and the mask (H, W) of pixels that are evaluated."""
         path = self._ground_truth[file_name]
         actual = read_labels(path).astype(np.int64)
-        judged = np.ones(actual.shape, bool) if self._ignore is None else actual != self._ignore
-        self._check(actual[judged], path)
-        return actual, judged
+        evaluated = np.ones(actual.shape, bool) if self._ignore is None else actual != self._ignore
+        self._check(actual[evaluated], path)
+        return actual, evaluated
 
     def _check(self, labels: npt.NDArray[np.int64], source: str) -> None:
         k = len(self._classes)

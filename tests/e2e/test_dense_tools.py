@@ -76,7 +76,7 @@ def test_what_is_wrong_is_said_without_traceback(tool, weights, tmp_path, capsys
     assert "shapes_closed_panoptic_val" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tool("evaluate_regions")([*arguments, "--curve", str(tmp_path / "curve.png")])
-    assert "--curve is drawn over several --image-size" in capsys.readouterr().err
+    assert "--curve needs --image-size" in capsys.readouterr().err
 
 
 def test_clusters_side_by_side(tool, weights, tmp_path, capsys):

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from benchmarks.evaluation import hotcoco_metrics, pycocotools_metrics
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from clipdense.evaluation.average_precision import average_precision_backend
-from clipdense.evaluation.detections import Detections, encode_masks
+from clipdense.evaluation.detections import Detections
+from tests.helpers.detection_results import encode_mask, perturbed_detections
 
 BACKENDS = ("hotcoco", "reference")
 
 
 def pycocotools_arrays(file: str, results: list[dict[str, Any]], task: str) -> tuple[np.ndarray, np.ndarray]:
-    """pycocotools as its users call it."""
+    """Compute AP with pycocotools as its users call it."""
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = COCO(file)
         dropped = "bbox" if task == "segm" else ""
@@ -35,14 +35,12 @@ def pycocotools_arrays(file: str, results: list[dict[str, Any]], task: str) -> t
 @pytest.mark.parametrize(
     "file", ["annotations/instances_val2017.json", "annotations/ovcoco_instances_val2017_all65.json"]
 )
-def test_equals_pycocotools_on_real_annotations(
-    data_dir: Path, tmp_path: Path, perturb: Any, file: str
-) -> None:
+def test_equals_pycocotools_on_real_annotations(data_dir: Path, tmp_path: Path, file: str) -> None:
     dataset = subset(json.loads((data_dir / "coco" / file).read_text()), step=9)
     assert any(a["iscrowd"] for a in dataset["annotations"])
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(dataset))
-    results = perturb(dataset, seed=1)
+    results = perturbed_detections(dataset, seed=1)
     tables = average_precision_backend("hotcoco", str(path), "coco")
     for task in ("bbox", "segm"):
         precision, recall = pycocotools_arrays(str(path), results, task)
@@ -68,9 +66,9 @@ def subset(dataset: dict[str, Any], step: int) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def test_metrics_equal_pycocotools_summary(synthetic: Any, perturb: Any) -> None:
+def test_metrics_equal_pycocotools_summary(synthetic: Any) -> None:
     file, dataset, results = synthetic
-    results = results + perturb(dataset, seed=2)
+    results = results + perturbed_detections(dataset, seed=2)
     ours, other = hotcoco_metrics(file, results), pycocotools_metrics(file, results)
     for task in ("bbox", "segm"):
         assert ours[task] == pytest.approx(other[task], rel=0, abs=1e-9)
@@ -79,9 +77,9 @@ def test_metrics_equal_pycocotools_summary(synthetic: Any, perturb: Any) -> None
 
 @pytest.mark.parametrize("max_dets", [1, 100, 300])
 @pytest.mark.parametrize("rules", ["coco", "lvis"])
-def test_backends_agree(synthetic: Any, perturb: Any, rules: Any, max_dets: int) -> None:
+def test_backends_agree(synthetic: Any, rules: Any, max_dets: int) -> None:
     file, dataset, _ = synthetic
-    detections = Detections.from_json(perturb(dataset, seed=4))
+    detections = Detections.from_json(perturbed_detections(dataset, seed=4))
     for task in ("bbox", "segm"):
         ours, other = (
             average_precision_backend(b, file, rules).table(detections, task, max_dets) for b in BACKENDS
@@ -90,11 +88,11 @@ def test_backends_agree(synthetic: Any, perturb: Any, rules: Any, max_dets: int)
         np.testing.assert_allclose(ours.recall, other.recall, rtol=0, atol=1e-9)
 
 
-def test_lvis_backends_agree_on_real_annotations(data_dir: Path, tmp_path: Path, perturb: Any) -> None:
+def test_lvis_backends_agree_on_real_annotations(data_dir: Path, tmp_path: Path) -> None:
     path = data_dir / "lvis" / "lvis_v0.5_val_100_images_available.json"
     dataset = subset(json.loads(path.read_text()), step=3)
     (tmp_path / "lvis.json").write_text(json.dumps(dataset))
-    detections = Detections.from_json(perturb(dataset, seed=0))
+    detections = Detections.from_json(perturbed_detections(dataset, seed=0))
     backends = [average_precision_backend(b, str(tmp_path / "lvis.json"), "lvis") for b in BACKENDS]
     for task in ("bbox", "segm"):
         ours, other = (backend.table(detections, task, 100) for backend in backends)
@@ -103,10 +101,8 @@ def test_lvis_backends_agree_on_real_annotations(data_dir: Path, tmp_path: Path,
         assert 1 < ours.ap() < 99
 
 
-def test_lvis_equals_lvis_api(
-    data_dir: Path, tmp_path: Path, perturb: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where lvis-api is installed (`pip install lvis`): its results and ours are the same."""
+def test_lvis_equals_lvis_api(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results equal those of lvis-api, if it is installed (`pip install lvis`)."""
     lvis = pytest.importorskip(
         "lvis", reason="lvis-api is not installed; LVIS is checked by hand-computed cases"
     )
@@ -115,7 +111,7 @@ def test_lvis_equals_lvis_api(
     dataset = subset(json.loads(path.read_text()), step=3)
     file = str(tmp_path / "lvis.json")
     Path(file).write_text(json.dumps(dataset))
-    results = perturb(dataset, seed=5)
+    results = perturbed_detections(dataset, seed=5)
     for task in ("bbox", "segm"):
         dropped = "bbox" if task == "segm" else ""
         rows = [{key: value for key, value in row.items() if key != dropped} for row in results]
@@ -129,23 +125,18 @@ def test_lvis_equals_lvis_api(
         np.testing.assert_allclose(table.recall, theirs.eval["recall"], rtol=0, atol=1e-9)
 
 
-# ---- cases whose numbers can be worked out by hand
-# -----------------------------------------------------------------
+# Cases computed by hand
 
 
 def box(image: int, category: int, x: float, score: float | None = None, **fields: Any) -> dict[str, Any]:
-    """A 40 x 40 box at x, as annotation or as result."""
+    """Make a 40 x 40 box at x: an annotation, or with a score a result."""
     row = {"image_id": image, "category_id": category, "bbox": [x, 10.0, 40.0, 40.0], **fields}
     polygon = [x, 10.0, x + 40, 10.0, x + 40, 50.0, x, 50.0]
     if score is None:
         return {**row, "area": 1600.0, "iscrowd": 0, "segmentation": [polygon]}
     mask = np.zeros((100, 400), np.uint8)
     mask[10:50, int(x) : int(x) + 40] = 1
-    return {**row, "score": score, "segmentation": rle(mask)}
-
-
-def rle(mask: np.ndarray) -> dict[str, Any]:
-    return encode_masks(torch.from_numpy(mask)[None])[0]
+    return {**row, "score": score, "segmentation": encode_mask(mask)}
 
 
 def write(tmp_path: Path, annotations: list[dict[str, Any]], **image_fields: dict[int, list[int]]) -> str:
@@ -206,8 +197,8 @@ def test_lvis_limit_is_per_image_over_classes(tmp_path: Path, backend: str) -> N
     assert tables.table(Detections.from_json(results), "bbox", 1).ap() == pytest.approx(50)
 
 
-def test_lvis_leaves_out_what_has_no_area(tmp_path: Path, backend: str) -> None:
-    empty = {**box(1, 1, 0, 0.95), "segmentation": rle(np.zeros((100, 400)))}
+def test_lvis_drops_annotations_and_detections_without_area(tmp_path: Path, backend: str) -> None:
+    empty = {**box(1, 1, 0, 0.95), "segmentation": encode_mask(np.zeros((100, 400)))}
     file = write(tmp_path, [box(1, 1, 0), {**box(1, 1, 200), "area": 0.0}])
     detections = Detections.from_json([empty, box(1, 1, 0, 0.9)])
     assert detections.areas("segm").tolist() == [0, 1600]
@@ -219,7 +210,7 @@ def test_lvis_leaves_out_what_has_no_area(tmp_path: Path, backend: str) -> None:
     assert coco == pytest.approx(100 * 51 / 101 / 2, abs=1e-9)
 
 
-def test_an_annotation_with_id_0_can_be_found(tmp_path: Path, backend: str) -> None:
+def test_an_annotation_with_id_0_is_found(tmp_path: Path, backend: str) -> None:
     file = write(tmp_path, [{**box(1, 1, 0), "id": 0}])
     results = [box(1, 1, 0, 0.9)]
     table = average_precision_backend(backend, file, "coco").table(Detections.from_json(results), "bbox", 100)
@@ -227,7 +218,7 @@ def test_an_annotation_with_id_0_can_be_found(tmp_path: Path, backend: str) -> N
     assert pycocotools_arrays(file, results, "bbox")[0].max() == 0  # the fault that is worked round
 
 
-def test_an_area_that_is_missing_is_that_of_the_box(tmp_path: Path, backend: str) -> None:
+def test_a_missing_area_is_that_of_the_box(tmp_path: Path, backend: str) -> None:
     file = write(tmp_path, [{k: v for k, v in box(1, 1, 0).items() if k not in ("area", "iscrowd")}])
     detections = Detections.from_json([box(1, 1, 0, 0.9)])
     table = average_precision_backend(backend, file, "coco").table(detections, "bbox", 100)
@@ -245,7 +236,7 @@ def test_nothing_detected_and_nothing_to_detect(tmp_path: Path, backend: str, ru
     assert math.isnan(tables.table(Detections.from_json([box(1, 1, 0, 0.9)]), "segm", 100).ap())
 
 
-def test_a_file_with_nulls_and_one_that_is_no_annotation_file(tmp_path: Path) -> None:
+def test_files_with_nulls_and_of_another_format(tmp_path: Path) -> None:
     file = write(tmp_path, [{**box(1, 1, 0), "caption": None}])
     content = json.loads(Path(file).read_text())
     Path(file).write_text(json.dumps({**content, "licenses": None}))
@@ -255,10 +246,10 @@ def test_a_file_with_nulls_and_one_that_is_no_annotation_file(tmp_path: Path) ->
     assert table.ap() == pytest.approx(100)
     for text in ('{"images": [', '["images"]', '{"images": [{"id": "a"}]}'):
         Path(file).write_text(text)
-        with pytest.raises(ValueError, match=r"annotations\.json is no annotation file in COCO's format"):
+        with pytest.raises(ValueError, match=r"annotations\.json is not an annotation file in COCO's format"):
             average_precision_backend("hotcoco", file, "coco")
 
 
 def test_unknown_backend_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'cocoapi'; there are hotcoco, reference"):
+    with pytest.raises(ValueError, match="'cocoapi'; expected hotcoco, reference"):
         average_precision_backend("cocoapi", write(tmp_path, []), "coco")

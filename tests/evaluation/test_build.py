@@ -72,11 +72,11 @@ def test_config_reaches_the_evaluator(cfg: CfgNode, register: Any, tmp_path: Pat
 
 
 def test_max_dets(cfg: CfgNode, register: Any, tmp_path: Path) -> None:
-    name = register(evaluator_type="coco", json_file=annotations(tmp_path), thing_classes=["cat"])
+    metadata = {"thing_classes": ["cat"], "thing_dataset_id_to_contiguous_id": {7: 0}}
+    name = register(evaluator_type="coco", json_file=annotations(tmp_path), **metadata)
     results = {}
     for cfg.TEST.MAX_DETS in (0, 1):
         evaluator = build_evaluator(cfg, name)
-        evaluator._category_ids = {0: 7}
         evaluator.reset()
         good, bad = found()["instances"], found(50.0)["instances"]
         bad.scores += 0.05
@@ -227,14 +227,19 @@ def test_two_processes_are_one_evaluation(tmp_path: Path, run_python: Any) -> No
     assert labels["sem_seg"]["pACC"] == pytest.approx(50)
 
 
-def test_allowed_pairs_of_a_data_set(cfg: CfgNode, register: Any, tmp_path: Path) -> None:
+def test_allowed_pairs_of_a_dataset(cfg: CfgNode, register: Any, tmp_path: Path) -> None:
     (tmp_path / "pairs.json").write_text('{"house": ["building"]}')
-    name = register(stuff_classes=["house", "building"], ignore_label=255, evaluator_type="sem_seg")
-    other = register(stuff_classes=["sky"], ignore_label=255, evaluator_type="sem_seg")
+    record = {"file_name": "1.jpg", "sem_seg_file_name": str(tmp_path / "labels.png")}
+    shared = {"ignore_label": 255, "evaluator_type": "sem_seg"}
+    name = register([record], stuff_classes=["house", "building"], **shared)
+    other = register([record], stuff_classes=["sky"], **shared)
     cfg.TEST.SEMANTIC.ALLOWED_PAIRS = [f"{name}:{tmp_path}/pairs.json"]
-    for data, told in ((name, True), (other, False)):
-        semantic = build_evaluator(cfg, data)._evaluators[0]
-        assert ("mIoU_relaxed" in semantic.score([])["sem_seg"]) == told
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "labels.png")
+    for dataset, is_relaxed in ((name, True), (other, False)):
+        evaluator = build_evaluator(cfg, dataset)
+        evaluator.reset()
+        evaluator.process([record], [{"sem_seg_labels": torch.zeros(4, 4, dtype=torch.int64)}])
+        assert ("mIoU_relaxed" in evaluator.evaluate()["sem_seg"]) == is_relaxed
     cfg.TEST.SEMANTIC.ALLOWED_PAIRS = ["pairs.json"]
     with pytest.raises(ValueError, match="ALLOWED_PAIRS: 'pairs.json' does not read name:file.json"):
         build_evaluator(cfg, name)

@@ -204,7 +204,7 @@ def test_every_view_of_a_dataset(clip, probe, dataset, tmp_path):
     assert first["crops.thing.macc1"] == 100 * hits.double().mean()
 
 
-def test_the_embeddings_decide(probe, dataset, tmp_path):
+def test_class_embeddings_decide(probe, dataset, tmp_path):
     name, records = dataset
     regions = DenseRegionEvaluator(name, probe, distributed=False).regions(records[0])
     stuff, thing = crop_features(probe, regions)

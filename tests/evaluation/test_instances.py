@@ -18,7 +18,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 
 def instances(rows: list[dict[str, Any]], masks: bool = True, dtype: torch.dtype = torch.bool) -> Instances:
-    """Results of one image, in COCO's format, as a model would give them; classes count from 0."""
+    """Convert results of one image in COCO's format to the output of a model; classes count from 0."""
     height, width = 480, 640
     boxes = torch.tensor([r["bbox"] for r in rows], dtype=torch.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -94,7 +94,7 @@ def test_class_groups_and_classes(synthetic: Any, register: Any) -> None:
 
 def test_a_group_with_an_unknown_class_is_an_error(synthetic: Any, register: Any) -> None:
     name = register(json_file=synthetic[0], **_metadata(synthetic[1]), novel_classes=["class 1", "clas 2"])
-    with pytest.raises(ValueError, match="novel class 'clas 2' is no class; did you mean 'class 2'"):
+    with pytest.raises(ValueError, match="novel class 'clas 2' is not a class; did you mean 'class 2'"):
         InstanceEvaluator(name)
 
 
@@ -124,7 +124,7 @@ def test_no_detections_give_zeros(synthetic: Any, dataset_name: str, tmp_path: P
     assert evaluator.evaluate()["bbox"]["AP"] == 0  # no image at all
 
 
-def test_a_data_set_without_annotation_file_is_converted(register: Any, tmp_path: Path) -> None:
+def test_a_dataset_without_annotation_file_is_converted(register: Any, tmp_path: Path) -> None:
     file = tmp_path / "image.png"
     record = {"file_name": str(file), "image_id": 7, "height": 480, "width": 640}
     annotation = {"bbox": [10.0, 10.0, 60.0, 60.0], "bbox_mode": 0, "category_id": 1, "iscrowd": 0}
@@ -143,7 +143,7 @@ def test_errors_name_the_cause(synthetic: Any, dataset_name: str) -> None:
     evaluator = InstanceEvaluator(dataset_name)
     sample = [{"image_id": dataset["images"][0]["id"]}]
     wrong = instances([{**results[0], "category_id": 500}])
-    with pytest.raises(ValueError, match="class 499.*80 classes.*NUM_CLASSES"):
+    with pytest.raises(ValueError, match="class 499.*80 thing classes.*NUM_CLASSES"):
         evaluator.process(sample, [{"instances": wrong}])
     broken = instances([{**results[0], "score": float("nan")}])
     with pytest.raises(ValueError, match="image 1: a detection has a score or a box that is NaN"):
@@ -182,7 +182,7 @@ def test_detections_keep_their_order() -> None:
         (1, 0.1),
     ]
     assert Detections.concatenate([top, Detections.empty(masks=True)]).masks is None
-    with pytest.raises(ValueError, match="some images have masks"):
+    with pytest.raises(ValueError, match="some images have pred_masks"):
         Detections.concatenate(
             [top, Detections(top.image_ids, top.category_ids, top.boxes, top.scores, [{}] * 4)]
         )

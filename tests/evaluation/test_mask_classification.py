@@ -123,7 +123,7 @@ def test_metrics(dataset: str, oracle: Oracle, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "mask_classification.json").read_text()) == pytest.approx(found)
 
 
-def test_the_map_is_the_one_that_the_semantic_evaluator_would_see(dataset: str, oracle: Oracle) -> None:
+def test_map_metrics_equal_the_semantic_evaluator(dataset: str, oracle: Oracle) -> None:
     found = run(dataset, oracle)
     semantic = SemanticEvaluator(dataset)
     semantic.reset()

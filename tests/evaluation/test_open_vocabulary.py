@@ -29,7 +29,7 @@ SETS = [name for name in DatasetCatalog.list() if name.startswith(("ovcoco_2017"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """The open-vocabulary data sets are registered below this folder."""
+    """Register the open-vocabulary datasets below a folder."""
 
     def register(root: Path | None) -> None:
         for name in SETS:
@@ -52,7 +52,7 @@ def cfg(tmp_path: Path) -> CfgNode:
 
 
 def relabel(synthetic: Any, ids: list[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The synthetic annotations and detections, with these category ids for the classes in order."""
+    """Give the synthetic annotations and detections these category ids, in the order of the classes."""
     _, dataset, results = synthetic
     new = dict(zip((c["id"] for c in dataset["categories"]), ids, strict=False))
     annotations, detections = (
@@ -63,7 +63,7 @@ def relabel(synthetic: Any, ids: list[int]) -> tuple[dict[str, Any], list[dict[s
 
 
 def evaluate(cfg: CfgNode, name: str, dataset: dict[str, Any], results: list[dict[str, Any]]) -> Any:
-    """Feed what a model over the data set's vocabulary would give."""
+    """Feed predictions of a model with the dataset's vocabulary."""
     position = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
     evaluator = build_evaluator(cfg, name)
     evaluator.reset()
@@ -86,7 +86,7 @@ def mean(metrics: dict[str, float], names: Any) -> float:
 
 
 def test_ov_coco(cfg: CfgNode, root: Path, synthetic: Any) -> None:
-    """The generalized protocol: 65 classes compete, the mean is taken over groups of them."""
+    """Generalized protocol: 65 classes compete, means are over groups of classes."""
     dataset, results = relabel(synthetic, list(OV_COCO))
     dataset["categories"] = [{"id": k, "name": name} for k, name in OV_COCO.items()]
     (root / "coco/annotations/instances_val2017_all_2.json").write_text(json.dumps(dataset))

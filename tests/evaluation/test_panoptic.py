@@ -1,4 +1,4 @@
-"""`PanopticEvaluator`: equal to panopticapi on real annotations, and right where that stops."""
+"""`PanopticEvaluator`: equal to panopticapi on real annotations, and correct where panopticapi fails."""
 
 import contextlib
 import io
@@ -14,6 +14,8 @@ from PIL import Image
 
 from clipdense.evaluation import PanopticEvaluator
 from clipdense.evaluation.panoptic import Matches, panoptic_quality
+
+from detectron2.data import MetadataCatalog
 
 THINGS = {"thing_dataset_id_to_contiguous_id": {10: 0, 20: 1}}
 STUFF = {"stuff_dataset_id_to_contiguous_id": {30: 0}}
@@ -35,7 +37,7 @@ def write(path: Path, ids: np.ndarray) -> None:
 
 
 def perturbed(ids: np.ndarray, segments: list[dict[str, Any]], classes: list[int], rng: Any) -> Any:
-    """Shifted, with segments lost, split, and of wrong classes; a few images come out empty."""
+    """Shift a segmentation, and drop, split and misclassify segments; a few images become empty."""
     shifted, found, result = np.roll(ids, rng.integers(-5, 6, 2), (0, 1)), [], np.zeros_like(ids)
     for segment in segments if rng.random() < 0.95 else []:
         mask = shifted == segment["id"]
@@ -142,10 +144,12 @@ def test_by_hand(two_images: str, backend: str) -> None:
     assert got["PQ"] == pytest.approx((got["PQ-cat"] + got["PQ-sky"]) / 3)
 
 
-def test_pixels_that_hold_class_and_instance(two_images: str) -> None:
+def test_pixels_encode_class_and_instance(two_images: str) -> None:
+    metadata = MetadataCatalog.get(two_images)
+    del metadata.stuff_dataset_id_to_contiguous_id
+    metadata.stuff_dataset_id_to_contiguous_id = {30: 5}  # contiguous ids that are not those of things
     evaluator = PanopticEvaluator(two_images, per_class=True)
     evaluator.reset()
-    evaluator._category_ids[False] = {5: 30}  # contiguous ids apart from those of things
     ids = torch.full((10, 10), 5000)
     ids[:, :5] = 3
     ids[0] = -1
@@ -168,7 +172,7 @@ def test_nothing_predicted(two_images: str, tmp_path: Path) -> None:
 def test_errors_name_the_cause(two_images: str) -> None:
     evaluator = PanopticEvaluator(two_images)
     ids = torch.ones(10, 10, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"image 1: pixels of segments \[1\] without segments_info"):
+    with pytest.raises(ValueError, match=r"image 1: the map has segments \[1\] that segments_info lacks"):
         evaluator.process([{"image_id": 1}], [{"panoptic_seg": (ids, [])}])
     with pytest.raises(ValueError, match="predicts thing class 7"):
         evaluator.process(

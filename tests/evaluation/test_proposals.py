@@ -1,4 +1,4 @@
-"""`OracleClassEvaluator`: proposals that are told their class, by hand."""
+"""`OracleClassEvaluator`: proposals with oracle classes, computed by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def evaluate(name: str, masks: torch.Tensor) -> dict[str, float]:
     return result
 
 
-def test_majority_names_and_the_surest_wins(register: Any, tmp_path: Path) -> None:
+def test_majority_class_and_largest_probability(register: Any, tmp_path: Path) -> None:
     actual = np.array([[0, 0, 1, 1], [0, 255, 2, 1]], np.uint8)
     Image.fromarray(actual).save(tmp_path / "0.png")
     dicts = [{"file_name": "0.jpg", "sem_seg_file_name": str(tmp_path / "0.png")}]

@@ -1,4 +1,4 @@
-"""`SemanticEvaluator`: the metrics by hand, and beside hotcoco's on real labels."""
+"""`SemanticEvaluator`: metrics computed by hand, and compared with hotcoco on real labels."""
 
 import json
 import math
@@ -101,7 +101,7 @@ def test_equals_hotcoco_on_real_labels(data_dir: Path, register: Any) -> None:
         assert 5 < got[ours] < 99
 
 
-def test_nothing_to_judge(make: Any) -> None:
+def test_no_labelled_pixels(make: Any) -> None:
     name = make([np.full((4, 4), 255, np.uint8)], ["a", "b"], novel_classes=["a"])
     got = evaluate(name, [np.zeros((4, 4), np.int64)])
     assert all(math.isnan(value) for value in got.values()) and "hIoU" in got
@@ -123,7 +123,7 @@ def test_errors_name_the_cause(make: Any) -> None:
 
 
 def published_means(confusion: np.ndarray) -> tuple[float, float]:
-    """Both definitions of the mean, class by class: OVSeg's (Detectron2 0.6), and Detectron2's since."""
+    """Compute both definitions of mIoU class by class: Detectron2 0.6's (OVSeg), and Detectron2's since."""
     total, labelled, occurring = 0.0, 0, 0
     for k in range(len(confusion)):
         hit = int(confusion[k, k])
@@ -151,7 +151,7 @@ def test_both_definitions_on_random_confusions() -> None:
 
 
 def test_wide_labels(make: Any) -> None:
-    """Of 300 classes, void 65535; what is predicted there does not count."""
+    """300 classes, void 65535; predictions on void pixels are ignored."""
     actual = np.array([[299, 299, 256, 65535, 0]], np.uint16)
     name = make([actual], [f"class {i}" for i in range(300)], ignore_label=65535)
     got = evaluate(name, [np.array([[299, 256, 256, 7, 0]])], per_class=True)
@@ -159,7 +159,7 @@ def test_wide_labels(make: Any) -> None:
     assert math.isnan(got["IoU-class 7"]) and got["mIoU"] == got["mIoU_d2"] == pytest.approx(200 / 3)
 
 
-def test_seen_and_unseen_of_coco_stuff(make: Any) -> None:
+def test_base_and_novel_classes_of_coco_stuff(make: Any) -> None:
     cow, tree, person = map(COCO_STUFF.index, ("cow", "tree", "person"))
     name = make(
         [np.array([[cow, tree, person, person]], np.uint8)], COCO_STUFF, novel_classes=COCO_STUFF_NOVEL
@@ -173,7 +173,7 @@ CLASSES = ["building, edifice", "house", "skyscraper", "sky"]
 
 
 def test_relaxed_metrics(make: Any, tmp_path: Path) -> None:
-    """Into one direction, and the strict score stays what it is."""
+    """Allowed pairs hold in one direction, and do not change the strict metrics."""
     table = tmp_path / "pairs.json"
     table.write_text(json.dumps({"house": ["building"], "skyscraper": ["building, edifice"]}))
     actual = np.array([[1, 1, 1, 2, 0, 0, 3, 3]], np.uint8)
@@ -188,7 +188,7 @@ def test_relaxed_metrics(make: Any, tmp_path: Path) -> None:
 
 
 def test_relaxed_confusion_pixel_by_pixel() -> None:
-    """As if the predictions had been right there."""
+    """Allowed predictions count as if they were the true class."""
     rng = np.random.default_rng(0)
     actual, predicted = rng.integers(0, 6, (2, 5000))
     allowed = (rng.random((6, 6)) < 0.3) & ~np.eye(6, dtype=bool)

@@ -78,7 +78,7 @@ def test_unlocked_groups() -> None:
             CLIPSelf(clip=nano("shapes-vit"), unlocked_groups=count)
 
 
-def test_queries_and_keys_are_trained_where_they_count() -> None:
+def test_queries_and_keys_are_trained_if_the_loss_depends_on_them() -> None:
     value = trained(CLIPSelf(clip=nano("shapes-eva")))
     plain = trained(CLIPSelf(clip=nano("shapes-eva"), mode="plain"))
     preserving = trained(CLIPSelf(clip=nano("shapes-eva"), embedding_weight=1.0))

@@ -1,4 +1,4 @@
-"""CLIPSelf's data: what the mapper gives, and runs from the command line."""
+"""CLIPSelf's data: regions, the mapper, and runs from the command line."""
 
 import json
 import random

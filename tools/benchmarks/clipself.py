@@ -1,4 +1,4 @@
-"""What a step of CLIPSelf costs beside the forwards and the backward that it cannot avoid."""
+"""Suite ``clipself``: a training step beside the forwards and the backward that it cannot avoid."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ WHAT = "a training step | student forward and backward, teacher forward on the s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this suite."""
+    """Add the options of the suite."""
     parser.add_argument("--clip", default="EVA02-B-16", help="model name (weights are random)")
     parser.add_argument(
         "--size", type=int, default=512, help="side of the student's image in pixels (published: 1024)"
     )
-    parser.add_argument("--batch", type=int, default=1, help="images")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read images")
-    parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
-    parser.add_argument("--flops-only", action="store_true", help="leave the wall-clock row out")
+    parser.add_argument("--batch", type=int, default=1, help="number of images in a batch")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes that read images")
+    parser.add_argument(
+        "--pairs", type=int, default=MIN_PAIRS, help="number of interleaved pairs of timed runs"
+    )
+    parser.add_argument("--flops-only", action="store_true", help="skip the wall-clock row")
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """FLOPs and wall time of a step on patches of photograph-sized images, and the share of it that a run
+    """Measure FLOPs and wall time of a step on patches of 640 x 480 images, and the share of time that a run
     waits for data."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -71,7 +73,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         if not args.flops_only:
             row = wall("clipself/step_wall", step, floor, pairs=args.pairs, what=WHAT, warm_up=False)
             share = _data_wait(images, mapper, args.batch, args.workers, row.ours)
-            waiting = f"{share:.1%} of such a run is waiting for data ({args.workers} workers)."
+            waiting = f"A run waits for data {share:.1%} of its time ({args.workers} workers)."
             row.notes = f"{row.notes} {waiting}".strip()
             row.values["data_wait"] = share
             yield row
@@ -80,13 +82,13 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 def _data_wait(
     images: list[dict[str, Any]], mapper: CLIPSelfMapper, batch: int, workers: int, step: float
 ) -> float:
-    """The share of its time that a run waits for the loader, where a step takes so many seconds."""
+    """Measure the share of time that a run waits for the loader if a step takes ``step`` seconds."""
     cfg = get_cfg()
     add_clipdense_config(cfg)
     cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = batch, workers
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     loader = iter(build_train_loader(cfg, seed=0, mapper=mapper, dataset=images))
-    next(loader)  # the workers start
+    next(loader)  # starts the workers
     waited, steps = 0.0, 5
     for _ in range(steps):
         time.sleep(step)
@@ -97,7 +99,7 @@ def _data_wait(
 
 
 def _photographs(folder: Path, number: int) -> list[dict[str, Any]]:
-    """JPEGs of a photograph's size and detail: records of a data set."""
+    """Write JPEGs of a photograph's size and detail; return their dataset records."""
     rng = np.random.default_rng(0)
     records = []
     for i in range(number):

@@ -1,7 +1,7 @@
 """Suite ``evaluation``: our evaluators beside the reference libraries, on synthetic data.
 
-``eval/coco5000``: AP of boxes and masks of 5,000 images, from the annotation file and a list of results to
-the numbers: the evaluator's default backend over pycocotools. Both must give the same numbers.
+``eval/coco5000``: AP of boxes and masks on 5,000 images, from the annotation file and a list of results to
+the metrics: speed-up of the default backend over pycocotools. Both must give the same numbers.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ __all__ = ["add_arguments", "hotcoco_metrics", "pycocotools_metrics", "rows", "s
 
 HEIGHT, WIDTH, CLASSES = 480, 640, 80
 OBJECTS, DETECTIONS = 7.3, 36
-"""A mean image: as many objects as in COCO, as many detections as a Mask R-CNN keeps."""
+"""Means per image: objects as in COCO, detections as of a Mask R-CNN."""
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 Metrics = dict[str, dict[str, float]]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Options of the suite."""
+    """Add the options of the suite."""
+    parser.add_argument("--images", type=int, default=5000, help="number of images (default: %(default)s)")
     parser.add_argument(
-        "--images", type=int, default=5000, help="images of eval/coco5000 (default: %(default)s)"
+        "--pairs", type=int, help="number of pairs of runs (default: 7; 2 for 2,500 images or more)"
     )
-    parser.add_argument("--pairs", type=int, help="pairs of runs (default: 7, or 2 from 2,500 images on)")
 
 
 def rows(args: Namespace) -> Iterator[Row]:
-    """The rows of the suite."""
+    """Measure the rows of the suite."""
     pairs = args.pairs or (MIN_PAIRS if args.images < 2500 else 2)
     dataset, results = synthetic_coco(args.images)
     with tempfile.TemporaryDirectory(prefix="clipdense_benchmark_") as folder:
@@ -75,14 +75,14 @@ def rows(args: Namespace) -> Iterator[Row]:
 
 
 def hotcoco_metrics(json_file: str, results: list[dict[str, Any]]) -> Metrics:
-    """As `InstanceEvaluator` computes them, conversion from dictionaries included."""
+    """Compute the metrics as `InstanceEvaluator` does, including the conversion from dictionaries."""
     backend = average_precision_backend("hotcoco", json_file, "coco")
     detections = Detections.from_json(results)
     return {task: _summary(backend.table(detections, task, 100)) for task in ("bbox", "segm")}
 
 
 def pycocotools_metrics(json_file: str, results: list[dict[str, Any]]) -> Metrics:
-    """As Detectron2's `COCOEvaluator` with ``use_fast_impl=False`` computes them."""
+    """Compute the metrics as Detectron2's `COCOEvaluator` does with ``use_fast_impl=False``."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -118,11 +118,11 @@ def _assert_equal(ours: Metrics, other: Metrics) -> None:
 
 
 def synthetic_coco(images: int, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A COCO data set of blobs, and detections of a mediocre detector.
+    """Make a COCO dataset of blobs, and detections of a mediocre detector.
 
     Half of the detections are displaced copies of objects, a fifth of these with another class; the others
-    are clutter. Scores have three digits, so that many tie; every 50th object is a crowd; images without
-    objects occur.
+    are at random places. Scores have three digits, so that many tie; 2% of the objects are crowds; some
+    images have no objects.
 
     Returns:
         The annotation file's content, with polygons, and a list in COCO's result format, with run-length
