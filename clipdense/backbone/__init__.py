@@ -1,6 +1,5 @@
-"""Detectron2 backbones: CLIP towers and timm models as trunks, with an FPN or a simple feature pyramid."""
+"""Detectron2 backbones: CLIP towers and timm models as trunks, below an FPN or a simple feature pyramid."""
 
-from clipdense.backbone import flops as flops
 from clipdense.backbone.clip_trunk import CLIPTrunk
 from clipdense.backbone.context_decoder import ContextDecoder
 from clipdense.backbone.fpn import FPN, build_trunk_fpn_backbone

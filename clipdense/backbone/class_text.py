@@ -1,4 +1,4 @@
-"""Embeddings of a fixed list of classes inside a model: from a text tower, or as a table without one."""
+"""Embeddings of a fixed list of class names, from a text tower or from a table."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ __all__ = ["ClassTable", "ClassText"]
 
 
 class ClassText(nn.Module):
-    """Class embeddings T from a text tower, with learned contexts (DenseCLIP, section 3.2).
+    """Class embeddings t from a text tower with learned contexts (Rao et al., DenseCLIP, section 3.2).
 
-    What does not depend on anything in training is computed once and kept until a weight changes.
+    Embeddings without trainable parts are computed once and cached until a weight changes.
 
     Attributes:
-        classes: the K names; raw, without a template.
-        tower: the text tower; `prompts` the contexts, or None.
+        classes: the K class names, without a template.
+        tower: the text tower.
+        prompts: the learned contexts, or None.
         embed_dim: D.
     """
 
@@ -33,50 +34,51 @@ class ClassText(nn.Module):
     ) -> None:
         """
         Args:
-            clip: whose text tower and tokenizer are taken.
-            classes: K names.
-            n_ctx: learned vectors between the start token and a name; 0 for the names alone.
-            trainable: whether the tower itself is trained; the contexts always are.
+            clip: a CLIP with text tower and tokenizer.
+            classes: K class names.
+            n_ctx: number of learned vectors between the start token and a name; 0: the name alone.
+            trainable: whether the text tower is trained. The contexts always are.
 
         Raises:
-            ValueError: no text tower, no class, or names too long for it, which are listed.
+            ValueError: If the CLIP has no text tower, if there are no classes, or if names are too long for
+                the text tower; lists them.
         """
         super().__init__()
         if clip.text is None:
             raise ValueError(f"'{clip.name}' has no text tower to embed class names with")
         if not classes:
-            raise ValueError("no class to embed")
+            raise ValueError("the list of class names is empty: set MODEL.LANGUAGE.CLASSES or DATASETS")
         self.classes = tuple(classes)
         self.tower = clip.text.requires_grad_(trainable)
         self.embed_dim = clip.embed_dim
         self.prompts = ContextPrompts(n_ctx, clip.text.width) if n_ctx else None
-        with torch.device("cpu"):  # their lengths are read, also where a model is built on the meta device
+        with torch.device("cpu"):  # a model on the meta device needs the lengths too
             tokens = clip.tokenize(self.classes, clip.text.context_length)
         longest = int(clip.text.end(tokens).max()) + 1
         if longest + n_ctx > clip.text.context_length:
             limit = clip.text.context_length - n_ctx
             clip.tokenize(self.classes, limit)  # raises, with the names
         self.register_buffer("tokens", tokens[:, :longest], persistent=False)
-        self._kept: tuple[Hashable, Tensor] | None = None
+        self._cached: tuple[Hashable, Tensor] | None = None
 
     def forward(self) -> Tensor:
-        """(K, D), not L2-normalised."""
+        """Return the embeddings (K, D), not L2-normalised."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return self._encode()
         key = self._state_key()
-        if self._kept is None or self._kept[0] != key:
-            # A plain tensor, also under inference_mode: training may use it next.
+        if self._cached is None or self._cached[0] != key:
+            # Training may use the cached tensor next, so it must not be an inference tensor.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = key, self._encode()
-        return self._kept[1]
+                self._cached = key, self._encode()
+        return self._cached[1]
 
     def train(self, mode: bool = True) -> ClassText:
-        if mode != self.training:  # also what escapes `_state_key`, a change through `.data`, ends here
-            self._kept = None
+        if mode != self.training:  # `_state_key` misses changes through `.data`
+            self._cached = None
         return super().train(mode)
 
     def table(self) -> ClassTable:
-        """The embeddings without the tower that made them."""
+        """Return the embeddings as a table that needs no text tower."""
         with torch.no_grad():
             embeddings = self()
         table = ClassTable(self.classes, self.embed_dim)
@@ -91,24 +93,29 @@ class ClassText(nn.Module):
         return encode_with_contexts(self.tower, tokens, self.prompts.contexts)[0]
 
     def _state_key(self) -> Hashable:
-        """Changes with every assignment to, and every in-place change of, a weight."""
+        """Return a key that changes with every assignment to, and in-place change of, a weight."""
         return tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
 
 
 class ClassTable(nn.Module):
-    """Class embeddings that stand in for a frozen `ClassText`: no text tower in memory.
+    """Class embeddings as a table, which replaces a frozen `ClassText` and its text tower.
 
-    They come from a checkpoint, whose list of classes must be this one.
+    A checkpoint provides the embeddings; it must list the same class names.
 
     Attributes:
-        classes: the K names.
-        table: (K, D).
+        classes: the K class names.
+        table: the embeddings (K, D).
     """
 
     table: Tensor
     classes_key: Tensor
 
     def __init__(self, classes: Sequence[str], embed_dim: int) -> None:
+        """
+        Args:
+            classes: K class names.
+            embed_dim: D.
+        """
         super().__init__()
         self.classes = tuple(classes)
         self.embed_dim = embed_dim
@@ -117,7 +124,7 @@ class ClassTable(nn.Module):
         self.register_buffer("classes_key", torch.tensor(list(digest), dtype=torch.uint8))
 
     def forward(self) -> Tensor:
-        """(K, D), not L2-normalised."""
+        """Return the embeddings (K, D), not L2-normalised."""
         return self.table
 
     def _load_from_state_dict(
@@ -127,7 +134,7 @@ class ClassTable(nn.Module):
         if key is not None and not torch.equal(key.cpu(), self.classes_key.cpu()):
             raise CheckpointError(
                 f"the weights hold embeddings of other classes than the model's {len(self.classes)} "
-                f"({', '.join(self.classes[:5])}, ...): set MODEL.LANGUAGE.TEXT tower and load weights that "
-                "have the text tower"
+                f"({', '.join(self.classes[:5])}, ...): set MODEL.LANGUAGE.TEXT tower, and load weights that "
+                "include the text tower"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""CLIP's image towers as trunks."""
+"""CLIP image towers as trunks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from detectron2.modeling import BACKBONE_REGISTRY
 
 @BACKBONE_REGISTRY.register()
 class CLIPTrunk(Trunk):
-    """The image tower of a CLIP without its projection.
+    """A CLIP image tower without its projection.
 
-    ResNet and ConvNeXt towers give C2 to C5 as "res2" to "res5". A ViT gives the tokens of its last block,
-    before the final norm, as one map named by its stride (16 -> "res4"): feed it to the simple feature
-    pyramid. Parts of the tower that the maps do not need (attention pool, projection) stay in it, untrained.
+    ResNet and ConvNeXt towers return C2 to C5 as "res2" to "res5". A ViT returns the tokens of its last
+    block, before the final norm, as one map named by its stride (16 -> "res4"), for the simple feature
+    pyramid. The tower keeps the parts that the maps do not need (attention pool, projection); they are not
+    trained.
     """
 
     @configurable
@@ -46,47 +47,48 @@ class CLIPTrunk(Trunk):
     ) -> None:
         """
         Args:
-            tower: image tower of a `ClipModel`, or the model.
-            out_features: maps to give, e.g. ("res2", "res3"); empty for all. Later stages are not run.
+            tower: the image tower of a `ClipModel`, or the model.
+            out_features: names of the maps to return, e.g. ("res2", "res3"); empty: all. Later stages are not
+                run.
             freeze_at, norm: see :class:`Trunk`.
             window_size: ViTs: side of the attention windows in tokens; 0: every block attends to the whole
                 image.
-            global_blocks: ViTs: blocks, from 0, that attend to the whole image though there are windows.
-            joint: whether :meth:`forward_joint` is used; the projection into the joint space then belongs to
+            global_blocks: ViTs: indices, from 0, of the blocks without windows.
+            joint: whether :meth:`forward_joint` is used. The projection into the joint space then belongs to
                 the last stage and is trained with it.
 
         Raises:
-            ValueError: maps, windows or blocks that the tower has not; ``joint`` of a tower without a dense
-                map.
+            ValueError: If the tower lacks one of the maps or blocks, if windows are set for a tower that is
+                not a ViT, or if ``joint`` is set for a tower without a dense map.
         """
         tower = tower.visual if isinstance(tower, ClipModel) else tower
         is_vit = isinstance(tower, TransformerTower)
         taps = [max(tower.tap_channels)] if is_vit else sorted(tower.tap_channels)
         names = {feature_name(tower.tap_strides[tap]): tap for tap in taps}
-        if unknown := [name for name in out_features if name not in names]:
+        if missing := [name for name in out_features if name not in names]:
             raise ValueError(
-                f"{type(tower).__name__} gives {list(names)}; MODEL.TRUNK.OUT_FEATURES asks for {unknown}"
+                f"MODEL.TRUNK.OUT_FEATURES {missing}: the maps of a {type(tower).__name__} are {list(names)}"
             )
         if (window_size or global_blocks) and not is_vit:
             raise ValueError(
-                f"MODEL.TRUNK.WINDOW_SIZE and GLOBAL_BLOCKS are for ViTs, not for a {type(tower).__name__}"
+                f"MODEL.TRUNK.WINDOW_SIZE and GLOBAL_BLOCKS need a ViT, not a {type(tower).__name__}"
             )
-        if unknown_blocks := set(global_blocks) - set(tower.tap_channels):
+        if unknown := sorted(set(global_blocks) - set(tower.tap_channels)):
             raise ValueError(
-                f"MODEL.TRUNK.GLOBAL_BLOCKS {sorted(unknown_blocks)}: blocks are 0..{max(tower.tap_channels)}"
+                f"MODEL.TRUNK.GLOBAL_BLOCKS {unknown}: the blocks are 0..{max(tower.tap_channels)}"
             )
-        taken = {name: tap for name, tap in names.items() if not out_features or name in out_features}
+        chosen = {name: tap for name, tap in names.items() if not out_features or name in out_features}
         super().__init__(
             {
                 n: ShapeSpec(channels=tower.tap_channels[t], stride=tower.tap_strides[t])
-                for n, t in taken.items()
+                for n, t in chosen.items()
             }
         )
         self.tower = tower
         self.window_size = window_size
         self.global_blocks = frozenset(global_blocks)
         self.joint = joint
-        self._want = TowerRequest(taps=tuple(taken.values()))
+        self._request = TowerRequest(taps=tuple(chosen.values()))
         if joint and "plain" not in tower.dense_modes:
             raise tower.cannot("a dense map in the joint space", tower.why_no_dense)
         self._freeze(freeze_at, norm)
@@ -106,7 +108,7 @@ class CLIPTrunk(Trunk):
 
     @property
     def size_divisibility(self) -> int:
-        """The patch size of a ViT, which would cut the rest off; 0, no restriction, for others."""
+        """Patch size of a ViT, which would ignore the remainder; 0 (no restriction) for other towers."""
         return self.tower.stride if isinstance(self.tower, TransformerTower) else 0
 
     def stages(self) -> list[list[nn.Module | nn.Parameter]]:
@@ -126,44 +128,49 @@ class CLIPTrunk(Trunk):
         return [[*groups.stem, *groups.positions], *quarters]
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        return self._maps(self._run(images, self._want))
+        return self._maps(self._run(images, self._request))
 
     def forward_joint(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Normalised images (B, 3, H, W) -> maps by name, the image embedding (B, D) and the dense map (B, D,
-        h, w) of the joint space, neither L2-normalised.
+        """Compute the maps and, in the joint space, a global and a dense feature.
+
+        Args:
+            images: normalised images (B, 3, H, W).
+
+        Returns:
+            Maps by name, the image embedding (B, D) and the dense map (B, D, h, w), not L2-normalised.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            out = self._run(images, replace(self._want, pooled=True, dense="plain"))
+            out = self._run(images, replace(self._request, pooled=True, dense="plain"))
         return self._maps(out), out.pooled, out.dense
 
-    def _run(self, images: Tensor, want: TowerRequest) -> TowerOutput:
+    def _run(self, images: Tensor, request: TowerRequest) -> TowerOutput:
         hook = {"hook": self._window} if self.window_size else {}
-        out: TowerOutput = self.tower(images, want, **hook)
+        out: TowerOutput = self.tower(images, request, **hook)
         return out
 
     def _maps(self, out: TowerOutput) -> dict[str, Tensor]:
         return {name: tap for name, (tap, _) in zip(self._outputs, out.taps, strict=True)}
 
     def _window(self, index: int, stream: TokenStream) -> TokenStream:
-        """Block hook: which blocks attend within windows."""
+        """Set the attention window of a block (hook of the block loop)."""
         return replace(stream, window=0 if index in self.global_blocks else self.window_size)
 
 
 def clip_from_config(cfg: CN, *, text: bool = True) -> ClipModel:
-    """The CLIP that MODEL.CLIP names.
+    """Build the CLIP that MODEL.CLIP describes.
 
     Args:
-        text: with its text tower.
+        text: whether to build its text tower.
 
     Raises:
-        ValueError: MODEL.CLIP.CONFIG together with weights of a CLIP; and what `load_clip` raises.
+        ValueError: If MODEL.CLIP.CONFIG is set together with MODEL.CLIP.PRETRAINED. See also `load_clip`.
     """
     keys = cfg.MODEL.CLIP
     if keys.CONFIG:
         if keys.PRETRAINED not in ("", "random"):
             raise ValueError(
-                f"MODEL.CLIP.PRETRAINED {keys.PRETRAINED!r}: a CLIP described by MODEL.CLIP.CONFIG starts at "
-                "random and takes its weights from MODEL.WEIGHTS"
+                f"MODEL.CLIP.PRETRAINED is {keys.PRETRAINED!r}, but a CLIP that MODEL.CLIP.CONFIG describes "
+                "starts with random weights: set it to random, and load weights by MODEL.WEIGHTS"
             )
         pixels = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
         config = {"model_cfg": json.loads(json.dumps(keys.CONFIG)), "preprocess_cfg": pixels}

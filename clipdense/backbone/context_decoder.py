@@ -1,4 +1,4 @@
-"""DenseCLIP's context decoder: text embeddings look at the image (post-model prompting)."""
+"""DenseCLIP's context decoder, which adapts class embeddings to the image (post-model prompting)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ __all__ = ["ContextDecoder"]
 
 
 class ContextDecoder(nn.Module):
-    """Delta of text embeddings T from visual tokens M (Rao et al., DenseCLIP, CVPR 2022, section 3.3).
+    """Transformer decoder from text embeddings t and visual tokens m to a change of the embeddings.
 
-    q = Linear(LN(T)), m = LN(Linear(LN(M))); every layer attends among the queries, then to m, then applies
-    an MLP, pre-norm; delta = Linear(LN(q)). No positions anywhere: the dense map carries its own.
+    q = Linear(LN(t)), m' = LN(Linear(LN(m))). Every layer applies self-attention of q, cross-attention to m'
+    and an MLP, pre-norm. delta = Linear(LN(q)). There are no position embeddings, as the dense map has its
+    own.
+
+    Source: Rao et al., DenseCLIP, CVPR 2022, section 3.3.
     """
 
     def __init__(
@@ -20,14 +23,20 @@ class ContextDecoder(nn.Module):
     ) -> None:
         """
         Args:
-            dim: D of texts and visual tokens.
-            width: of the decoder, a multiple of ``heads``.
-            heads, layers: of it.
-            dropout: after attentions and in the MLPs.
+            dim: D, of text embeddings and visual tokens.
+            width: width of the decoder, a multiple of ``heads``.
+            heads: number of heads of each attention.
+            layers: number of decoder layers.
+            dropout: dropout rate after attentions and in the MLPs.
+
+        Raises:
+            ValueError: If ``width`` is not a multiple of ``heads``.
         """
         super().__init__()
         if width % heads:
-            raise ValueError(f"a context decoder of width {width} cannot have {heads} heads")
+            raise ValueError(
+                f"MODEL.LANGUAGE.CONTEXT_DECODER.WIDTH {width} is not a multiple of HEADS {heads}"
+            )
         self.memory_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.LayerNorm(width))
         self.text_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
         self.decoder = nn.ModuleList(_DecoderLayer(width, heads, dropout) for _ in range(layers))
@@ -39,7 +48,7 @@ class ContextDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, text: Tensor, memory: Tensor) -> Tensor:
-        """Texts (B, K, D) and visual tokens (B, N, D) -> delta (B, K, D)."""
+        """Map text embeddings (B, K, D) and visual tokens (B, N, D) to delta (B, K, D)."""
         queries, memory = self.text_proj(text), self.memory_proj(memory)
         for layer in self.decoder:
             queries = layer(queries, memory)
@@ -67,7 +76,7 @@ class _DecoderLayer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Multi-head attention whose q, k and v have no bias."""
+    """Multi-head attention without biases of q, k and v."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -19,34 +19,35 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
 
 class FPN(_FPN):
-    """Detectron2's FPN (Lin et al., CVPR 2017), for maps of any size and stride.
+    """Detectron2's FPN (Lin et al., CVPR 2017) for maps of any size and stride.
 
-    The coarser map is brought to the exact size of the finer one, not to twice its own: a CLIP ResNet pools
-    with floor, so that an odd map is not twice the next. Where it is twice, both are the same computation.
-    Levels are named by the floor of their stride's logarithm: 3.5, 7, 14, 28 are "p1" to "p4".
+    The coarser map is resized to the exact size of the finer one. Detectron2 doubles its size, but a CLIP
+    ResNet rounds down when it pools, so an odd map is not twice the size of the next. For even maps both
+    computations agree. Levels are named by the floor of log2 of their stride: 3.5, 7, 14, 28 are "p1" to
+    "p4".
     """
 
     def __init__(self, *args: Any, pad: bool = True, **kwargs: Any) -> None:
         """
         Args:
             pad: whether images are padded to multiples of the coarsest stride of ``in_features``, as
-                Detectron2's FPN needs it; otherwise only to what the trunk needs.
-            args, kwargs: Detectron2's.
+                Detectron2's FPN requires; otherwise only as the trunk requires.
+            args, kwargs: arguments of Detectron2's FPN.
         """
         super().__init__(*args, **kwargs)
         self.pad = pad
-        strides = self._out_feature_strides  # Detectron2 takes those of the top levels for powers of two
+        strides = self._out_feature_strides  # Detectron2 assumes powers of two for the top levels
         for finer, coarser in itertools.pairwise(strides):
             strides[coarser] = 2 * strides[finer]
 
     @property
     def size_divisibility(self) -> int:
-        """What the padded images' height and width are multiples of; 0 for no padding."""
+        """Divisor of the padded images' height and width; 0: no padding."""
         divisor: int = super().size_divisibility if self.pad else self.bottom_up.size_divisibility
         return divisor
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) -> maps "p2", "p3" ... of ``out_channels``, from fine to coarse."""
+        """Map normalised images (B, 3, H, W) to maps "p2", "p3" ... of ``out_channels``, fine to coarse."""
         bottom_up = self.bottom_up(x)
         levels: list[Tensor] = []
         merged: Tensor | None = None
@@ -67,7 +68,7 @@ class FPN(_FPN):
         return dict(zip(self._out_features, levels, strict=True)) | passed_on(bottom_up)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of every level, by name."""
+        """Return channels and stride of every level, by name."""
         return super().output_shape() | passed_on(self.bottom_up.output_shape())
 
 
@@ -75,21 +76,27 @@ Output = TypeVar("Output")
 
 
 def passed_on(outputs: Mapping[str, Output]) -> dict[str, Output]:
-    """What a pyramid passes on from its trunk: the class scores of a `LanguageTrunk`, the joint map of a
-    `FrozenCLIPTrunk`.
+    """Select the outputs that a pyramid passes on from its trunk: the score map of a `LanguageTrunk`, the
+    joint map of a `FrozenCLIPTrunk`.
     """
     return {name: output for name, output in outputs.items() if name in (SCORE, JOINT)}
 
 
 def build_top_block(name: str, in_feature: str, in_channels: int, out_channels: int) -> nn.Module | None:
-    """The levels above a pyramid.
+    """Build the levels above a pyramid.
 
     Args:
-        name: "LastLevelMaxPool" (one level, subsampled from the pyramid's last), "LastLevelP6P7" (two levels
-            by strided convolutions, RetinaNet's), "LastLevelP6P7NoReLU" or "" for none.
-        in_feature: the map it reads.
+        name: "LastLevelMaxPool" (one level, subsampled from the pyramid's last), "LastLevelP6P7" (RetinaNet's
+            two levels, by strided convolutions), "LastLevelP6P7NoReLU" (the same without ReLU), or "" (none).
+        in_feature: name of the input map.
         in_channels: channels of that map.
-        out_channels: channels of the levels it adds.
+        out_channels: channels of the new levels.
+
+    Returns:
+        The module, or None.
+
+    Raises:
+        ValueError: If the name is unknown.
     """
     if not name:
         return None
@@ -107,10 +114,10 @@ def build_top_block(name: str, in_feature: str, in_channels: int, out_channels: 
 
 
 class LastLevelP6P7NoReLU(LastLevelP6P7):
-    """P6 and P7 with nothing between their convolutions (mmdetection's RetinaNet by default)."""
+    """P6 and P7 without a ReLU between their convolutions (mmdetection's default for RetinaNet)."""
 
     def forward(self, c5: Tensor) -> list[Tensor]:
-        """C5 (B, C, h, w) -> P6 and P7."""
+        """Map C5 (B, C, h, w) to P6 and P7."""
         p6 = self.p6(c5)
         return [p6, self.p7(p6)]
 
@@ -124,15 +131,19 @@ def build_trunk(cfg: CN, input_shape: ShapeSpec) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_trunk_fpn_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
-    """The trunk MODEL.TRUNK.NAME with an FPN over MODEL.FPN.IN_FEATURES (Detectron2's MODEL.FPN keys)."""
+    """Build the trunk MODEL.TRUNK.NAME with an FPN over MODEL.FPN.IN_FEATURES.
+
+    Raises:
+        ValueError: If the trunk lacks one of these maps.
+    """
     trunk = build_trunk(cfg, input_shape)
     shapes = trunk.output_shape()
     in_features: list[str] = cfg.MODEL.FPN.IN_FEATURES
     missing = [name for name in in_features if name not in shapes]
     if missing:
         raise ValueError(
-            f"MODEL.FPN.IN_FEATURES asks for {missing}; {cfg.MODEL.TRUNK.NAME} gives {sorted(shapes)}. A "
-            "trunk with one map, such as a ViT, needs MODEL.BACKBONE.NAME "
+            f"MODEL.FPN.IN_FEATURES {missing}: the maps of {cfg.MODEL.TRUNK.NAME} are {sorted(shapes)}. "
+            "A trunk with one map, such as a ViT, needs MODEL.BACKBONE.NAME "
             "build_trunk_simple_pyramid_backbone."
         )
     last = in_features[-1]
@@ -142,7 +153,7 @@ def build_trunk_fpn_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
         in_features=in_features,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        # RetinaNet's extra levels start from the trunk's map, the max pool from the pyramid's.
+        # RetinaNet's extra levels read the trunk's map; the max pool reads the pyramid's.
         top_block=build_top_block(
             top_block,
             last if top_block.startswith("LastLevelP6P7") else last.replace("res", "p"),

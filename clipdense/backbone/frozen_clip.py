@@ -1,4 +1,4 @@
-"""A frozen CLIP image tower to detect on and to classify regions with."""
+"""A frozen CLIP image tower for detection and region classification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipdense.backbone.clip_trunk import CLIPTrunk
 from clipdense.backbone.trunk import JOINT
 from clipdense.clip.model import ClipModel
 from clipdense.clip.towers import Tower, TowerRequest, TransformerTower
-from clipdense.regions import pool_boxes
+from clipdense.regions import pool_boxes, pool_masks
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
@@ -27,10 +27,10 @@ POOLING = "pooling"
 
 @BACKBONE_REGISTRY.register()
 class FrozenCLIPTrunk(CLIPTrunk):
-    """A CLIP image tower of which nothing is trained (F-VLM, Kuo et al., ICLR 2023; F-ViT).
+    """A frozen CLIP image tower (F-VLM, Kuo et al., ICLR 2023; F-ViT, Wu et al., CLIPSelf, ICLR 2024).
 
-    It always stays in evaluation mode and runs without autograd. In evaluation the same forward gives
-    "joint" as well, from which :meth:`embed_boxes` makes region embeddings in CLIP's joint space.
+    The tower always stays in evaluation mode and runs without autograd. In evaluation, the same forward also
+    returns the map "joint", from which :meth:`embed_regions` pools region embeddings in CLIP's joint space.
     """
 
     @configurable
@@ -48,14 +48,15 @@ class FrozenCLIPTrunk(CLIPTrunk):
         """
         Args:
             tower, out_features, window_size, global_blocks: see :class:`CLIPTrunk`.
-            blocks: ViTs: give what leaves these blocks, from 0, as "block<i>", all of the tower's stride.
+            blocks: ViTs: indices, from 0, of the blocks whose outputs are returned, as "block<i>". All have
+                the tower's stride. Empty: the last block alone.
             last_block: ViTs: mode of the last block for its map (published F-ViT: "value").
-            joint: "pooling": what the tower's own region pooling reads (ResNet's attention pool, heads of
-                ConvNeXt and SigLIP); or the mode of the tower's dense map, which is pooled by RoIAlign as
-                CLIPSelf does.
+            joint: "pooling": the input of the tower's own region pooling (ResNet's attention pool, the heads
+                of ConvNeXt and SigLIP); or a mode of the tower's dense map, which is pooled without weights
+                as in CLIPSelf.
 
         Raises:
-            ValueError: blocks, modes or a pooling that the tower has not.
+            ValueError: If the tower lacks a block, the mode or the region pooling.
         """
         super().__init__(
             tower,
@@ -66,7 +67,7 @@ class FrozenCLIPTrunk(CLIPTrunk):
             global_blocks=global_blocks,
         )
         if isinstance(self.tower, TransformerTower):
-            if unknown := [i for i in (*blocks, *self._want.taps) if i not in self.tower.tap_channels]:
+            if unknown := [i for i in (*blocks, *self._request.taps) if i not in self.tower.tap_channels]:
                 raise ValueError(
                     f"MODEL.FROZEN_CLIP.BLOCKS {unknown}: blocks are 0..{max(self.tower.tap_channels)}"
                 )
@@ -85,47 +86,58 @@ class FrozenCLIPTrunk(CLIPTrunk):
                 f"block{i}": ShapeSpec(channels=channels[i], stride=self.tower.stride) for i in blocks
             }
         self._pooling = joint == POOLING
-        self._want = TowerRequest(taps=tuple(blocks) or self._want.taps, tap_mode=last_block)
-        self._want_joint = replace(self._want, **({"pre": True} if self._pooling else {"dense": joint}))
+        self._request = TowerRequest(taps=tuple(blocks) or self._request.taps, tap_mode=last_block)
+        self._joint_request = replace(self._request, **({"pre": True} if self._pooling else {"dense": joint}))
 
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
         arguments = super().from_config(cfg, input_shape)
-        for trained in ("freeze_at", "norm"):
-            del arguments[trained]
+        for key in ("freeze_at", "norm"):
+            del arguments[key]
         keys = cfg.MODEL.FROZEN_CLIP
         return arguments | {"blocks": keys.BLOCKS, "last_block": keys.LAST_BLOCK, "joint": keys.JOINT}
 
     def train(self, mode: bool = True) -> FrozenCLIPTrunk:
-        """The tower stays in evaluation mode; ``mode`` decides whether "joint" is left out."""
-        self._give_joint = not mode
+        """Keep the tower in evaluation mode; training only leaves "joint" out of the outputs."""
+        self._joint_enabled = not mode
         super().train(mode)
         return self
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of every map, by name, "joint" last."""
+        """Return channels and stride of every map, by name, "joint" last."""
         tower = self.tower
         channels = tower.tap_channels[max(tower.tap_channels)] if self._pooling else tower.embed_dim
         return super().output_shape() | {JOINT: ShapeSpec(channels=channels, stride=tower.stride)}
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        out = self._run(images, self._want_joint if self._give_joint else self._want)
+        out = self._run(images, self._joint_request if self._joint_enabled else self._request)
         maps = self._maps(out)
-        if self._give_joint:
+        if self._joint_enabled:
             maps[JOINT] = out.pre if self._pooling else out.dense
         return maps
 
     @torch.no_grad()
-    def embed_boxes(self, joint: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Region embeddings in CLIP's joint space, unit length only from a dense map.
+    def embed_regions(
+        self, joint: Tensor, *, boxes: Sequence[Tensor] | None = None, masks: Tensor | None = None
+    ) -> Tensor:
+        """Embed regions in CLIP's joint space.
 
         Args:
             joint: the map "joint", (B, C, h, w).
-            boxes: one (n_i, 4) an image, xyxy in pixels of the padded images.
+            boxes: one (n_i, 4) per image, xyxy in pixels of the padded images -> (sum n_i, D).
+            masks: (B, Q, h, w), at least 0, at the size of ``joint`` -> (B, Q, D).
 
         Returns:
-            (sum n_i, D).
+            Region embeddings; L2-normalised if they are pooled from a dense map, else not.
+
+        Raises:
+            ValueError: If not exactly one of boxes and masks is given.
         """
         if self._pooling:
-            return self.tower.embed_regions(joint, boxes=boxes)
-        return pool_boxes(joint, boxes, scale=1 / self.tower.stride, pooling="clipself")
+            return self.tower.embed_regions(joint, boxes=boxes, masks=masks)
+        if (boxes is None) == (masks is None):
+            raise ValueError("embed_regions takes either boxes or masks")
+        if boxes is not None:
+            return pool_boxes(joint, boxes, scale=1 / self.tower.stride, pooling="clipself")
+        assert masks is not None
+        return pool_masks(joint, masks, pooling="clipself").unflatten(0, masks.shape[:2])

@@ -1,4 +1,4 @@
-"""A ViT's blocks at the strides of a pyramid."""
+"""Outputs of ViT blocks at the strides of a pyramid."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ __all__ = ["InterpolatedTrunk"]
 
 @BACKBONE_REGISTRY.register()
 class InterpolatedTrunk(Backbone):
-    """Maps of several blocks, of one stride, brought to the strides of a pyramid (F-ViT,
-    specs/clipself_fvlm_catseg_odise_fcclip.md 2.2).
+    """Maps of several blocks, all of one stride, rescaled to the strides of a pyramid.
 
-    The i-th block's map is scaled by the i-th factor: 4 by two deconvolutions of stride 2 with a norm and
-    GELU between them, 2 by one, 1/2 by max pooling; channels stay. What results is a trunk for an FPN:
-    stride 4 is "res2"; a patch of 14 gives 3.5, 7, 14, 28, which are "res1" to "res4" (floor of the
-    logarithm, as the FPN names its levels).
+    The i-th map is rescaled by the i-th factor: 4 by two deconvolutions of stride 2 with a norm and GELU
+    between them, 2 by one deconvolution, 1/2 by max pooling. The number of channels stays. The result is a
+    trunk for an FPN. Maps are named by the floor of log2 of their stride: 4 is "res2"; patches of 14 give
+    strides 3.5, 7, 14, 28, named "res1" to "res4".
+
+    Source: the detector F-ViT of Wu et al., CLIPSelf, ICLR 2024.
     """
 
     @configurable
@@ -38,19 +39,19 @@ class InterpolatedTrunk(Backbone):
     ) -> None:
         """
         Args:
-            trunk: gives one map a factor, in this order; "joint" is passed on.
-            scale_factors: size of each level relative to its map, powers of two, from fine to coarse.
-            norm: between two deconvolutions, any norm of Detectron2 or "LN".
+            trunk: a backbone with one map per factor, in this order; "joint" is passed on.
+            scale_factors: size of each level relative to its map; powers of two, from fine to coarse.
+            norm: norm between two deconvolutions, any norm of Detectron2 or "LN".
 
         Raises:
-            ValueError: another number of maps than of factors, or factors that do not fall.
+            ValueError: If the numbers of maps and factors differ, or the factors do not decrease.
         """
         super().__init__()
         shapes = {name: shape for name, shape in trunk.output_shape().items() if name != JOINT}
         if len(shapes) != len(scale_factors) or sorted(scale_factors, reverse=True) != list(scale_factors):
             raise ValueError(
-                f"MODEL.INTERPOLATED.SCALE_FACTORS {list(scale_factors)} must fall, and be as many as the "
-                f"trunk's maps {list(shapes)} (MODEL.FROZEN_CLIP.BLOCKS)"
+                f"MODEL.INTERPOLATED.SCALE_FACTORS {list(scale_factors)} must decrease, with one "
+                f"factor for each of the trunk's maps {list(shapes)} (MODEL.FROZEN_CLIP.BLOCKS)"
             )
         self.trunk = trunk
         self.levels = nn.ModuleList()
@@ -73,15 +74,15 @@ class InterpolatedTrunk(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The trunk's."""
+        """Divisor of the padded images' height and width, which is the trunk's."""
         return self.trunk.size_divisibility
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of every map, by name."""
+        """Return channels and stride of every map, by name."""
         return self._shapes | passed_on(self.trunk.output_shape())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) -> maps (B, C, h, w) by name, from fine to coarse."""
+        """Map normalised images (B, 3, H, W) to maps (B, C, h, w) by name, from fine to coarse."""
         maps = self.trunk(images)
         levels = [level(maps[name]) for name, level in zip(self._sources, self.levels, strict=True)]
         return dict(zip(self._shapes, levels, strict=True)) | passed_on(maps)

@@ -1,4 +1,4 @@
-"""DenseCLIP's language-guided backbone: a trunk that scores every position against every class."""
+"""DenseCLIP's language-guided backbone: a trunk with a score per position and class."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ __all__ = ["DensePool", "LanguageTrunk"]
 
 @BACKBONE_REGISTRY.register()
 class LanguageTrunk(Backbone):
-    """A trunk with class scores on its last map (Rao et al., DenseCLIP, CVPR 2022, section 3).
+    """A trunk with class scores appended to its last map.
 
-    The trunk gives maps, a global feature g and a dense map z, both in the text's space; t are the class
-    embeddings:
+    The trunk computes maps, a global feature g and a dense map z, both in the embedding space of the text.
+    With class embeddings t:
 
         t' = t + gamma * decoder(t, [g; z])        (context-aware prompting; without decoder t' = t)
         s  = cos(z, t') / tau                      (score map)
 
-    s is concatenated to the trunk's map of the same stride, and given as "score". It is a trunk itself: feed
-    it to an FPN or a simple feature pyramid, which pass "score" on, or use it as it is.
+    s is concatenated to the trunk's map of the same stride, and returned as "score". The result is a trunk
+    itself: use it below an FPN or a simple feature pyramid, which pass "score" on, or alone.
+
+    Source: Rao et al., DenseCLIP, CVPR 2022, section 3.
     """
 
     @configurable
@@ -55,18 +57,20 @@ class LanguageTrunk(Backbone):
     ) -> None:
         """
         Args:
-            trunk: a `CLIPTrunk` with ``joint``, whose projection gives g and z; any other gets an attention
-                pool with random weights over its last map.
-            text: of the K classes.
-            context_decoder: of the text's dimension; None for class embeddings that do not see the image.
-            gamma: every entry of the learned vector at the start.
+            trunk: a `CLIPTrunk` with ``joint``, whose projection computes g and z. Any other trunk gets an
+                attention pool with random weights over its last map.
+            text: embeddings of the K classes.
+            context_decoder: decoder of the text's dimension; None: class embeddings ignore the image.
+            gamma: initial value of every entry of the learned vector gamma.
             tau: temperature, not learned.
-            concatenate: "scaled" appends s (as published detectors), "cosine" s * tau (published segmentors).
-            last_map: "trunk", or "dense": z replaces the trunk's map of its stride, before s is appended
-                (published as att_level3).
+            concatenate: what is appended: "scaled", s (published detectors), or "cosine", s * tau (published
+                segmentors).
+            last_map: what it is appended to: "trunk", the trunk's map of the stride of z, or "dense", z
+                instead of that map (att_level3 of the published code).
 
         Raises:
-            ValueError: text and trunk of different dimensions, no map at the stride of z, unknown choices.
+            ValueError: If the dimensions of text and trunk differ, if the trunk has no map of the stride of
+                z, or if a choice is unknown.
         """
         super().__init__()
         if concatenate not in ("scaled", "cosine"):
@@ -84,14 +88,14 @@ class LanguageTrunk(Backbone):
             dim, stride = text.embed_dim, last.stride
         if dim != text.embed_dim:
             raise ValueError(
-                f"the trunk's joint space has {dim} dimensions, the class embeddings {text.embed_dim}"
+                f"the trunk's joint space has {dim} dimensions, the class embeddings have {text.embed_dim}"
             )
         scored = [name for name, shape in shapes.items() if shape.stride == stride]
         if not scored:
             raise ValueError(
-                f"the score map has stride {stride}, the trunk gives "
+                f"the score map has stride {stride}, but the trunk's maps have "
                 f"{ {name: shape.stride for name, shape in shapes.items()} }: "
-                "leave that map in MODEL.TRUNK.OUT_FEATURES"
+                "add the map of that stride to MODEL.TRUNK.OUT_FEATURES"
             )
         self.scored = scored[-1]
         self.text = text
@@ -131,20 +135,26 @@ class LanguageTrunk(Backbone):
 
     @property
     def size_divisibility(self) -> int:
+        """Divisor of the padded images' height and width, which is the trunk's."""
         return self.trunk.size_divisibility
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """The trunk's, where the installed detectron2 has them."""
+        """The trunk's padding constraints; empty if the installed detectron2 has none."""
         return getattr(self.trunk, "padding_constraints", {})
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of every map, by name, "score" last."""
+        """Return channels and stride of every map, by name, "score" last."""
         return dict(self._shapes)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) -> the trunk's maps with the scores on one, and "score" (B, K, h,
-        w), which are logits s.
+        """Compute the trunk's maps with the scores appended to one, and the score map.
+
+        Args:
+            images: normalised images (B, 3, H, W).
+
+        Returns:
+            Maps by name; "score" is s (B, K, h, w), logits.
         """
         maps, g, z = self._joint(images)
         score = self.score(g, z)
@@ -153,12 +163,12 @@ class LanguageTrunk(Backbone):
         return {**maps, SCORE: score}
 
     def score(self, g: Tensor, z: Tensor) -> Tensor:
-        """Global features (B, D) and dense maps (B, D, h, w) -> s (B, K, h, w)."""
+        """Compute s (B, K, h, w) from global features g (B, D) and dense maps z (B, D, h, w)."""
         t = self.refine(self.text().expand(len(z), -1, -1), g, z)
         return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2)) / self.tau
 
     def refine(self, t: Tensor, g: Tensor, z: Tensor) -> Tensor:
-        """Class embeddings t (B, K, D), global features (B, D), dense maps (B, D, h, w) -> t' (B, K, D)."""
+        """Compute t' (B, K, D) from t (B, K, D), global features g (B, D) and dense maps z (B, D, h, w)."""
         if self.context_decoder is None or self.gamma is None:
             return t
         memory = torch.cat([g[:, None], z.flatten(2).transpose(1, 2)], dim=1)
@@ -174,16 +184,17 @@ class LanguageTrunk(Backbone):
 
 
 class DensePool(nn.Module):
-    """An attention pool with random weights that gives a trunk without language g and z (DenseCLIP, section
-    4.3: "any backbone").
+    """An attention pool with random weights, which computes g and z for a trunk that is not CLIP's.
+
+    Source: Rao et al., DenseCLIP, CVPR 2022, section 4.3 ("any backbone").
     """
 
     def __init__(self, channels: int, dim: int, grid: int = 7) -> None:
         """
         Args:
-            channels: C of the trunk's last map.
-            dim: D of the text.
-            grid: side of the position table, resized bilinearly to every map.
+            channels: C, of the trunk's last map.
+            dim: D, of the text embeddings.
+            grid: side of the position table, which is resized bilinearly to every map.
         """
         super().__init__()
         heads = max(h for h in range(1, max(channels // 64, 1) + 1) if channels % h == 0)
@@ -191,7 +202,7 @@ class DensePool(nn.Module):
         self.attnpool = AttentionPool2d(grid, channels, heads, dim)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) -> g (B, D), z (B, D, h, w)."""
+        """Map (B, C, h, w) to g (B, D) and z (B, D, h, w)."""
         grid = (features.shape[2], features.shape[3])
         positions = resize_table(self.attnpool.positional_embedding, self.grid, grid, "bilinear")
         tokens = attention_pool(self.attnpool, features, positions, every_query=True)
@@ -199,7 +210,11 @@ class DensePool(nn.Module):
 
 
 def build_class_text(cfg: CN) -> ClassText | ClassTable:
-    """The class embeddings that MODEL.LANGUAGE and MODEL.CLIP describe."""
+    """Build the class embeddings that MODEL.LANGUAGE and MODEL.CLIP describe.
+
+    Raises:
+        ValueError: If MODEL.LANGUAGE.TEXT is unknown. See also `ClassText`.
+    """
     keys = cfg.MODEL.LANGUAGE
     classes: Sequence[str] = keys.CLASSES or class_names(cfg, keys.CLASSES_FROM)
     if keys.TEXT == "table":

@@ -1,7 +1,8 @@
-"""RoIAlign over the levels of a pyramid of any strides."""
+"""RoIAlign over the levels of a pyramid with any strides."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,11 +16,12 @@ __all__ = ["AnyStridePooler"]
 
 
 class AnyStridePooler(nn.Module):
-    """`ROIPooler` for strides that are no powers of two, such as 3.5, 7, 14, 28 of patches of 14.
+    """`ROIPooler` for strides that are not powers of two, such as 3.5, 7, 14, 28 of patches of 14.
 
-    A box of w x h pixels is pooled from level floor(log2(sqrt(w h) / finest + 1e-6)), clamped to the levels
-    that there are (F-ViT, specs/clipself_fvlm_catseg_odise_fcclip.md 2.2). With strides 4 to 32 and finest
-    56 that is Detectron2's rule.
+    A box of w x h pixels is pooled from level floor(log2(sqrt(w h) / finest + 1e-6)), clamped to the existing
+    levels. With strides 4 to 32 and finest 56, this is Detectron2's rule.
+
+    Source: the detector F-ViT of Wu et al., CLIPSelf, ICLR 2024.
     """
 
     def __init__(
@@ -27,42 +29,42 @@ class AnyStridePooler(nn.Module):
     ) -> None:
         """
         Args:
-            output_size: cells of the result, along each axis.
-            strides: of the levels in pixels, from fine to coarse.
-            finest: boxes below twice this size, in pixels, are pooled from the finest level.
-            sampling_ratio: points a cell and axis; 0: as many as the map has cells there.
+            output_size: cells of the result along each axis.
+            strides: strides of the levels in pixels, from fine to coarse.
+            finest: boxes smaller than twice this size, in pixels, are pooled from the finest level.
+            sampling_ratio: sampling points per cell and axis; 0: as many as the map has cells there.
 
         Raises:
-            ValueError: strides that do not rise.
+            ValueError: If the strides do not increase.
         """
         super().__init__()
-        if any(a >= b for a, b in zip(strides, strides[1:], strict=False)):
-            raise ValueError(f"the strides of the levels must rise, from fine to coarse: {list(strides)}")
+        if any(finer >= coarser for finer, coarser in itertools.pairwise(strides)):
+            raise ValueError(f"the strides of the levels must increase, from fine to coarse: {list(strides)}")
         self.output_size, self.strides = output_size, tuple(strides)
         self.finest, self.sampling_ratio = finest, sampling_ratio
 
     def forward(self, features: Sequence[Tensor], boxes: Sequence[Boxes]) -> Tensor:
-        """Maps (B, C, h, w) of the levels, and the boxes of each image -> (N, C, output_size, output_size),
-        image by image.
+        """Pool boxes from the levels that match their sizes.
+
+        Args:
+            features: maps (B, C, h, w) of the levels, from fine to coarse.
+            boxes: the boxes of each image, in pixels.
+
+        Returns:
+            (N, C, output_size, output_size), image by image.
         """
-        index = torch.repeat_interleave(
-            torch.arange(len(boxes), device=features[0].device),
-            torch.tensor([len(b) for b in boxes], device=features[0].device),
-        )
+        side, device = self.output_size, features[0].device
+        counts = torch.tensor([len(b) for b in boxes], device=device)
+        index = torch.arange(len(boxes), device=device).repeat_interleave(counts)
         corners = torch.cat([b.tensor for b in boxes]).float()
         rois = torch.cat([index[:, None].to(corners), corners], dim=1)
-        if len(self.strides) == 1:
-            return self._pool(features[0], rois, self.strides[0])
         size = (corners[:, 2:] - corners[:, :2]).clamp(min=0).prod(1).sqrt()
         levels = torch.log2(size / self.finest + 1e-6).floor().clamp(0, len(self.strides) - 1)
-        side = self.output_size
         pooled = features[0].new_zeros(len(rois), features[0].shape[1], side, side)
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             chosen = (levels == level).nonzero().squeeze(1)
-            pooled.index_copy_(0, chosen, self._pool(feature, rois[chosen], stride))
+            cells = roi_align(
+                feature, rois[chosen], side, scale=1 / stride, sampling_ratio=self.sampling_ratio
+            )
+            pooled.index_copy_(0, chosen, cells)
         return pooled
-
-    def _pool(self, feature: Tensor, rois: Tensor, stride: float) -> Tensor:
-        return roi_align(
-            feature, rois, self.output_size, scale=1 / stride, sampling_ratio=self.sampling_ratio
-        )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipdense.backbone.language import LanguageTrunk
 from clipdense.backbone.trunk import SCORE
-from clipdense.regions import pool_boxes
+from clipdense.clip.roi_align import roi_align
 
 __all__ = ["RecordedScore", "has_score_map", "record_scores", "score_classes", "score_maps"]
 
@@ -116,8 +116,7 @@ def without_padding(score: Tensor, padded: Sequence[int], size: Sequence[int]) -
     height, width = (n * s / p for n, s, p in zip(score.shape[-2:], size, padded, strict=True))
     box = score.new_tensor([[0.0, 0.0, width, height]])
     cells = (max(1, round(height)), max(1, round(width)))
-    sampled = pool_boxes(score, [box] * len(score), output_size=cells, sampling_ratio=1)
-    return sampled.reshape(*score.shape[:2], *cells)
+    return roi_align(score, [box] * len(score), cells, sampling_ratio=1)
 
 
 def _language_trunk(model: nn.Module) -> LanguageTrunk | None:

@@ -1,4 +1,4 @@
-"""Simple feature pyramid over a single map (ViTDet)."""
+"""ViTDet's simple feature pyramid over a single map."""
 
 from __future__ import annotations
 
@@ -20,22 +20,27 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 
 def _norm(name: str, channels: int) -> nn.Module | None:
-    """``get_norm`` with "LN", LayerNorm over the channels, which detectron2 0.6 has not."""
+    """Return Detectron2's norm of that name, or for "LN" a LayerNorm over the channels, which detectron2 0.6
+    lacks.
+    """
     return LayerNorm2d(channels) if name == "LN" else get_norm(name, channels)
 
 
 def rescale(scale: float, channels: int, norm: str, *, halve: bool = True) -> tuple[list[nn.Module], int]:
-    """Layers that change the size of a map by ``scale``, and the channels that they leave.
+    """Build the layers that change the size of a map by a factor.
 
     Args:
-        scale: a power of two: deconvolutions of stride 2, with norm and GELU between two of them, or max
-            pooling.
-        channels: of the map.
-        norm: "LN" or any norm of Detectron2; "" for none.
-        halve: whether every deconvolution leaves half of the channels.
+        scale: the factor, a power of two. Above 1: deconvolutions of stride 2, with norm and GELU between two
+            of them. Below 1: max pooling.
+        channels: channels of the map.
+        norm: "LN" or any norm of Detectron2; "": none.
+        halve: whether every deconvolution halves the number of channels.
+
+    Returns:
+        The layers, and the number of channels of their output.
 
     Raises:
-        ValueError: another scale.
+        ValueError: If the scale is not a power of two.
     """
     layers: list[nn.Module] = []
     steps = round(math.log2(scale))
@@ -54,17 +59,18 @@ def rescale(scale: float, channels: int, norm: str, *, halve: bool = True) -> tu
 
 
 def as_stride(stride: float) -> Any:
-    """An integer where it is one, for exact anchors and poolers; a patch of 14 gives others."""
+    """Convert a stride without fraction to an integer, for exact anchors and poolers."""
     return int(stride) if stride == int(stride) else stride
 
 
 class SimpleFeaturePyramid(Backbone):
-    """Every level of the pyramid from the trunk's last map (Li et al., ViTDet, ECCV 2022, section 3 and
-    appendix A.2).
+    """A pyramid whose levels are all computed from the trunk's last map.
 
-    A level is reached by stride-2 deconvolutions (norm and GELU between two of them) or max pooling, then a
-    1x1 and a 3x3 convolution, each followed by a norm. Levels are named by their stride as in Detectron2:
-    stride 4 is "p2"; a patch of 14 gives 3.5, 7, 14, 28, which are "p1" to "p4" (floor of the logarithm).
+    A level is computed by stride-2 deconvolutions (norm and GELU between two of them) or max pooling, then a
+    1x1 and a 3x3 convolution, each followed by a norm. Levels are named by the floor of log2 of their stride:
+    4 is "p2"; patches of 14 give strides 3.5, 7, 14, 28, named "p1" to "p4".
+
+    Source: Li et al., ViTDet, ECCV 2022, section 3 and appendix A.2.
     """
 
     @configurable
@@ -81,18 +87,21 @@ class SimpleFeaturePyramid(Backbone):
         """
         Args:
             trunk: any backbone.
-            in_feature: its map that the pyramid grows from.
+            in_feature: name of the trunk's map that the levels are computed from.
             out_channels: channels of every level.
-            scale_factors: size of each level relative to that map, powers of two, from fine to coarse.
-            norm: "LN" or any norm of Detectron2; "" for none.
+            scale_factors: size of each level relative to that map; powers of two, from fine to coarse.
+            norm: "LN" or any norm of Detectron2; "": none.
             top_block: see :func:`build_top_block`.
+
+        Raises:
+            ValueError: If the factors do not decrease, or are not powers of two.
         """
         super().__init__()
         shape = trunk.output_shape()[in_feature]
         strides = [shape.stride / scale for scale in scale_factors]
         if sorted(strides) != strides:
             raise ValueError(
-                f"MODEL.SIMPLE_PYRAMID.SCALE_FACTORS must fall, from fine to coarse: {list(scale_factors)}"
+                f"MODEL.SIMPLE_PYRAMID.SCALE_FACTORS {list(scale_factors)} must decrease, from fine to coarse"
             )
         self.trunk = trunk
         self.in_feature = in_feature
@@ -140,14 +149,15 @@ class SimpleFeaturePyramid(Backbone):
 
     @property
     def size_divisibility(self) -> int:
+        """Divisor of the padded images' height and width."""
         return self._size_divisibility
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of every level, by name; strides of a patch of 14 are not integers."""
+        """Return channels and stride of every level, by name; with patches of 14, strides have fractions."""
         return self._shapes | passed_on(self.trunk.output_shape())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) -> maps (B, out_channels, h, w) by name, from fine to coarse."""
+        """Map normalised images (B, 3, H, W) to maps (B, out_channels, h, w) by name, fine to coarse."""
         features = self.trunk(images)
         levels = [level(features[self.in_feature]) for level in self.levels]
         if self.top_block is not None:
@@ -157,5 +167,5 @@ class SimpleFeaturePyramid(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_trunk_simple_pyramid_backbone(cfg: CN, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
-    """The trunk MODEL.TRUNK.NAME with a simple feature pyramid (keys MODEL.SIMPLE_PYRAMID, MODEL.FPN)."""
+    """Build the trunk MODEL.TRUNK.NAME with a simple feature pyramid (MODEL.SIMPLE_PYRAMID, MODEL.FPN)."""
     return SimpleFeaturePyramid(cfg, input_shape)

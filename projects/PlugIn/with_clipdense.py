@@ -8,13 +8,15 @@ import runpy
 import sys
 
 import clipdense
+from clipdense.backbone.flops import FlopCountAnalysis
 
 import detectron2.config
+import detectron2.utils.analysis
 from detectron2.config import CfgNode, get_cfg
 
 
 def get_cfg_with_clipdense() -> CfgNode:
-    """Detectron2's defaults and clipdense's."""
+    """Return Detectron2's defaults and clipdense's."""
     cfg = get_cfg()
     clipdense.add_clipdense_config(cfg)
     return cfg
@@ -24,6 +26,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"usage: {sys.argv[0]} SCRIPT.py|MODULE ...")
     detectron2.config.get_cfg = get_cfg_with_clipdense
+    detectron2.utils.analysis.FlopCountAnalysis = FlopCountAnalysis  # counts fused attention too
     sys.argv = sys.argv[1:]
     if sys.argv[0].endswith(".py"):
         runpy.run_path(sys.argv[0], run_name="__main__")

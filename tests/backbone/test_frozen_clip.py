@@ -31,7 +31,7 @@ def frozen(name: str, **options: object) -> FrozenCLIPTrunk:
 
 
 @pytest.mark.parametrize("name, joint", [("shapes-rn", "pooling"), ("shapes-vit", "clipself")])
-def test_nothing_is_trained_and_joint_comes_in_evaluation(name: str, joint: str) -> None:
+def test_the_tower_is_frozen_and_evaluation_adds_the_joint_map(name: str, joint: str) -> None:
     trunk = frozen(name, joint=joint)
     images = torch.randn(2, 3, 64, 64, requires_grad=True)
     maps = trunk.train()(images)
@@ -49,13 +49,41 @@ def test_regions_by_the_towers_own_pooling_or_by_the_dense_map() -> None:
     images = torch.randn(2, 3, 64, 64)
     resnet, vit = frozen("shapes-rn").eval(), frozen("shapes-vit", joint="clipself").eval()
     with torch.no_grad():
-        pooled = resnet.embed_boxes(resnet(images)[JOINT], BOXES)
+        pooled = resnet.embed_regions(resnet(images)[JOINT], boxes=BOXES)
         pre = resnet.tower(images, TowerRequest(pre=True)).pre
         torch.testing.assert_close(pooled, resnet.tower.embed_regions(pre, boxes=BOXES))
         dense = vit.tower(images, TowerRequest(dense="value")).dense
         expected = pool_boxes(dense, BOXES, scale=1 / 8, pooling="clipself")
-        torch.testing.assert_close(vit.embed_boxes(vit(images)[JOINT], BOXES), expected)
+        torch.testing.assert_close(vit.embed_regions(vit(images)[JOINT], boxes=BOXES), expected)
     assert pooled.shape == expected.shape == (3, 128)
+
+
+@torch.no_grad()
+def test_masks_are_embedded_like_boxes() -> None:
+    """The mask of the whole image is pooled as the mean of the map, or by the tower's own pooling."""
+    images = torch.randn(2, 3, 64, 64)
+    resnet, vit = frozen("shapes-rn").eval(), frozen("shapes-vit", joint="clipself").eval()
+    joint = vit(images)[JOINT]
+    masks = (torch.rand(2, 3, *joint.shape[-2:]) > 0.5).float()
+    embeddings = vit.embed_regions(joint, masks=masks)
+    weights = masks / masks.sum((2, 3), keepdim=True)
+    mean = torch.einsum("bdhw,bqhw->bqd", F.normalize(joint, dim=1), weights)
+    torch.testing.assert_close(embeddings, F.normalize(mean, dim=2))
+    pre = resnet(images)[JOINT]
+    masks = torch.ones(2, 1, *pre.shape[-2:])
+    embeddings = resnet.embed_regions(pre, masks=masks)
+    torch.testing.assert_close(embeddings, resnet.tower.embed_regions(pre, masks=masks))
+    assert embeddings.shape == (2, 1, 128)
+
+
+@pytest.mark.parametrize("name, joint", [("shapes-rn", "pooling"), ("shapes-vit", "clipself")])
+def test_regions_are_either_boxes_or_masks(name: str, joint: str) -> None:
+    trunk = frozen(name, joint=joint).eval()
+    maps = trunk(torch.randn(2, 3, 64, 64))[JOINT]
+    with pytest.raises(ValueError, match="either boxes or masks"):
+        trunk.embed_regions(maps)
+    with pytest.raises(ValueError, match="either boxes or masks"):
+        trunk.embed_regions(maps, boxes=BOXES, masks=torch.ones(2, 1, *maps.shape[-2:]))
 
 
 @torch.no_grad()
@@ -69,7 +97,7 @@ def test_a_convnext_embeds_regions_by_its_head() -> None:
     for key, stride in {"res2": 4, "res3": 8, "res4": 16, "res5": 32, JOINT: 32}.items():
         shape = ShapeSpec(channels=maps[key].shape[1], stride=stride)
         assert trunk.output_shape()[key] == shape and maps[key].shape[-1] == 64 // stride
-    whole = trunk.embed_boxes(maps[JOINT], [torch.tensor([[0.0, 0, 64, 64]])] * 2)
+    whole = trunk.embed_regions(maps[JOINT], boxes=[torch.tensor([[0.0, 0, 64, 64]])] * 2)
     torch.testing.assert_close(whole, trunk.tower(images, TowerRequest(pooled=True)).pooled)
 
 
@@ -164,7 +192,7 @@ def test_pooler_is_detectron2s_at_powers_of_two() -> None:
     finer = AnyStridePooler(7, (4, 8, 16, 32), finest=14.0)(maps, lists)
     assert not torch.allclose(finer, theirs(maps, lists))
     assert AnyStridePooler(7, (4, 8))(maps[:2], [Boxes(torch.zeros(0, 4))] * 2).shape == (0, 3, 7, 7)
-    with pytest.raises(ValueError, match="must rise"):
+    with pytest.raises(ValueError, match="must increase"):
         AnyStridePooler(7, (8, 4))
 
 

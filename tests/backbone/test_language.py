@@ -174,7 +174,7 @@ def test_wrong_combinations_are_refused() -> None:
     text.embed_dim += 1
     with pytest.raises(ValueError, match="dimensions"):
         LanguageTrunk(CLIPTrunk(model.visual, joint=True), text)
-    with pytest.raises(ValueError, match="no class"):
+    with pytest.raises(ValueError, match="class names is empty"):
         ClassText(model, [])
     with pytest.raises(ValueError, match="a very long name"):
         ClassText(model, ["cat", "a very long name " * 20])

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from clipdense.backbone import CLIPTrunk
-from clipdense.backbone.flops import ATTENTION
+from clipdense.backbone.flops import ATTENTION, FlopCountAnalysis
 from clipdense.clip import load_clip
 from clipdense.engine.build import build_model
 from clipdense.run.setup import load_config
@@ -23,7 +23,8 @@ from clipdense.run.setup import load_config
 import detectron2
 import detectron2.config
 import detectron2.data
-from detectron2.utils.analysis import FlopCountAnalysis, activation_count_operators, parameter_count
+import detectron2.utils.analysis
+from detectron2.utils.analysis import activation_count_operators, parameter_count
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "projects" / "PlugIn" / "with_clipdense.py"
@@ -43,7 +44,11 @@ def tool(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> T
         if not (TOOLS / f"{name}.py").is_file():
             pytest.skip(f"the installed detectron2 brings no {TOOLS.name}/{name}.py")
         monkeypatch.setattr(sys, "argv", [str(LAUNCHER), str(TOOLS / f"{name}.py"), *words])
-        monkeypatch.setattr(detectron2.config, "get_cfg", detectron2.config.get_cfg)  # put back afterwards
+        for module, patched in (
+            (detectron2.config, "get_cfg"),
+            (detectron2.utils.analysis, "FlopCountAnalysis"),
+        ):
+            monkeypatch.setattr(module, patched, getattr(module, patched))  # restored afterwards
         with caplog.at_level(logging.INFO):
             logging.getLogger("detectron2").addHandler(caplog.handler)
             try:

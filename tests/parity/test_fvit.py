@@ -327,7 +327,7 @@ def test_every_output(golden, detector):
     text, base = model.evaluation_classes()
     logits, box_deltas = heads.box_predictor(x, text)
     p = logits.softmax(1)
-    q = heads.box_predictor.clip_probabilities(model.trunk.embed_boxes(features[JOINT], boxes), text)
+    q = heads.box_predictor.clip_probabilities(model.trunk.embed_regions(features[JOINT], boxes=boxes), text)
     fused = heads.box_predictor.fuse(p, q, base)
     close(golden, "detector_logits", logits, 1e-4)
     close(golden, "bbox_deltas", box_deltas, 1e-4)

@@ -145,7 +145,7 @@ BREAKS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "other channels": (
         lambda s: s.update({"bbox_head.retina_reg.bias": torch.zeros(35)}),
-        ["bbox_head.retina_reg.bias (35,) has no channels for 9 anchors"],
+        ["bbox_head.retina_reg.bias (35,): channels are not a multiple of 9 anchors"],
     ),
     "one key more": (
         lambda s: s.update({"backbone.extra": torch.zeros(2), "neck.extra": torch.zeros(1)}),
@@ -183,7 +183,7 @@ def test_a_bare_file_lists_no_classes(tmp_path: Path) -> None:
     assert done.classes is None and "MODEL.LANGUAGE.CLASSES" not in done.options and not done.dropped
     done = convert_weights(source, target, classes=["a", "b", "c"], options=OPTIONS)
     assert done.classes == done.options["MODEL.LANGUAGE.CLASSES"] == ["a", "b", "c"]
-    with pytest.raises(CheckpointError, match="heads of 3 classes, but 2 names"):
+    with pytest.raises(CheckpointError, match="heads have 3 classes, but 2 class names"):
         convert_weights(source, target, classes=["a", "b"], options=OPTIONS)
 
 

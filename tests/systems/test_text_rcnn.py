@@ -173,7 +173,7 @@ def test_wrong_class_lists_are_refused(dataset: str, tmp_path: Path) -> None:
     Path(f"{tmp_path}/table.npy.json").unlink()
     with pytest.raises(ValueError, match="3 classes"):
         TextBoxPredictor(config(dataset, "MODEL.TEXT_RCNN.TABLE", table(tmp_path, None, rows=4)), shape)
-    with pytest.raises(ValueError, match="NUM_CLASSES 5"):
+    with pytest.raises(ValueError, match="NUM_CLASSES is 5"):
         keys = ("MODEL.TEXT_RCNN.TABLE", table(tmp_path, CLASSES), "MODEL.ROI_HEADS.NUM_CLASSES", 5)
         TextBoxPredictor(config(dataset, *keys), shape)
     with pytest.raises(ValueError, match="different class lists"):

@@ -1,4 +1,4 @@
-"""DenseCLIP (Rao et al., CVPR 2022): detectors and segmentors on a language-guided backbone."""
+"""DenseCLIP (Rao et al., CVPR 2022): detectors on a language-guided backbone."""
 
 from clipdense.systems.denseclip import convert as convert
 from clipdense.systems.denseclip.config import add_denseclip_config

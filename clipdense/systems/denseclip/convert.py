@@ -1,8 +1,8 @@
-"""Published DenseCLIP detectors: mmdetection's RetinaNet and Mask R-CNN on CLIP RN50 and RN101.
+"""Conversion of the published DenseCLIP detectors: mmdetection's RetinaNet and Mask R-CNN on CLIP's ResNets.
 
-Sizes are read from the tensors. What they cannot tell is as in the released files
-(specs/denseclip_maskclip_segclip.md 1.11, 1.14, 1.15): heads of the text tower, the attention pool and the
-context decoder, the temperature, the weight of the auxiliary loss.
+Sizes are read from the tensors. Settings that tensors do not determine are those of the released configs:
+number of heads of the text tower, the attention pool and the context decoder, temperature, weight of the
+auxiliary loss.
 """
 
 from __future__ import annotations
@@ -87,18 +87,20 @@ def _neck(levels: int, first: int) -> dict[str, str]:
 def _retinanet_state(state: State) -> dict[str, Tensor]:
     prefixes = _retinanet_prefixes(state)
     return {
-        rename(key, prefixes): _ours_of_anchors(key, value)
+        rename(key, prefixes): _reorder_anchors(key, value)
         if key.startswith(tuple(_RETINANET_HEAD))
         else value
         for key, value in state.items()
     }
 
 
-def _ours_of_anchors(key: str, tensor: Tensor) -> Tensor:
-    """Channels (ratio, scale, ...), mmdetection's order of anchors, as (scale, ratio, ...), Detectron2's."""
+def _reorder_anchors(key: str, tensor: Tensor) -> Tensor:
+    """Convert channels from mmdetection's order of anchors (ratio, scale, ...) to Detectron2's (scale, ratio,
+    ...).
+    """
     if tensor.ndim == 0 or tensor.shape[0] % (len(RATIOS) * SCALES):
         raise CheckpointError(
-            f"{key} {tuple(tensor.shape)} has no channels for {len(RATIOS) * SCALES} anchors"
+            f"{key} {tuple(tensor.shape)}: channels are not a multiple of {len(RATIOS) * SCALES} anchors"
         )
     return tensor.unflatten(0, (len(RATIOS), SCALES, -1)).transpose(0, 1).flatten(0, 2)
 
@@ -166,9 +168,11 @@ def _mask_rcnn_options(state: State, classes: Sequence[str] | None) -> dict[str,
 
 
 def _language_options(state: State, num_classes: int, classes: Sequence[str] | None) -> dict[str, Any]:
-    """Of the backbone, which both detectors share."""
+    """Return the options of the backbone, which both detectors share."""
     if classes and len(classes) != num_classes:
-        raise CheckpointError(f"heads of {num_classes} classes, but {len(classes)} names of classes")
+        raise CheckpointError(
+            f"the heads have {num_classes} classes, but {len(classes)} class names are given"
+        )
     clip = _clip_config(state)
     last_lateral = f"neck.lateral_convs.{count_parts(state, 'neck.lateral_convs.') - 1}.conv.weight"
     dense_last = shown_size(state, (last_lateral, 1)) == clip["embed_dim"] + num_classes
@@ -209,7 +213,7 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
 
 
 def _clip_config(state: State) -> dict[str, Any]:
-    """open_clip's model_cfg."""
+    """Return open_clip's model_cfg."""
     visual, text = "backbone", "text_encoder"
     width = shown_size(state, *((f"{visual}.{x}.weight", 0) for x in ("bn3", "conv3", "layer1.0.conv1")))
     embed_dim = shown_size(
@@ -228,7 +232,7 @@ def _clip_config(state: State) -> dict[str, Any]:
         "vision_cfg": {
             "layers": [count_parts(state, f"{visual}.layer{i}.") for i in (1, 2, 3, 4)],
             "width": width,
-            "head_width": width,  # 32 heads in the attention pool, whose tokens are 32 times as wide
+            "head_width": width,  # the attention pool has 32 heads, and tokens of 32 times this width
             "patch_size": None,
             "image_size": 32 * math.isqrt(shown_size(state, (f"{visual}.attnpool.positional_embedding", 0))),
         },
@@ -244,7 +248,7 @@ def _clip_config(state: State) -> dict[str, Any]:
 
 
 def _is_detector(head: str) -> Callable[[State], bool]:
-    """Whether keys are of a DenseCLIP with such a head, which may lack a few."""
+    """Return a predicate: whether keys belong to a DenseCLIP with such a head, possibly incomplete."""
     return lambda state: all(
         any(key.startswith(prefix) for key in state)
         for prefix in ("backbone.attnpool.", "text_encoder.", "context_decoder.", "neck.", head)

@@ -166,7 +166,7 @@ class FVLM(OpenVocabularyModel, GeneralizedRCNN):
         p = logits.float().softmax(1)
 
         # q: CLIP's scores of the same regions
-        embeddings = self.trunk.embed_boxes(features[JOINT], [b.tensor for b in boxes])  # (R, D)
+        embeddings = self.trunk.embed_regions(features[JOINT], boxes=[b.tensor for b in boxes])  # (R, D)
         q = predictor.clip_probabilities(embeddings, text)  # (R, K + 1)
 
         scores = predictor.fuse(p, q, base).split([len(b) for b in boxes])

@@ -1,4 +1,4 @@
-"""R-CNN whose box classifier is a frozen table of class names, embedded by a CLIP text tower (ViLD-text)."""
+"""R-CNN whose box classifier is a frozen table of class-name embeddings (ViLD-text)."""
 
 from clipdense.systems.text_rcnn.config import add_text_rcnn_config
 from clipdense.systems.text_rcnn.predictor import TextBoxPredictor

@@ -21,8 +21,11 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 
 
 class TextBoxPredictor(FastRCNNOutputLayers):
-    """Detectron2's box predictor with a `TextClassifier` for the scores; boxes, losses and inference are its
-    own.
+    """Detectron2's box predictor with a `TextClassifier` for the scores.
+
+    Boxes, losses and inference are Detectron2's.
+
+    Source: ViLD-text, Gu et al., ViLD, ICLR 2022, section 3.2.
     """
 
     @configurable
@@ -38,17 +41,17 @@ class TextBoxPredictor(FastRCNNOutputLayers):
     ) -> None:
         """
         Args:
-            input_shape: of a region's feature.
+            input_shape: shape of a region's feature.
             text, background, temperature, learn_temperature: see `TextClassifier`.
-            kwargs: of `FastRCNNOutputLayers`.
+            kwargs: arguments of `FastRCNNOutputLayers`.
 
         Raises:
-            ValueError: another number of embeddings than of classes.
+            ValueError: If the numbers of embeddings and classes differ.
         """
         super().__init__(input_shape, **kwargs)
         if len(text) != self.num_classes:
             raise ValueError(
-                f"{len(text)} text embeddings for MODEL.ROI_HEADS.NUM_CLASSES {self.num_classes}"
+                f"{len(text)} text embeddings, but MODEL.ROI_HEADS.NUM_CLASSES is {self.num_classes}"
             )
         self.cls_score: nn.Module = TextClassifier(
             cast(nn.Linear, self.bbox_pred).in_features,
@@ -70,11 +73,12 @@ class TextBoxPredictor(FastRCNNOutputLayers):
 
 
 def class_embeddings(cfg: CN) -> Tensor:
-    """Embeddings (K, D) of the thing classes of the data sets that ``cfg`` names.
+    """Return the embeddings (K, D) of the thing classes of the configured datasets.
 
     Raises:
-        ValueError: no data set, data sets whose classes differ, or a table that has not all of them.
-        FileNotFoundError: no such table.
+        ValueError: If no dataset is configured, if the classes of the datasets differ, or if the table lacks
+            one of them.
+        FileNotFoundError: If the table does not exist.
     """
     vocabulary = Vocabulary.from_names(class_names(cfg), separator=None)
     table: str = cfg.MODEL.TEXT_RCNN.TABLE

@@ -1,4 +1,4 @@
-"""Detectron2's standard heads with a text classifier."""
+"""Detectron2's standard ROI heads with a text classifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 
 @ROI_HEADS_REGISTRY.register()
 class TextROIHeads(StandardROIHeads):
-    """`StandardROIHeads` whose box predictor is a `TextBoxPredictor`."""
+    """`StandardROIHeads` with a `TextBoxPredictor` as box predictor."""
 
     @classmethod
     def _init_box_head(cls, cfg: CN, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
