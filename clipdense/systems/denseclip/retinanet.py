@@ -101,11 +101,7 @@ def add_retinanet_rules(cfg: CN) -> None:
     # Whether boxes are clipped to the image before non-maximum suppression too.
     keys.RULE_OVERRIDES.CLIP_BEFORE_NMS = ""
     for rule in keys.RULE_OVERRIDES:
-        cfg.register_renamed_key(
-            f"MODEL.RETINANET.{rule}",
-            f"MODEL.RETINANET.RULE_OVERRIDES.{rule}",
-            message="Its values are detectron2 and mmdetection; MODEL.RETINANET.RULES sets all rules.",
-        )
+        cfg.register_renamed_key(f"MODEL.RETINANET.{rule}", f"MODEL.RETINANET.RULE_OVERRIDES.{rule}")
 
 
 @META_ARCH_REGISTRY.register()
