@@ -1,1 +1,1 @@
-"""One trainer for everything; `tools/train_net.py` is a thin shell around it."""
+"""Training and evaluation of any model; `tools/train_net.py` is the command."""

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a full disk and a kill, and weight files that must fit."""
+"""Training checkpoints with atomic writes, and loading of weight files with strict accounting of keys."""
 
 import fnmatch
 import logging
@@ -30,9 +30,9 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 class TrainingCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, with atomic writes and strict accounting of keys.
 
-    A checkpoint is complete before its name appears, and `last_checkpoint` names it only then, so that a run
-    can always be resumed. A weight file is read without executing code from it; what it holds in vain or in
-    another shape is an error.
+    A checkpoint gets its name, and `last_checkpoint` names it, only after it has been written completely, so
+    that a run can always be resumed. A weight file is read without executing code. Unexpected and mismatched
+    tensors are errors.
 
     A model that implements `CheckpointMetadata` stores its metadata in every checkpoint and gets the file's
     metadata before its tensors are loaded; one that implements `LoadHook` may then adapt the tensors.
@@ -40,7 +40,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
     Args:
         model: the model, or its DistributedDataParallel wrapper.
         save_dir: folder of the checkpoints.
-        skip: glob patterns of parameters that a weight file may lack, hold in another shape, or hold in vain.
+        skip: glob patterns of parameters that may be missing, mismatched or unexpected in a weight file.
         allow_pickle: whether a weight file may be a pickle.
         keep: number of periodic checkpoints (``model_0001999.pth``) to keep; 0 for all.
     """
@@ -68,7 +68,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
             data: other entries; ``metadata`` is a dict, to which that of the model is added.
 
         Raises:
-            CheckpointError: it cannot be written; the previous checkpoint is untouched.
+            CheckpointError: If it cannot be written; the previous checkpoint is untouched.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -89,11 +89,11 @@ class TrainingCheckpointer(DetectionCheckpointer):
                 old.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Make ``last_checkpoint`` name this file."""
+        """Write the name of the last checkpoint to ``last_checkpoint``."""
         write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed process left half-written."""
+        """Delete incomplete files of a killed process."""
         for path in Path(self.save_dir).glob(".model_*.pth.*") if self.save_dir else ():
             path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""What several processes share so that they train like one: statistics of norms, metrics, random state."""
+"""Statistics of norms, metrics and random states across processes."""
 
 import random
 from collections.abc import Iterator
@@ -40,19 +40,19 @@ class _AllReduce(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over the batches of all processes, on any device and over inputs (N, C, ...).
+    """Batch normalisation over the batches of all processes, on any device, for inputs (N, C, ...).
 
-    Statistics are weighted by the number of values, so that shares of different sizes (or none at all on
-    some process) give exactly the norm of the global batch, which Detectron2's NaiveSyncBatchNorm does not.
-    torch's own `torch.nn.SyncBatchNorm` is as exact, and faster, but for GPUs only.
+    Statistics are weighted by the number of values, so that the result equals the norm of the global batch
+    even if the processes have batches of different sizes, or empty ones. Detectron2's NaiveSyncBatchNorm does
+    not do that for empty batches, and `torch.nn.SyncBatchNorm` works on GPUs only.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"a norm over channels needs (N, C, ...), got {tuple(input.shape)}")
+            raise ValueError(f"SyncBatchNorm needs an input (N, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, ...) -> the same shape."""
+        """Normalise (N, C, ...) over all axes except C; returns the same shape."""
         if not self.training or comm.get_world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
@@ -81,7 +81,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 class _SyncBatchNormAct(SyncBatchNorm):
-    """Stands in for timm's ``BatchNormAct2d``: norm, then its ``drop`` and ``act``."""
+    """Synchronised version of timm's ``BatchNormAct2d``: the norm, then ``drop`` and ``act``."""
 
     drop: nn.Module
     act: nn.Module
@@ -91,12 +91,12 @@ class _SyncBatchNormAct(SyncBatchNorm):
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """``module`` with every BatchNorm in it synchronised; parameters, statistics and mode are kept.
+    """Replace every batch norm in a module by a synchronised one (torch's on GPUs, else `SyncBatchNorm`).
 
-    On GPUs they become torch's, elsewhere `SyncBatchNorm`.
+    Parameters, statistics and mode are kept.
 
     Raises:
-        ValueError: a BatchNorm whose forward does more than torch's or timm's, by name.
+        ValueError: If a batch norm has its own forward, unlike those of torch, timm and Detectron2.
     """
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         for name, child in module.named_children():
@@ -111,7 +111,7 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
         kind = _SyncBatchNormAct
     elif not type(module).__module__.startswith(("torch.", "detectron2.")):
         raise ValueError(
-            f"MODEL.SYNC_BN: {type(module).__qualname__} cannot be turned into a synchronised norm"
+            f"MODEL.SYNC_BN: {type(module).__qualname__} has no synchronised version; set MODEL.SYNC_BN False"
         )
     new = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
     new._parameters, new._buffers, new._modules = module._parameters, module._buffers, module._modules
@@ -119,7 +119,7 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def share_rows(row: Tensor) -> Tensor:
-    """(n,) of this process -> (processes, n) of all, the same everywhere."""
+    """Gather a vector (n,) of each process; returns (processes, n), equal in all processes."""
     if comm.get_world_size() == 1:
         return row[None]
     rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
@@ -128,7 +128,7 @@ def share_rows(row: Tensor) -> Tensor:
 
 
 def random_state() -> dict[str, Any]:
-    """State of every global random generator of this process, in types that load without pickled code."""
+    """Return the state of every global random generator, in types that load without unpickling code."""
     state: Any = np.random.get_state()  # noqa: NPY002
     kind, keys, position, has_gauss, cached = state
     return {
@@ -140,7 +140,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Return to a state that `random_state` gave, in this process or an earlier one."""
+    """Restore a state that `random_state` returned, in this process or an earlier one."""
     random.setstate(state["python"])
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
@@ -151,7 +151,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn within this context, the random state after it is the one before."""
+    """Restore the random state at the end of the context."""
     state = random_state()
     try:
         yield

@@ -10,18 +10,26 @@ __all__ = ["ModelEMA"]
 
 
 class ModelEMA:
-    """Average of the trainable parameters and the floating-point buffers of ``model`` (Polyak averaging).
+    """Moving average of the trainable parameters and floating-point buffers of a model (Polyak averaging).
 
-    After iteration t (from 0) the average moves by ``1 - min(decay, (1 + t) / (10 + t))`` towards the model,
-    so that the first iterations do not stay in it.
+    After iteration t (from 0) the average moves towards the model by ``1 - min(decay, (1 + t) / (10 + t))``,
+    so that the first iterations lose their weight. timm's ModelEmaV3 has another warm-up and keeps a second
+    model, whose vocabulary and caches would have to follow those of the first.
+
+    Args:
+        model: the model that is trained.
+        decay: decay of the average, in 0..1 (excluded).
 
     Attributes:
         average: name -> averaged tensor.
+
+    Raises:
+        ValueError: If ``decay`` is out of its range.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0.0 < decay < 1.0:
-            raise ValueError(f"the decay of an average of weights lies between 0 and 1, not at {decay}")
+            raise ValueError(f"the decay of a moving average must lie between 0 and 1, got {decay}")
         self.decay = decay
         self._online = {
             name: value
@@ -34,13 +42,13 @@ class ModelEMA:
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
-        """Move towards the weights that ``iteration`` ended with."""
+        """Move the average towards the model's weights after an iteration (from 0)."""
         decay = min(self.decay, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(list(self.average.values()), list(self._online.values()), 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the model holds the averaged weights."""
+        """Give the model the averaged weights within this context."""
         self._swap()
         try:
             yield
@@ -55,11 +63,11 @@ class ModelEMA:
             self.average[name].copy_(online)
 
     def online_state(self) -> dict[str, Tensor]:
-        """The tensors of the model that are averaged, as trained."""
+        """Return the trained (not averaged) values of the averaged tensors."""
         return {name: value.detach() for name, value in self._online.items()}
 
     @torch.no_grad()
     def load(self, average: dict[str, Tensor]) -> None:
-        """Continue from saved averages (a model's state dict with these names, and maybe others)."""
+        """Restore the averages from a state dict of the model; further entries are ignored."""
         for name, value in self.average.items():
             value.copy_(average[name])

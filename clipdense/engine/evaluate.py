@@ -1,4 +1,4 @@
-"""Evaluation of a model on every test set."""
+"""Evaluation of a model on every test dataset."""
 
 import logging
 import os
@@ -32,20 +32,23 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str, Any]:
-    """Evaluate on each of ``DATASETS.TEST``; the model is left in evaluation mode.
+    """Evaluate a model on each dataset of ``DATASETS.TEST``.
 
-    An `OpenVocabularyModel` gets the classes of each dataset; its previous vocabulary is restored in the end.
+    An `OpenVocabularyModel` gets the classes of each dataset in turn. At the end its previous vocabulary is
+    restored, with which training may continue.
 
     Args:
-        final: whether to draw ``predictions_<data set>.png`` as well, and ``scores_<data set>.png`` of a
-            model with a score map.
+        cfg: the config.
+        model: left in evaluation mode.
+        final: whether to draw ``predictions_<dataset>.png`` as well, and ``scores_<dataset>.png`` for a model
+            with a score map.
 
     Returns:
-        task -> metric -> value, under the data set's name where there are several; empty but in the main
+        task -> metric -> value, below the dataset's name if there are several; empty except in the main
         process.
 
     Raises:
-        ValueError: the model cannot take a data set's classes; before anything is evaluated.
+        ValueError: If the model cannot embed a class of a dataset; nothing has been evaluated then.
     """
     results = {}
     model.eval()
@@ -65,10 +68,10 @@ def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str,
 
 @contextmanager
 def _vocabularies(cfg: CfgNode, model: Any) -> Iterator[dict[str, Vocabulary]]:
-    """What an open-vocabulary model is told for each data set; nothing for a model that names fixed classes.
+    """Yield the vocabulary of each dataset for an open-vocabulary model; nothing for other models.
 
-    All are set once, so that words without an embedding are known before hours of evaluation; text is encoded
-    once however often it is set.
+    Each vocabulary is set once at the start, so that a name that cannot be embedded is reported before hours
+    of evaluation. Its text is encoded only once.
     """
     if not isinstance(model, OpenVocabularyModel):
         yield {}
@@ -80,7 +83,7 @@ def _vocabularies(cfg: CfgNode, model: Any) -> Iterator[dict[str, Vocabulary]]:
             try:
                 model.set_vocabulary(vocabulary)
             except ValueError as error:
-                raise ValueError(f"the classes of data set {name}: {error}") from error
+                raise ValueError(f"the classes of dataset {name}: {error}") from error
         yield vocabularies
     finally:
         if before is not None:
@@ -88,7 +91,7 @@ def _vocabularies(cfg: CfgNode, model: Any) -> Iterator[dict[str, Vocabulary]]:
 
 
 def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], folder: str) -> None:
-    """Draw the outputs, and score maps, for a few images of a data set beside the truth."""
+    """Draw outputs and score maps beside the ground truth, for a few images of a dataset."""
     drawable = [(i, o) for i, o in pairs if isinstance(o, dict) and _DRAWN & o.keys() and "image_id" in i]
     if not drawable:
         return
@@ -104,7 +107,7 @@ def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], 
         if has_score_map(model):
             maps = score_maps(model, [sample for sample, _ in drawable])
             draw_score_panel(shown, maps, score_classes(model), os.path.join(folder, f"scores_{name}.png"))
-    except Exception:  # whatever it is, a picture must not cost the metrics
+    except Exception:  # a failed picture must not cost the metrics
         logger.exception("Cannot draw the predictions for %s", name)
 
 
@@ -115,14 +118,17 @@ def run_inference(
     keep: int = 0,
     name: str = "",
 ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Any]]]:
-    """Run ``model`` over ``loader`` in evaluation mode, with a progress bar.
+    """Run a model on a dataset in evaluation mode, with a progress bar.
 
     Args:
-        keep: how many (input, output) pairs to return.
-        name: of the data, for the bar.
+        model: left in evaluation mode.
+        loader: yields batches.
+        evaluator: one or several evaluators.
+        keep: number of (input, output) pairs to return.
+        name: name of the dataset, for the progress bar.
 
     Returns:
-        What the evaluator says (empty but in the main process), and the first pairs.
+        The evaluator's metrics (empty except in the main process), and the first pairs.
     """
     if not isinstance(evaluator, DatasetEvaluator):
         evaluator = DatasetEvaluators(evaluator)
@@ -132,12 +138,12 @@ def run_inference(
     bar = tqdm(
         loader, f"Evaluating {name}".strip(), unit="batch", disable=None if comm.is_main_process() else True
     )
-    # not inference_mode: what a model caches here (text embeddings, anchors) may serve in training afterwards
+    # not inference_mode: training may use what the model caches here (text embeddings, anchors)
     with torch.no_grad():
         for done, batch in enumerate(bar):
             outputs = model(batch)
             evaluator.process(batch, outputs)
             pairs += list(zip(batch, outputs, strict=True))[: keep - len(pairs)]
-            if bar.disable:  # no terminal
+            if bar.disable:  # not a terminal
                 log_every_n_seconds(logging.INFO, f"Evaluating {name}: {done + 1}/{bar.total}", n=30)
     return evaluator.evaluate() or {}, pairs

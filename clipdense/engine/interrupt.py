@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a polite request."""
+"""SIGINT (Ctrl-C) and SIGTERM as a request to stop."""
 
 import logging
 import os
@@ -11,12 +11,12 @@ __all__ = ["Interrupt"]
 
 
 class Interrupt:
-    """Context that takes the first SIGINT or SIGTERM as the wish to stop; the second acts as it always does.
+    """Context in which the first SIGINT or SIGTERM is recorded; the second has its usual effect.
 
-    Processes forked within it (data loading) ignore the first one and leave it to their parent.
+    Processes forked within the context (data loading) ignore the first signal.
 
     Attributes:
-        signal: number of the signal received, 0 for none.
+        signal: number of the received signal; 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,8 @@ class Interrupt:
             return
         self.signal = number
         logging.getLogger(__name__).warning(
-            "%s: stopping after this iteration, with a checkpoint. Once more stops at once.",
+            "%s: saving a checkpoint after this iteration, then exiting. "
+            "Interrupt again to exit immediately.",
             signal.Signals(number).name,
         )
 

@@ -1,4 +1,4 @@
-"""Starting one process or many: under torchrun (gloo or nccl), by Detectron2's launcher, or alone."""
+"""Start of one or several processes: under torchrun (gloo or nccl) or by Detectron2's launcher."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 def under_torchrun() -> bool:
-    """Whether this process was started by ``torchrun`` (or by anything that sets the same variables)."""
+    """Return whether this process was started by ``torchrun``, or with the same environment variables."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
@@ -33,23 +33,31 @@ def launch(
 ) -> Any:
     """Run ``main(*args)`` in every process of the job.
 
-    Under torchrun the process group comes from the environment: nccl with one GPU a process where GPUs are,
-    gloo on CPU. Else Detectron2's launcher spawns ``num_gpus`` processes on each of ``num_machines`` (CUDA
-    only), or runs ``main`` in this process when that makes one.
+    Under torchrun the process group comes from the environment: nccl with one GPU per process, or gloo on the
+    CPU. Otherwise Detectron2's launcher starts ``num_gpus`` processes on each machine; a single process runs
+    ``main`` itself.
+
+    Args:
+        main: function to run.
+        num_gpus: number of GPUs per machine.
+        num_machines: number of machines.
+        machine_rank: rank of this machine.
+        dist_url: address for the process group, as of `detectron2.engine.launch`.
+        args: arguments of ``main``.
 
     Returns:
-        What ``main`` returned; None from spawned processes.
+        Return value of ``main``; None from started processes.
 
     Raises:
-        ConfigError: more processes than GPUs, with the command that does run on this machine.
+        ConfigError: If the machine has fewer GPUs; the message names the command for the CPU.
     """
     if under_torchrun():
         return _run_in_environment_group(main, args)
     if num_gpus * num_machines > 1:
         if torch.cuda.device_count() < num_gpus:
             raise ConfigError(
-                f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}. "
-                "For several processes on CPU start with: torchrun --nproc-per-node N tools/train_net.py ..."
+                f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()} GPUs. "
+                "To run several processes on the CPU: torchrun --nproc-per-node N tools/train_net.py ..."
             )
         return detectron2_launch(main, num_gpus, num_machines, machine_rank, dist_url, args=args)
     return main(*args)
@@ -69,7 +77,7 @@ def _run_in_environment_group(main: Callable[..., Any], args: tuple[Any, ...]) -
 
 
 def _create_local_group(local_size: int) -> None:
-    """Tell Detectron2 which ranks share a machine (torchrun numbers them machine by machine)."""
+    """Create Detectron2's group of the ranks of one machine; torchrun numbers ranks by machine."""
     if hasattr(comm, "create_local_process_group"):  # detectron2 after v0.6
         if comm._LOCAL_PROCESS_GROUP is None:
             comm.create_local_process_group(local_size)

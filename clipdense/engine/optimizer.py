@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups by rule, and gradient clipping."""
+"""Optimizers, parameter groups by rules, and gradient clipping."""
 
 import dataclasses
 import difflib
@@ -34,15 +34,17 @@ _STEM = re.compile(
 
 @dataclass(frozen=True)
 class ParamRule:
-    """What a rule of ``SOLVER.PARAM_GROUPS`` sets for parameters in whose names ``match`` (a regex) is found.
+    """Rule of ``SOLVER.PARAM_GROUPS`` for the parameters whose names match a regular expression.
+
+    Settings that are None stay as they are.
 
     Attributes:
+        match: regular expression, searched in the full parameter name.
         lr: multiplier of the base learning rate.
-        weight_decay: absolute; None leaves it.
-        layer_decay: extra learning-rate factor of a ViT's parameters, ``layer_decay ** (layers above)``: 1
-            for what comes after the blocks, smallest for the patch embedding and position table (BEiT, Bao et
-            al. 2021).
-        freeze: not trained at all.
+        weight_decay: absolute weight decay.
+        layer_decay: further learning-rate factor of a ViT's parameters, ``layer_decay ** (layers above)``: 1
+            after the blocks, smallest for the patch embedding and the position table (BEiT, Bao et al. 2021).
+        freeze: whether the parameters are not trained.
     """
 
     match: str
@@ -53,10 +55,11 @@ class ParamRule:
 
     @classmethod
     def parse(cls, rule: Mapping[str, Any]) -> "ParamRule":
-        """From a dict with upper- or lower-case keys.
+        """Parse a dict with upper- or lower-case keys.
 
         Raises:
-            ConfigError: an unknown key (with near ones), no ``MATCH``, or an invalid regex.
+            ConfigError: If a key is unknown (the message names a similar one), MATCH is missing, or it is not
+                a valid regular expression.
         """
         known = [f.name for f in dataclasses.fields(cls)]
         values = {str(key).lower(): value for key, value in rule.items()}
@@ -66,18 +69,20 @@ class ParamRule:
                 hint = f"; did you mean {near[0].upper()}?" if near else ""
                 raise ConfigError(f"SOLVER.PARAM_GROUPS: unknown key {key.upper()!r} in {dict(rule)}{hint}")
         if not isinstance(values.get("match"), str):
-            raise ConfigError(f"SOLVER.PARAM_GROUPS: {dict(rule)} has no MATCH (a regex for parameter names)")
+            raise ConfigError(f"SOLVER.PARAM_GROUPS: {dict(rule)} has no MATCH (a regular expression)")
         try:
             re.compile(values["match"])
         except re.error as e:
-            raise ConfigError(f"SOLVER.PARAM_GROUPS: MATCH {values['match']!r} is not a regex: {e}") from e
+            raise ConfigError(
+                f"SOLVER.PARAM_GROUPS: MATCH {values['match']!r} is not a valid regular expression: {e}"
+            ) from e
         return cls(**values)
 
     def matched(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters it is about.
+        """Yield the names and values of the matching parameters.
 
         Raises:
-            ConfigError: none is.
+            ConfigError: If no parameter matches.
         """
         found = False
         for name, parameter in model.named_parameters():
@@ -87,12 +92,12 @@ class ParamRule:
         if not found:
             tops = ", ".join(sorted({name.split(".")[0] for name, _ in model.named_parameters()}))
             raise ConfigError(
-                f"SOLVER.PARAM_GROUPS: MATCH {self.match!r} is in no parameter name; they begin with {tops}"
+                f"SOLVER.PARAM_GROUPS: MATCH {self.match!r} matches no parameter; names start with {tops}"
             )
 
 
 def freeze(model: nn.Module, rules: Iterable[ParamRule]) -> None:
-    """Set ``requires_grad`` as the rules with ``freeze`` say."""
+    """Set ``requires_grad`` of the parameters that rules freeze or train."""
     for rule in rules:
         if rule.freeze is not None:
             for _, parameter in rule.matched(model):
@@ -100,10 +105,10 @@ def freeze(model: nn.Module, rules: Iterable[ParamRule]) -> None:
 
 
 def keep_frozen_in_eval(model: nn.Module) -> None:
-    """Put norms, dropouts and other leaf layers of wholly frozen modules into evaluation mode.
+    """Put the leaf layers (norms, dropouts ...) of completely frozen modules into evaluation mode.
 
-    Call it after ``model.train()``. A frozen trunk then computes the same features in training as in
-    evaluation: no batch statistics, no dropout.
+    Call it after ``model.train()``. A frozen trunk then computes the same features in training and in
+    evaluation, without batch statistics and dropout.
     """
     parameters = list(model.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
@@ -125,10 +130,18 @@ def param_groups(
     bias_lr_factor: float = 1.0,
     rules: Iterable[ParamRule] = (),
 ) -> list[dict[str, Any]]:
-    """Groups of the trainable parameters of ``model`` that share learning rate and weight decay.
+    """Group the trainable parameters of a model by learning rate and weight decay.
 
-    ``weight_decay_*`` None follows ``weight_decay``; ``rules`` win over all of them, a later rule over an
-    earlier one.
+    Args:
+        model: the model.
+        base_lr: base learning rate.
+        weight_decay: weight decay.
+        weight_decay_norm: weight decay of norms; None: ``weight_decay``.
+        weight_decay_bias: weight decay of biases; None: ``weight_decay``.
+        weight_decay_vectors: weight decay of other parameters with fewer than two axes; None:
+            ``weight_decay``.
+        bias_lr_factor: multiplier of the biases' learning rate.
+        rules: rules that override these settings; a later rule overrides an earlier one.
 
     Returns:
         Dicts with ``params``, ``lr``, ``weight_decay`` and ``names`` for `torch.optim`.
@@ -174,11 +187,11 @@ def param_groups(
 
 
 def _layer_scales(names: list[str], rate: float) -> dict[str, float]:
-    """``rate ** depth`` of ViT parameters; depth 0 above the blocks, the number of blocks + 1 below them."""
+    """Return ``rate ** depth`` per parameter: depth 0 after the blocks, number of blocks + 1 before them."""
     blocks = {name: int(m.group(1)) for name in names if (m := _BLOCK.search(name))}
     if not blocks:
         raise ConfigError(
-            "SOLVER.PARAM_GROUPS: LAYER_DECAY needs names with blocks (blocks.N, resblocks.N, layers.N)"
+            "SOLVER.PARAM_GROUPS: LAYER_DECAY needs parameters in blocks (blocks.N, resblocks.N or layers.N)"
         )
     count = max(blocks.values()) + 1
     depth = {
@@ -189,10 +202,10 @@ def _layer_scales(names: list[str], rate: float) -> dict[str, float]:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that ``SOLVER.OPTIMIZER`` names, over what ``SOLVER.PARAM_GROUPS`` leaves to train.
+    """Build the optimizer of ``SOLVER.OPTIMIZER``, after freezing parameters by ``SOLVER.PARAM_GROUPS``.
 
     Raises:
-        ConfigError: an unknown optimizer, a bad rule, or nothing to train.
+        ConfigError: If the optimizer is unknown, a rule is wrong, or no parameter is left to train.
     """
     s = cfg.SOLVER
     rules = [ParamRule.parse(rule) for rule in s.PARAM_GROUPS]
@@ -208,7 +221,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         rules=rules,
     )
     if not groups:
-        raise ConfigError("nothing to train: every parameter of the model is frozen")
+        raise ConfigError("every parameter is frozen; check SOLVER.PARAM_GROUPS and MODEL.BACKBONE.FREEZE_AT")
     logging.getLogger(__name__).info("Parameter groups:\n%s", _describe(groups))
     for group in groups:
         del group["names"]
@@ -216,7 +229,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, s.BASE_LR, momentum=s.MOMENTUM, nesterov=s.NESTEROV)
     if s.OPTIMIZER == "AdamW":
         return torch.optim.AdamW(groups, s.BASE_LR, betas=tuple(s.BETAS), eps=s.EPS)
-    raise ConfigError(f"SOLVER.OPTIMIZER {s.OPTIMIZER!r} is none of SGD, AdamW")
+    raise ConfigError(f"SOLVER.OPTIMIZER must be SGD or AdamW, got {s.OPTIMIZER!r}")
 
 
 def _describe(groups: list[dict[str, Any]]) -> str:
@@ -237,11 +250,16 @@ GradientClipper = Callable[[list[nn.Parameter]], None]
 
 
 def build_clipper(kind: str, value: float = 1.0, norm_type: float = 2.0) -> GradientClipper:
-    """A function that clips the gradients of a list of parameters in place.
+    """Build a function that clips the gradients of a list of parameters in place.
 
     Args:
-        kind: "" does nothing, "value" clips each entry to [-value, value], "norm" the norm of each
-            parameter's gradient to ``value``, "full_model" the norm of all of them as one vector.
+        kind: "" does nothing; "value" limits each entry to [-value, value]; "norm" limits the norm of each
+            parameter's gradient to ``value``; "full_model" limits the norm of all gradients together.
+        value: the limit.
+        norm_type: exponent of the norm.
+
+    Raises:
+        ConfigError: If ``kind`` is unknown.
     """
 
     def per_entry(parameters: list[nn.Parameter]) -> None:
@@ -261,5 +279,5 @@ def build_clipper(kind: str, value: float = 1.0, norm_type: float = 2.0) -> Grad
         "full_model": full_model,
     }
     if kind not in clippers:
-        raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {kind!r} is none of value, norm, full_model")
+        raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE must be value, norm or full_model, got {kind!r}")
     return clippers[kind]

@@ -1,4 +1,4 @@
-"""Everything a training run is told besides model, optimizer, schedule and data."""
+"""Settings of a training run, except model, optimizer, schedule and data."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,23 +11,25 @@ _PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 class ConfigError(ValueError):
-    """A setting is wrong; the message names it and the remedy."""
+    """Error for a wrong setting; the message names the setting and the remedy."""
 
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """Options of `Trainer`; the keys of `clipdense.engine.config` and of Detectron2 explain them.
+    """Options of `Trainer`. Fields without a description have that of the config key of the same name.
 
     Attributes:
-        output_dir: everything the run writes goes here.
-        max_iter: iterations; with ``max_seconds`` > 0 at most.
-        precision: "float32", or the autocast type "float16" or "bfloat16".
-        clip_type: "", "value", "norm" or "full_model".
-        seed: of the model's initial weights and the data order; noted in every checkpoint.
-        metadata: noted in every checkpoint (the classes that the model was trained for).
+        output_dir: folder to which the run writes.
+        max_iter: number of iterations; an upper limit if ``max_seconds`` is positive.
+        precision: "float32", or the data type of autocast, "float16" or "bfloat16".
+        clip_type: type of gradient clipping: "" (none), "value", "norm" or "full_model".
+        weights: weight file to start from.
+        weights_skip: patterns of parameters that may differ from the weight file.
+        seed: random seed of initial weights and data order; stored in every checkpoint.
+        metadata: entries stored in every checkpoint, such as the classes of the training data.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: If a value is out of its range.
     """
 
     output_dir: str
@@ -54,22 +56,21 @@ class TrainerOptions:
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
-            raise ConfigError(
-                f"the precision of training is one of {', '.join(_PRECISIONS)}, not {self.precision!r}"
-            )
+            raise ConfigError(f"precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}")
         if self.best_mode not in ("max", "min"):
-            raise ConfigError(f"TEST.BEST_MODE is 'max' or 'min', not {self.best_mode!r}")
+            raise ConfigError(f"TEST.BEST_MODE must be 'max' or 'min', got {self.best_mode!r}")
         for name in ("max_iter", "accumulation_steps", "checkpoint_period", "log_period"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_seconds < 0 or not 0 <= self.ema_decay < 1:
             raise ConfigError(
-                f"need max_seconds >= 0 and 0 <= ema_decay < 1, got {self.max_seconds}, {self.ema_decay}"
+                "max_seconds must be at least 0, and ema_decay in 0..1 (excluding 1), got "
+                f"{self.max_seconds} and {self.ema_decay}"
             )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, metadata: dict[str, Any]) -> "TrainerOptions":
-        """The options that a yacs config states."""
+        """Read the options from a yacs config."""
         s, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
         return cls(
             output_dir=cfg.OUTPUT_DIR,

@@ -1,4 +1,4 @@
-"""The folder that a run writes to."""
+"""Output folder of a run."""
 
 import itertools
 import shutil
@@ -8,7 +8,7 @@ from clipdense.engine.options import ConfigError
 
 __all__ = ["prepare_output_dir"]
 
-# What a run writes into its output folder.
+# Files that a run writes into its output folder.
 _OWN_FILES = (
     "*.pth",
     ".model_*.pth.*",
@@ -28,17 +28,18 @@ _OWN_FILES = (
 
 
 def prepare_output_dir(output_dir: str, keep: bool, weights: str = "") -> Path | None:
-    """Make the folder; move what an earlier run left there into its subfolder ``old_1``, ``old_2``, ...
+    """Create the folder; move the files of an earlier run to its subfolder ``old_1``, ``old_2``, ...
 
     Args:
-        keep: leave an earlier run where it is (to resume or evaluate it).
-        weights: what the new run begins from.
+        output_dir: path of the folder.
+        keep: whether to leave the files of an earlier run in place, to resume or evaluate it.
+        weights: weight file of the new run.
 
     Returns:
-        Where the earlier run is now, if there was one that was moved.
+        Folder to which the files of an earlier run were moved; None if there were none.
 
     Raises:
-        ConfigError: the folder cannot be made or written, or ``weights`` would be moved away.
+        ConfigError: If the folder cannot be created or written, or ``weights`` would be moved away.
     """
     folder = Path(output_dir)
     try:
@@ -53,7 +54,7 @@ def prepare_output_dir(output_dir: str, keep: bool, weights: str = "") -> Path |
     earlier = [path for pattern in _OWN_FILES for path in folder.glob(pattern)]
     if weights and Path(weights).resolve() in [path.resolve() for path in earlier]:
         raise ConfigError(
-            f"MODEL.WEIGHTS {weights} belongs to the run in OUTPUT_DIR, which a new run would move away. "
+            f"MODEL.WEIGHTS {weights} belongs to the run in OUTPUT_DIR, whose files a new run moves away. "
             "Choose another OUTPUT_DIR, or continue that run with --resume."
         )
     target = next(p for n in itertools.count(1) if not (p := folder / f"old_{n}").exists())

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the exported model, the curve, and a table."""
+"""Report of a finished run: exported model, training curve and table of metrics."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -> None:
-    """Export the model, write the flattened metrics to ``results.json`` and print them, draw the curve."""
+    """Export the model, draw the training curve, and write and log the flattened metrics."""
     from clipdense.visualization.curves import draw_curve  # matplotlib takes a second to import
 
     export(model, Path(output_dir, "export.safetensors"))
@@ -32,7 +32,7 @@ def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -
 
 
 def write_results(results: dict[str, float], folder: Path) -> None:
-    """Write flattened metrics to ``results.json`` in a folder, which is made if need be."""
+    """Write flattened metrics to ``results.json`` in a folder, which is created if necessary."""
     write_text(folder / "results.json", json.dumps(results, indent=1))
 
 
@@ -43,7 +43,9 @@ def print_results(results: dict[str, float]) -> None:
 
 
 def export(model: nn.Module, path: Path) -> None:
-    """Save ``model.export_state() -> (tensors, metadata)`` as safetensors, if the model has one.
+    """Save the result of ``model.export_state()``, tensors and metadata, as safetensors.
+
+    Models without that method are not exported.
 
     The metadata of a model that implements `CheckpointMetadata` is added.
 
@@ -57,9 +59,15 @@ def export(model: nn.Module, path: Path) -> None:
 
 
 def results_table(results: dict[str, float]) -> str:
-    """Flattened metrics ("bbox/AP50", "data set/bbox/AP50") as a table: a row a task, a column a metric.
+    """Format flattened metrics ("bbox/AP50", "dataset/bbox/AP50") as a table.
 
     Metrics of single classes ("AP-person") are left out.
+
+    Args:
+        results: metric -> value.
+
+    Returns:
+        Table with one row per task and one column per metric.
     """
     rows: dict[str, dict[str, str]] = {}
     for name, value in results.items():

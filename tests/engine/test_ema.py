@@ -44,5 +44,5 @@ def test_applied_and_back() -> None:
 
 
 def test_decay_outside_its_range() -> None:
-    with pytest.raises(ValueError, match="between 0 and 1, not at 1.0"):
+    with pytest.raises(ValueError, match="between 0 and 1, got 1.0"):
         ModelEMA(make(), 1.0)

@@ -102,7 +102,7 @@ def test_words_that_the_model_cannot_take_are_said_first(tmp_path: Path, animals
     MetadataCatalog.get("toy_birds").class_synonyms.append(["dog"])
     MetadataCatalog.get("toy_birds").thing_classes.append("dog")
     model = Open()
-    with pytest.raises(ValueError, match="the classes of data set toy_birds: no row for 'dog'"):
+    with pytest.raises(ValueError, match="the classes of dataset toy_birds: no row for 'dog'"):
         evaluate_datasets(engine_toy.toy_config(tmp_path, "DATASETS.TEST", ("toy_cats", "toy_birds")), model)
     assert not model.ran and model.vocabulary.names == ("trained",)
 
