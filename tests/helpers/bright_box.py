@@ -150,3 +150,14 @@ def scene(color: tuple[int, int, int] = (0, 0, 220)) -> np.ndarray:
 
 
 BOX = [20.0, 10.0, 50.0, 30.0]
+
+
+def check_box(
+    output: dict[str, Any], category: int = 2, box: list[float] = BOX, size: tuple[int, int] = (60, 80)
+) -> None:
+    """Assert that an output has the one detection of `scene`, up to blur from resizing."""
+    instances = output["instances"]
+    assert instances.image_size == size
+    assert instances.pred_classes.tolist() == [category]
+    torch.testing.assert_close(instances.pred_boxes.tensor, torch.tensor([box]), atol=1.0, rtol=0)
+    assert instances.pred_masks.shape == (1, *size)

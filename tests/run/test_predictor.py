@@ -1,4 +1,4 @@
-"""`clipdense.Predictor`: images of every kind, the same results as in evaluation, errors."""
+"""`clipdense.Predictor`: configs, weights, class names, and equality with evaluation."""
 
 import copy
 from collections.abc import Iterator
@@ -13,227 +13,21 @@ from PIL import Image
 import clipdense
 from clipdense.backbone.score_map import without_padding
 from clipdense.checkpoint import CheckpointError, save_checkpoint
-from clipdense.clip import load_clip
-from clipdense.clip.text import TextBank
-from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.image import BadImageError, array_to_image, image_to_array, load_image
 from clipdense.data.loader import build_test_loader
 from clipdense.engine.build import build_model
 from clipdense.engine.options import ConfigError
-from clipdense.run.predictor import Predictor, remove_background
+from clipdense.run.predictor import Predictor
 from clipdense.run.setup import load_config
-from tests.helpers.bright_box import BOX, CLASSES, OpenBrightBox, dataset, scene, write_model
+from tests.helpers.bright_box import CLASSES, check_box, dataset, scene, write_model
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import MetadataCatalog
-
-ORIENTATIONS = range(1, 9)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("predictor")
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path) -> Iterator[Path]:
-    with dataset(classes=CLASSES) as name:
-        yield write_model(folder, name)
-
-
-@pytest.fixture(scope="module")
-def predictor(config: Path) -> Predictor:
-    return Predictor(config)
-
-
-def check(output: dict[str, Any], category: int = 2, box: list[float] = BOX, size: Any = (60, 80)) -> None:
-    """The one detection of `scene`, up to what resizing blurs."""
-    instances = output["instances"]
-    assert instances.image_size == size and instances.pred_classes.tolist() == [category]
-    torch.testing.assert_close(instances.pred_boxes.tensor, torch.tensor([box]), atol=1.0, rtol=0)
-    assert instances.pred_masks.shape == (1, *size)
 
 
 def test_is_exported() -> None:
     assert clipdense.Predictor is Predictor
     with pytest.raises(AttributeError, match="no attribute 'Predicto'"):
         _ = clipdense.Predicto
-
-
-# ---- images
-
-
-def test_paths_arrays_and_pil_images_are_the_same(predictor: Predictor, tmp_path: Path) -> None:
-    Image.fromarray(scene()).save(tmp_path / "a.png")
-    outputs = [
-        predictor(image)
-        for image in (
-            tmp_path / "a.png",
-            str(tmp_path / "a.png"),
-            scene(),
-            Image.fromarray(scene()),
-            Image.open(tmp_path / "a.png"),  # not decoded yet
-        )
-    ]
-    check(outputs[0])
-    for output in outputs[1:]:
-        assert torch.equal(output["instances"].pred_boxes.tensor, outputs[0]["instances"].pred_boxes.tensor)
-        assert torch.equal(output["instances"].scores, outputs[0]["instances"].scores)
-
-
-@pytest.mark.parametrize("color", [0, 1, 2])
-@pytest.mark.parametrize("channels", ["RGB", "BGR"])
-def test_channel_order(config: Path, color: int, channels: str) -> None:
-    """The model sees what INPUT.FORMAT says; an image is RGB always."""
-    output = Predictor(config, opts=("INPUT.FORMAT", channels))(
-        scene(tuple(220 * np.eye(3, dtype=int)[color]))
-    )
-    check(output, color if channels == "RGB" else 2 - color)
-
-
-def arrays() -> dict[str, np.ndarray]:
-    rgb, grey = scene(), scene()[..., 2]
-    return {
-        "uint8": rgb,
-        "not contiguous": np.ascontiguousarray(rgb[..., ::-1])[..., ::-1],
-        "grey": grey,
-        "grey with an axis": grey[..., None],
-        "RGBA": np.dstack([rgb, np.full_like(grey, 255)]),
-        "uint16": rgb.astype(np.uint16) * 257,
-        "grey uint16": grey.astype(np.uint16) * 257,
-        "bool": grey > 0,
-        "float": rgb / 255,
-        "float32 to 255": rgb.astype(np.float32),
-    }
-
-
-@pytest.mark.parametrize("kind", arrays())
-def test_arrays_of_every_kind(predictor: Predictor, kind: str) -> None:
-    array = arrays()[kind]
-    before = array.copy()
-    colored = array.ndim == 3 and array.shape[2] > 1
-    check(predictor(array), 2 if colored else 0)  # grey: all channels are equal, the first wins
-    assert np.array_equal(array, before)
-    grey = np.repeat(scene()[..., 2:], 3, -1)
-    expected = scene() if colored else np.where(grey, 255, 0) if array.dtype == bool else grey
-    assert np.array_equal(load_image(array), expected)
-
-
-def test_transparency_is_white() -> None:
-    rgba = np.dstack([scene(), np.full((60, 80), 255, np.uint8)])
-    rgba[:5, :, 3] = 0
-    assert (load_image(rgba)[:5] == 255).all() and np.array_equal(load_image(rgba)[5:], scene()[5:])
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((4, 4, 2), np.uint8),
-        np.zeros((1, 4, 4, 3), np.uint8),
-        np.zeros((0, 4, 3), np.uint8),
-        np.zeros((3, 40, 50), np.uint8),
-        np.zeros((4, 4), np.int64),
-        np.full((4, 4), np.nan),
-        np.full((4, 4), -0.5),
-    ],
-)
-def test_arrays_that_are_no_images(predictor: Predictor, array: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="an image array"):
-        predictor(array)
-
-
-COLORED = ["P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "RGBX", "RGBa"]
-
-
-@pytest.mark.parametrize("mode", [*COLORED, "1", "L", "LA", "La", "PA", "I", "I;16", "F"])
-def test_pil_images_of_every_mode(predictor: Predictor, mode: str) -> None:
-    grey = Image.fromarray(scene()[..., 2])
-    if mode in COLORED:
-        image = Image.fromarray(scene()).convert("RGBA" if mode == "RGBa" else "RGB").convert(mode)
-    elif mode in ("I", "I;16", "F"):
-        kind, factor = {"I": ("i4", 257), "I;16": ("u2", 257), "F": ("f4", 1)}[mode]
-        image = Image.fromarray(np.asarray(grey).astype(kind) * factor)
-    else:
-        image = grey.convert("LA" if mode in ("La", "PA") else "L").convert(mode)
-    assert image.mode == mode
-    check(predictor(image), 2 if mode in COLORED else 0)
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_exif_gives_upright_coordinates(predictor: Predictor, tmp_path: Path, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[274] = orientation
-    path = tmp_path / "turned.jpg"
-    # as a camera stores it: what shows the scene upright once the tag is applied
-    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
-    stored = Image.fromarray(scene())
-    if orientation > 1:
-        stored = stored.transpose(Image.Transpose(turns[orientation]))
-    stored.save(path, exif=exif, quality=95)
-    check(predictor(path))
-    with Image.open(path) as image:
-        check(predictor(image))
-    # an array has no tag: it is taken as it lies
-    size = predictor(np.asarray(stored))["instances"].image_size
-    assert size == ((80, 60) if orientation > 4 else (60, 80))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 2), (500, 40)])
-def test_odd_sizes(predictor: Predictor, size: tuple[int, int]) -> None:
-    assert predictor(np.full((*size, 3), 250, np.uint8))["instances"].image_size == size
-
-
-def test_conversions_are_the_files_ones(tmp_path: Path) -> None:
-    """An array, and a file that holds it, are the same image."""
-    for kind, array in arrays().items():
-        if array.dtype in (np.uint8, bool) or kind == "grey uint16":
-            array_to_image(array).save(tmp_path / "a.png")
-            assert np.array_equal(load_image(tmp_path / "a.png"), load_image(array)), kind
-    assert np.array_equal(image_to_array(array_to_image(scene())), scene())
-
-
-# ---- batches
-
-
-def test_batches_keep_order_and_go_on_after_bad_images(predictor: Predictor, tmp_path: Path) -> None:
-    (tmp_path / "bad.jpg").write_bytes(b"no image")
-    images: list[Any] = [
-        scene(),
-        tmp_path / "bad.jpg",
-        scene((220, 0, 0)),
-        np.zeros(3),
-        tmp_path / "none.png",
-    ]
-    images += [scene((0, 220, 0))]
-    for size in (1, 2, 4, 9):
-        outputs = list(predictor.batch(images, batch_size=size))
-        assert [type(o) for o in outputs] == [dict, BadImageError, dict, ValueError, FileNotFoundError, dict]
-        assert [o["instances"].pred_classes.tolist() for o in outputs[::2] if isinstance(o, dict)] == [
-            [2],
-            [0],
-        ]
-        check(outputs[5], 1)
-        assert "bad.jpg" in str(outputs[1]) and "none.png" in str(outputs[4])
-    first = next(iter(predictor.batch(image for image in images)))  # of any length; nothing is read ahead
-    check(first)
-    assert list(predictor.batch([])) == []
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        list(predictor.batch(images, batch_size=0))
-
-
-def test_one_bad_image_raises(predictor: Predictor, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none.png"):
-        predictor(tmp_path / "none.png")
-
-
-def test_score_threshold(config: Path) -> None:
-    dim, bright = scene((0, 0, 150)), scene((0, 0, 250))
-    for threshold, found in ((None, 1), (0.5, 1), (0.9, 0)):
-        predictor = Predictor(config, score_threshold=threshold)
-        assert len(predictor(dim)["instances"]) == found and len(predictor(bright)["instances"]) == 1
-
-
-# ---- configs, weights, classes
 
 
 def test_config_objects_are_left_alone(config: Path, folder: Path) -> None:
@@ -245,7 +39,7 @@ def test_config_objects_are_left_alone(config: Path, folder: Path) -> None:
     assert cfg == before and predictor.cfg.INPUT.MIN_SIZE_TEST == 64
     assert len(predictor(scene())["instances"]) == 0  # nothing is brighter than 300
     assert not predictor.model.training
-    check(Predictor(cfg)(scene()))
+    check_box(Predictor(cfg)(scene()))
 
 
 def test_gpu_configs_run_without_one(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,136 +112,6 @@ def test_published_weights_of_other_classes_are_refused(config: Path, tmp_path: 
         Predictor(config, weights)
 
 
-# ---- vocabularies
-
-
-def test_an_open_vocabulary_model_looks_for_the_test_sets_classes(config: Path, tmp_path: Path) -> None:
-    test_set = load_config(str(config)).DATASETS.TEST[0]
-    trained = {"thing_classes": ["red box"]}  # the base classes of the training set
-    predictor = Predictor(write_model(tmp_path, test_set, "OpenBrightBox", **trained))
-    assert predictor.model.vocabulary.names == tuple(CLASSES)
-    assert predictor.metadata.thing_classes == CLASSES
-    check(predictor(scene()))
-    # a data set that is not registered here
-    unknown = write_model(tmp_path, "birds_of_elsewhere", "OpenBrightBox", **trained)
-    assert Predictor(unknown).metadata.thing_classes == ["red box"]
-    # given words go before both, and need neither
-    nameless = write_model(tmp_path, "birds_of_elsewhere", "OpenBrightBox")
-    assert Predictor(nameless, vocabulary="sky, blue|azure").metadata.thing_classes == ["sky", "blue"]
-    with pytest.raises(ConfigError, match="no class names.*give a vocabulary to an open-vocabulary model"):
-        Predictor(nameless)
-
-
-def test_another_vocabulary_builds_nothing_anew(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    bank = TextBank(load_clip("shapes-rn", "random"), "a photo of a {}.", cache_dir=None)
-    encoded: list[str] = []
-    fill = bank.templates.__class__.fill
-    monkeypatch.setattr(bank.templates.__class__, "fill", lambda s, n: encoded.append(n) or fill(s, n))
-    monkeypatch.setattr(OpenBrightBox, "embedder", staticmethod(bank))
-    words = tmp_path / "words.txt"
-    words.write_text("blue box, azure box\ncat\n")
-
-    predictor = Predictor(write_model(tmp_path, "none", "OpenBrightBox"), vocabulary="red box, cat")
-    assert encoded == ["red box", "cat"] and len(predictor(scene())["instances"]) == 0
-    modules = list(map(id, predictor.model.modules()))
-    weights = [p.data_ptr() for p in (*predictor.model.parameters(), *bank.clip.parameters())]
-    predictor.set_vocabulary(words)
-    assert encoded[2:] == ["blue box", "azure box"]
-    check(predictor(scene()), 0)
-    assert predictor.metadata.thing_classes == predictor.metadata.stuff_classes == ["blue box", "cat"]
-    predictor.set_vocabulary(["red box", "azure box"])
-    assert len(encoded) == 4 and torch.equal(
-        predictor.model.text_embeddings()["classes"], bank(["red box", "azure box"])
-    )
-    assert list(map(id, predictor.model.modules())) == modules
-    assert [p.data_ptr() for p in (*predictor.model.parameters(), *bank.clip.parameters())] == weights
-    # what cannot be embedded changes nothing
-    with pytest.raises(ValueError, match="too long"):
-        predictor.set_vocabulary(["green box", "very " * 80 + "long"])
-    assert predictor.metadata.thing_classes == ["red box", "azure box"]
-    assert predictor.model.vocabulary.names == ("red box", "azure box")
-
-
-def test_background_words(tmp_path: Path, config: Path) -> None:
-    """They are looked for, and left out of every output."""
-    predictor = Predictor(
-        write_model(tmp_path, "none", "OpenBrightBox"), vocabulary="cat, red", background="blue"
-    )
-    assert predictor.model.vocabulary.names == ("cat", "red", "blue")
-    assert predictor.model.vocabulary.thing == (True, True, False)
-    assert predictor.metadata.thing_classes == ["cat", "red"]
-    assert len(predictor(scene())["instances"]) == 0
-    predictor.set_vocabulary("cat, blue")
-    check(predictor(scene()), 1)
-    with pytest.raises(ValueError, match="are the same"):
-        predictor.set_vocabulary("cat, blue", "Blue")
-    # beside the classes of the test set
-    test_set = load_config(str(config)).DATASETS.TEST[0]
-    predictor = Predictor(write_model(tmp_path, test_set, "OpenBrightBox"), background=["others"])
-    assert predictor.model.vocabulary.names == (*CLASSES, "others")
-    assert predictor.metadata.thing_classes == CLASSES
-    with pytest.raises(ConfigError, match="closed vocabulary"):
-        Predictor(config, background="others")
-
-
-def test_commas_in_the_names_of_the_test_set(tmp_path: Path) -> None:
-    with dataset(classes=["red box, crimson box", "cat"]) as name:
-        config = write_model(tmp_path, name, "OpenBrightBox")
-        for split, first in ((True, ("red box", "crimson box")), (False, ("red box, crimson box",))):
-            predictor = Predictor(config, opts=["DATASETS.SPLIT_NAMES", split])
-            assert predictor.model.vocabulary.synonyms == (first, ("cat",))
-
-
-def test_outputs_without_background() -> None:
-    scores = torch.tensor([[[0.5, 0.1, 0.0]], [[0.4, 0.2, 0.0]], [[0.3, 0.3, 0.2]]])
-    ids, segments = (
-        torch.tensor([[1, 2, 3]]),
-        [{"id": i, "category_id": c} for i, c in ((1, 0), (2, 2), (3, 1))],
-    )
-    output = {"sem_seg": scores, "sem_seg_labels": scores.argmax(0), "panoptic_seg": (ids, segments)}
-    got = remove_background(output, 2)
-    assert torch.equal(got["sem_seg"], torch.tensor([[[0.5, 0, 0]], [[0.4, 0, 0]]]))
-    assert got["sem_seg_labels"].tolist() == [[0, -1, -1]]
-    assert got["panoptic_seg"][0].tolist() == [[1, 0, 3]]
-    assert got["panoptic_seg"][1] == [segments[0], segments[2]]
-
-
-def test_things_and_stuff_of_a_vocabulary(tmp_path: Path) -> None:
-    predictor = Predictor(
-        write_model(tmp_path, "none", "OpenBrightBox"),
-        vocabulary=Vocabulary((("cat",), ("sky",)), thing=(True, False)),
-    )
-    assert predictor.metadata.thing_dataset_id_to_contiguous_id == {0: 0}
-    assert predictor.metadata.stuff_classes == ["cat", "sky"]
-
-
-def test_a_closed_vocabulary_stays(config: Path, predictor: Predictor, tmp_path: Path) -> None:
-    expected = "BrightBox has a closed vocabulary: .*OpenBrightBox"
-    with pytest.raises(ConfigError, match=expected):
-        predictor.set_vocabulary("cat")
-    assert predictor.metadata.thing_classes == CLASSES
-    with pytest.raises(ConfigError, match=expected):  # before the weights are read
-        Predictor(config, tmp_path / "none.pth", vocabulary="cat")
-
-
-@pytest.mark.parametrize(
-    "words, error, message",
-    [
-        ("", ValueError, "at least one class"),
-        ("cat, Cat", ValueError, "classes 0 and 1 are the same"),
-        ("none.txt", FileNotFoundError, "no class-list file 'none.txt'"),
-    ],
-)
-def test_words_that_are_no_vocabulary(
-    tmp_path: Path, words: str, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        Predictor(write_model(tmp_path, "none", "OpenBrightBox"), vocabulary=words)
-
-
 def test_mappers_without_augmentations_are_refused(config: Path) -> None:
     with pytest.raises(ConfigError, match="INPUT.MAPPER CropCaptionMapper has no augmentations"):
         Predictor(config, opts=("INPUT.MAPPER", "CropCaptionMapper", "DATASETS.TEST", "('shapes_clip_val',)"))
@@ -481,7 +145,7 @@ def test_lazy_configs(config: Path, folder: Path, tmp_path: Path, monkeypatch: p
     path = tmp_path / "lazy.py"
     path.write_text(LAZY.format(names=name, weights=weights))
     predictor = Predictor(path)
-    check(predictor(scene()), 0)  # BGR: blue comes first
+    check_box(predictor(scene()), 0)  # BGR: blue comes first
     assert predictor.metadata.thing_classes == CLASSES
     cfg = LazyConfig.load(str(path))
     with pytest.raises(ConfigError, match="no trained weights"):
@@ -500,9 +164,6 @@ def test_lazy_configs(config: Path, folder: Path, tmp_path: Path, monkeypatch: p
     del cfg.dataloader.test.mapper
     with pytest.raises(ConfigError, match="dataloader.test.mapper has no augmentations"):
         Predictor(cfg)
-
-
-# ---- real models
 
 
 @pytest.fixture(scope="module")
