@@ -49,7 +49,7 @@ from clipdense.data.image import read_image
 from clipdense.engine.options import ConfigError
 from clipdense.evaluation.detections import Detections, encode_masks
 from clipdense.files import write_text
-from clipdense.visualization.panels import draw_output, draw_score_map, save_picture
+from clipdense.visualization.pictures import draw_output, draw_score_map, save_picture
 from clipdense.visualization.segments import KINDS, output_kind, output_segments
 
 # Longer side of a picture, in pixels: names stay legible on small images, large ones are reduced.

@@ -1,1 +1,1 @@
-"""Pictures: panels of predictions, score maps, training curves, clusters."""
+"""Pictures of predictions, ground truth, score maps, clusters and training curves."""

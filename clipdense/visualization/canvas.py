@@ -1,4 +1,4 @@
-"""An image with boxes, masks and names on it, drawn by Detectron2's `Visualizer`."""
+"""Drawing of boxes, masks and names on an image with Detectron2's `Visualizer`."""
 
 from __future__ import annotations
 
@@ -24,32 +24,44 @@ Color = tuple[float, float, float]
 
 
 def fitted(image: Picture, cell: int) -> tuple[int, int]:
-    """(height, width) with the longer side at `cell` pixels."""
+    """Return the size (height, width) of an image resized to a longer side of ``cell`` pixels."""
     height, width = image.shape[:2]
     scale = cell / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def resize(array: npt.NDArray[Any], size: tuple[int, int], interpolation: int) -> npt.NDArray[Any]:
-    """An array (h, w) or (h, w, C) at another size (height, width)."""
+    """Resize an array (h, w) or (h, w, C) to a size (height, width)."""
     if array.shape[0] > size[0] and interpolation == cv2.INTER_CUBIC:
-        interpolation = cv2.INTER_AREA  # smaller without aliasing
+        interpolation = cv2.INTER_AREA  # no aliasing
     return np.asarray(cv2.resize(array, size[::-1], interpolation=interpolation))
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of all pictures, at a size in pixels."""
+    """Load the font of all pictures at a size in pixels."""
     return ImageFont.truetype(
         os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size
     )
 
 
 class Canvas:
-    """An image, resized, with Detectron2's Visualizer on it; names are placed last, where they hide least."""
+    """Resized image on which boxes, masks and names are drawn.
+
+    Names are placed last, where they overlap other names least.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        cell: longer side of the drawing, in pixels.
+
+    Raises:
+        ValueError: If the image has another shape or type.
+    """
 
     def __init__(self, image: Picture, cell: int) -> None:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"expected an image (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
+            raise ValueError(
+                f"expected an image (H, W, 3) of type uint8, got {image.shape} of type {image.dtype}"
+            )
         self._original = image.shape[:2]
         self._shape = fitted(image, cell)
         self._visualizer = Visualizer(resize(image, self._shape, cv2.INTER_CUBIC))
@@ -57,20 +69,20 @@ class Canvas:
         self._names: list[tuple[str, Color, list[tuple[float, float]]]] = []
 
     def picture(self) -> Picture:
-        """The drawing, (H', W', 3) uint8 RGB."""
-        taken: list[tuple[float, float, float, float]] = []
+        """Return the drawing, (H', W', 3) uint8 RGB."""
+        occupied: list[tuple[float, float, float, float]] = []
         font = load_font(self._font_size)
         for name, color, places in self._names:
             width, height = font.getlength(name) + 4, 1.35 * self._font_size
             corners = [self._inside(x, y, width, height) for x, y in places]
             boxes = [(x, y, x + width, y + height) for x, y in corners]
-            best = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
-            taken.append(best)
+            best = min(boxes, key=lambda box: sum(_overlap(box, other) for other in occupied))
+            occupied.append(best)
             self._visualizer.draw_text(
                 name,
                 (best[0] + 2, best[1] + 2),
                 font_size=self._font_size * 72 / self._visualizer.output.fig.dpi,
-                color=tuple(0.45 + 0.55 * c for c in color),  # light enough for the dark ground of names
+                color=tuple(0.45 + 0.55 * c for c in color),  # light, as names have a dark background
                 horizontal_alignment="left",
             )
         self._names = []
@@ -84,14 +96,22 @@ class Canvas:
         metadata: Any,
         scores: Sequence[float | None] | None = None,
     ) -> None:
-        """Boxes (N, 4) x0, y0, x1, y1 and masks N x (H, W), both in pixels of the original image."""
+        """Draw instances.
+
+        Args:
+            boxes: (N, 4) x0, y0, x1, y1 in pixels of the original image; None draws no boxes.
+            masks: N masks (H, W); None draws no masks.
+            classes: N class indices.
+            metadata: class names.
+            scores: N scores in 0..1, or None for those without.
+        """
         if not classes:
             return
         resized = None if masks is None else [self._mask(mask) for mask in masks]
         if boxes is not None:
             boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
             boxes = boxes * (np.array(self._shape[::-1] * 2) / np.array(self._original[::-1] * 2))
-        # a light fill: the colour of a thing may be what names it
+        # a light fill, since the class may depend on the colour of the object
         colors = [class_color(c) for c in classes]
         alpha = 0.2 if boxes is not None else 0.4
         self._visualizer.overlay_instances(boxes=boxes, masks=resized, assigned_colors=colors, alpha=alpha)
@@ -115,7 +135,7 @@ class Canvas:
     def panoptic(
         self, ids: npt.NDArray[Any], segments: Sequence[Mapping[str, Any]] | None, metadata: Any
     ) -> None:
-        """Segment ids (H, W); stuff first, things above it."""
+        """Draw the segments of an id map (H, W), stuff below things."""
         segments = panoptic_segments(ids, segments, metadata)
         stuff = [(ids == s["id"], s["category_id"]) for s in segments if not s["isthing"]]
         self._regions(stuff, metadata.get("stuff_classes") or (), alpha=0.4)
@@ -125,7 +145,7 @@ class Canvas:
         self.things(None, masks, [s["category_id"] for s in things], metadata, scores)
 
     def labels(self, labels: npt.NDArray[Any], metadata: Any) -> None:
-        """A class for each pixel (H, W); what is no class is left clear."""
+        """Draw a map of classes (H, W); pixels without a valid class stay clear."""
         names = metadata.stuff_classes
         present, counts = np.unique(labels, return_counts=True)
         known = [int(c) for c in present[np.argsort(-counts)] if 0 <= c < len(names)]
@@ -141,12 +161,12 @@ class Canvas:
             self._visualizer.draw_binary_mask(
                 resized, color=color, edge_color=(1, 1, 1), alpha=alpha, area_threshold=30
             )
-            if resized.mean() > 0.004:  # a name on what is large enough to carry it
+            if resized.mean() > 0.004:  # large enough for a name
                 name = _label(category, names)
                 self._names.append((name, color, self._centres(resized, name)))
 
     def _centres(self, mask: Picture | None, name: str) -> list[tuple[float, float]]:
-        """Corners for a name in the middle of a mask's largest part, or a little above or below it."""
+        """Return corners for a name in, above and below the middle of a mask's largest component."""
         if mask is None or not mask.any():
             return [(0, 0)]
         _, parts, stats, _ = cv2.connectedComponentsWithStats(mask)
@@ -159,13 +179,13 @@ class Canvas:
         return max(0, min(x, self._shape[1] - width)), max(0, min(y, self._shape[0] - height))
 
     def _mask(self, mask: npt.NDArray[Any]) -> Picture:
-        """A mask (H, W) at the canvas's size, its outline smooth."""
+        """Resize a mask (H, W) to the canvas, with a smooth outline."""
         resized = resize(np.asarray(mask, np.float32), self._shape, cv2.INTER_LINEAR)
         return (resized > 0.5).astype(np.uint8)
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Common area of two boxes x0, y0, x1, y1."""
+    """Return the intersection area of two boxes x0, y0, x1, y1."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a dense map tells apart: k-means clusters of its unit vectors (the figure of CLIPSelf)."""
+"""Pictures of k-means clusters of a dense feature map (as in the qualitative figure of CLIPSelf)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Labels = npt.NDArray[np.int32]
 
 
 def cluster_map(dense: Tensor, image_size: tuple[int, int], clusters: int, seed: int = 0) -> Labels:
-    """Cluster the cells of one image's dense map by their direction.
+    """Cluster the L2-normalised features of one image.
 
     Args:
-        dense: (1, D, g, g) of the image letterboxed to a square; cells of the padding are left out.
+        dense: (1, D, g, g), features of the image letterboxed to a square. Cells of the padding are ignored.
         image_size: (H, W) of the image.
-        clusters: how many, at most; there are no more than cells.
-        seed: of the initial centres.
+        clusters: number of clusters; at most the number of cells.
+        seed: random seed of the initial centres.
 
     Returns:
-        (H, W) int32, enlarged by nearest neighbour; cluster 0 has the most cells, 1 the second most.
+        Cluster indices (H, W) int32, enlarged by nearest neighbour and ordered by size, largest first.
     """
     side, longest = dense.shape[-1], max(image_size)
     rows, columns = (math.ceil(length * side / longest) for length in image_size)
@@ -53,20 +53,22 @@ def draw_clusters(
     path: str | os.PathLike[str],
     cell: float = 1.9,
 ) -> None:
-    """A row for each image: the image and its clusters by every model, as a PNG.
+    """Draw each image beside its clusters by several models, one row per image, as a PNG.
 
     Args:
         images: (H, W, 3) uint8 RGB.
         maps: title -> clusters (H, W) of each image, see `cluster_map`.
         path: file to write.
-        cell: side of a picture in inches, of 110 pixels.
+        cell: side of a picture in inches (110 pixels each).
 
     Raises:
-        ValueError: no images, or another number of maps.
+        ValueError: If there are no images, or images and maps differ in number.
     """
     if not images or any(len(labels) != len(images) for labels in maps.values()):
         counts = ", ".join(f"{len(labels)} maps of {title}" for title, labels in maps.items())
-        raise ValueError(f"clusters are drawn for at least one image: {len(images)} images, {counts}")
+        raise ValueError(
+            f"expected at least one image, and a map per image and title; got {len(images)} images, {counts}"
+        )
     shape = len(images), 1 + len(maps)
     figure = Figure(figsize=(cell * shape[1], cell * shape[0] + 0.3), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)

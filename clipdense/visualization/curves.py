@@ -1,4 +1,4 @@
-"""The course of a training, as a picture; and the colours of all pictures."""
+"""Training curves, and the class colours of all pictures."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["class_color", "draw_curve", "read_metrics"]
 
 
 def class_color(index: int) -> tuple[float, float, float]:
-    """The colour of a class, RGB 0..1: neighbours on the list lie far apart on the colour circle."""
+    """Return the colour of a class, RGB in 0..1; consecutive classes have very different hues."""
     hue = (0.02 + 0.61803398875 * index) % 1
     return colorsys.hsv_to_rgb(hue, (0.95, 0.7, 0.85)[index % 3], (1.0, 0.95, 0.8)[index // 3 % 3])
 
 
 Series = tuple[list[int], list[float]]
-"""Iterations, ascending, and values."""
+"""Ascending iterations, and their values."""
 
 _METRICS = ("AP", "AP50", "APr", "AP_novel", "AP50_novel", "AP_base", "PQ", "mIoU", "mIoU_novel", "top1") + (
     "rois.thing.macc1",
@@ -36,16 +36,16 @@ _OTHER = ("lr", "time", "data_time", "eta_seconds", "rank_data_time", "iteration
 
 
 def draw_curve(metrics_json: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """The course of a training as a PNG: losses, learning rate, and evaluations where there were some.
+    """Draw losses, learning rate and metrics of a training run as a PNG.
 
     Args:
-        metrics_json: what Detectron2's `JSONWriter` wrote: a JSON object a line. A line cut short by a kill
-            is left out; where a resumed run wrote an iteration again, the later line counts.
+        metrics_json: file of Detectron2's `JSONWriter`, with one JSON object per line. Incomplete lines are
+            ignored; if an iteration occurs twice, the later line counts.
         path: file to write.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no numbers over iterations.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has no losses, learning rates or metrics.
     """
     series = read_metrics(metrics_json)
     losses = {n: s for n, s in series.items() if "loss" in n.rpartition("/")[2] and "/" not in n}
@@ -53,7 +53,7 @@ def draw_curve(metrics_json: str | os.PathLike[str], path: str | os.PathLike[str
     rates = {n: s for n, s in series.items() if n == "lr"}
     parts = [(t, s) for t, s in (("loss", losses), ("learning rate", rates), ("evaluation", metrics)) if s]
     if not parts:
-        raise ValueError(f"{metrics_json} holds no losses, learning rates or evaluations to draw")
+        raise ValueError(f"{metrics_json} has no losses, learning rates or metrics to draw")
     figure = Figure(
         figsize=(10, 1.2 + sum(_HEIGHTS[title] for title, _ in parts)), dpi=110, layout="constrained"
     )
@@ -70,7 +70,7 @@ def draw_curve(metrics_json: str | os.PathLike[str], path: str | os.PathLike[str
 
 _HEIGHTS = {"loss": 3.2, "learning rate": 1.2, "evaluation": 2.6}
 _CROWDED = 60
-"""Points from which on a loss is drawn faint, with its running mean above it."""
+"""Number of points from which a loss is drawn faintly, below its running mean."""
 
 
 def _plot(ax: Axes, title: str, lines: dict[str, Series]) -> None:
@@ -96,7 +96,7 @@ def _plot(ax: Axes, title: str, lines: dict[str, Series]) -> None:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
-    """Every scalar of a `JSONWriter` file as (iterations, values), ordered by iteration; see `draw_curve`."""
+    """Read every scalar of a `JSONWriter` file as (iterations, values), ordered by iteration."""
     series: dict[str, dict[int, float]] = {}
     with open(path) as file:
         for line in file:
@@ -112,7 +112,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
 
 
 def _smooth(values: list[float]) -> npt.NDArray[np.float64]:
-    """Running mean over about a thirtieth of the values; at the ends over fewer."""
+    """Return the running mean over about a thirtieth of the values, fewer at both ends."""
     window = max(3, len(values) // 30) | 1
     kernel = np.ones(window)
     count = np.convolve(np.ones(len(values)), kernel, "same")

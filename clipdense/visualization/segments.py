@@ -1,4 +1,4 @@
-"""What a model's output says is where."""
+"""Convert model outputs to labelled segments."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ import torch
 __all__ = ["KINDS", "class_labels", "output_kind", "output_segments", "panoptic_segments", "to_array"]
 
 KINDS = {"panoptic": "panoptic_seg", "instances": "instances", "semantic": "sem_seg"}
-"""What can be shown of an output -> its key; the first that is there by default."""
+"""Kind of output -> its key in a model's output. By default the first kind that an output has is shown."""
 
 Output = Mapping[str, Any]
 
 
-def output_kind(output: Output, wanted: str | None = None) -> str:
-    """The key in `KINDS` of what is shown of an output.
+def output_kind(output: Output, kind: str | None = None) -> str:
+    """Return the kind of an output to show, a key of `KINDS`.
 
     Args:
-        wanted: "panoptic", "instances" or "semantic"; None for the first that is there.
+        output: output of a model for one image.
+        kind: "panoptic", "instances" or "semantic"; None for the first kind that the output has.
 
     Raises:
-        ValueError: it is not there, or nothing is.
+        ValueError: If the output does not have that kind, or none at all.
     """
-    given = [kind for kind, key in KINDS.items() if key in output or f"{key}_labels" in output]
-    if not given:
-        raise ValueError(f"nothing to draw in an output of {', '.join(sorted(output)) or 'nothing'}")
-    if wanted is not None and wanted not in given:
-        raise ValueError(f"the model gives nothing {wanted} to show, but: {', '.join(given)}")
-    return wanted or given[0]
+    available = [name for name, key in KINDS.items() if key in output or f"{key}_labels" in output]
+    if not available:
+        keys = ", ".join(sorted(output)) or "no key"
+        raise ValueError(f"an output with {keys} cannot be drawn; expected {', '.join(KINDS.values())}")
+    if kind is not None and kind not in available:
+        raise ValueError(f"the model has no {kind} output; available: {', '.join(available)}")
+    return kind or available[0]
 
 
 def class_labels(output: Output) -> npt.NDArray[np.int64]:
-    """The class of every pixel (H, W) of a semantic output; -1 where it has none: all its scores are 0."""
+    """Return the class of every pixel (H, W) of a semantic output; -1 where all scores are 0."""
     if "sem_seg_labels" in output:
         return np.asarray(to_array(output["sem_seg_labels"]), np.int64)
     scores = torch.as_tensor(output["sem_seg"])
@@ -46,7 +48,7 @@ def class_labels(output: Output) -> npt.NDArray[np.int64]:
 def panoptic_segments(
     ids: npt.NDArray[Any], segments: Sequence[Mapping[str, Any]] | None, metadata: Any
 ) -> list[Mapping[str, Any]]:
-    """The segments of an id map: as they are listed, or else as Detectron2 codes them in the ids."""
+    """Return the segments of an id map, as listed or, for None, as Detectron2 encodes them in the ids."""
     if segments is not None:
         return list(segments)
     divisor = metadata.label_divisor
@@ -56,10 +58,15 @@ def panoptic_segments(
 
 
 def output_segments(output: Output, kind: str, metadata: Any) -> list[dict[str, Any]]:
-    """Parts of the image that a semantic or panoptic output names, the largest first.
+    """List the labelled segments of a semantic or panoptic output, largest first.
+
+    Args:
+        output: output of a model for one image.
+        kind: "panoptic" or "semantic".
+        metadata: metadata of the dataset.
 
     Returns:
-        For each ``category_id``, ``mask`` (H, W) bool and, if panoptic, ``isthing``.
+        For each segment ``category_id``, ``mask`` (H, W) bool and, if panoptic, ``isthing``.
     """
     if kind == "panoptic":
         ids = to_array(output["panoptic_seg"][0])
@@ -75,5 +82,5 @@ def output_segments(output: Output, kind: str, metadata: Any) -> list[dict[str, 
 
 
 def to_array(values: Any) -> npt.NDArray[Any]:
-    """A tensor on any device, or what NumPy takes, as an array."""
+    """Convert a tensor on any device, or any array-like, to an array."""
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -256,7 +256,7 @@ def test_panoptic_maps_are_drawn(run: Run, tmp_path: Path) -> None:
     assert np.abs(again - instances).max() < 30
     _, results = run(path, architecture="BrightPanoptic", options=("--show", "semantic"))
     assert [s["category"] for s in results["segments"]] == ["red box", "blue box"]
-    with pytest.raises(ValueError, match="gives nothing panoptic to show, but: instances"):
+    with pytest.raises(ValueError, match="has no panoptic output; available: instances"):
         run(path, options=("--show", "panoptic"))
 
 

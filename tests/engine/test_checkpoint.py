@@ -96,7 +96,7 @@ def test_loads(tmp_path: Path, layout: str) -> None:
     model = Model()
     extra = TrainingCheckpointer(model).load_weights(path, complete=True)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert extra == ({"iteration": 7} if layout == "model" else {})
+    assert extra == {"metadata": {}, **({"iteration": 7} if layout == "model" else {})}
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:

@@ -11,17 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdense.visualization import panels
 from clipdense.visualization.canvas import Canvas, load_font
-from clipdense.visualization.curves import class_color, read_metrics
-from clipdense.visualization.panels import (
-    draw_curve,
+from clipdense.visualization.curves import class_color, draw_curve, read_metrics
+from clipdense.visualization.panels import draw_panel
+from clipdense.visualization.pictures import (
     draw_legend,
     draw_output,
-    draw_panel,
     draw_score_map,
-    draw_sheet,
     draw_truth,
+    list_contents,
     overlay_heat,
     save_picture,
 )
@@ -152,13 +150,13 @@ def test_pixels_without_scores_are_left_clear() -> None:
 def test_legend() -> None:
     scores = torch.zeros(3, SIZE, SIZE)
     scores[0, :16], scores[2, 16:48] = 1, 1
-    rows = panels._contents({"sem_seg": scores}, "semantic", METADATA, 0.5)
+    rows = list_contents({"sem_seg": scores}, "semantic", METADATA, 0.5)
     assert rows == [("sand  50%", 2), ("red star  25%", 0), ("unlabelled  25%", None)]
     both = {"instances": Instances.cat([instances(0.9), instances(0.6), instances(0.1)])}
-    assert panels._contents(both, "instances", METADATA, 0.5) == [("2 \u00d7 red star", 0)]
+    assert list_contents(both, "instances", METADATA, 0.5) == [("2 \u00d7 red star", 0)]
     segments = [{"id": i, "category_id": 0, "isthing": True} for i in (1, 2)]
     ids = torch.arange(4).repeat_interleave(16)[:, None].expand(64, 64)
-    rows = panels._contents({"panoptic_seg": (ids, segments)}, "panoptic", METADATA, 0.5)
+    rows = list_contents({"panoptic_seg": (ids, segments)}, "panoptic", METADATA, 0.5)
     assert rows == [("2 \u00d7 red star  50%", 0), ("unlabelled  50%", None)]
     picture = draw_legend(IMAGE.repeat(4, 0).repeat(4, 1), [("red star", 0), ("sand", 2)])
     assert picture.shape[1] == 256 and np.array_equal(picture[:256], IMAGE.repeat(4, 0).repeat(4, 1))
@@ -180,18 +178,6 @@ def test_names_stay_inside_and_apart() -> None:
     width = load_font(canvas._font_size).getlength("red star")
     assert all(0 <= x <= 256 - width and 0 <= y <= 256 - canvas._font_size for x, y in placed)
     assert abs(placed[0][1] - placed[1][1]) > canvas._font_size  # the second gave way
-
-
-def test_contact_sheet(tmp_path: Path) -> None:
-    images = [np.full((40, 80, 3), 90, np.uint8), IMAGE]
-    records = [{"image": images[0]}, record(), record()]
-    draw_sheet(records, METADATA, tmp_path / "sheet.png", columns=2, cell=160, titles=["one", "two", "three"])
-    width, height = Image.open(tmp_path / "sheet.png").size
-    assert 320 < width < 400 and 300 < height < 440
-    image = tmp_path / "image.png"
-    Image.fromarray(IMAGE).save(image)
-    draw_sheet([{"file_name": str(image)}], METADATA, tmp_path / "one.png", columns=9, cell=100)
-    assert Image.open(tmp_path / "one.png").size[0] < 150
 
 
 def test_heat_map() -> None:
@@ -229,11 +215,11 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
 
 def test_errors_name_the_cause(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there are no images"):
-        draw_sheet([], METADATA, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="nothing to draw in an output of proposals"):
+    with pytest.raises(ValueError, match="at least one image"):
+        draw_panel([], METADATA, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="an output with proposals cannot be drawn"):
         draw_panel([record(output={"proposals": 1})], METADATA, tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"\(H, W, 3\) of uint8, got \(64, 64\)"):
+    with pytest.raises(ValueError, match=r"\(H, W, 3\) of type uint8, got \(64, 64\)"):
         draw_truth(IMAGE[..., 0], {}, METADATA)
 
 
@@ -265,7 +251,7 @@ def test_curve(tmp_path: Path) -> None:
 
 def test_curve_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text('{"iteration": 1, "eta_seconds": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.json holds no losses"):
+    with pytest.raises(ValueError, match=r"metrics\.json has no losses"):
         draw_curve(tmp_path / "metrics.json", tmp_path / "curve.png")
     with pytest.raises(FileNotFoundError):
         draw_curve(tmp_path / "none.json", tmp_path / "curve.png")

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_image
 from clipdense.systems.mining.proposals import RLE, ground_truth_masks
-from clipdense.visualization.panels import save_picture
+from clipdense.visualization.pictures import save_picture
 
 __all__ = ["ClassAgreement", "MiningStatistics", "draw_pairs", "statistics_table"]
 
