@@ -201,9 +201,11 @@ def test_box_head(golden):
     targets = boxes.box2box_transform.apply_deltas(inputs["bbox_targets"], proposals)
     counted = torch.where(foreground, labels, config["num_classes"])
     close(golden, "loss/loss_bbox", boxes.box_reg_loss(proposals, targets, deltas, counted), 1e-5)
-    competing = F.cross_entropy(logits, labels, weight, reduction="none")
-    assert far(golden, "loss/loss_cls", (competing * inputs["label_weights"]).mean(), 1e-3)
-    assert far(golden, "loss/loss_cls", F.cross_entropy(known, labels, weight.clamp(min=1e-9)), 1e-3)
+    if (weight == 0).any():  # control: novel classes compete
+        competing = F.cross_entropy(logits, labels, weight, reduction="none")
+        assert far(golden, "loss/loss_cls", (competing * inputs["label_weights"]).mean(), 1e-3)
+    if config["bg_weight"] != 1:  # control: divided by the sum of weights
+        assert far(golden, "loss/loss_cls", F.cross_entropy(known, labels, weight.clamp(min=1e-9)), 1e-3)
 
 
 @pytest.mark.golden(name="fvit_transfer_head")
@@ -232,7 +234,8 @@ def test_score_fusion(golden):
         close(golden, f"fused_{name}", fused, 1e-5)
         alone = get_fusion("fvlm")(p, q, None, settings).roll(1, dims=-1).float()
         close(golden, f"fused_{name}_no_base_indicator", alone, 1e-5)
-        assert far(golden, f"fused_{name}", alone, 1e-5)
+        if alpha != beta and base.any():
+            assert far(golden, f"fused_{name}", alone, 1e-5)
         assert far(golden, f"NEG_fused_{name}_not_renormalised", fused, 1e-5)
         theirs = get_fusion("fvit")(p, q, base, settings).roll(1, dims=-1).float()
         assert far(golden, f"fused_{name}", theirs, 1e-5)
@@ -289,10 +292,14 @@ def samples(golden):
 
 
 def matched(expected, found, atol):
-    """Every recorded row has its own counterpart; rows of near-equal scores may trade places."""
-    assert expected.shape == found.shape, (expected.shape, found.shape)
-    fits = ((found[:, None] - expected[None]).abs() <= atol).all(2)
-    return bool(fits.any(0).all() and fits.any(1).all())
+    """Whether each recorded row (box first) has a counterpart; rows of near-equal scores may trade places.
+
+    Detectron2 drops boxes that are empty after clipping, the recording keeps them: each may be replaced.
+    """
+    kept = expected[Boxes(expected[:, :4]).nonempty()]
+    fits = ((found[:, None] - kept[None]).abs() <= atol).all(2)
+    unmatched = int((~fits.any(1)).sum())
+    return len(found) <= len(expected) and bool(fits.any(0).all()) and unmatched <= len(expected) - len(kept)
 
 
 @pytest.mark.golden(name="ckpt_fvit_detector_*")
@@ -347,8 +354,9 @@ def test_every_output(golden, detector):
         masks = heads.mask_head.layers(heads.mask_pooler(maps[:4], final))
         close(golden, "det.mask_logits_cat_over_images", masks, 1e-4)
 
-    # control: fused as if nothing were novel
-    assert far(golden, "fused_scores", heads.box_predictor.fuse(p, q, torch.ones_like(base)), 1e-4)
+    # control: base and novel classes exchanged
+    if config["alpha"] != config["beta"]:
+        assert far(golden, "fused_scores", heads.box_predictor.fuse(p, q, ~base), 1e-4)
 
 
 def clip_features(model, features, boxes):
@@ -360,7 +368,9 @@ def clip_features(model, features, boxes):
 @torch.no_grad()
 def test_negative_controls(golden, detector):
     """Every published rule that has an alternative is told apart from it."""
-    model = detector(**{"MODEL.FVLM.FINEST_BOX_SIZE": 1.0})
+    sizes = [golden.part("out")[f"proposals.{i}"] for i in range(len(golden.config["img_shapes"]))]
+    large = all((Boxes(rows[:, :4]).area().sqrt() >= 8 * 56).all() for rows in sizes)  # on the coarsest level
+    model = detector(**{"MODEL.FVLM.FINEST_BOX_SIZE": 1e4 if large else 1.0})
     features = model.backbone(golden.part("in")["image"])
     heads = model.roi_heads
     maps = [features[name] for name in heads.box_in_features]

@@ -1,4 +1,4 @@
-"""What open vocabulary adds to F-VLM's detector: any words' scores, CLIP's scores, and their fusion."""
+"""Cost of F-VLM's open vocabulary: text classification, CLIP's scores and their fusion."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         base = (torch.rand(classes, generator=generator) > 0.3).tolist()
         vocabulary = replace(Vocabulary.from_names([f"class {i}" for i in range(classes)]), base=tuple(base))
         model.set_vocabulary(vocabulary, {"classes": text.to(device)})
-        # so many detections pass, whatever the scores
+        # the number of detections does not depend on the scores
         model.roi_heads.box_predictor.test_score_thresh = 2.0 / classes
         model.roi_heads.box_predictor.test_topk_per_image = limit
         batch = random_batch(args.size, args.batch, classes)
         ours, floor = _inference(model, batch), _floor(model, batch)
-        ours(), floor()  # what is computed once: anchors, position tables
+        ours(), floor()  # fill caches: anchors, position tables
         cost = flops(ours) / 1e9, flops(floor) / 1e9
         yield Row(f"fvlm/k{classes}_flops", *cost, "GFLOP", what=WHAT)
         if not args.flops_only:
@@ -87,11 +87,11 @@ def _inference(model: Any, batch: list[dict[str, Any]]) -> Callable[[], object]:
 
 
 def _floor(model: Any, batch: list[dict[str, Any]]) -> Callable[[], object]:
-    """What any detector with this trunk and these heads computes: boxes of the regions, without classes."""
+    """The floor: the same trunk and heads, which predict boxes of regions without classes."""
     heads = model.roi_heads
 
     def run() -> object:
-        model.trunk.train()  # which leaves the map of the joint space out
+        model.trunk.train()  # training mode omits the map in the joint space
         with torch.inference_mode():
             images = model.preprocess_image(batch)
             features = model.backbone(images.tensor)
@@ -104,7 +104,7 @@ def _floor(model: Any, batch: list[dict[str, Any]]) -> Callable[[], object]:
 
 
 class _Given(nn.Module):
-    """A trunk's maps, which were computed before."""
+    """Returns maps that were computed before."""
 
     def __init__(self, maps: dict[str, Tensor]) -> None:
         super().__init__()
