@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
 
-def test_trains_and_evaluates_with_the_words_of_each_data_set(tmp_path: Path) -> None:
+def test_trains_and_evaluates_with_the_classes_of_each_dataset(tmp_path: Path) -> None:
     main = runpy.run_path(str(ROOT / "tools/train_net.py"))["main"]
 
     def run(*options: object, eval_only: bool = False) -> dict[str, float]:
@@ -41,7 +41,7 @@ def test_trains_and_evaluates_with_the_words_of_each_data_set(tmp_path: Path) ->
 
 
 def test_real_images(tmp_path: Path, data_dir: Path) -> None:
-    """OV-COCO's words and photographs on a nano CLIP: every image is answered, however poorly."""
+    """OV-COCO classes and photographs on a nano CLIP: each image gets detections."""
     annotations = tmp_path / "coco" / "annotations"
     annotations.mkdir(parents=True)
     (tmp_path / "coco" / "val2017").symlink_to(data_dir / "coco" / "val2017")

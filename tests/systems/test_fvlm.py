@@ -1,4 +1,4 @@
-"""F-VLM: training on base classes, any words in evaluation, checkpoints between vocabularies."""
+"""F-VLM: training on base classes, evaluation with any vocabulary, checkpoints between vocabularies."""
 
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def test_heads_train_and_clip_does_not(config, tower: str) -> None:
     assert first.scores.diff().max() <= 0 and first.pred_classes.max() < 4
 
 
-def test_labels_of_novel_classes_are_left_out(config) -> None:
+def test_objects_of_novel_classes_are_removed_from_the_labels(config) -> None:
     model = build_model(config())
     labelled, without = batch(), batch()
     for sample in without:
@@ -126,7 +126,7 @@ def test_labels_of_novel_classes_are_left_out(config) -> None:
     assert sum(losses_of(model, without).values()).isfinite()
 
 
-def test_training_keeps_its_classes_whatever_is_looked_for(config) -> None:
+def test_training_does_not_depend_on_the_evaluation_vocabulary(config) -> None:
     model = build_model(config())
     before = losses_of(model, batch())
     model.set_vocabulary(Vocabulary.parse("cat, dog, red star, tree, house, street"))
@@ -135,10 +135,10 @@ def test_training_keeps_its_classes_whatever_is_looked_for(config) -> None:
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-# words
+# vocabularies
 
 
-def test_base_is_what_shares_a_name_with_a_base_class_of_training(config) -> None:
+def test_a_class_is_base_if_it_shares_a_name_with_a_base_class_of_training(config) -> None:
     model = build_model(config())
     assert model.evaluation_classes()[1].tolist() == [True, True, False, True]
     model.set_vocabulary(Vocabulary.parse("green ring, crimson star|Red_Star, banana"))
@@ -154,8 +154,8 @@ def test_base_is_what_shares_a_name_with_a_base_class_of_training(config) -> Non
     assert (detect(unknown)[0].pred_classes == 0).all()
 
 
-def test_a_class_is_scored_the_same_among_others_but_for_the_softmax(config) -> None:
-    """The detector's logits and CLIP's cosines of a word do not depend on the other words."""
+def test_logits_of_a_class_do_not_depend_on_the_other_classes(config) -> None:
+    """Only the softmax couples the classes of a vocabulary."""
     model = build_model(config()).eval()
     heads, x = model.roi_heads, torch.randn(7, 32)
     model.set_vocabulary(Vocabulary.parse("red star, cat"))
@@ -165,7 +165,7 @@ def test_a_class_is_scored_the_same_among_others_but_for_the_softmax(config) -> 
     torch.testing.assert_close(two, four[:, [3, 1, 4]])
 
 
-def test_clip_decides_about_novel_words(config) -> None:
+def test_with_all_weight_on_clip_its_embedding_decides(config) -> None:
     """With all weight on CLIP, the class of a region is that of its CLIP embedding."""
     model = build_model(
         config("vit", "MODEL.FVLM.FUSION", "fvit", "MODEL.FVLM.ALPHA", 1.0, "MODEL.FVLM.BETA", 1.0)
@@ -180,7 +180,7 @@ def test_clip_decides_about_novel_words(config) -> None:
     torch.testing.assert_close(scores, expected)
 
 
-def test_a_learned_background_is_the_detectors_alone(config) -> None:
+def test_clip_has_no_score_for_a_learned_background(config) -> None:
     model = build_model(config("rn", "MODEL.FVLM.BACKGROUND", "learned"))
     sum(losses_of(model, batch()).values()).backward()
     predictor = model.roi_heads.box_predictor
@@ -197,7 +197,7 @@ def table(path: Path | str) -> list[object]:
     return ["MODEL.FVLM.TEXT_SOURCE", "table", "MODEL.FVLM.TEXT_TABLE", path]
 
 
-def test_words_from_a_table(config, tmp_path: Path) -> None:
+def test_text_embeddings_from_a_table(config, tmp_path: Path) -> None:
     rows = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     names = [*CLASSES, "background", "banana"]
     torch.save({"embeddings": rows, "index": {"classes": names}}, tmp_path / "table.pt")
@@ -239,7 +239,7 @@ def load_into(model: FVLM, path: Path) -> FVLM:
     return model
 
 
-def test_checkpoints_know_what_they_were_trained_on(config, dataset: str, tmp_path: Path) -> None:
+def test_checkpoints_store_the_training_vocabulary(config, dataset: str, tmp_path: Path) -> None:
     trained = build_model(config())
     TrainingCheckpointer(trained, str(tmp_path)).save("trained")
     path = tmp_path / "trained.pth"
@@ -266,8 +266,8 @@ def test_checkpoints_know_what_they_were_trained_on(config, dataset: str, tmp_pa
         MetadataCatalog.remove(other)
 
 
-def test_weights_alone_know_the_training_words(config, tmp_path: Path) -> None:
-    """No text tower in memory; the words are those that the weights bring."""
+def test_the_weights_hold_the_embeddings_of_the_training_classes(config, tmp_path: Path) -> None:
+    """Without a text tower, only the classes in the weights can be named."""
     trained = build_model(config())
     TrainingCheckpointer(trained, str(tmp_path)).save("trained")
     model = load_into(
@@ -306,7 +306,7 @@ def test_images_are_padded_to_squares(config) -> None:
     assert model.preprocess_image(batch(training=False)).tensor.shape == (2, 3, 128, 128)
 
 
-def test_many_classes_cost_next_to_nothing(config) -> None:
+def test_many_classes_add_little_cost(config) -> None:
     model = build_model(config("vit")).eval()
     flops = {}
     for count in (80, 1203):
