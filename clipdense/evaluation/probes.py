@@ -178,13 +178,7 @@ class CLIPProbe:
 
     def _normalize(self, images: Uint8) -> Tensor:
         """Convert (B, H, W, 3) uint8 RGB to the (B, 3, H, W) input of the CLIP, on its device."""
-        device = self.clip.logit_scale.device
-        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
-        mean, std = (
-            torch.tensor(statistic, device=device).view(3, 1, 1)
-            for statistic in (self.clip.pixel_mean, self.clip.pixel_std)
-        )
-        return (pixels - mean) / std
+        return self.clip.normalize(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 class RegionEncoderProbe:

@@ -87,7 +87,7 @@ def test_clipself_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     cost, time = json.loads(path.read_text())["rows"]
     assert (cost["name"], time["name"]) == ("clipself/step_flops", "clipself/step_wall")
     assert 1 <= cost["ratio"] < 1.05 and cost["other"] > 1
-    assert 0 <= time["values"]["data_wait"] <= 1 and "waiting for data" in capsys.readouterr().out
+    assert 0 <= time["values"]["data_wait"] <= 1 and "waits for data" in capsys.readouterr().out
 
 
 @pytest.mark.slow

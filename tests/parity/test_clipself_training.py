@@ -119,8 +119,7 @@ def names(state: dict[str, Tensor]) -> dict[str, str]:
 
 def on_floats(model: CLIPSelf) -> CLIPSelf:
     """Switch off pixel normalisation: the stored images are normalised already."""
-    model.pixel_mean.zero_()
-    model.pixel_std.fill_(1)
+    model.student.pixel_mean, model.student.pixel_std = (0.0,) * 3, (1 / 255,) * 3
     return model.train()
 
 

@@ -74,7 +74,7 @@ def test_unlocked_groups() -> None:
         CLIPSelf(clip=nano("shapes-vit"))
     )
     for count in (0, 5, -2):  # [-0:] would be all of them
-        with pytest.raises(ValueError, match=f"UNLOCKED_GROUPS = {count}: expected 1 to 4"):
+        with pytest.raises(ValueError, match=f"UNLOCKED_GROUPS {count}: .* expected 1 to 4"):
             CLIPSelf(clip=nano("shapes-vit"), unlocked_groups=count)
 
 
@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_the_method(name: str) -> None:
     model = CLIPSelf(clip=nano(name), weight=2.0)
     (sample,) = batch(1)
     sample["boxes"], sample["crops"] = torch.tensor([[0.0, 0, 1, 1]]), sample["crops"][:1]
-    x, crop = model.normalize(sample["image"][None]), model.normalize(sample["crops"])
+    x, crop = model.student.normalize(sample["image"][None]), model.student.normalize(sample["crops"])
     dense = F.normalize(model.teacher.visual(x, TowerRequest(dense="value")).dense, dim=1)
     cosine = F.cosine_similarity(dense.mean((2, 3)), model.teacher.encode_image(crop))
     assert float(model([sample])["loss_distillation"]) == pytest.approx(2 * float(1 - cosine), abs=1e-5)
@@ -107,7 +107,7 @@ def test_embeddings_of_crops_can_be_preserved() -> None:
         for p in model.student.visual.parameters():
             p.add_(0.05 * torch.randn_like(p))
     losses = model(batch())
-    crops = model.normalize(torch.cat([sample["crops"] for sample in batch()]))
+    crops = model.student.normalize(torch.cat([sample["crops"] for sample in batch()]))
     with torch.no_grad():
         pairs = model.student.encode_image(crops), model.teacher.encode_image(crops)
     assert float(losses["loss_embedding"]) == pytest.approx(0.5 * float(cosine_loss(*pairs)), rel=1e-4)
@@ -134,11 +134,11 @@ def test_a_step_costs_no_more_than_its_parts() -> None:
     model, samples = CLIPSelf(clip=nano("shapes-vit")), batch(2, 128)
     with FlopCounterMode(display=False) as step:
         model(samples)["loss_distillation"].backward()
-    x = model.normalize(torch.stack([sample["image"] for sample in samples]))
+    x = model.student.normalize(torch.stack([sample["image"] for sample in samples]))
     with FlopCounterMode(display=False) as parts:
         model.student.visual(x, TowerRequest(dense="value")).dense.sum().backward()
         with torch.no_grad():
-            model.teacher.encode_image(model.normalize(torch.cat([s["crops"] for s in samples])))
+            model.teacher.encode_image(model.student.normalize(torch.cat([s["crops"] for s in samples])))
     assert step.get_total_flops() <= 1.001 * parts.get_total_flops()
 
 

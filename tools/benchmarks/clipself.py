@@ -61,10 +61,10 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 
         def floor() -> None:
             model.zero_grad(set_to_none=True)
-            x = model.normalize(torch.stack([sample["image"] for sample in batch]))
+            x = model.student.normalize(torch.stack([sample["image"] for sample in batch]))
             dense: Tensor = model.student.visual(x, TowerRequest(dense=model.mode)).dense
             with torch.no_grad():
-                model.teacher.encode_image(model.normalize(torch.cat([s["crops"] for s in batch])))
+                model.teacher.encode_image(model.student.normalize(torch.cat([s["crops"] for s in batch])))
             dense.sum().backward()
 
         notes = f"{args.clip}, {args.batch} x {args.size} px, {crops} crops of {crop_size} px."

@@ -93,7 +93,8 @@ class CLIPSelf(DenseStudent):
         """
         if not self.training:
             return [{} for _ in batched_inputs]
-        crops = self.normalize(_concatenate(batched_inputs, "crops", "patches or proposals"))  # (n, 3, s, s)
+        x = _concatenate(batched_inputs, "crops", "patches or proposals")
+        crops = self.student.normalize(x)  # (n, 3, s, s)
         f = self.pool_regions(batched_inputs, "clipself_raw")  # (n, D); the loss normalises
         with torch.no_grad():
             g = self.teacher.encode_image(crops)  # (n, D)

@@ -14,9 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip import ClipModel, TowerRequest
+from clipdense.clip.finetune import apply_rule, freeze_unused, top_rule
 from clipdense.clip.towers import Tower
-from clipdense.clip.towers.resnet import ResNetTower
-from clipdense.clip.towers.transformer import TransformerTower
 from clipdense.evaluation.probes import CLIPProbe
 from clipdense.regions import pool_boxes
 
@@ -43,9 +42,6 @@ class DenseStudent(nn.Module):
         student: `ClipModel` that is trained.
         teacher: `ClipModel` without text tower, the student before the training.
     """
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(
         self,
@@ -85,8 +81,6 @@ class DenseStudent(nn.Module):
         unlock(clip.visual, unlocked_groups, request)
         self.mode, self.alpha, self.weight = request.dense, alpha, weight
         self.multiscale = tuple(multiscale)
-        for name, value in (("pixel_mean", clip.pixel_mean), ("pixel_std", clip.pixel_std)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1) * 255, persistent=False)
         self.train()
 
     @classmethod
@@ -112,7 +106,7 @@ class DenseStudent(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device that inputs are moved to."""
-        return self.pixel_mean.device
+        return self.student.logit_scale.device
 
     def train(self, mode: bool = True) -> DenseStudent:
         """Set the training mode; the teacher and all BatchNorms stay in evaluation mode."""
@@ -122,10 +116,6 @@ class DenseStudent(nn.Module):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Convert (n, 3, H, W) uint8 RGB to the input of the towers, on the model's device."""
-        return (pixels.to(self.device, non_blocking=True).float() - self.pixel_mean) / self.pixel_std
 
     def pool_regions(self, batched_inputs: Sequence[dict[str, Any]], pooling: str) -> Tensor:
         """Pool the student's dense map over the regions of a batch.
@@ -140,7 +130,9 @@ class DenseStudent(nn.Module):
         Raises:
             ValueError: If the tower's stride does not divide the size of the images.
         """
-        x = self.normalize(torch.stack([sample["image"] for sample in batched_inputs]))  # (B, 3, S, S)
+        x = self.student.normalize(
+            torch.stack([sample["image"] for sample in batched_inputs])
+        )  # (B, 3, S, S)
         if self.multiscale:
             side = self.multiscale[int(torch.randint(len(self.multiscale), ()))]
             x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
@@ -181,35 +173,19 @@ class DenseStudent(nn.Module):
 
 
 def unlock(tower: Tower, count: int, request: TowerRequest) -> None:
-    """Make the last groups of an image tower trainable, except what the requested outputs do not depend on.
+    """Train the last groups of an image tower, except what the requested outputs do not depend on.
 
     Args:
-        tower: image tower with frozen parameters.
-        count: number of groups: blocks of a transformer; the four stages and the attention pool of a ResNet.
-            -1: all.
+        tower: image tower; changed in place.
+        count: number of groups, from the top, see `top_rule`; -1: all.
         request: outputs that the loss is computed from.
 
     Raises:
-        ValueError: If the tower is of another family, or the number of groups is 0 or larger than there are.
+        ValueError: If the number of groups is 0 or larger than there are.
     """
-    if isinstance(tower, TransformerTower):
-        groups = list(tower.blocks)
-    elif isinstance(tower, ResNetTower):
-        groups = [getattr(tower, name) for name in ("layer1", "layer2", "layer3", "layer4", "attnpool")]
-    else:
-        raise ValueError(f"CLIPSelf trains transformers and ResNets, not {type(tower).__name__}")
-    if count != -1 and not 1 <= count <= len(groups):
-        raise ValueError(
-            f"MODEL.CLIPSELF.UNLOCKED_GROUPS = {count}: expected 1 to {len(groups)}, or -1 for all "
-            f"{len(groups)} groups of {type(tower).__name__}"
-        )
-    parameters = [p for group in groups[-count if count > 0 else 0 :] for p in group.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    image = torch.zeros(1, 3, tower.stride, tower.stride, device=parameters[0].device)
-    with torch.enable_grad():
-        out = tower(image, request)
-        total = out.dense.sum() + (out.pooled.sum() if request.pooled else 0)
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)
+    try:
+        rule = top_rule(tower, count)
+    except ValueError as error:
+        raise ValueError(f"MODEL.CLIPSELF.UNLOCKED_GROUPS {count}: {error}") from error
+    apply_rule(tower, rule)
+    freeze_unused(tower, request)
