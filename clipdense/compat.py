@@ -1,9 +1,9 @@
-"""What detectron2 needs and today's stack no longer gives it.
+"""Names that detectron2 needs and current libraries no longer have.
 
 detectron2 0.6 can be installed without its C++ extension and together with NumPy 2 and a current Pillow. It
 then misses a few names. This module, which runs before any other part of clipdense, supplies exactly those
-that the *installed* detectron2 mentions and the installed libraries lack. On a healthy install (the main
-branch, compiled) it finds nothing to do.
+that the installed detectron2 uses and the installed libraries lack. On a healthy install (the main branch,
+compiled) it does nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+# Files of detectron2 0.6 that use removed names of NumPy; other versions use fewer names in the same files.
+NUMPY_USERS = (
+    "data/build.py",
+    "data/datasets/pascal_voc.py",
+    "evaluation/pascal_voc_evaluation.py",
+    "evaluation/sem_seg_evaluation.py",
+    "structures/masks.py",
+    "utils/video_visualizer.py",
+    "utils/visualizer.py",
+)
+PILLOW_USERS = ("data/transforms/transform.py",)
+
 # Python types that NumPy exposed under its own name until 1.24 (bool came back in 2.0).
 _NUMPY_ALIASES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str, "object": object}
 
-# Ops of the extension; the rotated ones are also reached as torch.ops.detectron2.*.
+# Ops of the extension. The rotated ones are also called as torch.ops.detectron2.*.
 _OPS = (
     "deform_conv_forward",
     "deform_conv_backward_input",
@@ -37,18 +49,17 @@ _OPS = (
 
 
 def apply() -> list[str]:
-    """Supply what the installed detectron2 lacks; without detectron2, or the second time, there is nothing.
+    """Supply the names that the installed detectron2 lacks.
 
     Returns:
-        The names that were supplied, e.g. ``["numpy.int", "PIL.Image.LINEAR", "detectron2._C"]``.
+        The supplied names, e.g. ``["numpy.int", "PIL.Image.LINEAR", "detectron2._C"]``; empty without
+        detectron2, on a healthy install, and at the second call.
     """
     root = _package_root("detectron2")
     if root is None:
         return []
-    supplied = []
-    source = "\n".join(path.read_text("utf-8", "replace") for path in sorted(root.rglob("*.py")))
-    supplied += _numpy_aliases(set(re.findall(r"\bnp\.([a-z]+)\b", source)))
-    if re.search(r"\bImage\.LINEAR\b", source):
+    supplied = _numpy_aliases(set(re.findall(r"\bnp\.([a-z]+)\b", _source(root, NUMPY_USERS))))
+    if re.search(r"\bImage\.LINEAR\b", _source(root, PILLOW_USERS)):
         supplied += _pillow_constants()
     if "detectron2._C" not in sys.modules and PathFinder.find_spec("_C", [str(root)]) is None:
         supplied += _extension_stub()
@@ -58,12 +69,12 @@ def apply() -> list[str]:
 
 
 def has_detectron2() -> bool:
-    """Whether detectron2 is installed (it is not imported to find out)."""
+    """Return whether detectron2 is installed, without importing it."""
     return _package_root("detectron2") is not None
 
 
 def _package_root(name: str) -> Path | None:
-    """Folder of a package, found without importing it; None when it is not installed."""
+    """Return the folder of a package without importing it; None if it is not installed."""
     try:
         spec = find_spec(name)
     except (ImportError, ValueError):
@@ -72,10 +83,16 @@ def _package_root(name: str) -> Path | None:
     return Path(locations[0]) if locations else None
 
 
-def _numpy_aliases(mentioned: set[str]) -> list[str]:
+def _source(root: Path, files: tuple[str, ...]) -> str:
+    """Return the source of the files that exist below a folder."""
+    paths = [root / file for file in files]
+    return "\n".join(path.read_text("utf-8", "replace") for path in paths if path.is_file())
+
+
+def _numpy_aliases(used: set[str]) -> list[str]:
     import numpy as np
 
-    missing = [name for name in _NUMPY_ALIASES if name in mentioned and name not in vars(np)]
+    missing = [name for name in _NUMPY_ALIASES if name in used and name not in vars(np)]
     for name in missing:
         setattr(np, name, _NUMPY_ALIASES[name])
     return [f"numpy.{name}" for name in missing]
@@ -91,7 +108,7 @@ def _pillow_constants() -> list[str]:
 
 
 def _extension_stub() -> list[str]:
-    """Stand-in for the C++ extension: detectron2 imports it and its environment report prints it."""
+    """Register a stand-in for the C++ extension, which detectron2 and its environment report import."""
     import torch
 
     module: Any = ModuleType(
@@ -109,8 +126,10 @@ def _extension_stub() -> list[str]:
 
 
 def _export_without_caffe2(root: Path) -> list[str]:
-    """Empty stand-in for `detectron2.export.api`, which 0.6 imports beside its `TracingAdapter` (of which its
-    FLOP counter is made) and which needs Caffe2; PyTorch has that no more.
+    """Register an empty stand-in for `detectron2.export.api`, which needs Caffe2.
+
+    detectron2 0.6 imports it together with the `TracingAdapter` of its FLOP counter; PyTorch no longer has
+    Caffe2.
     """
     init = root / "export" / "__init__.py"
     unguarded = init.is_file() and re.search(r"^from \.api import \*", init.read_text("utf-8"), re.MULTILINE)

@@ -1,7 +1,8 @@
-"""`clipdense.compat`: inert beside a healthy detectron2, and enough for 0.6 to evaluate and draw."""
+"""`clipdense.compat` does nothing on a healthy install, and lets detectron2 0.6 evaluate and draw."""
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,25 @@ def fake_detectron2(tmp_path):
     return package
 
 
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_every_user_of_a_removed_name_is_known():
+    """The files that `compat` reads are all files of the installed detectron2 that use a removed name."""
+    root = Path(importlib.util.find_spec("detectron2").submodule_search_locations[0])
+    removed = re.compile(r"\bnp\.(int|float|bool|str|object)\b|\bImage\.LINEAR\b")
+    users = {
+        p.relative_to(root).as_posix() for p in root.rglob("*.py") if removed.search(p.read_text("utf-8"))
+    }
+    assert users <= {*compat.NUMPY_USERS, *compat.PILLOW_USERS}
+
+
 def test_inert_beside_a_healthy_detectron2(fake_detectron2, run_python):
     (fake_detectron2 / "_C.py").write_text("")
-    (fake_detectron2 / "build.py").write_text("np.zeros(3, dtype=np.int64)\nImage.BILINEAR\n")
+    write(fake_detectron2 / "data/build.py", "np.zeros(3, dtype=np.int64)\n")
+    write(fake_detectron2 / "data/transforms/transform.py", "Image.BILINEAR\n")
     (fake_detectron2 / "export").mkdir()
     (fake_detectron2 / "export/__init__.py").write_text("if caffe2:\n    from .api import *\n")
     assert _apply_beside(fake_detectron2.parent, run_python) == {
@@ -76,7 +93,8 @@ def test_inert_beside_a_healthy_detectron2(fake_detectron2, run_python):
 
 
 def test_supplies_only_what_is_mentioned_and_missing(fake_detectron2, run_python):
-    (fake_detectron2 / "build.py").write_text("np.zeros(3, dtype=np.int)\nnp.zeros(3, np.float32)\nnp.bool\n")
+    write(fake_detectron2 / "data/build.py", "np.zeros(3, dtype=np.int)\nnp.zeros(3, np.float32)\n")
+    write(fake_detectron2 / "structures/masks.py", "np.bool\n")
     (fake_detectron2 / "export").mkdir()
     (fake_detectron2 / "export/__init__.py").write_text("from .api import *\n")
     result = _apply_beside(fake_detectron2.parent, run_python)
