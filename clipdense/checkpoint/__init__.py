@@ -1,5 +1,6 @@
-"""Reading checkpoints safely, telling their layouts apart, and accounting for every key. Imports no
-detectron2.
+"""Safe reading of checkpoints, detection of their layouts, and strict accounting of keys.
+
+Works without detectron2.
 """
 
 from clipdense.checkpoint.accounting import CheckpointMismatch, DropRule, Report, account, load_strict

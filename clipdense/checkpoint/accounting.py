@@ -1,4 +1,4 @@
-"""Every key of a file and of a model is accounted for, or it is an error with the full list."""
+"""Strict loading: every key of file and model is accounted for; otherwise an error lists all differences."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from clipdense.checkpoint.io import CheckpointError
 
 @dataclass(frozen=True)
 class DropRule:
-    """Keys of a file that are left out on purpose.
+    """Keys of a file that are ignored on purpose.
 
     Attributes:
-        name: of the rule, for the report.
+        name: name of the rule, for the report.
         pattern: regular expression that matches the whole key.
-        reason: why the model does not need them.
+        reason: why the model does not need these keys.
     """
 
     name: str
@@ -29,12 +29,14 @@ class DropRule:
 
 @dataclass
 class Report:
-    """What became of every key.
+    """Result of comparing the keys of a file and a model.
 
     Attributes:
         loaded: keys that both sides have, with equal shapes.
-        missing: keys of the model that the file lacks; `defaulted` are those that may be missing.
-        unexpected: keys of the file that the model lacks; `dropped` those that a rule names, by rule.
+        missing: keys of the model that the file lacks.
+        defaulted: keys of the model that the file lacks and may lack.
+        unexpected: keys of the file that the model lacks.
+        dropped: keys of the file that a rule ignores, by the rule's name.
         mismatched: key -> (shape in the file, shape in the model).
     """
 
@@ -47,7 +49,7 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left over on either side."""
+        """Whether neither side has missing, unexpected or mismatched keys."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -61,7 +63,7 @@ class Report:
 
 
 class CheckpointMismatch(CheckpointError):
-    """A file whose keys or shapes do not fit the model; `report` has the lists."""
+    """The keys or shapes of a file do not fit the model; ``report`` lists all differences."""
 
     def __init__(self, source: str, report: Report, remedy: str = "") -> None:
         super().__init__(f"{source} does not fit the model{': ' + remedy if remedy else ''}\n  {report}")
@@ -75,11 +77,13 @@ def account(
     drops: Sequence[DropRule] = (),
     optional: str | None = None,
 ) -> Report:
-    """Compare the keys and shapes of two state dicts (meta tensors will do).
+    """Compare the keys and shapes of two state dicts; meta tensors are allowed.
 
     Args:
-        drops: rules for keys of the file that are left out.
-        optional: pattern of keys that the file may lack.
+        model: state dict of the model.
+        file: state dict of the file.
+        drops: rules for keys of the file that are ignored.
+        optional: regular expression of keys that the file may lack.
     """
     report = Report()
     for key, tensor in file.items():
@@ -110,10 +114,18 @@ def load_strict(
     optional: str | None = None,
     remedy: str = "",
 ) -> Report:
-    """Load a state dict into a module, all or nothing.
+    """Load a state dict into a module completely or not at all.
+
+    Args:
+        module: the module.
+        state: tensors by key.
+        source: name of the file, for the error.
+        drops: rules for keys of the file that are ignored.
+        optional: regular expression of keys that the file may lack.
+        remedy: what the user can do, for the error.
 
     Raises:
-        CheckpointMismatch: a key left over on either side, or a shape that differs; the module is unchanged.
+        CheckpointMismatch: If keys are missing or unexpected, or shapes differ; the module is unchanged.
     """
     report = account(module.state_dict(), state, drops=drops, optional=optional)
     if not report.complete:

@@ -1,4 +1,4 @@
-"""Files of published models as files of our own, which bring the config keys that their weights need."""
+"""Conversion of published model files to our keys, with the config keys that their weights need."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from clipdense.checkpoint.layouts import LAYOUTS, ModelLayout
 MODEL_LAYOUT = "clipdense"
 """`layout` in the metadata of a file that holds a whole model under our keys.
 
-Its `options` are `config` (config key -> value) and, where they are known, `classes`; `source` is the name of
-the layout that it was converted from."""
+Its `options` are `config` (config key -> value) and, if known, `classes`; `source` is the name of the layout
+that the file was converted from."""
 
 
 def model_layout(state: Mapping[str, Tensor]) -> ModelLayout | None:
-    """The layout of a published model whose keys these are."""
+    """Find the layout of a published model by its keys; None for other files."""
     found = [x for x in LAYOUTS.values() if isinstance(x, ModelLayout) and x.matches(state)]
     return found[0] if len(found) == 1 else None
 
 
 def config_options(file: Checkpoint) -> dict[str, Any]:
-    """The config keys that a file's weights need, and their values; none for files that say nothing."""
+    """Return the config keys and values that the weights of a file need; empty if the file has none."""
     if file.metadata.get("layout") != MODEL_LAYOUT:
         return {}
     options: dict[str, Any] = file.metadata.get("options", {}).get("config", {})
@@ -33,15 +33,16 @@ def config_options(file: Checkpoint) -> dict[str, Any]:
 
 
 def convert_model(file: Checkpoint, classes: Sequence[str] | None = None) -> Checkpoint:
-    """A published model's file under our keys, with metadata as `MODEL_LAYOUT`; any other file as it is.
+    """Convert the file of a published model to our keys; any other file is returned unchanged.
 
-    What a training left in it beside the tensors is left out.
+    The result has metadata as `MODEL_LAYOUT` says. Training state (optimizer, epoch) is dropped.
 
     Args:
-        classes: names of the classes, for a file that lists none.
+        file: the file.
+        classes: class names, for a file that does not list them.
 
     Raises:
-        CheckpointError: the file lists other classes, or its tensors determine no model.
+        CheckpointError: If the file lists other classes, or its tensors do not determine a model.
     """
     layout = model_layout(file.state)
     if layout is None:
@@ -63,17 +64,20 @@ def convert_model(file: Checkpoint, classes: Sequence[str] | None = None) -> Che
     return replace(file, state=state, metadata=metadata, extras={})
 
 
-def class_differences(listed: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """One line for every class that differs; capitals and white space, which no tokenizer sees, do not count.
+def class_differences(listed: Sequence[str], expected: Sequence[str]) -> list[str]:
+    """Describe the classes that differ, one line each.
+
+    Case and white space are ignored, because tokenizers ignore them too.
 
     Args:
-        listed: of the file; wanted: of the data.
+        listed: class names of the file.
+        expected: class names of the dataset.
     """
     lines = [
-        f"class {i}: {a!r} in the file, {b!r} wanted"
-        for i, (a, b) in enumerate(zip(listed, wanted, strict=False))
+        f"class {i}: {a!r} in the file, {b!r} expected"
+        for i, (a, b) in enumerate(zip(listed, expected, strict=False))
         if a.lower().split() != b.lower().split()
     ]
-    if len(listed) != len(wanted):
-        lines.insert(0, f"{len(listed)} classes in the file, {len(wanted)} wanted")
+    if len(listed) != len(expected):
+        lines.insert(0, f"{len(listed)} classes in the file, {len(expected)} expected")
     return lines

@@ -35,14 +35,15 @@ _OPENAI_NAMES = {
 
 
 class CheckpointError(RuntimeError):
-    """A weight file that cannot be used; the message names the file and the remedy."""
+    """A weight file cannot be used; the message names the file and the remedy."""
 
 
 @dataclass
 class Checkpoint:
-    """The tensors of a file, and what else it says.
+    """Content of a weight file.
 
     Attributes:
+        path: the file.
         state: key -> tensor, unwrapped from `state_dict` / `model` / `module`, without a `module.` prefix.
         format: "safetensors", "torch", "torchscript" or "pickle".
         metadata: what `save_checkpoint` stored (layout, options); empty for other files.
@@ -114,7 +115,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             stored = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as e:
-        raise CheckpointError(f"{path} is not a complete safetensors file ({e}): fetch it again") from e
+        raise CheckpointError(f"{path} is not a complete safetensors file ({e}): download it again") from e
     return Checkpoint(
         path, _unwrap(state, path)[0], "safetensors", json.loads(stored.get(METADATA_KEY, "{}"))
     )
@@ -130,7 +131,7 @@ def _is_torchscript(path: Path) -> bool:
 def _read_torchscript(path: Path, allow_pickle: bool) -> Checkpoint:
     if not allow_pickle and not _is_openai_archive(path):
         raise CheckpointError(
-            f"{path} is a TorchScript file of unknown layout, and opening one can run what it holds: "
+            f"{path} is a TorchScript file of unknown layout, and opening it can run code: "
             f"pass allow_pickle=True (MODEL.ALLOW_PICKLE True) if you trust it"
         )
     try:
@@ -138,7 +139,7 @@ def _read_torchscript(path: Path, allow_pickle: bool) -> Checkpoint:
             warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; these files are not
             state = torch.jit.load(str(path), map_location="cpu").state_dict()
     except RuntimeError as e:
-        raise CheckpointError(f"{path} is not a complete TorchScript file: fetch it again ({e})") from e
+        raise CheckpointError(f"{path} is not a complete TorchScript file: download it again ({e})") from e
     return Checkpoint(path, _unwrap(dict(state), path)[0], "torchscript")
 
 
@@ -169,7 +170,7 @@ def _read_torch(path: Path, allow_pickle: bool, lazy: bool) -> Checkpoint:
             f"pass allow_pickle=True (MODEL.ALLOW_PICKLE True) if you trust it. {e}"
         ) from e
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise CheckpointError(f"{path} is truncated or not a torch file: fetch it again ({e})") from e
+        raise CheckpointError(f"{path} is truncated or not a torch file: download it again ({e})") from e
     if isinstance(payload, torch.nn.Module):
         payload = payload.state_dict()
     if not isinstance(payload, Mapping):
@@ -181,14 +182,16 @@ def _read_torch(path: Path, allow_pickle: bool, lazy: bool) -> Checkpoint:
 def _read_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
     if not allow_pickle:
         raise CheckpointError(
-            f"{path} is a pickle, and opening one can run what it holds: pass allow_pickle=True "
+            f"{path} is a pickle, and opening it can run code: pass allow_pickle=True "
             "(MODEL.ALLOW_PICKLE True) if you trust it"
         )
     try:
         with path.open("rb") as file:
             payload = pickle.load(file, encoding="latin1")
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as e:
-        raise CheckpointError(f"{path} is truncated or not a pickle of arrays: fetch it again ({e})") from e
+        raise CheckpointError(
+            f"{path} is truncated or not a pickle of arrays: download it again ({e})"
+        ) from e
     if not isinstance(payload, Mapping):
         raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a state dict")
     state, extras = _unwrap(payload, path)

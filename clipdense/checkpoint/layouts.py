@@ -1,4 +1,4 @@
-"""Key layouts of published checkpoints, told apart by their keys."""
+"""Key layouts of published checkpoints, detected by their keys."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of file names its tensors.
+    """Key names of one kind of file.
 
     Attributes:
         name: e.g. "openai_clip".
-        about: one line for error messages.
-        matches: whether these keys are of this layout.
-        convert: from the file's keys to the model's.
-        drops: converted keys that are left out on purpose.
-        optional: pattern of the model's keys that such a file may lack.
+        about: one-line description for error messages.
+        matches: returns whether a state dict has this layout.
+        convert: renames the file's keys to the model's keys.
+        drops: rules for converted keys that are ignored.
+        optional: regular expression of the model's keys that such a file may lack.
     """
 
     name: str
@@ -37,13 +37,14 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLayout(Layout):
-    """Files of a whole published model, which a config of ours builds.
+    """Layout of files of a whole published model, which one of our configs builds.
 
     Attributes:
-        options: from the file's keys, and its classes where they are known, to the config keys that the model
-            needs and their values. Raises CheckpointError where tensors determine no model.
-        prefixes: from the file's keys to beginnings of keys, the file's -> the model's.
-        licence: of the published weights, where it does not allow every use; printed by the converter.
+        options: takes the tensors of the file and its class names (None if unknown); returns the config keys
+            that the model needs, with their values. Raises CheckpointError if the tensors do not determine a
+            model.
+        prefixes: takes the tensors of the file; returns key prefixes, of the file -> of the model.
+        licence: licence of the published weights if it restricts their use; the converter prints it.
         metadata: from the file's keys, and its classes where they are known, to what the model reads from a
             checkpoint's metadata (`clipdense.open_vocabulary.CheckpointMetadata`).
     """
@@ -55,7 +56,7 @@ class ModelLayout(Layout):
 
 
 def rename(key: str, prefixes: Mapping[str, str]) -> str:
-    """The key with the longest of the prefixes that it begins with replaced; as it is where there is none."""
+    """Replace the longest matching prefix of a key; return the key unchanged if no prefix matches."""
     old = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default="")
     return prefixes.get(old, "") + key.removeprefix(old)
 
@@ -67,7 +68,11 @@ AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 
 def register_layout(layout: AnyLayout) -> AnyLayout:
-    """Add a layout; a room's converter calls this once."""
+    """Register a layout; called once by the module that converts it.
+
+    Raises:
+        ValueError: If a layout of that name exists.
+    """
     if layout.name in LAYOUTS:
         raise ValueError(f"layout '{layout.name}' is registered twice")
     LAYOUTS[layout.name] = layout
@@ -75,10 +80,10 @@ def register_layout(layout: AnyLayout) -> AnyLayout:
 
 
 def detect_layout(state: Mapping[str, Tensor], source: str) -> Layout:
-    """The one layout whose keys these are.
+    """Detect the layout of a state dict by its keys.
 
     Raises:
-        CheckpointError: none or several.
+        CheckpointError: If no layout or several layouts match.
     """
     found = [layout for layout in LAYOUTS.values() if layout.matches(state)]
     if len(found) == 1:

@@ -1,4 +1,4 @@
-"""CLIP itself, over open_clip. Imports no detectron2 and works without it."""
+"""CLIP models, built on open_clip. Works without detectron2."""
 
 from clipdense.clip.model import ClipModel, load_clip
 from clipdense.clip.towers import TextTower, Tower, TowerOutput, TowerRequest

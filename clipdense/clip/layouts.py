@@ -12,10 +12,10 @@ from torch import Tensor
 from clipdense.checkpoint import DropRule, Layout, count_parts, register_layout, shown_size
 from clipdense.clip.eva import EVA02_CLIP
 
-# In a TorchScript state dict only; a plain one does not have them.
+# Only TorchScript state dicts have these entries.
 JIT_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 _ROOT_TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
-# Early files lack BatchNorm's counters, which matter to nothing but momentum=None.
+# Early files lack the counters of BatchNorm, which only matter for momentum=None.
 _COUNTERS = r".*\.num_batches_tracked"
 _LOGITS = ("logit_scale", "logit_bias")
 
@@ -53,7 +53,7 @@ def _is_eva(state: Mapping[str, Tensor]) -> bool:
     return "visual.cls_token" in state and "visual.pos_embed" in state
 
 
-# Of a block; timm calls them so in blocks whose query, key and value projections are apart.
+# Names in a block, EVA-CLIP's -> timm's for blocks with separate query, key and value projections.
 _EVA_NAMES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
@@ -66,7 +66,7 @@ _EVA_NAMES = {
 
 
 def _from_eva(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """specs/clipself_fvlm_catseg_odise_fcclip.md 1.7; blocks of one fused projection keep their biases."""
+    """Rename the keys of EVA-CLIP; blocks with a fused projection keep the names of their biases."""
     converted = {}
     fused = "visual.blocks.0.attn.q_proj.weight" not in state
     for key, value in state.items():
@@ -117,14 +117,15 @@ OPEN_CLIP = register_layout(
 def config_from_tensors(
     state: Mapping[str, Tensor], *, head_width: int, text_heads: int | None
 ) -> dict[str, Any]:
-    """The open_clip model config of converted tensors of any size (ModifiedResNet, open_clip ViT or
-    EVA02-CLIP).
+    """Return the open_clip model config that converted tensors of any size show.
 
-    What tensors cannot tell is given: `head_width` of the image tower, and `text_heads` (None: `head_width`
-        wide).
+    Args:
+        state: tensors of a ModifiedResNet, open_clip ViT or EVA02-CLIP, with our keys.
+        head_width: width of a head of the image tower, which tensors do not show.
+        text_heads: number of heads of the text tower; None: heads of width ``head_width``.
 
     Raises:
-        ValueError: tensors of another family, or a position grid that is not square.
+        ValueError: If the tensors are of another family, or the position grid is not square.
     """
     shape = {key: tuple(value.shape) for key, value in state.items()}
     if "visual.attnpool.positional_embedding" in shape:

@@ -1,4 +1,4 @@
-"""Mask tokens: region embeddings by copies of the class token that see only their mask."""
+"""Mask tokens: region embeddings from copies of the class token that attend within their mask."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ __all__ = ["MaskTokens", "embed_mask_tokens"]
 
 
 class MaskTokens:
-    """A `BlockHook` that adds one copy of the embedded class token per mask.
+    """Block hook that adds one copy of the embedded class token per mask.
 
-    In every block a copy attends to the tokens before the patches (the class token) and to the patches inside
-    its mask, not to itself nor to other copies; no other token attends to it, so what else the forward
-    returns is unchanged. MaskCLIP of Ding et al., and the "v1" extraction of CLIPSelf
-    (specs/clipself_fvlm_catseg_odise_fcclip.md 1.2).
+    In every block, a copy attends to the tokens before the patches (the class token) and to the patches
+    inside its mask, not to itself and not to other copies. No other token attends to a copy, so all other
+    outputs of the forward are unchanged.
 
     Attributes:
-        embeddings: (B, Q, D) in the joint space, not L2-normalised, after a forward that wants "plain"
-            outputs (`pooled`).
+        embeddings: (B, Q, D) in the joint space, not L2-normalised; available after a forward that requests
+            `pooled`.
 
     Args:
+        tower: the ViT.
         masks: (B, Q, h, w) at the size of the patch grid; a patch is inside where > 0. The copy of an empty
-            mask attends to the class token alone.
+            mask attends to the class token only.
 
     Raises:
-        ValueError: the tower's image embedding is not its class token.
+        ValueError: If the image embedding of the tower is not its class token.
+
+    Source: Ding et al., Open-Vocabulary Universal Image Segmentation with MaskCLIP, ICML 2023; the "v1"
+        extraction in the released code of CLIPSelf (Wu et al., ICLR 2024).
     """
 
     embeddings: Tensor
@@ -71,11 +74,19 @@ class MaskTokens:
 
 
 def embed_mask_tokens(tower: TransformerTower, images: Tensor, masks: Tensor) -> Tensor:
-    """Normalised images (B, 3, H, W) and masks (B, Q, h, w) on their patch grid -> (B, Q, D); see
-    `MaskTokens`.
+    """Embed regions by mask tokens; see `MaskTokens`.
+
+    Args:
+        tower: the ViT.
+        images: (B, 3, H, W), normalised.
+        masks: (B, Q, h, w) at the size of the patch grid.
+
+    Returns:
+        (B, Q, D) in the joint space, not L2-normalised.
 
     Raises:
-        ValueError: masks of another size than the grid, or a tower whose embedding is not its class token.
+        ValueError: If the masks do not have the size of the patch grid, or the image embedding of the tower
+            is not its class token.
     """
     hook = MaskTokens(tower, masks)
     tower(images, TowerRequest(pooled=True), hook=hook)

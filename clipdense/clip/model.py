@@ -1,4 +1,4 @@
-"""`load_clip`: one CLIP, whatever tower, file or tag it comes from."""
+"""`load_clip`: one entry point for CLIPs of any tower family, file or tag."""
 
 from __future__ import annotations
 
@@ -39,20 +39,23 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 
 class ClipModel(nn.Module):
-    """A CLIP: image tower, text tower, tokenizer and pixel statistics.
+    """CLIP model: image tower, text tower, tokenizer and pixel statistics.
 
     The state dict has open_clip's layout for `custom_text` models: `visual.*`, `text.*`, `logit_scale`,
     `logit_bias`.
 
     Attributes:
-        name: model name, or the file's stem.
-        config: open_clip's hub config (`model_cfg`, `preprocess_cfg`); `model_cfg` is empty for a module
-            built elsewhere.
+        name: model name, or the stem of the file name.
+        config: open_clip's hub config (`model_cfg`, `preprocess_cfg`); `model_cfg` is empty for a module that
+            was built elsewhere.
         embed_dim: D of the joint space.
-        image_size: native (H, W).
-        pixel_mean, pixel_std: RGB, of images in 0 .. 1.
-        visual: the image tower; text: the text tower, or None.
-        logit_scale: logarithm of the temperature's inverse; logit_bias: SigLIP's, else None.
+        image_size: native (H, W) in pixels.
+        pixel_mean: RGB, of images in 0..1.
+        pixel_std: RGB, of images in 0..1.
+        visual: the image tower.
+        text: the text tower; None if it was not loaded.
+        logit_scale: logarithm of the inverse temperature.
+        logit_bias: bias of SigLIP's logits; None for other models.
     """
 
     def __init__(
@@ -83,15 +86,15 @@ class ClipModel(nn.Module):
         return normalize_pixels(images, self.pixel_mean, self.pixel_std)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> embeddings (B, D), not L2-normalised."""
+        """Embed normalised images (B, 3, H, W) as (B, D), not L2-normalised."""
         out: TowerOutput = self.visual(images, TowerRequest(pooled=True))
         return out.pooled
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids (n, L) -> embeddings (n, D), not L2-normalised.
+        """Embed token ids (n, L) as (n, D), not L2-normalised.
 
         Raises:
-            ValueError: the model was loaded without its text tower, or L does not fit it.
+            ValueError: If the model was loaded without its text tower, or L does not fit the tower.
         """
         if self.text is None:
             raise ValueError(f"'{self.name}' was loaded without its text tower: load it with text=True")
@@ -100,11 +103,14 @@ class ClipModel(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Texts -> ids (n, context_length), as open_clip's, which cut long texts silently; `tokenize` does
-        not.
+        """open_clip's tokenizer, from texts to ids (n, context_length).
+
+        It truncates long texts without a warning; `tokenize` does not.
 
         Raises:
-            ValueError, ConnectionError, ImportError: see `build_tokenizer`.
+            ValueError: See `build_tokenizer`.
+            ConnectionError: See `build_tokenizer`.
+            ImportError: See `build_tokenizer`.
         """
         text_cfg: dict[str, Any] = self.config["model_cfg"].get("text_cfg", {})
         vocabulary, length = text_cfg.get("vocab_size", CLIP_VOCABULARY), text_cfg.get("context_length", 77)
@@ -113,10 +119,14 @@ class ClipModel(nn.Module):
         return build_tokenizer(self.name, text_cfg, vocabulary, length)
 
     def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
-        """Texts -> ids (n, L), padded to `context_length` (default: the tower's).
+        """Tokenize texts as ids (n, L).
+
+        Args:
+            texts: n texts.
+            context_length: L, the length that rows are padded to; by default that of the text tower.
 
         Raises:
-            ValueError: texts that are longer, by name.
+            ValueError: If texts are longer than L tokens; the message lists them.
         """
         tokenizer: Any = self.tokenizer
         length = context_length or tokenizer.context_length
@@ -128,18 +138,19 @@ class ClipModel(nn.Module):
         return ids
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors that `load_clip(path)` reads without being told the model.
+        """Write a safetensors file that `load_clip(path)` reads without a model name.
 
         Raises:
-            ValueError: the model wraps a module whose config is unknown.
+            ValueError: If the config of the model is unknown, because it wraps a module built elsewhere.
+            WriteError: If the file cannot be written.
         """
         save_checkpoint(path, self.state_dict(), self.file_metadata())
 
     def file_metadata(self) -> dict[str, Any]:
-        """What a file of this model's state must say for `load_clip` to need no more (see `save_checkpoint`).
+        """Return the metadata with which `load_clip` reads a file of this state dict (see `save_checkpoint`).
 
         Raises:
-            ValueError: the model wraps a module whose config is unknown.
+            ValueError: If the config of the model is unknown, because it wraps a module built elsewhere.
         """
         if not self.config["model_cfg"]:
             raise ValueError(
@@ -163,39 +174,40 @@ def load_clip(
     position_rule: str = "bicubic",
     cache_dir: str | None = None,
 ) -> ClipModel:
-    """Load a CLIP of any open_clip ResNet, ViT, EVA, SigLIP or ConvNeXt, in eval mode.
+    """Load a CLIP with any ResNet, ViT, EVA, SigLIP or ConvNeXt tower of open_clip, in eval mode.
 
     Args:
         model: open_clip model name, "shapes-rn" | "shapes-vit" | "shapes-eva", "hf-hub:organisation/name",
-            "local-dir:folder", a weight file, or "" with a weight file as `pretrained`; or an open_clip
-            module, which the result shares its parameters with.
-        pretrained: tag, "hf-hub:organisation/name", weight file in OpenAI's (also TorchScript), EVA-CLIP's
-            (also CLIPSelf's), open_clip's or our layout, or "random". None or "": the weights that belong to
-            a nano, hub or local-dir model.
+            "local-dir:folder", a weight file, or "" with a weight file as ``pretrained``; or an open_clip
+            module, whose parameters the result shares.
+        pretrained: tag, "hf-hub:organisation/name", weight file in the layout of OpenAI (also TorchScript),
+            EVA-CLIP (also CLIPSelf), open_clip or clipdense, or "random". None or "": the weights that come
+            with a nano, hub or local-dir model.
         allow_pickle: see `clipdense.checkpoint.read_checkpoint`.
-        precision: "fp32", "fp16" or "bf16" for all weights but the logit scale and bias.
-        quick_gelu: x sigmoid(1.702 x) instead of GELU in open_clip's own towers. None: as model name, tag or
-            OpenAI's TorchScript layout say; a file that says nothing, without a model name, needs it.
-        text_heads: heads of the text tower, which no tensor shows. None: the model's config, or 64 wide as
-            OpenAI's.
-        head_width: width of a head of an open_clip image tower. None: the model's config, or OpenAI's 64.
-        image_size: native size in pixels where it is not the config's, e.g. of a file with a larger position
-            table.
-        text: build the text tower; a file that we wrote without one has none.
-        position_rule: for grids other than the native one, see `clipdense.clip.position`.
-        cache_dir: for downloads.
+        precision: "fp32", "fp16" or "bf16" for all weights except logit scale and bias.
+        quick_gelu: use x sigmoid(1.702 x) instead of GELU in open_clip's own towers. None: as the model name,
+            the tag or OpenAI's TorchScript layout says; required for a file without this information.
+        text_heads: number of heads of the text tower, which tensors do not show. None: from the model's
+            config, or heads of width 64 as in OpenAI's models.
+        head_width: width of a head of an open_clip image tower. None: from the model's config, or 64.
+        image_size: native size in pixels, if it differs from the config, e.g. for a file with a larger
+            position table.
+        text: build the text tower, unless a file written by clipdense has none.
+        position_rule: rule for grids other than the native one, see `clipdense.clip.position`.
+        cache_dir: folder for downloads.
 
     Raises:
-        ValueError: unknown name, tag, precision or rule; settings that the file does not determine; an
-            unsupported tower.
-        FileNotFoundError, ConnectionError: weights that are not there, or cannot be fetched.
-        CheckpointError: an unreadable file, or keys and shapes that do not fit, with the full lists.
+        ValueError: If a name, tag, precision or rule is unknown, the file does not determine a setting, or
+            the tower is not supported.
+        FileNotFoundError: If the weight file does not exist.
+        ConnectionError: If the weights cannot be downloaded.
+        CheckpointError: If the file cannot be read, or keys or shapes do not fit; the message lists all.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
     if isinstance(model, nn.Module):
         if pretrained:
-            raise ValueError("a module brings its own weights: leave pretrained out")
+            raise ValueError("a module has its own weights: remove pretrained")
         return _finish(_wrap(model, text, position_rule), precision)
     source = resolve(str(model), str(pretrained or ""), cache_dir)
     files = [read_checkpoint(path, allow_pickle=allow_pickle) for path in source.files]
@@ -213,10 +225,9 @@ def load_clip(
 def pixel_statistics(
     model: str | Path = "", pretrained: str | Path | None = None, *, allow_pickle: bool = False
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """`ClipModel.pixel_mean` and `pixel_std` of what `load_clip` would load, without building it.
+    """Return `ClipModel.pixel_mean` and `pixel_std` of a model without building it.
 
-    Raises:
-        As `load_clip`.
+    Same arguments and errors as `load_clip`.
     """
     source = resolve(str(model), str(pretrained or ""))
     config = source.config
@@ -228,12 +239,12 @@ def pixel_statistics(
 
 
 def _layout(file: Checkpoint) -> Layout | None:
-    """None for one tower of a model (the nano files), which has the model's own keys."""
+    """Detect the layout of a file; None for a single tower of a model (nano files), which has our keys."""
     towers = {key.split(".")[0] for key in file.state} - {"logit_scale", "logit_bias"}
     one = towers in ({"visual"}, {"text"}) and not EVA_CLIP.matches(file.state)
     layout = None if one else detect_layout(file.state, str(file.path))
     if isinstance(layout, ModelLayout):
-        raise CheckpointError(f"{file.path} is no CLIP but {layout.about}: name it in MODEL.WEIGHTS")
+        raise CheckpointError(f"{file.path} is not a CLIP but {layout.about}: set it as MODEL.WEIGHTS")
     return layout
 
 
@@ -244,7 +255,7 @@ def _config(
     text_heads: int | None,
     head_width: int | None,
 ) -> dict[str, Any]:
-    """The model config; what no tensor shows is decided by caller, else by weights, else by name."""
+    """Return the model config. Precedence of what tensors do not show: caller, weights, model name."""
     layout, file = states[0] if states else (None, None)
     stored: Any = file.metadata.get("options", {}).get("config") if file is not None else None
     trained = source.quick_gelu if stored is None else stored["model_cfg"]["quick_gelu"]
@@ -267,14 +278,14 @@ def _config(
         vision_cfg, text_cfg = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
         if head_width is not None and vision_cfg.get("timm_model_name", EVA02_CLIP) != EVA02_CLIP:
             raise ValueError(
-                f"'{source.name}' has its heads from timm: head_width is for open_clip's own towers"
+                f"'{source.name}' is a timm tower, whose config sets its heads: remove head_width"
             )
         vision_cfg.update({} if head_width is None else {"head_width": head_width})
         text_cfg.update({} if text_heads is None else {"heads": text_heads})
     named = config["model_cfg"].get("quick_gelu", False)
     if quick_gelu is None and trained is not None and trained != named:
         activation = "QuickGELU" if trained else "exact GELU"
-        logger.info("'%s': %s as its weights were trained", source.name, activation)
+        logger.info("'%s': using %s, with which its weights were trained", source.name, activation)
     if quick_gelu is not None and trained is not None and trained != quick_gelu:
         logger.warning(
             "'%s': quick_gelu=%s, but its weights were trained with %s", source.name, quick_gelu, trained
@@ -287,11 +298,11 @@ def _config(
 def _config_from_file(
     file: Checkpoint, layout: Layout | None, released: bool, text_heads: int | None, head_width: int | None
 ) -> dict[str, Any]:
-    """The config that the tensors of a nameless file show."""
+    """Return the config that the tensors of a file show, without a model name."""
     if layout is None:
         raise ValueError(f"{file.path} holds one tower of a CLIP: name the model")
     if head_width is None or text_heads is None:
-        message = "%s: heads of 64 where head_width or text_heads do not say otherwise, as in OpenAI's CLIP"
+        message = "%s: assuming heads of width 64, as in OpenAI's CLIP (head_width, text_heads)"
         logger.log(logging.INFO if released else logging.WARNING, message, file.path)
     converted = layout.convert(file.state)
     model_cfg = config_from_tensors(converted, head_width=head_width or 64, text_heads=text_heads)
@@ -302,10 +313,16 @@ def _config_from_file(
 def build_clip(
     name: str, config: dict[str, Any], *, text: bool = True, position_rule: str = "bicubic"
 ) -> ClipModel:
-    """A CLIP with random weights from open_clip's hub config (`model_cfg`, `preprocess_cfg`).
+    """Build a CLIP with random weights from open_clip's hub config (`model_cfg`, `preprocess_cfg`).
+
+    Args:
+        name: name of the model, for errors.
+        config: the hub config.
+        text: build the text tower.
+        position_rule: see `load_clip`.
 
     Raises:
-        ValueError: a tower that is not supported.
+        ValueError: If a tower is not supported.
     """
     cfg = deepcopy(config["model_cfg"])
     if "multimodal_cfg" in cfg:
@@ -339,7 +356,7 @@ def build_clip(
 
 
 def _wrap(module: nn.Module, text: bool, position_rule: str) -> ClipModel:
-    """An open_clip CLIP or CustomTextCLIP, its parameters shared."""
+    """Wrap an open_clip CLIP or CustomTextCLIP; parameters are shared."""
     visual: Any = getattr(module, "visual", None)
     if visual is None or not hasattr(module, "logit_scale"):
         raise ValueError(f"{type(module).__name__} is not an open_clip model")
@@ -368,10 +385,10 @@ def _load(clip: ClipModel, states: list[tuple[Layout | None, Checkpoint]]) -> No
     if clip.text is None:
         drops.append(DropRule("text tower", r"text\..*", "loaded with text=False"))
     source = " and ".join(str(file.path) for _, file in states)
-    remedy = "another model, another native size (image_size), or another kind of file"
+    remedy = "choose the model, the native size (image_size) or the file that fits"
     report = load_strict(clip, state, source=source, drops=drops, optional=optional, remedy=remedy)
     for rule, keys in report.dropped.items():
-        logger.info("%s: left out %d keys (%s)", source, len(keys), rule)
+        logger.info("%s: ignored %d keys (%s)", source, len(keys), rule)
 
 
 def _finish(clip: ClipModel, precision: str) -> ClipModel:
@@ -382,8 +399,8 @@ def _finish(clip: ClipModel, precision: str) -> ClipModel:
 
 
 def _set_native_size(visual: Any, size: int | Sequence[int]) -> None:
-    """Give a timm transformer the position table of the config's size; open_clip builds it at timm's own."""
-    wanted = (size, size) if isinstance(size, int) else tuple(size)
+    """Set the native size of a timm transformer to the config's; open_clip builds it at timm's own size."""
+    native = (size, size) if isinstance(size, int) else tuple(size)
     patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)
-    if patches is not None and patches.img_size is not None and tuple(patches.img_size) != wanted:
-        visual.set_input_size(wanted)
+    if patches is not None and patches.img_size is not None and tuple(patches.img_size) != native:
+        visual.set_input_size(native)

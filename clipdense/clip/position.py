@@ -1,8 +1,7 @@
 """Position tables and RoPE for any grid: every published rule is one named function.
 
 A table is (P + S_h * S_w, C): P prefix rows (class token, mean token) and a row-major grid. No rule
-antialiases; open_clip's and timm's own resizing does, which moves every position even when it only enlarges
-(specs/clipself_fvlm_catseg_odise_fcclip.md section 0, trap 3).
+antialiases. The resizing of open_clip and timm does, which changes every position even when it enlarges.
 """
 
 from __future__ import annotations
@@ -19,22 +18,23 @@ PositionRule = Callable[[Tensor, Grid, Grid, int], Tensor]
 
 
 def bilinear(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
-    """Bilinear, align_corners False, prefix rows copied (DenseCLIP, at load and at run time; FC-CLIP's
-    attention pool).
+    """Resize bilinearly, align_corners False, prefix rows copied.
+
+    Used by DenseCLIP (when weights are loaded and at run time) and by FC-CLIP's attention pool.
     """
     return _interpolate(table, old, new, prefix, "bilinear")
 
 
 def bicubic(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
-    """Bicubic, align_corners False, prefix rows copied (CLIPSelf, MaskCLIP, SegCLIP)."""
+    """Resize bicubically, align_corners False, prefix rows copied (CLIPSelf, MaskCLIP, SegCLIP)."""
     return _interpolate(table, old, new, prefix, "bicubic")
 
 
 def crop(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
-    """The top-left window of the grid (DenseCLIP detection).
+    """Crop the top-left window of the grid (DenseCLIP's detectors).
 
     Raises:
-        ValueError: the new grid is larger than the table's.
+        ValueError: If the new grid is larger than the grid of the table.
     """
     if new[0] > old[0] or new[1] > old[1]:
         raise ValueError(
@@ -49,13 +49,20 @@ POSITION_RULES: dict[str, PositionRule] = {"bicubic": bicubic, "bilinear": bilin
 
 
 def resize_table(table: Tensor, old: Grid, new: Grid, rule: str, prefix: int = 1) -> Tensor:
-    """The table for another grid under a named rule; the table itself where the grids are equal.
+    """Resize a table to another grid by a named rule; an equal grid returns the table itself.
 
-    DenseCLIP resamples twice: once at load (7 x 7 to S x S) and again at run time, which is not one
-    resampling; call this for the first step and store the result as the tower's table.
+    DenseCLIP resamples twice, when weights are loaded (7 x 7 to S x S) and at run time, and two resamplings
+    differ from one: use this function for the first step and store the result as the tower's table.
+
+    Args:
+        table: (prefix + rows * columns, C).
+        old: (rows, columns) of the table.
+        new: (rows, columns) of the result.
+        rule: name in `POSITION_RULES`.
+        prefix: number of rows before the grid.
 
     Raises:
-        ValueError: unknown rule, or a table whose rows are not `prefix` plus the old grid.
+        ValueError: If the rule is unknown, or the table does not have ``prefix`` rows plus the old grid.
     """
     if rule not in POSITION_RULES:
         raise ValueError(f"unknown position rule '{rule}'; known: {', '.join(POSITION_RULES)}")
@@ -65,10 +72,10 @@ def resize_table(table: Tensor, old: Grid, new: Grid, rule: str, prefix: int = 1
 
 
 def truncate_text(table: Tensor, length: int) -> Tensor:
-    """The first `length` rows of a text position table (L, C).
+    """Return the first ``length`` rows of a text position table (L, C).
 
     Raises:
-        ValueError: `length` exceeds the table.
+        ValueError: If ``length`` exceeds the table.
     """
     if length > table.shape[0]:
         raise ValueError(f"{length} tokens exceed the text tower's {table.shape[0]} positions")
@@ -76,10 +83,10 @@ def truncate_text(table: Tensor, length: int) -> Tensor:
 
 
 def square_grid(rows: int, prefix: int = 1) -> Grid:
-    """The grid of a square table from its number of rows.
+    """Return the grid of a square table from its number of rows.
 
     Raises:
-        ValueError: the rows are not `prefix` plus a square.
+        ValueError: If the number of rows is not ``prefix`` plus a square.
     """
     side = math.isqrt(rows - prefix)
     if side * side != rows - prefix:
@@ -97,17 +104,20 @@ def rope_table(
     order: str = "ij",
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sine and cosine (h * w, head_dim) of axial RoPE, tokens row-major.
+    """Compute sine and cosine (h * w, head_dim) of axial RoPE, tokens row-major.
 
     Each axis fills half of the head: head_dim / 4 frequencies temperature^(-i / (head_dim / 4)), each twice
     (interleaved pairs). Positions are rescaled to the reference grid (arange(h) / h * reference), so a slice
-    of a larger grid's table is not the table of the smaller one (CLIPSelf's EVA,
-    specs/clipself_fvlm_catseg_odise_fcclip.md 1.1).
+    of a larger grid's table is not the table of the smaller grid.
 
     Args:
-        reference: the grid of the pre-training (EVA: pt_hw_seq_len); None leaves positions as they are.
+        grid: (h, w).
+        head_dim: width of a head.
+        reference: grid of the pre-training (EVA: pt_hw_seq_len); None does not rescale positions.
+        temperature: base of the frequencies.
         offset: added to every position (Perception Encoder: 1).
         order: "ij" puts the row half first, "xy" the column half.
+        device: device of the result.
     """
     steps = torch.arange(head_dim // 4, device=device, dtype=torch.float32)
     bands = temperature ** (-steps / (head_dim // 4))

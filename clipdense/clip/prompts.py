@@ -1,4 +1,4 @@
-"""Learned contexts in a text tower."""
+"""Learned contexts for text towers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["AffixPrompts", "ContextPrompts", "encode_with_contexts", "insert_con
 
 
 def insert_contexts(tower: TextTower, tokens: Tensor, contexts: Tensor) -> Tensor:
-    """[start | contexts | rest of the text] as token embeddings, positions not added.
+    """Build token embeddings [start | contexts | rest of the text].
 
     Args:
-        tower: whose token table is used.
+        tower: text tower whose token table is used.
         tokens: ids (K, L) of the texts without contexts.
         contexts: (B, N, C), B sets of N vectors.
 
     Returns:
-        (B, K, L + N, C): every text with every set.
+        (B, K, L + N, C): every text with every set, positions not added.
     """
     words: Tensor = tower.token_embedding(tokens)
     batch, count = len(contexts), len(words)
@@ -30,14 +30,17 @@ def insert_contexts(tower: TextTower, tokens: Tensor, contexts: Tensor) -> Tenso
 
 
 def encode_with_contexts(tower: TextTower, tokens: Tensor, contexts: Tensor) -> Tensor:
-    """Embeddings (B, K, D), not L2-normalised, of K texts under B sets of contexts.
+    """Embed K texts with B sets of contexts.
 
-    Where a full sentence's words stand at the contexts' places, this is the sentence's embedding
-    (specs/denseclip_maskclip_segclip.md 1.6). Arguments as of :func:`insert_contexts`.
+    If the contexts are the token embeddings of a sentence's words, the result is the embedding of the
+    sentence. Same arguments as `insert_contexts`.
+
+    Returns:
+        (B, K, D), not L2-normalised.
 
     Raises:
-        ValueError: a text with its contexts is longer than the tower's positions; or a bidirectional tower,
-            in which padding counts.
+        ValueError: If a text with its contexts is longer than the tower's positions, or the tower is
+            bidirectional, because padding changes its result.
     """
     if not tower.causal:
         raise ValueError("learned contexts need a causal text tower; this one is bidirectional")
@@ -50,19 +53,22 @@ def encode_with_contexts(tower: TextTower, tokens: Tensor, contexts: Tensor) -> 
 
 
 class ContextPrompts(LearnedPrompts):
-    """Contexts shared by all texts, between the start token and the text (CoOp's "end" position, Zhou et al.,
-    IJCV 2022; DenseCLIP, Rao et al., CVPR 2022, section 3.2).
+    """Contexts shared by all texts, between the start token and the text.
 
     Attributes:
         contexts: (1, N, C).
+
+    Source: CoOp (Zhou et al., IJCV 2022), class token at the end; DenseCLIP (Rao et al., CVPR 2022), section
+        3.2.
     """
 
     def __init__(self, n_ctx: int, width: int, std: float = 1.0) -> None:
         """
         Args:
-            n_ctx: N.
+            n_ctx: N, number of context vectors.
             width: C of the text tower's tokens.
-            std: of the truncated normal at the start, cut at 2: 1 is DenseCLIP's, CoOp takes 0.02.
+            std: standard deviation of the initial normal distribution, truncated at 2: DenseCLIP uses 1, CoOp
+                uses 0.02.
         """
         super().__init__()
         self.length = n_ctx
@@ -70,26 +76,36 @@ class ContextPrompts(LearnedPrompts):
         nn.init.trunc_normal_(self.contexts, std=std)
 
     def forward(self, clip: ClipModel, tokens: Tensor) -> Tensor:
-        """Token ids (n, L) -> embeddings (n, D), not L2-normalised."""
+        """Embed token ids (n, L) with the contexts as (n, D), not L2-normalised.
+
+        Raises:
+            ValueError: If the CLIP has no text tower; see also `encode_with_contexts`.
+        """
         if clip.text is None:
             raise ValueError(f"'{clip.name}' was loaded without its text tower: load it with text=True")
         return encode_with_contexts(clip.text, tokens, self.contexts)[0]
 
 
 class AffixPrompts(LearnedPrompts):
-    """Learned vectors on both sides of a class name: [start | prefix | name | suffix | last token | end] (Xu
-    et al., zsseg, ECCV 2022, section 3.3, whose last token is a full stop: templates "{}.").
+    """Learned vectors around a class name: [start | prefix | name | suffix | last token | end].
+
+    The last token is the full stop of the template "{}.".
 
     Attributes:
-        prefix: (P, C); suffix: (S, C).
+        prefix: (P, C), vectors before the name.
+        suffix: (S, C), vectors after the name.
+
+    Source: zsseg (Xu et al., A Simple Baseline for Open-Vocabulary Semantic Segmentation, ECCV 2022), section
+        3.3.
     """
 
     def __init__(self, n_prefix: int, n_suffix: int, width: int, std: float = 0.02) -> None:
         """
         Args:
-            n_prefix, n_suffix: P and S, each may be 0. Published: 16 and 0.
+            n_prefix: P, may be 0. Published: 16.
+            n_suffix: S, may be 0. Published: 0.
             width: C of the text tower's tokens.
-            std: of the normal distribution at the start.
+            std: standard deviation of the initial normal distribution.
         """
         super().__init__()
         self.length = n_prefix + n_suffix
@@ -97,10 +113,10 @@ class AffixPrompts(LearnedPrompts):
         self.suffix = nn.Parameter(torch.randn(n_suffix, width) * std)
 
     def forward(self, clip: ClipModel, tokens: Tensor) -> Tensor:
-        """Token ids (n, L) -> embeddings (n, D), not L2-normalised.
+        """Embed token ids (n, L) with the learned vectors as (n, D), not L2-normalised.
 
         Raises:
-            ValueError: no text tower, or as `encode_with_contexts`.
+            ValueError: If the CLIP has no text tower; see also `encode_with_contexts`.
         """
         if clip.text is None:
             raise ValueError(f"'{clip.name}' was loaded without its text tower: load it with text=True")
@@ -111,7 +127,7 @@ class AffixPrompts(LearnedPrompts):
         tokens = tokens[:, : int(end.max()) + 1]
         words = tower.token_embedding(tokens)
         affixes = torch.cat([self.prefix, self.suffix]).to(words.dtype).expand(len(words), -1, -1)
-        # where every word, prefix and suffix vector goes
+        # place of every token, prefix vector and suffix vector in the sequence
         place = torch.arange(tokens.shape[1], device=tokens.device).expand(len(words), -1)
         last = end[:, None] - 1
         moved = place + len(self.prefix) * (place > 0) + len(self.suffix) * (place >= last)

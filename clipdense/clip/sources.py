@@ -1,4 +1,4 @@
-"""From a model name and a weights name to a model config and a weight file."""
+"""Find the model config and the weight files for a model name and a weights name."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ RANDOM = "random"
 
 @dataclass
 class Source:
-    """Where a CLIP comes from.
+    """Config and weight files of a CLIP.
 
     Attributes:
-        name: for messages and caches.
-        config: open_clip's hub config (`model_cfg`, `preprocess_cfg`); None where the file must tell.
-        files: weight files, whose keys are disjoint; none for random weights.
-        quick_gelu: what the tag says about the activation; None where it says nothing.
+        name: name for messages and caches.
+        config: open_clip's hub config (`model_cfg`, `preprocess_cfg`); None if the file determines it.
+        files: weight files with disjoint keys; empty for random weights.
+        quick_gelu: activation according to the tag; None if unknown.
     """
 
     name: str
@@ -42,12 +42,17 @@ class Source:
 
 
 def resolve(model: str, pretrained: str | None, cache_dir: str | None = None) -> Source:
-    """Find config and weights; nothing is loaded yet, but tags and hub ids are downloaded.
+    """Find the config and the weight files; tags and hub ids are downloaded.
+
+    Args:
+        model: see `clipdense.clip.load_clip`.
+        pretrained: see `clipdense.clip.load_clip`.
+        cache_dir: folder for downloads.
 
     Raises:
-        ValueError: unknown model or tag (with near matches), or no weights named.
-        FileNotFoundError: a path to nothing.
-        ConnectionError: the hub cannot be reached.
+        ValueError: If the model or tag is unknown (the message has near matches), or no weights are named.
+        FileNotFoundError: If a file does not exist.
+        ConnectionError: If the weights cannot be downloaded.
     """
     pretrained = pretrained or None
     if model in NANO_MODELS:
@@ -60,9 +65,7 @@ def resolve(model: str, pretrained: str | None, cache_dir: str | None = None) ->
         return _from_open_clip(name, pretrained, cache_dir)
     if not model or Path(model).is_file():
         if model and pretrained is not None:
-            raise ValueError(
-                f"'{model}' is a weight file, so pretrained='{pretrained}' has no meaning beside it"
-            )
+            raise ValueError(f"'{model}' is a weight file: remove pretrained='{pretrained}'")
         file = model or pretrained
         if file is None or file == RANDOM:
             raise ValueError("name a model, or a weight file whose tensors tell it")
@@ -109,7 +112,7 @@ def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) ->
 
 
 def _from_repository(model: str, pretrained: str | None, cache_dir: str | None) -> Source:
-    """`hf-hub:organisation/name`, or `local-dir:` with the same files."""
+    """Find the files of `hf-hub:organisation/name`, or of `local-dir:folder` with the same files."""
     if model.startswith(LOCAL):
         folder = Path(model.removeprefix(LOCAL))
         if not (folder / "open_clip_config.json").is_file():
@@ -166,14 +169,14 @@ def _fetch(what: str, place: str, download: Callable[[], str]) -> Path:
         return Path(download())
     except Exception as e:  # the hub's clients raise whatever their transports do
         raise ConnectionError(
-            f"the weights of {what} ({place}) could not be downloaded: {e}. Fetch the file on a machine with "
-            f"access and pass its path as `pretrained` (MODEL.CLIP.PRETRAINED), or point HF_HOME to a filled "
-            f"cache."
+            f"the weights of {what} ({place}) could not be downloaded: {e}. Download the file on a machine "
+            f"with access and pass its path as `pretrained` (MODEL.CLIP.PRETRAINED), or set HF_HOME to a "
+            f"filled cache."
         ) from e
 
 
 def _pixels(preprocess: dict[str, Any]) -> dict[str, Any]:
-    """The part of a hub config's preprocessing that crops need, JSON-like; OpenAI's statistics by default."""
+    """Return the preprocessing keys that we use, as JSON types; OpenAI's statistics by default."""
     defaults = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
     known = ("mean", "std", "interpolation", "resize_mode")
     given = {key: preprocess[key] for key in known if preprocess.get(key) is not None}
@@ -181,9 +184,7 @@ def _pixels(preprocess: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usual_pixels(name: str) -> dict[str, Any]:
-    """The pixel statistics on which all of a model's tags agree; OpenAI's where they differ or there is
-    none.
-    """
+    """Return the pixel statistics that all tags of a model share; OpenAI's if they differ or are unknown."""
     known = [
         _pixels(open_clip.get_pretrained_cfg(name, tag))
         for tag in open_clip.list_pretrained_tags_by_model(name)
@@ -191,7 +192,7 @@ def _usual_pixels(name: str) -> dict[str, Any]:
     if known and all((k["mean"], k["std"]) == (known[0]["mean"], known[0]["std"]) for k in known):
         return known[0]
     if known:
-        logger.warning("the tags of '%s' use different pixel statistics; taking OpenAI's", name)
+        logger.warning("the tags of '%s' use different pixel statistics; using OpenAI's", name)
     return _pixels({})
 
 

@@ -1,15 +1,15 @@
 """Precomputed text tables: text embeddings without a text tower.
 
-A table file holds one matrix and, where its format can, an index: for every row the class, and optionally the
-synonym and the template that it stands for.
+A table file has one matrix and optionally an index: for every row the class, and optionally the synonym and
+the template.
 
 - `.safetensors`: tensor `embeddings` (or the only one); metadata `index` as JSON `{"classes": [...],
 "synonyms": [...],
-  "templates": [...]}`, one entry a row each, the last two optional. `save_table` writes this.
+  "templates": [...]}`, one entry per row each, the last two optional. `save_table` writes this.
 - `.pt`: a matrix, or a dict with `embeddings` and optionally `index`. Read with `weights_only`.
 - `.npy`: the matrix; `<file>.json` beside it may hold the index.
 
-A file without an index takes its names from the caller, row by row.
+For a file without an index, the caller names the rows.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _MEANS = "means of unit prompts"
 
 @dataclass(frozen=True)
 class TableIndex:
-    """What each of R rows stands for.
+    """Meaning of the R rows of a table.
 
     Attributes:
-        classes: R class names, or all names of the class where they are known; the first is the display name.
-        synonyms: R names; None: a row stands for its class whole.
-        templates: R templates; rows that agree but for the template are averaged.
+        classes: R class names, or all names of each class if known; the first is the display name.
+        synonyms: R names; None: a row represents the whole class.
+        templates: R templates; rows that differ in the template only are averaged.
     """
 
     classes: tuple[tuple[str, ...], ...]
@@ -61,13 +61,13 @@ class TableIndex:
 
     @classmethod
     def from_content(cls, content: Mapping[str, Sequence[str]]) -> TableIndex:
-        """From the JSON layout that the module describes."""
+        """Create an index from the JSON layout that the module describes."""
         fields = {k: tuple(v) for k in ("synonyms", "templates") if (v := content.get(k)) is not None}
         return cls(tuple((name,) for name in content["classes"]), **fields)
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary, rows: int) -> TableIndex | None:
-        """One row a class, or one row a name, as the count says; None where it says neither."""
+        """Create an index with one row per class or per name, as the count tells; None if neither fits."""
         if rows == len(vocabulary):
             return cls(vocabulary.synonyms)
         if rows == sum(map(len, vocabulary.synonyms)):
@@ -77,20 +77,20 @@ class TableIndex:
 
 
 class TextTable(TextEmbedder):
-    """Text embeddings from a table, for every vocabulary whose names it has; called like a `TextBank`.
+    """Text embeddings from a table, for vocabularies whose names it contains; same interface as `TextBank`.
 
-    Where rows stand for whole classes, a class is found by its display name. Where they stand for names,
-    every name that is asked for must be there.
+    If rows represent whole classes, a class is found by its display name. If rows represent names, every
+    requested name must be in the table.
 
     Args:
         embeddings: (R, D), any float type.
-        index: what the rows stand for.
+        index: meaning of the rows.
         synonyms: "mean" or "first", see `TextEmbedder`.
-        unit: L2-normalise every row first; False where rows are means of unit rows already (`save_table`).
-        source: what errors call the table.
+        unit: L2-normalise every row first; False for rows that are means of unit rows (`save_table`).
+        source: name of the table in errors.
 
     Raises:
-        ValueError: another number of rows than the index has, rows that are zero or not finite.
+        ValueError: If the number of rows differs from the index, or rows are zero or not finite.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class TextTable(TextEmbedder):
                 row
             )
         self._vectors = {key: self.embeddings[ids].double().mean(0).float() for key, ids in rows.items()}
-        # for a key that is not there: all that has the display name, or the name whatever its class
+        # fallback for missing keys: all rows of a display name, or of a name in any class
         self._similar: dict[str, list[Tensor]] = {}
         for key, vector in self._vectors.items():
             self._similar.setdefault(key[0] if self.by_class else key[-1], []).append(vector)
@@ -139,14 +139,15 @@ class TextTable(TextEmbedder):
 
         Args:
             path: .safetensors, .pt, .pth or .npy; see the module.
-            names: what the rows stand for, where the file does not say: anything `Vocabulary.parse` takes,
-                with one row a class or one row a name.
-            dim: D, where known (`clip.embed_dim`): tells rows from columns, and is checked.
+            names: meaning of the rows if the file has no index: anything that `Vocabulary.parse` accepts,
+                with one row per class or per name.
+            dim: D if known (`clip.embed_dim`); distinguishes rows from columns, and is checked.
             synonyms: "mean" or "first".
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: a damaged file, no names, names whose number fits neither side of the matrix or both.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, has no names, or the number of names fits neither or both
+                sides of the matrix.
         """
         path = Path(path)
         if not path.is_file():
@@ -186,14 +187,14 @@ class TextTable(TextEmbedder):
         return self.embeddings.shape[1]
 
     def rows(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        """See `TextEmbedder.rows`; one row a class where the table has no synonyms.
+        """See `TextEmbedder.rows`; one row per class if the table has no synonyms.
 
         Raises:
-            ValueError: names that the table does not have, or has for several classes; near matches are
-                given.
+            ValueError: If the table lacks names (the message has near matches), or has them for several
+                classes.
         """
         found, classes, missing, several = [], [], [], []
-        for i, name in self._wanted(vocabulary):
+        for i, name in self._requested(vocabulary):
             names = vocabulary.synonyms[i]
             vector = self._vectors.get(_key(names, None if self.by_class else name))
             similar = self._similar.get(canonical(name), []) if vector is None else [vector]
@@ -213,7 +214,7 @@ class TextTable(TextEmbedder):
             raise ValueError(f"{self.source} has several classes of the name {', '.join(map(repr, several))}")
         return torch.stack(found), torch.tensor(classes)
 
-    def _wanted(self, vocabulary: Vocabulary) -> list[tuple[int, str]]:
+    def _requested(self, vocabulary: Vocabulary) -> list[tuple[int, str]]:
         return list(enumerate(vocabulary.names)) if self.by_class else self.names(vocabulary)
 
     def _hints(self, missing: list[str]) -> str:
@@ -229,7 +230,7 @@ class TextTable(TextEmbedder):
 
 
 def _key(names: Sequence[str], name: str | None) -> tuple[str, ...]:
-    """A class by all its names, or a name of a class by the display name and itself."""
+    """Return the key of a class (all its names), or of a name in a class (display name and name)."""
     return tuple(map(canonical, names if name is None else (names[0], name)))
 
 
@@ -252,12 +253,12 @@ def find_table(name: str | Path, folder: str | Path, *, key: str) -> Path:
 
 
 def save_table(path: str | Path, bank: TextBank, vocabulary: Vocabulary) -> None:
-    """Write the rows of a vocabulary, one a name; `TextTable.load` gives exactly what the bank gives.
+    """Write the rows of a vocabulary, one per name; `TextTable.load` returns exactly the rows of the bank.
 
-    The metadata holds the index, the model's name and the template set.
+    The metadata has the index, the name of the model and the template set.
 
     Raises:
-        ValueError: the file is no .safetensors.
+        ValueError: If the suffix is not .safetensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -277,7 +278,7 @@ def save_table(path: str | Path, bank: TextBank, vocabulary: Vocabulary) -> None
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """The matrix, and what the file says about it: `index`, `rows`."""
+    """Read the matrix and the metadata (`index`, `rows`)."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -300,7 +301,7 @@ def _read(path: Path) -> tuple[Tensor, dict[str, Any]]:
             return torch.from_numpy(np.load(path, allow_pickle=False)), index
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"cannot read text table '{path}': {error}") from None
-    raise ValueError(f"text table '{path}' is none of .safetensors, .pt, .pth, .npy")
+    raise ValueError(f"text table '{path}' is not a .safetensors, .pt, .pth or .npy file")
 
 
 def _matrix(content: Mapping[str, Any]) -> Tensor:

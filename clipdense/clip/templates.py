@@ -1,8 +1,8 @@
-"""Prompt template sets by name, and how a class name goes into a template.
+"""Prompt template sets by name.
 
-A template holds exactly one `{}`, the place of the class name; `{article}` (at most once) becomes "a" or "an"
-after the name's first letter. What a published set does beyond that is written down with the set: how it
-cleans names, and whether a sentence that begins with an article is led by "This is".
+A template has exactly one `{}`, the place of the class name; `{article}` (at most once) becomes "a" or "an"
+depending on the first letter of the name. A set also says how it cleans names, and whether "This is" is put
+before a sentence that begins with an article.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["NAME_RULES", "TEMPLATE_SETS", "TemplateSet", "article", "get"]
 
 
 def article(name: str) -> str:
-    """The indefinite article of a name: "an" before a written vowel, else "a" (ViLD's rule)."""
+    """Return the indefinite article of a name: "an" before a written vowel, otherwise "a" (ViLD's rule)."""
     return "an" if name[:1].lower() in set("aeiou") else "a"
 
 
@@ -41,17 +41,17 @@ NAME_RULES: dict[str, Callable[[str], str]] = {"spaces": _spaces, "vild": _vild,
 
 @dataclass(frozen=True)
 class TemplateSet:
-    """Templates that are filled with a class name and averaged.
+    """Prompt templates whose embeddings are averaged.
 
     Attributes:
-        name: the set's name; no part of its identity.
-        templates: sentences with one `{}` each, in published order.
-        source: where the list comes from.
-        names: how class names are cleaned, a key of `NAME_RULES`.
-        this_is: sentences that begin with "a", "an" or "the" are led by "This is" (ViLD).
+        name: name of the set; not part of its fingerprint.
+        templates: sentences with one `{}` each, in the published order.
+        source: origin of the list.
+        names: rule by which class names are cleaned, a key of `NAME_RULES`.
+        this_is: put "This is" before sentences that begin with "a", "an" or "the" (ViLD).
 
     Raises:
-        ValueError: no template, or a template whose placeholders are not as the module says.
+        ValueError: If there is no template, or a template has other placeholders than the module describes.
     """
 
     name: str
@@ -78,11 +78,11 @@ class TemplateSet:
         return len(self.templates)
 
     def clean(self, name: str) -> str:
-        """The class name as it stands in the prompts."""
+        """Return a class name as it is written in prompts."""
         return NAME_RULES[self.names](name)
 
     def fill(self, name: str) -> list[str]:
-        """The prompts of one class name, one a template, in order."""
+        """Return the prompts of a class name, one per template, in order."""
         name = self.clean(name)
         prompts = []
         for template in self.templates:
@@ -93,16 +93,17 @@ class TemplateSet:
         return prompts
 
     def fingerprint(self) -> str:
-        """A hash of all that decides the prompts."""
+        """Hash everything that determines the prompts."""
         content = json.dumps([self.templates, self.names, self.this_is])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def get(templates: str | Sequence[str] | TemplateSet) -> TemplateSet:
-    """A template set by name, from one template (a string that holds `{}`), or from a list of templates.
+    """Return a template set by name, from one template (a string with `{}`), or from a list of templates.
 
     Raises:
-        ValueError: an unknown name (near matches are given) or a template without exactly one `{}`.
+        ValueError: If the name is unknown (the message has near matches), or a template does not have exactly
+            one `{}`.
     """
     if isinstance(templates, TemplateSet):
         return templates

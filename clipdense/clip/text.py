@@ -1,4 +1,4 @@
-"""TextBank: vocabulary x templates -> text embeddings, encoded once and kept on disk."""
+"""TextBank: text embeddings of a vocabulary and templates, encoded once and cached on disk."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ if TYPE_CHECKING:
 
 __all__ = ["LearnedPrompts", "TextBank", "TextEmbedder"]
 
-_FORMAT = 1  # of cached rows; raise it when their meaning changes
-_BLOCK = 8192  # prompts that are sorted, encoded and kept together
+_FORMAT = 1  # version of the cached rows; increase it when their meaning changes
+_BLOCK = 8192  # prompts that are sorted, encoded and stored together
 _PROBE = "A photo of a Café-bar's T-shirt: 3 air_conditioners (weapon), don't!"
 
 
 class TextEmbedder(ABC):
-    """What turns a vocabulary into text embeddings: a `TextBank`, or a precomputed `TextTable`.
+    """Source of text embeddings for a vocabulary: a `TextBank`, or a precomputed `TextTable`.
 
     Args:
         synonyms: "mean" averages the names of a class (ZegFormer: over all templates x synonyms), "first"
-            takes the display name alone (CAT-Seg).
+            uses the display name only (CAT-Seg).
+
+    Raises:
+        ValueError: If ``synonyms`` is neither.
     """
 
     def __init__(self, synonyms: str) -> None:
@@ -49,76 +52,86 @@ class TextEmbedder(ABC):
 
     @abstractmethod
     def rows(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        """Rows (S, D), one a name, float32 on the CPU, template means, not unit length; their class (S,)."""
+        """Return one row per name and the class of each row.
+
+        Returns:
+            (S, D) means over the templates, float32 on the CPU, not L2-normalised; (S,) int64 classes.
+        """
 
     @property
     @abstractmethod
     def dim(self) -> int:
-        """D."""
+        """Dimension of the embeddings."""
 
     @property
     def device(self) -> torch.device:
-        """Where results go."""
+        """Device of the results."""
         return torch.device("cpu")
 
     def __call__(self, vocabulary: Vocabulary | str | Sequence[str]) -> Tensor:
-        """Class embeddings (K, D), float32 unit rows; `vocabulary` is anything `Vocabulary.parse` takes."""
+        """Return class embeddings (K, D), float32, L2-normalised.
+
+        Args:
+            vocabulary: anything that `Vocabulary.parse` accepts.
+        """
         vocabulary = Vocabulary.parse(vocabulary)
         rows, index = self.rows(vocabulary)
         sums = rows.new_zeros(len(vocabulary), rows.shape[1], dtype=torch.float64)
         return F.normalize(sums.index_add_(0, index, rows.double()), dim=-1).float().to(self.device)
 
     def per_synonym(self, vocabulary: Vocabulary | str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Name embeddings (S, D), float32 unit rows in order of class, and the class (S,) int64 of each row.
+        """Return one embedding per name, for scores that take the maximum over synonyms (FC-CLIP, ODISE).
 
-        For scores that take the maximum over synonyms (FC-CLIP, ODISE).
+        Returns:
+            (S, D) float32, L2-normalised, in the order of the classes; (S,) int64 class of each row.
         """
         rows, index = self.rows(Vocabulary.parse(vocabulary))
         return F.normalize(rows.double(), dim=-1).float().to(self.device), index.to(self.device)
 
     def names(self, vocabulary: Vocabulary) -> list[tuple[int, str]]:
-        """The (class, name) pairs to embed, in order."""
+        """Return the (class, name) pairs to embed, in order."""
         kept = (names if self.synonyms == "mean" else names[:1] for names in vocabulary.synonyms)
         return [(i, name) for i, names in enumerate(kept) for name in names]
 
 
 class LearnedPrompts(nn.Module):
-    """A learned context that stands in for `clip.encode_text`.
+    """Learned context that replaces `ClipModel.encode_text`.
 
     Attributes:
-        length: tokens that the context takes from the tower's context length.
+        length: number of tokens by which the context shortens the longest text.
     """
 
     length: int = 0
 
     def forward(self, clip: ClipModel, tokens: Tensor) -> Tensor:
-        """Tokens (n, L) of the filled templates -> embeddings (n, D), not normalised."""
+        """Embed token ids (n, L) of filled templates as (n, D), not L2-normalised."""
         return clip.encode_text(tokens)
 
 
 class TextBank(TextEmbedder):
-    """Class embeddings from a CLIP's text tower.
+    """Class embeddings from the text tower of a CLIP.
 
     Every prompt embedding is L2-normalised, the prompts of a name are averaged over the templates, the names
-    of a class over its synonyms, and the result is normalised. Every distinct name is encoded once: in memory
-    and on disk it is kept under the hash of the tower's structure and weights, the tokenizer, the templates
-    and the learned prompts, so that a changed model never meets stale text. Gradients do not flow; a model
-    that trains its text tower encodes by itself.
+    of a class over its synonyms, and the result is L2-normalised. Every distinct name is encoded once. Its
+    row is cached in memory and on disk under a hash of the tower's structure and weights, the tokenizer, the
+    templates and the learned prompts, so a changed model never gets outdated rows. No gradients flow; a model
+    that trains its text tower encodes texts itself.
 
     Args:
-        clip: a model with a text tower.
-        templates: a set's name, one template, or a list of templates (`templates.get`).
+        clip: model with a text tower.
+        templates: name of a set, one template, or a list of templates (see `templates.get`).
         synonyms: "mean" or "first", see `TextEmbedder`.
-        cache_dir: folder of kept rows; "auto" is `text` in `default_cache_dir()`, None keeps nothing on disk.
-        prompts: a learned context. While it, or the text tower, is in training mode with trainable weights,
-            rows are kept in memory only.
-        batch_size: prompts a forward.
-        memory: rows kept in memory, the least recently used go first.
-        progress: show a bar for what takes longer than a second.
+        cache_dir: folder of cached rows; "auto" is ``text`` in `clipdense.files.cache_dir`, None does not
+            cache on disk.
+        prompts: learned context. Rows are cached in memory only while it, or the text tower, is in training
+            mode with trainable weights.
+        batch_size: number of prompts per forward.
+        memory: number of rows cached in memory; the least recently used are dropped first.
+        progress: show a progress bar for steps longer than a second.
 
     Raises:
-        ValueError: the model has no text tower; a name is too long for it (all such names are listed:
-            open_clip would cut them silently); embeddings that are not finite.
+        ValueError: If the model has no text tower, names are too long for it (the message lists all of them;
+            open_clip would truncate them without a warning), or embeddings are not finite.
     """
 
     def __init__(
@@ -136,7 +149,7 @@ class TextBank(TextEmbedder):
         super().__init__(synonyms)
         if clip.text is None:
             raise ValueError(
-                f"'{clip.name}' has no text tower; give a precomputed text table (clip/tables.py)"
+                f"'{clip.name}' has no text tower: use a precomputed text table (tools/make_text_table.py)"
             )
         self.clip = clip
         self.templates = template_sets.get(templates)
@@ -153,12 +166,12 @@ class TextBank(TextEmbedder):
 
     @property
     def dim(self) -> int:
-        """D."""
+        """Dimension of the embeddings."""
         return self.clip.embed_dim
 
     @property
     def device(self) -> torch.device:
-        """The text tower's."""
+        """Device of the text tower, and of the results."""
         return next(self._text.parameters()).device
 
     @property
@@ -167,7 +180,7 @@ class TextBank(TextEmbedder):
         return self.clip.text
 
     def fingerprint(self) -> str:
-        """A hash of all that decides a name's row but the name."""
+        """Hash everything that determines the row of a name, except the name."""
         parts = [
             _FORMAT,
             module_fingerprint(self._text),
@@ -183,12 +196,12 @@ class TextBank(TextEmbedder):
         return self._rows([name for _, name in pairs]), torch.tensor([i for i, _ in pairs])
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
-        """Name embeddings (n, D), float32 unit rows, of any names: no vocabulary, so they may repeat."""
+        """Embed any names, which may repeat, as (n, D), float32, L2-normalised."""
         return F.normalize(self._rows(names).double(), dim=-1).float().to(self.device)
 
     def _rows(self, names: Sequence[str]) -> Tensor:
         cleaned = [self.templates.clean(name) for name in names]
-        # plain tensors, also when called under inference_mode: a later training step may use the same rows
+        # no inference tensors, even under inference_mode: a later training step may use the same rows
         with torch.inference_mode(False), torch.no_grad():
             rows = self._lookup(list(dict.fromkeys(cleaned)))
             return torch.stack([rows[name] for name in cleaned]) if rows else torch.zeros(0, self.dim)
@@ -217,7 +230,7 @@ class TextBank(TextEmbedder):
         return self._stores.setdefault(key, RowStore(self._folder / key))
 
     def _encode(self, names: list[str]) -> Iterator[dict[str, Tensor]]:
-        """Rows of new names, block by block: what is done stays kept when a later block is interrupted."""
+        """Yield the rows of new names block by block, so that an interruption keeps the finished blocks."""
         count = len(self.templates)
         size = max(1, _BLOCK // count)
         blocks = [names[i : i + size] for i in range(0, len(names), size)]
@@ -248,9 +261,9 @@ class TextBank(TextEmbedder):
                 yield {name: row.clone() for name, row in zip(block, means, strict=True)}
 
     def _forward(self, prompts: _Prompts, bar: Any) -> Tensor:
-        """Unit embeddings (n, D) float32 of distinct prompts, on the CPU.
+        """Return L2-normalised embeddings (n, D) of distinct prompts, float32 on the CPU.
 
-        In order of length: the tower runs a batch at the length of its longest prompt.
+        Prompts are sorted by length, because the tower runs a batch at the length of its longest prompt.
         """
         device, out = self.device, []
         order = prompts.lengths.argsort()
@@ -264,7 +277,7 @@ class TextBank(TextEmbedder):
             bar.update(len(chunk))
         rows = torch.cat(out).cpu()
         if not rows.isfinite().all():
-            raise ValueError(f"the text tower of '{self.clip.name}' gives embeddings that are not finite")
+            raise ValueError(f"the text tower of '{self.clip.name}' returned embeddings that are not finite")
         return rows[order.argsort()]
 
     @contextmanager
@@ -285,13 +298,13 @@ class TextBank(TextEmbedder):
 
 @dataclass
 class _Prompts:
-    """Distinct prompts, tokenized.
+    """Tokens of distinct prompts.
 
     Attributes:
         tokens: (n, L) int32.
-        lengths: (n,) tokens before the padding.
-        inverse: (m,) the row in `tokens` of every prompt that was asked for.
-        too_long: which of the m prompts are over the limit.
+        lengths: (n,) number of tokens before the padding.
+        inverse: (m,) row in `tokens` of every given prompt.
+        too_long: positions of the given prompts that exceed the limit.
     """
 
     tokens: Tensor
@@ -301,7 +314,7 @@ class _Prompts:
 
 
 class _PromptTokenizer:
-    """A CLIP's tokenizer that tells what it would cut."""
+    """Tokenizer of a CLIP that reports the prompts it would truncate."""
 
     def __init__(self, tokenizer: Any, context: int, reserved: int) -> None:
         self.tokenizer = tokenizer
@@ -310,7 +323,7 @@ class _PromptTokenizer:
 
     @property
     def fingerprint(self) -> list[Any]:
-        """What tells tokenizers apart: kind, cleaning, limit, and what they make of an awkward sentence."""
+        """Values that identify a tokenizer: class, cleaning, limit, and the ids of a probe sentence."""
         clean = getattr(getattr(self.tokenizer, "clean_fn", None), "__qualname__", None)
         tokens: Tensor = self.tokenizer([_PROBE], context_length=self.context)
         return [type(self.tokenizer).__qualname__, clean, self.limit, tokens.tolist()]
@@ -318,7 +331,7 @@ class _PromptTokenizer:
     def __call__(self, prompts: Sequence[str]) -> _Prompts:
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         inverse = [distinct[prompt] for prompt in prompts]
-        if isinstance(self.tokenizer, SimpleTokenizer):  # its slow half once, for counts and tokens
+        if isinstance(self.tokenizer, SimpleTokenizer):  # encode once, for counts and tokens
             start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
             ids = [[start, *self.tokenizer.encode(prompt), end] for prompt in distinct]
             counts = [len(row) for row in ids]

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model config."""
+"""The tokenizer of a model config."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ CLIP_VOCABULARY = 49408
 
 
 def build_tokenizer(name: str, text_cfg: dict[str, Any], vocabulary: int, context_length: int) -> Any:
-    """open_clip's tokenizer: a callable from texts to ids (n, context_length) that cuts long texts silently.
+    """Build open_clip's tokenizer, a callable from texts to ids (n, context_length).
+
+    The tokenizer truncates long texts without a warning; see `token_counts`.
 
     Args:
-        name: of the model, for messages.
-        text_cfg: of open_clip's model config; empty where it is unknown.
-        vocabulary: rows of the token table.
+        name: name of the model, for errors.
+        text_cfg: ``text_cfg`` of open_clip's model config; empty if unknown.
+        vocabulary: number of rows of the token table.
+        context_length: length of the id rows.
 
     Raises:
-        ValueError: the vocabulary is not CLIP's and the config names no tokenizer.
-        ConnectionError, ImportError: a hub tokenizer that cannot be had.
+        ValueError: If the vocabulary is not CLIP's and the config names no tokenizer.
+        ConnectionError: If a hub tokenizer cannot be downloaded.
+        ImportError: If a hub tokenizer needs the package transformers and it is not installed.
     """
     hub_name, kwargs = text_cfg.get("hf_tokenizer_name"), text_cfg.get("tokenizer_kwargs") or {}
     if hub_name:
@@ -28,18 +32,21 @@ def build_tokenizer(name: str, text_cfg: dict[str, Any], vocabulary: int, contex
         try:
             return HFTokenizer(hub_name, context_length, tokenizer_mode=mode, **kwargs)
         except OSError as e:
-            raise ConnectionError(f"the tokenizer '{hub_name}' of '{name}' could not be fetched: {e}") from e
+            raise ConnectionError(
+                f"the tokenizer '{hub_name}' of '{name}' could not be downloaded: {e}"
+            ) from e
         except ImportError as e:
             raise ImportError(f"the tokenizer '{hub_name}' of '{name}' needs the package transformers") from e
     if vocabulary != CLIP_VOCABULARY:
         raise ValueError(
-            f"'{name}' has {vocabulary} tokens, which is not CLIP's vocabulary, and no tokenizer"
+            f"'{name}' has {vocabulary} tokens, which is not CLIP's vocabulary, and no tokenizer: "
+            f"set hf_tokenizer_name in its text_cfg"
         )
     return SimpleTokenizer(context_length=context_length, **kwargs)
 
 
 def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Ids that each text has, start and end included, before any is cut."""
+    """Count the ids of each text before truncation, start and end tokens included."""
     if isinstance(tokenizer, SimpleTokenizer):
         return [len(tokenizer.encode(text)) + 2 for text in texts]
     return [len(tokenizer.tokenizer(tokenizer.clean_fn(text))["input_ids"]) for text in texts]

@@ -1,8 +1,7 @@
-"""Vocabulary: what a model can name.
+"""Vocabulary: the class names and synonyms that a model predicts.
 
-Two names are the same when they agree without regard to case, spaces and underscores: "Potted plant",
-`potted_plant` and `pottedplant`. How a name is written in prompts is the template set's business
-(`templates.NAME_RULES`).
+Two names are equal if they agree up to case, spaces and underscores: "Potted plant", `potted_plant` and
+`pottedplant`. The template set decides how a name is written in prompts (`templates.NAME_RULES`).
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ _FORMAT = "clipdense-vocabulary"
 
 
 def canonical(name: str) -> str:
-    """What decides whether two names are the same: no case, no white space, no underscores."""
+    """Return the form of a name that decides equality: without case, white space and underscores."""
     return "".join(name.replace("_", " ").split()).casefold()
 
 
 def near(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """Up to `n` of the known names that look like `name`, best first."""
+    """Return up to ``n`` known names that are similar to ``name``, best first."""
     by_key = {canonical(k): k for k in known}
     return [by_key[key] for key in difflib.get_close_matches(canonical(name), by_key, n=n, cutoff=0.6)]
 
@@ -39,11 +38,12 @@ class Vocabulary:
     Attributes:
         synonyms: K tuples of names. A name may belong to several classes (ADE-847 has three "bag"), but no
             two classes may have all names in common.
-        base: K flags, True for classes known in training; None where base and novel are not told apart.
-        thing: K flags, True for countable things, False for stuff; None where they are not told apart.
+        base: K flags, True for classes that were trained; None if base and novel are not distinguished.
+        thing: K flags, True for things, False for stuff; None if they are not distinguished.
 
     Raises:
-        ValueError: no class, an empty name, two equal classes, a mask of another length.
+        ValueError: If there is no class, a name is empty, two classes are equal, or the flags have another
+            length.
     """
 
     synonyms: tuple[tuple[str, ...], ...]
@@ -75,21 +75,21 @@ class Vocabulary:
         separator: str | None = ",",
         novel: Iterable[int | str] | None = None,
     ) -> Vocabulary:
-        """From a list of class names.
+        """Create a vocabulary from a list of class names.
 
         Args:
-            names: one entry a class: its names as one string, or as a list.
-            separator: parts the names within a string ("building, edifice" is one class of two names, as in
+            names: one entry per class: its names as one string, or as a list.
+            separator: separates the names in a string ("building, edifice" is one class with two names, as in
                 ADE-847); None takes each string as one name (OVSeg).
-            novel: names or positions of the novel classes; all others are base. None: they are not told
-                apart.
+            novel: names or positions of the novel classes; all others are base. None: base and novel are
+                not distinguished.
 
         Raises:
-            ValueError: see `Vocabulary`; or a novel name that is no class (near matches are given).
+            ValueError: See `Vocabulary`; or if a novel name is not a class (the message has near matches).
         """
         if isinstance(names, str):
             raise ValueError(
-                "one string is no list of class names; `Vocabulary.parse` takes comma-separated words"
+                "expected a list of class names, not a string; `Vocabulary.parse` takes comma-separated names"
             )
         vocabulary = cls(tuple(_unique(_split(entry, separator)) for entry in names))
         return vocabulary if novel is None else vocabulary.with_novel(novel)
@@ -102,11 +102,12 @@ class Vocabulary:
         separator: str | None = ",",
         novel: Iterable[int | str] | None = None,
     ) -> Vocabulary:
-        """From COCO, LVIS or panoptic category dicts (`name`, optional `id`, `synonyms`, `isthing`), in order
-        of id.
+        """Create a vocabulary from COCO, LVIS or panoptic categories, in the order of their ids.
+
+        Categories have a `name` and optionally `id`, `synonyms` and `isthing`.
 
         Raises:
-            ValueError: a category without name; see also `from_names`.
+            ValueError: If a category has no name; see also `from_names`.
         """
         rows = list(categories)
         if not all("name" in row for row in rows):
@@ -121,16 +122,18 @@ class Vocabulary:
 
     @classmethod
     def from_metadata(cls, metadata: Any, *, separator: str | None = ",") -> Vocabulary:
-        """From Detectron2 metadata: `thing_classes`, `stuff_classes`; optional `novel_classes` or
-        `base_classes`, and `class_synonyms`, the names of each class in their order (the display name first).
+        """Create a vocabulary from Detectron2 metadata.
 
-        Where `stuff_classes` holds the things as well (semantic and panoptic data sets), it gives the
-        classes, and `thing_dataset_id_to_contiguous_id` (else the names) says which of them are things. Where
-        it does not (separated panoptic), things come first; the placeholder "things" in front of the stuff is
-        left out.
+        Reads `thing_classes` and `stuff_classes`, and optionally `novel_classes` or `base_classes` and
+        `class_synonyms` (the names of each class, the display name first). If `stuff_classes` contains the
+        things too (semantic and panoptic datasets), it lists the classes, and
+        `thing_dataset_id_to_contiguous_id` (otherwise the names) tells which of them are things. If it does
+        not (separated panoptic), things come first, and the placeholder "things" before the stuff is
+        removed.
 
         Raises:
-            ValueError: neither list is there, or `class_synonyms` has another length; see also `from_names`.
+            ValueError: If both lists are missing, or `class_synonyms` has another length; see also
+                `from_names`.
         """
         things = list(getattr(metadata, "thing_classes", ()))
         stuff = list(getattr(metadata, "stuff_classes", ()))
@@ -138,7 +141,7 @@ class Vocabulary:
         if not things and not stuff:
             name = getattr(metadata, "name", metadata)
             raise ValueError(
-                f"metadata of '{name}' has no thing_classes and no stuff_classes; is the data set registered?"
+                f"metadata of '{name}' has no thing_classes and no stuff_classes; is the dataset registered?"
             )
         if not things:
             names, thing = stuff, None
@@ -164,14 +167,15 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | Path, *, separator: str | None = ",") -> Vocabulary:
-        """From a class-list file.
+        """Create a vocabulary from a class-list file.
 
-        `.txt`: a class a line, its names parted by commas; `.json`: a list of names, a list of categories, a
-        COCO, LVIS or panoptic annotation file, or what `to_json` wrote.
+        `.txt`: one class per line, its names separated by commas. `.json`: a list of names, a list of
+        categories, a COCO, LVIS or panoptic annotation file, or the output of `to_json`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: another suffix or layout, or what `Vocabulary` raises, with the file's name.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the suffix or the layout is unknown, or the classes are invalid (see `Vocabulary`);
+                the message names the file.
         """
         path = Path(path)
         if not path.is_file():
@@ -200,18 +204,20 @@ class Vocabulary:
 
     @classmethod
     def parse(cls, source: Vocabulary | str | Path | Sequence[str | Sequence[str]]) -> Vocabulary:
-        """From what a person writes.
+        """Create a vocabulary from user input.
 
-        "cat|kitten, red car" (commas part classes, bars part synonyms), the path of a class-list file
-        (.json or .txt), a list of names as `from_names` takes it, or a vocabulary, returned as it is.
+        Args:
+            source: "cat|kitten, red car" (commas separate classes, bars separate synonyms), the path of a
+                class-list file (.json or .txt), a list of names as in `from_names`, or a vocabulary, which is
+                returned unchanged.
         """
         if isinstance(source, Vocabulary):
             return source
         if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".json", ".txt"))):
             return cls.from_file(source)
         if isinstance(source, str):
-            words = [word for word in source.split(",") if word.strip()]
-            return cls.from_names(words, separator="|")
+            names = [name for name in source.split(",") if name.strip()]
+            return cls.from_names(names, separator="|")
         return cls.from_names(source)
 
     def __len__(self) -> int:
@@ -222,12 +228,12 @@ class Vocabulary:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The K display names."""
+        """K display names."""
         return tuple(names[0] for names in self.synonyms)
 
     @cached_property
     def _classes(self) -> dict[str, list[int]]:
-        """Canonical name -> classes that have it; classes of which it is the display name come first."""
+        """Classes by canonical name; classes with this display name come first."""
         classes: dict[str, list[int]] = {}
         for i, name in enumerate(self.names):
             classes.setdefault(canonical(name), []).append(i)
@@ -241,10 +247,10 @@ class Vocabulary:
         return isinstance(name, str) and canonical(name) in self._classes
 
     def index(self, name: str) -> int:
-        """The class of a name; a display name goes before a synonym.
+        """Return the class of a name; a display name takes precedence over a synonym.
 
         Raises:
-            ValueError: no class has the name (near matches are given), or several have it equally.
+            ValueError: If no class has the name (the message has near matches), or several classes have it.
         """
         found = self._classes.get(canonical(name), [])
         display = [i for i in found if canonical(self.names[i]) == canonical(name)] or found
@@ -258,18 +264,18 @@ class Vocabulary:
         raise ValueError(f"no class {name!r} among the vocabulary's {len(self)}; {hint}")
 
     def with_novel(self, novel: Iterable[int | str]) -> Vocabulary:
-        """The same classes: the given ones (names or positions) are novel, all others base."""
+        """Return the same classes with the given ones (names or positions) novel and all others base."""
         ids = set(self._positions(novel))
         return replace(self, base=tuple(i not in ids for i in range(len(self))))
 
     def with_base_from(self, training: Vocabulary) -> Vocabulary:
-        """The same classes: base where a name is shared with a base class of `training`, else novel."""
+        """Return the same classes; a class is base if it shares a name with a base class of ``training``."""
         flags = training.base or (True,) * len(training)
         known = {canonical(s) for i, names in enumerate(training.synonyms) if flags[i] for s in names}
         return replace(self, base=tuple(any(canonical(s) in known for s in names) for names in self.synonyms))
 
     def subset(self, classes: Iterable[int | str]) -> Vocabulary:
-        """Some of the classes, by position or name, in the given order, with their flags."""
+        """Return some of the classes, by position or name, in the given order, with their flags."""
         ids = self._positions(classes)
         return Vocabulary(
             tuple(self.synonyms[i] for i in ids),
@@ -284,16 +290,20 @@ class Vocabulary:
         return positions
 
     def to_json(self) -> str:
-        """As text, for a checkpoint or a file; `from_json` and `from_file` read it."""
+        """Serialise the vocabulary for a checkpoint or a file; `from_json` and `from_file` read it."""
         content = {"format": _FORMAT, "synonyms": self.synonyms, "base": self.base, "thing": self.thing}
         return json.dumps(content, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
-        """What `to_json` wrote. Raises ValueError for other text."""
+        """Read the output of `to_json`.
+
+        Raises:
+            ValueError: If the text is not a serialised vocabulary.
+        """
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError("this text is no saved vocabulary")
+            raise ValueError("this text is not a saved vocabulary")
         return cls._from_content(content)
 
     @classmethod
@@ -306,19 +316,19 @@ class Vocabulary:
         )
 
     def fingerprint(self) -> str:
-        """A hash of names, synonyms, order and flags."""
+        """Hash names, synonyms, order and flags."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
 def _split(entry: str | Sequence[str], separator: str | None) -> Sequence[str]:
     if not isinstance(entry, str):
         return entry
-    # a separator at the end ("sky,") is no empty name, but a class without any name is
+    # a trailing separator ("sky,") does not add an empty name; a class without any name is an error
     return [name for name in entry.split(separator) if name.strip()] if separator else [entry]
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
-    """Names stripped, without repetition (as `canonical` sees it), in order."""
+    """Strip names and remove repetitions (compared by `canonical`), in order."""
     unique: dict[str, str] = {}
     for name in names:
         unique.setdefault(canonical(name), name.strip())

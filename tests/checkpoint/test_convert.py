@@ -76,11 +76,11 @@ def test_errors_name_file_and_layout():
     with pytest.raises(CheckpointError, match=r"x.pth, of layout toy: it lacks gamma"):
         convert_model(file(keys=("neck.0.weight",)))
     with pytest.raises(
-        CheckpointError, match=r"x.pth lists other classes:\n  class 1: 'b' in the file, 'c' wanted"
+        CheckpointError, match=r"x.pth lists other classes:\n  class 1: 'b' in the file, 'c' expected"
     ):
         convert_model(file(meta={"CLASSES": ("a", "b")}), ["a", "c"])
 
 
 def test_capitals_and_white_space_make_no_other_class():
     assert class_differences(["bed ", "Potted  Plant"], ["bed", "potted plant"]) == []
-    assert class_differences(["a"], ["a", "b"]) == ["1 classes in the file, 2 wanted"]
+    assert class_differences(["a"], ["a", "b"]) == ["1 classes in the file, 2 expected"]

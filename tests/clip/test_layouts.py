@@ -31,7 +31,7 @@ def test_a_nameless_file_and_what_is_saved_of_it(tmp_path, caplog):
     with caplog.at_level("INFO"):
         clip = load_clip(tmp_path / "student.pt", **HEADS)
     _same(clip, model)
-    assert "left out 2 keys (RoPE tables)" in caplog.text
+    assert "ignored 2 keys (RoPE tables)" in caplog.text
     assert clip.config["model_cfg"]["quick_gelu"] is False
     assert clip.visual.image_size == (32, 32)
     clip.save(tmp_path / "ours.safetensors")

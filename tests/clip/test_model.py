@@ -211,7 +211,7 @@ def test_the_tag_decides_activation_and_pixels(monkeypatch, tmp_path, caplog, ta
     caplog.set_level(logging.INFO)
     clip = load_clip("Tiny-8", tag)
     assert _quick(clip) == (tag == "openai") == _same(clip, state, True) != _same(clip, state, False)
-    assert ("QuickGELU as its weights were trained" in caplog.text) == (tag == "openai")
+    assert ("using QuickGELU, with which its weights were trained" in caplog.text) == (tag == "openai")
     assert clip.pixel_mean == (MEAN if tag != "openai" else OPENAI_DATASET_MEAN)
     assert clip.config["model_cfg"]["quick_gelu"] == (tag == "openai")
     assert not _quick(load_clip("Tiny-8", tag, quick_gelu=False))
@@ -251,7 +251,7 @@ def test_openais_torchscript_needs_nothing_else(tmp_path, caplog):
         clip = load_clip(*args)
         assert clip.name == "clip" and _quick(clip) and _same(clip, state, True)
         assert clip.image_size == (32, 32) and clip.tokenize(["a cat"]).shape == (1, 16)
-    assert "heads of 64" in caplog.text and not [r for r in caplog.records if r.levelno > logging.INFO]
+    assert "heads of width 64" in caplog.text and not [r for r in caplog.records if r.levelno > logging.INFO]
     named = load_clip("Tiny-8", path)
     assert _quick(named) and _same(named, state, True)
     wide = load_clip(path, text_heads=2, head_width=32)
@@ -350,7 +350,7 @@ def test_files_of_other_layouts(tmp_path):
 
 def test_a_file_and_weights_beside_it(tmp_path):
     save_file(_openai_state(), tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="has no meaning beside it"):
+    with pytest.raises(ValueError, match="is a weight file: remove pretrained"):
         load_clip(tmp_path / "x.safetensors", "openai")
 
 
@@ -363,7 +363,7 @@ def test_text_heads_and_image_size_of_a_named_model():
     assert clip.visual.blocks[0].attn.num_heads == 4
     assert clip.visual.grid == (8, 8) and clip.config["model_cfg"]["vision_cfg"]["image_size"] == 64
     assert load_clip("Tiny-SigLIP", "random", image_size=96).visual.grid == (12, 12)
-    with pytest.raises(ValueError, match="has its heads from timm"):
+    with pytest.raises(ValueError, match="is a timm tower, whose config sets its heads"):
         load_clip("Tiny-SigLIP", "random", head_width=32)
     assert open_clip.get_model_config("Tiny-8")["text_cfg"]["heads"] == 1  # the registry is untouched
 
@@ -389,7 +389,7 @@ def test_an_open_clip_module_shares_its_parameters(kind):
     assert clip.pixel_mean == OPENAI_DATASET_MEAN and clip.tokenize(["a cat"]).shape == (1, 16)
     with pytest.raises(ValueError, match="unknown config"):
         clip.save("nowhere")
-    with pytest.raises(ValueError, match="brings its own weights"):
+    with pytest.raises(ValueError, match="has its own weights"):
         load_clip(module, "openai")
     with pytest.raises(ValueError, match="Linear is not an open_clip model"):
         load_clip(nn.Linear(1, 1))

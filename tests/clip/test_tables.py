@@ -171,7 +171,7 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"cannot read text table '.*table{suffix}'"):
             TextTable.load(path, NAMES)
     (tmp_path / "table.csv").touch()
-    with pytest.raises(ValueError, match="none of .safetensors"):
+    with pytest.raises(ValueError, match="not a .safetensors"):
         TextTable.load(tmp_path / "table.csv", NAMES)
     torch.save({"a": ROWS, "b": ROWS}, tmp_path / "two.pt")
     with pytest.raises(ValueError, match=r"expected a tensor 'embeddings', found \['a', 'b'\]"):

@@ -365,7 +365,7 @@ def test_a_bidirectional_tower_sees_its_padding(clip):
 
 
 def test_a_model_without_text_tower():
-    with pytest.raises(ValueError, match="'x' has no text tower; give a precomputed text table"):
+    with pytest.raises(ValueError, match="'x' has no text tower: use a precomputed text table"):
         TextBank(SimpleNamespace(name="x", text=None), cache_dir=None)
 
 

@@ -52,7 +52,7 @@ def test_bad_classes_are_named():
         Vocabulary.parse(" , ")
     with pytest.raises(ValueError, match="base mask has 1 entries for 2 classes"):
         Vocabulary((("a",), ("b",)), base=(True,))
-    with pytest.raises(ValueError, match="one string is no list"):
+    with pytest.raises(ValueError, match="not a string"):
         Vocabulary.from_names("cat, dog")
 
 
@@ -176,7 +176,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 def test_a_missing_file():
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         Vocabulary.parse("nowhere.json")
-    with pytest.raises(ValueError, match="no saved vocabulary"):
+    with pytest.raises(ValueError, match="not a saved vocabulary"):
         Vocabulary.from_json('["cat"]')
 
 

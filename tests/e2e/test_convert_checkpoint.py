@@ -89,7 +89,7 @@ def test_a_clip(run: Callable[..., None], tmp_path: Path, capsys: pytest.Capture
 def test_refusals(run: Callable[..., None], tmp_path: Path) -> None:
     torch.save(files.retinanet(), tmp_path / "r.pth")
     names = [tmp_path / "r.pth", tmp_path / "r.safetensors", *HEADS]
-    with pytest.raises(CheckpointError, match="3 classes in the file, 80 wanted"):
+    with pytest.raises(CheckpointError, match="3 classes in the file, 80 expected"):
         run(*names, "--dataset", "coco_2017_val")
     with pytest.raises(ConfigError, match="'coco_2018_val' is not registered"):
         run(*names, "--dataset", "coco_2018_val")

@@ -92,9 +92,9 @@ def test_heads_and_activation_are_asked_for(golden, tmp_path, caplog):
     with pytest.raises(ValueError, match="does not tell its activation: pass quick_gelu"):
         _load(golden, tmp_path, quick_gelu=None)
     _load(golden, tmp_path)
-    assert "heads of 64" not in caplog.text and not caplog.records
+    assert "heads of width 64" not in caplog.text and not caplog.records
     _load(golden, tmp_path, head_width=None)
-    assert "heads of 64" in caplog.text
+    assert "heads of width 64" in caplog.text
 
 
 @pytest.mark.golden(manifest="openai_clip_*")

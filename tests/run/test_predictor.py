@@ -108,7 +108,7 @@ def test_published_weights_of_other_classes_are_refused(config: Path, tmp_path: 
     weights, classes = tmp_path / "converted.safetensors", [*CLASSES[:2], "pink box"]
     options = {"classes": classes, "config": {"MODEL.LANGUAGE.CLASSES": classes}}
     save_checkpoint(weights, {"level": torch.tensor(128.0)}, {"layout": "clipdense", "options": options})
-    with pytest.raises(ConfigError, match="class 2: 'pink box' in the file, 'blue box' wanted"):
+    with pytest.raises(ConfigError, match="class 2: 'pink box' in the file, 'blue box' expected"):
         Predictor(config, weights)
 
 

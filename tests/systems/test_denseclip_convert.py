@@ -169,9 +169,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:
     source, target = write(tmp_path / "r.pth", files.retinanet()), tmp_path / "r.safetensors"
-    with pytest.raises(CheckpointError, match="class 1: 'traffic light' in the file, 'car' wanted"):
+    with pytest.raises(CheckpointError, match="class 1: 'traffic light' in the file, 'car' expected"):
         convert_weights(source, target, classes=["person", "car", "cell phone"], options=OPTIONS)
-    with pytest.raises(CheckpointError, match="3 classes in the file, 2 wanted"):
+    with pytest.raises(CheckpointError, match="3 classes in the file, 2 expected"):
         convert_weights(source, target, classes=["person", "traffic light"], options=OPTIONS)
     assert not target.exists()
     convert_weights(source, target, classes=["Person", "traffic light ", "cell phone"], options=OPTIONS)
@@ -219,7 +219,7 @@ def test_files_of_other_layouts(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is of no known layout. Known: .*denseclip_retinanet"):
         convert_weights(own, tmp_path / "x.safetensors")
     published = write(tmp_path / "r.pth", files.retinanet())
-    with pytest.raises(CheckpointError, match="r.pth is no CLIP but DenseCLIP's RetinaNet.*MODEL.WEIGHTS"):
+    with pytest.raises(CheckpointError, match="r.pth is not a CLIP but DenseCLIP's RetinaNet.*MODEL.WEIGHTS"):
         load_clip(published, quick_gelu=True)
 
 
@@ -313,7 +313,7 @@ def test_classes_of_weights_and_data(tmp_path: Path, dataset: str) -> None:
     check(path)  # no data, no question
     MetadataCatalog.remove(dataset)
     MetadataCatalog.get(dataset).set(evaluator_type="coco", thing_classes=["person", "bus"])
-    with pytest.raises(ConfigError, match="3 classes in the file, 2 wanted\n  class 1: 'traffic light'"):
+    with pytest.raises(ConfigError, match="3 classes in the file, 2 expected\n  class 1: 'traffic light'"):
         check(path, data)
     options = ["OUTPUT_DIR", str(tmp_path / "out"), *data]
     with pytest.raises(ConfigError, match="was trained on other classes.*(.|\n)*MODEL.WEIGHTS_SKIP"):

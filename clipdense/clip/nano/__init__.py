@@ -39,26 +39,26 @@ def shapes_eva02_patch8_clip_64(pretrained: bool = False, **kwargs: Any) -> Eva:
         "use_rot_pos_emb": True,
         "ref_feat_shape": (8, 8),
         "global_pool": "token",
-        "head_init_scale": 1.0,  # timm's 0.001 is meant for fine-tuning a classifier
+        "head_init_scale": 1.0,  # timm's 0.001 is for fine-tuning a classifier
     }
     return Eva(**{**settings, **kwargs})
 
 
 def nano_config(name: str) -> dict[str, Any]:
-    """The open_clip hub config (`model_cfg`, `preprocess_cfg`) of a nano model."""
+    """Return the open_clip hub config (`model_cfg`, `preprocess_cfg`) of a nano model."""
     return cast(dict[str, Any], json.loads((_ROOM / f"{name}.json").read_text()))
 
 
 def nano_path(name: str) -> Path:
-    """Where the weights of a nano model's image tower, or of "shapes-text", lie in the package."""
+    """Return the path of the weights of a nano model's image tower, or of "shapes-text"."""
     return _ROOM / f"{name}.safetensors"
 
 
 def nano_files(name: str) -> list[Path]:
-    """The weight files of a nano model: image tower, then text tower.
+    """Return the weight files of a nano model: image tower, then text tower.
 
     Raises:
-        FileNotFoundError: a file is not in the package.
+        FileNotFoundError: If a file is not in the package.
     """
     files = [nano_path(name), nano_path("shapes-text")]
     for file in files:
