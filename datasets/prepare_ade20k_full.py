@@ -1,31 +1,22 @@
-"""ADE20K with 847 classes (A-847): images with a short side of at most 512 pixels, and 16-bit label maps
-0..846 with 65535 for what is no class.
+"""Convert full ADE20K to 847 classes (A-847): images with a short side of at most 512, and 16-bit label maps.
+
+Labels are 0 to 846, void is 65535.
 
 Reads ADE20K_2021_17_01/index_ade20k.pkl, for the numbers of the objects, and
 ADE20K_2021_17_01/images/ADE/{training,validation}/; writes
 ADE20K_2021_17_01/{images,annotations}_detectron2/{training,validation}/.
 """
 
-import argparse
-import os
 import sys
-from pathlib import Path
 
 from clipdense.clip.vocabulary import near
 from clipdense.data.datasets.open_semantic import ADE20K_FULL, WIDE_IGNORE
-from clipdense.data.preparation import ade20k_full, read_object_names
+from clipdense.data.preparation.ade20k import ade20k_full, read_object_names
+from clipdense.data.preparation.options import preparation_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
-        help="default: %(default)s",
-    )
-    parser.add_argument("--split", nargs="+", default=["training", "validation"])
-    options = parser.parse_args()
+    options = preparation_parser(__doc__, ("training", "validation")).parse_args()
     root = options.root / "ADE20K_2021_17_01"
     names = [name.strip() for name in read_object_names(root / "index_ade20k.pkl")]
     if missing := [name for name in ADE20K_FULL if name not in names]:

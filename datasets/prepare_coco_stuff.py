@@ -1,35 +1,21 @@
-"""COCO-Stuff: label maps 0..170 with 255 for unlabelled, and 0..155 of the base classes alone, from the
-published category ids.
+"""Convert COCO-Stuff label maps to 171 classes (0 to 170), and to the 156 base classes alone (0 to 155).
 
-Reads coco/stuffthingmaps/{train,val}2017/ (stuffthingmaps_trainval2017.zip), writes
+The published maps hold category ids. Unlabelled pixels become 255. Reads
+coco/stuffthingmaps/{train,val}2017/ (stuffthingmaps_trainval2017.zip), writes
 coco/stuffthingmaps_detectron2/{train2017,val2017,train2017_base}/.
 """
-
-import argparse
-import os
-from pathlib import Path
 
 import numpy as np
 
 from clipdense.data.datasets.open_semantic import COCO_STUFF, COCO_STUFF_BASE, COCO_STUFF_VALUES
-from clipdense.data.preparation import convert_labels
+from clipdense.data.preparation.labels import convert_labels
+from clipdense.data.preparation.options import preparation_parser
+
+SPLITS = ("train2017", "val2017", "train2017_base")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--split",
-        nargs="+",
-        default=["train2017", "val2017", "train2017_base"],
-        choices=["train2017", "val2017", "train2017_base"],
-    )
-    options = parser.parse_args()
+    options = preparation_parser(__doc__, SPLITS, SPLITS).parse_args()
     coco = options.root / "coco"
     for split in options.split:
         classes = COCO_STUFF_BASE if split.endswith("_base") else COCO_STUFF

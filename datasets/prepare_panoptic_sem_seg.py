@@ -1,33 +1,24 @@
-"""Semantic label maps from COCO-format panoptic annotations: classes in order of category id from 0, 255
-elsewhere.
+"""Convert COCO panoptic annotations to semantic label maps: classes in order of category id from 0, void 255.
 
-Without further arguments: COCO 2017, coco/panoptic_{train,val}2017/ -> coco/panoptic_semseg_{train,val}2017/
-(133 classes).
+By default it converts COCO 2017 (133 classes): reads coco/panoptic_{train,val}2017/, writes
+coco/panoptic_semseg_{train,val}2017/.
 """
 
-import argparse
-import os
 from pathlib import Path
 
-from clipdense.data.preparation import panoptic_to_semantic
+from clipdense.data.preparation.labels import panoptic_to_semantic
+from clipdense.data.preparation.options import preparation_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
-        help="default: %(default)s",
-    )
-    parser.add_argument("--split", nargs="+", default=["train", "val"], help="of COCO 2017")
-    parser.add_argument("--json", type=Path, help="other data: the panoptic json file")
-    parser.add_argument("--panoptic", type=Path, help="other data: the folder of panoptic PNGs")
-    parser.add_argument("--output", type=Path, help="other data: the folder to write")
+    parser = preparation_parser(__doc__, ("train", "val"))
+    parser.add_argument("--json", type=Path, help="own data: panoptic JSON file")
+    parser.add_argument("--panoptic", type=Path, help="own data: folder of the panoptic PNGs")
+    parser.add_argument("--output", type=Path, help="own data: folder to write")
     options = parser.parse_args()
     own = (options.json, options.panoptic, options.output)
     if any(own) and not all(own):
-        parser.error("--json, --panoptic and --output belong together")
+        parser.error("give --json, --panoptic and --output together")
     coco = options.root / "coco"
     jobs = (
         [own]

@@ -1,33 +1,25 @@
-"""PASCAL-Context: label maps of 59 classes (PC-59: 8-bit, void 255) and of 459 (PC-459: 16-bit, void 65535).
+"""Convert PASCAL-Context to label maps of 59 classes (8-bit, void 255) and 459 classes (16-bit, void 65535).
 
 Reads VOC2010/trainval/*.mat (trainval.tar.gz of PASCAL-Context) and VOC2010/ImageSets/Main/{train,val}.txt,
 writes VOC2010/annotations_detectron2/pc{59,459}_{train,val}/.
 """
 
-import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 
 from clipdense.data.datasets.open_semantic import PASCAL_CONTEXT_59, PASCAL_CONTEXT_459, WIDE_IGNORE
-from clipdense.data.preparation import convert_labels, read_matlab_labels
+from clipdense.data.preparation.labels import convert_labels, read_matlab_labels
+from clipdense.data.preparation.options import preparation_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
-        help="default: %(default)s",
-    )
-    parser.add_argument("--split", nargs="+", default=["train", "val"])
+    parser = preparation_parser(__doc__, ("train", "val"))
     parser.add_argument(
         "--lists",
         type=Path,
         metavar="DIR",
-        help="folder of <split>.txt, a name a line, for other splits than VOC2010/ImageSets/Main",
+        help="folder of <split>.txt files, one image name a line (default: VOC2010/ImageSets/Main)",
     )
     options = parser.parse_args()
     root = options.root / "VOC2010"
@@ -35,7 +27,7 @@ def main() -> None:
     for split in options.split:
         names = (lists / f"{split}.txt").read_text("utf-8").split()
         for classes, void in ((PASCAL_CONTEXT_59, 255), (PASCAL_CONTEXT_459, WIDE_IGNORE)):
-            # published: 0 unlabelled, 1..459 in the order of the 459
+            # published labels: 0 is unlabelled, 1 to 459 are the 459 classes in order
             table = np.full(1 + len(PASCAL_CONTEXT_459), void)
             for i, name in enumerate(classes):
                 table[1 + PASCAL_CONTEXT_459.index(name)] = i

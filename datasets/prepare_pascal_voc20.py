@@ -1,28 +1,17 @@
-"""Pascal VOC 2012 without background (PAS-20): label maps 0..19, with 255 for background and void.
+"""Convert Pascal VOC 2012 to label maps without background (PAS-20): 0 to 19; background and void become 255.
 
 Reads VOC2012/SegmentationClass/ and VOC2012/ImageSets/Segmentation/{train,val}.txt, writes
 VOC2012/annotations_detectron2/{train,val}/.
 """
 
-import argparse
-import os
-from pathlib import Path
-
 import numpy as np
 
-from clipdense.data.preparation import convert_labels
+from clipdense.data.preparation.labels import convert_labels
+from clipdense.data.preparation.options import preparation_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=os.environ.get("DETECTRON2_DATASETS", "datasets"),
-        help="default: %(default)s",
-    )
-    parser.add_argument("--split", nargs="+", default=["train", "val"])
-    options = parser.parse_args()
+    options = preparation_parser(__doc__, ("train", "val")).parse_args()
     root = options.root / "VOC2012"
     for split in options.split:
         names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text("utf-8").split()

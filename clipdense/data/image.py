@@ -1,4 +1,4 @@
-"""Reading images and label maps of any kind from disk."""
+"""Readers of image files and label maps of any kind."""
 
 import os
 import warnings
@@ -29,37 +29,37 @@ Uint8 = npt.NDArray[np.uint8]
 
 
 class BadImageError(OSError):
-    """A file is there but is no readable image (corrupt, truncated, of an unknown kind). Names the file."""
+    """Error of an existing file that is not a readable image (damaged, truncated or of an unknown format)."""
 
 
 def read_image(path: str | os.PathLike[str], format: ImageFormat = "RGB") -> Uint8:
     """Read an image of any mode as 8-bit colour, upright.
 
-    The EXIF orientation is applied. Grey and palette images become colour; CMYK is converted; transparent
-    images are laid on white, as viewers show them; 16-bit samples are scaled to 8 bits (v / 257); of an
-    animation the first frame is taken.
+    The EXIF orientation is applied. Grey, palette and CMYK images are converted to colour. Transparent
+    images get a white background, as in image viewers. 16-bit samples are scaled to 8 bits (v / 257). An
+    animation gives its first frame.
 
     Returns:
         (H, W, 3) uint8 in the given channel order, or (H, W, 1) for ``"L"``.
 
     Raises:
-        FileNotFoundError: no such file.
-        BadImageError: the file cannot be decoded as an image.
+        FileNotFoundError: If the file does not exist.
+        BadImageError: If the file cannot be decoded as an image.
     """
     return image_to_array(_upright(_open(path)), format)
 
 
 def load_image(source: ImageSource, format: ImageFormat = "RGB") -> Uint8:
-    """An image from wherever it is, as `read_image` returns it.
+    """Load an image from a file, a PIL image or an array, as `read_image` returns it.
 
     Args:
         source: a file, a PIL image of any mode (its EXIF orientation is applied), or an array (see
             `array_to_image`).
 
     Raises:
-        FileNotFoundError: no such file.
-        BadImageError: what cannot be decoded as an image.
-        ValueError: an array that is none.
+        FileNotFoundError: If the file does not exist.
+        BadImageError: If the source cannot be decoded as an image.
+        ValueError: If an array is not an image, see `array_to_image`.
     """
     if isinstance(source, np.ndarray):
         return image_to_array(array_to_image(source), format)
@@ -71,37 +71,39 @@ def load_image(source: ImageSource, format: ImageFormat = "RGB") -> Uint8:
 
 
 def array_to_image(array: npt.NDArray[Any]) -> Image.Image:
-    """An array as an 8-bit PIL image.
+    """Convert an array to an 8-bit PIL image.
 
     Args:
         array: (H, W), (H, W, 1) grey, (H, W, 3) RGB or (H, W, 4) RGBA; bool (black and white), uint8, uint16
-            (scaled by v / 257), or floats, in 0..1 or, if one is larger, in 0..255.
+            (scaled by v / 257), or floats in 0 to 1 or, if a value exceeds 1, in 0 to 255.
 
     Raises:
-        ValueError: another shape or type, no pixels, or a value that is not finite or negative.
+        ValueError: If the shape or type differs, or there are no pixels, negative or non-finite values.
     """
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)) or not array.size:
-        raise ValueError(f"an image array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), not {array.shape}")
+        raise ValueError(
+            f"an image array must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), not {array.shape}"
+        )
     if array.dtype == bool:
         array = array * np.uint8(255)
     elif array.dtype == np.uint16 or np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0:
-            raise ValueError("an image array holds values that are negative or not finite")
+            raise ValueError("an image array has values that are negative or not finite")
         array = _scaled_to_8_bit(array)
     elif array.dtype != np.uint8:
-        raise ValueError(f"an image array is of uint8, uint16, bool or floats, not of {array.dtype}")
+        raise ValueError(f"an image array must have type uint8, uint16, bool or float, not {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def image_to_array(image: Image.Image, format: ImageFormat = "RGB") -> Uint8:
-    """A PIL image of any mode as `read_image` returns it (the EXIF orientation is not looked at)."""
+    """Convert a PIL image of any mode as `read_image` does, without applying the EXIF orientation."""
     if format not in ("RGB", "BGR", "L"):
         raise ValueError(f"image format {format!r}: expected RGB, BGR or L (INPUT.FORMAT)")
     image = _to_8_bit(image)
     if image.mode == "La":
-        image = image.convert("LA")  # the one mode that Pillow does not turn into colour
+        image = image.convert("LA")  # the only mode that Pillow does not convert to colour
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -112,12 +114,13 @@ def image_to_array(image: Image.Image, format: ImageFormat = "RGB") -> Uint8:
 
 
 def read_labels(path: str | os.PathLike[str]) -> npt.NDArray[np.int64]:
-    """Read a label map (H, W): grey values of 8, 16 or 32 bits, palette *indices*, or panoptic ids R + 256 G
-    + 65536 B.
+    """Read a label map (H, W): grey values of 8, 16 or 32 bits, palette indices, or panoptic ids.
+
+    Panoptic ids are R + 256 G + 65536 B of colour images.
 
     Raises:
-        FileNotFoundError: no such file.
-        BadImageError: the file cannot be decoded as an image.
+        FileNotFoundError: If the file does not exist.
+        BadImageError: If the file cannot be decoded as an image.
     """
     image = _open(path)
     if image.mode == "1":
@@ -129,7 +132,7 @@ def read_labels(path: str | os.PathLike[str]) -> npt.NDArray[np.int64]:
 
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:
-    """A fully decoded PIL image."""
+    """Open and decode a PIL image."""
     with _decoding(path), PathManager.open(os.fspath(path), "rb") as file:
         image = Image.open(file)
         image.load()
@@ -138,16 +141,16 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
 
 @contextmanager
 def _decoding(name: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what Pillow raises on a damaged image into a `BadImageError` that names it."""
+    """Convert Pillow's errors on a damaged image to a `BadImageError` that names the file."""
     try:
         with warnings.catch_warnings():
-            # a large photograph is no attack; beyond twice PIL's limit it raises and we name the file
+            # large photographs are legitimate; beyond twice its limit Pillow raises an error
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(f"{name}: not an image, or of a kind that Pillow does not know") from error
+        raise BadImageError(f"{name}: not an image, or of a format that Pillow does not know") from error
     # Pillow's decoders raise all of these on damaged files
     except (
         OSError,
@@ -159,27 +162,27 @@ def _decoding(name: str | os.PathLike[str]) -> Iterator[None]:
         Image.DecompressionBombError,
     ) as error:
         raise BadImageError(
-            f"{name}: cannot be decoded, the file is damaged or cut short ({error})"
+            f"{name}: cannot be decoded, the file is damaged or truncated ({error})"
         ) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image with its EXIF orientation applied."""
-    # a damaged EXIF block says nothing about the pixels: they are taken as stored
+    """Apply the EXIF orientation."""
+    # with a damaged EXIF block, the pixels are used as stored
     with suppress(ValueError, TypeError, SyntaxError, KeyError, ZeroDivisionError):
         image = ImageOps.exif_transpose(image)
     return image
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey images of 16 or 32 bits, or of floats, as 8-bit grey."""
+    """Convert grey images of 16 or 32 bits, or of floats, to 8-bit grey."""
     if not image.mode.startswith(("I", "F")):
         return image
     return Image.fromarray(_scaled_to_8_bit(np.array(image)))
 
 
 def _scaled_to_8_bit(samples: npt.NDArray[Any]) -> Uint8:
-    """Samples of 16 or 32 bits, or floats in 0..1 or a wider range, in 0..255."""
+    """Scale samples of 16 or 32 bits, or floats in 0 to 1 or a wider range, to 0 to 255."""
     values, top = samples.astype(np.float64), float(samples.max(initial=0))
     floats = np.issubdtype(samples.dtype, np.floating)
     if floats and top <= 1:

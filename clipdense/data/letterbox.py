@@ -1,6 +1,6 @@
-"""Images and crops on a black square: how CLIPSelf feeds its student and its teacher.
+"""Images and crops padded to black squares, as CLIPSelf prepares them (Wu et al., ICLR 2024, section 3).
 
-Wu et al., CLIPSelf (ICLR 2024), Sec. 3. Resampling is Pillow's bicubic filter on 8-bit pixels.
+Resampling is Pillow's bicubic filter on 8-bit pixels.
 """
 
 import numpy as np
@@ -19,8 +19,8 @@ def letterbox(image: Uint8, size: int, centered: bool = False) -> tuple[Uint8, f
     Args:
         image: (H, W, 3) uint8.
         size: side of the result in pixels.
-        centered: pad on both sides of an axis (``(size - side) // 2`` before the image); else right and
-            bottom.
+        centered: pad both sides of an axis (``(size - side) // 2`` pixels before the image) instead of only
+            the right or bottom.
 
     Returns:
         (size, size, 3) uint8, and the scale from pixels of ``image`` to pixels of the result.
@@ -36,12 +36,12 @@ def letterbox(image: Uint8, size: int, centered: bool = False) -> tuple[Uint8, f
 
 
 def enlarge_box(box: Box, factor: float, image_size: tuple[int, int]) -> Box:
-    """Scale a box around its centre and clip it to the image.
+    """Scale a box about its centre and clip it to the image.
 
     Args:
         box: (x0, y0, x1, y1) in pixels.
-        factor: on width and height.
-        image_size: (H, W).
+        factor: scale of width and height.
+        image_size: (H, W) in pixels.
     """
     x0, y0, x1, y1 = box
     dx, dy = (factor - 1) / 2 * (x1 - x0), (factor - 1) / 2 * (y1 - y0)

@@ -1,4 +1,4 @@
-"""Mappers: from a dataset dict to model input."""
+"""Mappers from dataset dicts to model inputs."""
 
 import copy
 import logging
@@ -38,21 +38,20 @@ _warned: set[str] = set()
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
-    """The mapper that ``INPUT.MAPPER`` names.
+    """Build the mapper ``INPUT.MAPPER``.
 
     Raises:
-        KeyError: no such mapper, with those that are.
+        KeyError: If there is no such mapper; names those that exist.
     """
     name = cfg.INPUT.MAPPER
     if name not in MAPPER_REGISTRY:
         known = ", ".join(sorted(key for key, _ in MAPPER_REGISTRY))
-        raise KeyError(f"INPUT.MAPPER = {name!r} is no mapper; there are {known}")
+        raise KeyError(f"INPUT.MAPPER = {name!r} is not a mapper; known: {known}")
     return MAPPER_REGISTRY.get(name)(cfg, is_train)
 
 
 def read_image_or_skip(path: str, image_format: ImageFormat, skip: bool) -> np.ndarray | None:
-    """`read_image`; with ``skip`` a damaged file gives None and, once a file and process, a warning that
-    names it."""
+    """Read an image; with ``skip``, return None for a damaged file and warn once per file and process."""
     try:
         return read_image(path, image_format)
     except BadImageError as error:
@@ -65,10 +64,10 @@ def read_image_or_skip(path: str, image_format: ImageFormat, skip: bool) -> np.n
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, for very long images too: a side never becomes shorter than 1 pixel."""
+    """Detectron2's augmentation, extended to very long images: a side has at least 1 pixel."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Transform for an (H, W, C) image."""
+        """Return the transform of an (H, W, C) image."""
         transform = super().get_transform(image)
         if isinstance(transform, T.ResizeTransform):
             transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
@@ -76,8 +75,10 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[Any]:
-    """Detectron2's augmentations of ``INPUT.*``: in training cropping if enabled, resizing (or large-scale
-    jitter) and flipping."""
+    """Build Detectron2's augmentations of ``INPUT.*``.
+
+    In training these are cropping if enabled, resizing (or large-scale jitter) and flipping; else resizing.
+    """
     keys = cfg.INPUT
     if not is_train:
         return [ResizeShortestEdge(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST, "choice")]
@@ -89,16 +90,16 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[Any]:
         scaled = T.ResizeScale(*keys.SCALE_JITTER.RANGE, target_height=side, target_width=side)
         resize = [scaled, T.FixedSizeCrop((side, side), pad=False)]
     crop = [T.RandomCrop(keys.CROP.TYPE, keys.CROP.SIZE)] if keys.CROP.ENABLED else []
-    # the first of Detectron2's is its own resizing
+    # Detectron2's list starts with its own resizing
     return [*crop, *resize, *utils.build_augmentation(cfg, is_train)[1:]]
 
 
 def map_image(mapper: Any, image: np.ndarray) -> dict[str, Any]:
-    """Model input of an image that belongs to no data set, as a mapper makes it at test time.
+    """Prepare an image that does not belong to a dataset, as a mapper does in evaluation.
 
     Args:
         mapper: a `DetectionMapper`, Detectron2's `DatasetMapper`, or another with their ``augmentations``.
-        image: (H, W, C) uint8, channels as the mapper's ``image_format`` says.
+        image: (H, W, C) uint8, with the channel order of the mapper's ``image_format``.
 
     Returns:
         ``image`` (C, h, w) uint8 and the original ``height`` and ``width``.
@@ -131,8 +132,9 @@ def _to_tensor(image: np.ndarray) -> torch.Tensor:
 def transform_labels(transforms: T.Transform, labels: np.ndarray) -> np.ndarray:
     """Apply a transform to an (H, W) label map of integers below 2^24; returns int64 labels.
 
-    Detectron2 resizes uint8 maps by Pillow's nearest neighbour, in line with the image, but other types by
-    torch's, which lies half a pixel off. So wide labels travel as three bytes.
+    Detectron2 resizes uint8 maps with Pillow's nearest neighbour, which is aligned with the image, but other
+    types with torch's, which is shifted by half a pixel. Wide labels are therefore transformed as three
+    uint8 planes.
     """
     if labels.max(initial=0) < 256:
         return transforms.apply_segmentation(labels.astype(np.uint8)).astype(np.int64)
@@ -143,21 +145,20 @@ def transform_labels(transforms: T.Transform, labels: np.ndarray) -> np.ndarray:
 
 @MAPPER_REGISTRY.register()
 class DetectionMapper:
-    """Boxes, masks, semantic and panoptic maps, whichever a data set has.
+    """Mapper of images with boxes, masks, semantic and panoptic maps, as far as the dataset has them.
 
-    Differs from Detectron2's `DatasetMapper` in what it can read (see `read_image`), in taking polygons and
-    RLE side by side, in clipping boxes to the image and dropping empty ones, and in errors that name the
-    file.
+    In addition to Detectron2's `DatasetMapper`, it reads more image formats (see `read_image`), accepts
+    polygons and RLE in one dataset, clips boxes to the image, drops empty ones, and names the file in errors.
 
     Args:
-        is_train: whether annotations are wanted.
+        is_train: whether annotations are mapped.
         augmentations: Detectron2 augmentations or transforms.
         image_format: "RGB" or "BGR".
-        use_masks: whether instances carry ``gt_masks``.
-        mask_format: "polygon" (images that have RLE masks get bit masks nevertheless) or "bitmask".
-        recompute_boxes: whether boxes are made tight around masks again (after cropping).
-        skip_bad_images: whether a damaged image file gives None, with a warning, instead of an error
-            (training only).
+        use_masks: whether instances have ``gt_masks``.
+        mask_format: "polygon" (images with RLE masks still get bit masks) or "bitmask".
+        recompute_boxes: recompute tight boxes from masks, after cropping.
+        skip_bad_images: return None for a damaged image, with a warning, instead of raising an error (in
+            training only).
     """
 
     @configurable
@@ -175,7 +176,7 @@ class DetectionMapper:
         if mask_format not in ("polygon", "bitmask"):
             raise ValueError(f"INPUT.MASK_FORMAT = {mask_format!r}: expected polygon or bitmask")
         if recompute_boxes and not use_masks:
-            raise ValueError("boxes can be recomputed from masks only; set MODEL.MASK_ON True")
+            raise ValueError("boxes can only be recomputed from masks: set MODEL.MASK_ON True")
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
@@ -186,10 +187,11 @@ class DetectionMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Constructor arguments from ``INPUT.*`` and ``MODEL.MASK_ON``.
+        """Build the constructor arguments from ``INPUT.*`` and ``MODEL.MASK_ON``.
 
         Raises:
-            ValueError: the config wants keypoints or stored proposals, which only Detectron2's mapper reads.
+            ValueError: If the config needs keypoints or stored proposals, which only Detectron2's mapper
+                reads.
         """
         if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
             raise ValueError(
@@ -207,16 +209,16 @@ class DetectionMapper:
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """Model input of one image.
+        """Map the dataset dict of one image.
 
         Returns:
-            The dict with ``image`` (3, H, W) uint8; in training also, where the data set has them,
-            ``instances`` (gt_boxes, gt_classes, gt_masks), ``sem_seg`` (H, W) int64 and ``pan_seg`` (H, W)
-            int64 of the ids in ``segments_info``. None for a damaged image that may be skipped.
+            The dict with ``image`` (3, H, W) uint8. In training, depending on the dataset, also ``instances``
+            (gt_boxes, gt_classes, gt_masks), ``sem_seg`` (H, W) int64, and ``pan_seg`` (H, W) int64 with the
+            ids of ``segments_info``. None for a damaged image that is skipped.
 
         Raises:
-            BadImageError: the image or a label map cannot be decoded.
-            ValueError: annotations that do not fit the image (the message names it).
+            BadImageError: If the image or a label map cannot be decoded.
+            ValueError: If annotations do not fit the image; names it.
         """
         sample = copy.deepcopy(dataset_dict)
         image = read_image_or_skip(sample["file_name"], self.image_format, self.skip_bad_images)
@@ -227,7 +229,7 @@ class DetectionMapper:
         if self.is_train and "sem_seg_file_name" in sample:
             labels = read_labels(sample.pop("sem_seg_file_name"))
         shown = labels
-        if labels is not None:  # floats are what Detectron2 resizes beside bytes
+        if labels is not None:  # Detectron2 resizes only uint8 and floats
             shown = labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.float32)
         augmented = T.AugInput(image, sem_seg=shown)
         transforms = self.augmentations(augmented)
@@ -252,7 +254,7 @@ class DetectionMapper:
     def _instances(
         self, annotations: list[dict[str, Any]], transforms: Any, size: tuple[int, int]
     ) -> Instances:
-        """Instances of the transformed image; crowds left out, boxes clipped, empty ones dropped."""
+        """Build the instances of the transformed image: without crowds, with clipped and non-empty boxes."""
         objects = []
         for annotation in annotations:
             if annotation.get("iscrowd", 0):
@@ -261,12 +263,10 @@ class DetectionMapper:
             if not self.use_masks:
                 annotation.pop("segmentation", None)
             elif "segmentation" not in annotation:
-                raise ValueError(
-                    "an annotation without a mask; set MODEL.MASK_ON False to train on boxes alone"
-                )
+                raise ValueError("an annotation has no mask; set MODEL.MASK_ON False to train on boxes alone")
             moved = utils.transform_instance_annotations(annotation, transforms, size)
             if isinstance(moved.get("segmentation"), np.ndarray):
-                moved["segmentation"] = moved["segmentation"].copy()  # torch wants to be able to write
+                moved["segmentation"] = moved["segmentation"].copy()  # torch needs a writable array
             objects.append(moved)
         polygons = self.mask_format == "polygon" and all(
             isinstance(o.get("segmentation"), list) for o in objects

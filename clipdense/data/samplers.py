@@ -1,7 +1,7 @@
-"""Training order that depends on the seed and the position alone, so that a resumed run continues it exactly.
+"""Training order that depends only on the seed and the position, so that a resumed run continues it exactly.
 
-One global stream of samples is cut into global batches, and each process takes its share of each batch. Two
-processes with batches of b therefore see, step by step, what one process with batches of 2b sees.
+One global stream of samples is divided into global batches, and each process takes its share of each batch.
+Two processes with batches of b therefore use, step by step, the samples of one process with batches of 2b.
 """
 
 import itertools
@@ -17,21 +17,21 @@ class ResumableTrainingSampler(Sampler[int]):
     """Infinite stream of dataset indices, reshuffled every epoch.
 
     Args:
-        size: number of samples in the data set.
-        shuffle: whether each epoch is a new permutation; else 0, 1, 2 ... again and again.
-        seed: with the epoch number it decides the permutation; must be the same in all processes.
+        size: number of samples in the dataset.
+        shuffle: whether each epoch is a new permutation; if False, every epoch is 0, 1, 2, ...
+        seed: determines the permutations, with the epoch number; must be equal in all processes.
         rank, world: this process takes positions rank, rank + world, ... of the stream.
         start: global position of the first sample; after t steps of global batches of n samples it is t * n.
 
     Raises:
-        ValueError: an empty data set, or a rank outside the world.
+        ValueError: If the dataset is empty, the rank is not in the world, or start is negative.
     """
 
     def __init__(
         self, size: int, shuffle: bool = True, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0
     ) -> None:
         if size <= 0:
-            raise ValueError(f"a training sampler needs at least one sample, got a data set of {size}")
+            raise ValueError(f"a training sampler needs at least one sample, got a dataset of {size}")
         if not 0 <= rank < world or start < 0:
             raise ValueError(
                 f"need 0 <= rank < world and start >= 0, got rank {rank}, world {world}, start {start}"
@@ -43,7 +43,7 @@ class ResumableTrainingSampler(Sampler[int]):
         yield from itertools.islice(self.stream(self.start), self.rank, None, self.world)
 
     def stream(self, start: int = 0) -> Iterator[int]:
-        """The indices at global positions start, start + 1, ..., whatever the rank."""
+        """Yield the indices at global positions start, start + 1, ..., for all ranks."""
         for epoch in itertools.count(start // self.size):
             yield from self._epoch(epoch)[start - epoch * self.size if start > epoch * self.size else 0 :]
 
@@ -53,7 +53,7 @@ class ResumableTrainingSampler(Sampler[int]):
         return torch.randperm(self.size, generator=self._generator(epoch)).tolist()
 
     def _generator(self, epoch: int) -> torch.Generator:
-        # seeds that differ in one bit give unrelated streams only after mixing: take them far apart
+        # similar seeds give similar streams: spread them
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch * 7_919) % 2**63)
 
 
@@ -82,8 +82,7 @@ class RepeatFactorSampler(ResumableTrainingSampler):
         self.repeat_factors = repeat_factors.double()
 
     def stream(self, start: int = 0) -> Iterator[int]:
-        """The indices at global positions start, start + 1, ...; epochs differ in length and are counted
-        through."""
+        """Yield the indices at global positions start, start + 1, ...; epochs differ in length."""
         for epoch in itertools.count():
             indices = self._epoch(epoch)
             yield from indices[start:]
@@ -100,22 +99,23 @@ class RepeatFactorSampler(ResumableTrainingSampler):
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Cuts a sampler's global stream into batches and yields this process's share of each.
+    """Batches of a sampler's global stream, reduced to the share of this process.
 
     Args:
         sampler: source of the global stream; its own ``start``, ``rank`` and ``world`` are not used.
         batch_size: samples of a global batch, over all processes.
         rank, world: this process takes samples rank, rank + world, ... of each batch.
-        start_batch: number of batches that a resumed run has already seen.
-        groups: one integer for each dataset index; a batch then holds samples of one group only (images of
-            like aspect ratio). A sample waits until its group fills a batch. None: batches follow the stream.
+        start_batch: number of batches that a resumed run has already used.
+        groups: one integer for each dataset index; a batch then contains samples of one group only (images of
+            similar aspect ratio). A sample waits until its group fills a batch. None: batches follow the
+            stream.
 
     Yields:
-        list of (position, index): the sample's place in the global stream, which keys its augmentation, and
-        its dataset index.
+        list of (position, index): the position in the global stream, which seeds the augmentation, and the
+        dataset index.
 
     Raises:
-        ValueError: the batch cannot be shared out evenly.
+        ValueError: If the batch cannot be divided evenly among the processes.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
             samples = enumerate(self.sampler.stream(first), first)
             while True:
                 yield list(itertools.islice(samples, self.batch_size))
-        # which samples wait depends on all before them: replay the stream, integers only
+        # which samples wait depends on all previous ones: replay the stream of integers
         waiting: dict[int, list[tuple[int, int]]] = {}
         done = 0
         for position, index in enumerate(self.sampler.stream()):

@@ -25,7 +25,8 @@ from clipdense.data.datasets.open_semantic import (
 )
 from clipdense.data.image import read_labels
 from clipdense.data.loader import build_test_loader, build_train_loader
-from clipdense.data.preparation import ade20k_full, convert_labels, read_matlab_labels, read_object_names
+from clipdense.data.preparation.ade20k import ade20k_full, read_object_names
+from clipdense.data.preparation.labels import convert_labels, read_matlab_labels
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -172,10 +173,10 @@ def test_ade20k_index_is_read_without_running_it(prepare: Run, tmp_path: Path) -
     with pytest.raises(SystemExit, match=r"lacks 846 of the 847 classes, first 'building, edifice' \(near: "):
         prepare("ade20k_full")
     path.write_bytes(pickle.dumps([1]))
-    with pytest.raises(ValueError, match="no index of ADE20K"):
+    with pytest.raises(ValueError, match="not an index of ADE20K"):
         read_object_names(path)
     path.write_bytes(pickle.dumps({"objectnames": 3}))
-    with pytest.raises(ValueError, match="no list of names"):
+    with pytest.raises(ValueError, match="not a list of names"):
         read_object_names(path)
     with pytest.raises(FileNotFoundError, match=r"no images .*ADE20K_2021_17_01\.zip"):
         ade20k_full(path.parent, "validation", {}, 65535)
@@ -213,13 +214,13 @@ def test_pascal_context(prepare: Run, registered: None, tmp_path: Path, cfg: Cfg
 
 def test_labels_and_files_that_are_wrong(tmp_path: Path) -> None:
     save(np.full((2, 2), 9, np.uint8), tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png: a label that is none of the data set's"):
+    with pytest.raises(ValueError, match=r"a\.png: unknown label"):
         convert_labels(tmp_path, tmp_path / "out", np.arange(9).__getitem__)
     (tmp_path / "a.mat").write_bytes(b"x" * 200)
-    with pytest.raises(ValueError, match=r"a\.mat: no MATLAB file with a LabelMap"):
+    with pytest.raises(ValueError, match=r"a\.mat: not a MATLAB file with a LabelMap"):
         read_matlab_labels(tmp_path / "a.mat")
     savemat(tmp_path / "b.mat", {"other": np.ones(2)})
-    with pytest.raises(ValueError, match=r"b\.mat: no MATLAB file with a LabelMap"):
+    with pytest.raises(ValueError, match=r"b\.mat: not a MATLAB file with a LabelMap"):
         read_matlab_labels(tmp_path / "b.mat")
     with pytest.raises(FileNotFoundError, match=r"no label maps \(\*\.mat\)"):
         convert_labels(tmp_path / "out", tmp_path, lambda labels: labels, suffix=".mat")

@@ -1,4 +1,4 @@
-"""OV-COCO and OV-LVIS: class lists, the scripts that make their files, and the data sets read from them."""
+"""OV-COCO and OV-LVIS: class lists, the scripts that make their files, and the datasets read from them."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ from clipdense.data.datasets.open_vocabulary import (
     register_open_vocabulary,
 )
 from clipdense.data.loader import build_test_loader, build_train_loader
-from clipdense.data.preparation import select_categories
+from clipdense.data.preparation.categories import select_categories
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
@@ -33,7 +33,7 @@ def read(path: Path) -> Any:
 
 
 def register(root: Path) -> None:
-    """Register the data sets again, below another folder."""
+    """Register the datasets again, below another folder."""
     for name in SETS:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -143,7 +143,7 @@ def test_the_coco_samples_files(coco: Path, data_dir: Path, monkeypatch, capsys)
     target = made / "instances_val2017_all_2.json"
     target.write_text("{}")
     prepare("ov_coco", coco, monkeypatch)
-    assert target.read_text() == "{}" and capsys.readouterr().out.count("is there already") == 3
+    assert target.read_text() == "{}" and capsys.readouterr().out.count("exists already") == 3
 
 
 def test_coco_data_sets(coco: Path, cfg, catalogs, monkeypatch) -> None:

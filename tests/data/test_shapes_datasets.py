@@ -1,4 +1,4 @@
-"""The world's data sets, as Detectron2 sees them."""
+"""The world's datasets, as Detectron2 sees them."""
 
 from dataclasses import replace
 from itertools import islice
@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(root: Path, catalogs, monkeypatch) -> Path:
-    """The world's data sets registered anew with eight images each, six of them mini."""
+    """The world's datasets registered anew with eight images each, six of them mini."""
     for name in _CATALOG:
         DatasetCatalog.pop(name)
         MetadataCatalog.pop(name)

@@ -1,4 +1,4 @@
-"""Real data sets in their standard layouts: the samples in ``CLIPDENSE_DATA``, and the conversion scripts."""
+"""Standard datasets in their published layouts: samples in ``CLIPDENSE_DATA``, and conversion scripts."""
 
 import json
 import runpy
@@ -14,7 +14,8 @@ from clipdense.data.datasets.layouts import load_lvis, load_sem_seg
 from clipdense.data.datasets.standard import ADE20K_CLASSES, ADE20K_THINGS, register_standard
 from clipdense.data.image import read_labels
 from clipdense.data.loader import build_test_loader, build_train_loader
-from clipdense.data.preparation import ade20k_panoptic, convert_labels, panoptic_to_semantic
+from clipdense.data.preparation.ade20k import ade20k_panoptic
+from clipdense.data.preparation.labels import convert_labels, panoptic_to_semantic
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
@@ -82,7 +83,7 @@ def test_semantic_maps_of_the_coco_sample(data_dir, tmp_path: Path):
 
 @pytest.mark.parametrize("script", ["ade20k_sem_seg", "ade20k_panoptic", "pascal_voc20", "panoptic_sem_seg"])
 def test_scripts(script: str, tmp_path: Path, monkeypatch, capsys):
-    """Each script on a data set of one or two images per split."""
+    """Run each script on a dataset of one or two images per split."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, (6, 8)).astype(np.uint8)
     ade, voc, coco = tmp_path / "ADEChallengeData2016", tmp_path / "VOC2012", tmp_path / "coco"
