@@ -1,19 +1,31 @@
-"""Pure functions from class scores and masks to semantic, panoptic and instance segmentation."""
+"""Inference as pure functions: merging of class scores and masks, sliding windows, test-time views,
+background rules."""
 
-from clipdense.inference.merging import (
+from clipdense.inference.background import max_over_synonyms, reject_pixels, suppress_absent_classes
+from clipdense.inference.queries import (
+    MergeSettings,
     instance_inference,
+    merge_queries,
     panoptic_inference,
-    semantic_inference,
-    tight_boxes,
+    resize_masks_to,
 )
 from clipdense.inference.semantic import best_masks, semantic_labels, semantic_map
+from clipdense.inference.views import average_views
+from clipdense.inference.windows import slide_windows, window_starts
 
 __all__ = [
+    "MergeSettings",
+    "average_views",
     "best_masks",
     "instance_inference",
+    "max_over_synonyms",
+    "merge_queries",
     "panoptic_inference",
-    "semantic_inference",
+    "reject_pixels",
+    "resize_masks_to",
     "semantic_labels",
     "semantic_map",
-    "tight_boxes",
+    "slide_windows",
+    "suppress_absent_classes",
+    "window_starts",
 ]

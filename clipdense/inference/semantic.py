@@ -1,4 +1,4 @@
-"""From class scores of masks to a semantic map."""
+"""Semantic segmentation from the class scores and masks of queries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clipdense.regions.fusion import calibrated_stacking
 
 __all__ = ["best_masks", "semantic_labels", "semantic_map"]
 
-_BUDGET = 2**25  # bytes of class maps that are held at a time
+_BUDGET = 2**25  # bytes of class maps that `semantic_labels` holds at a time
 
 
 def semantic_map(
@@ -21,13 +21,15 @@ def semantic_map(
     base: Tensor | None = None,
     calibration: float = 0.0,
 ) -> Tensor:
-    """S_k = sum over q of P_qk M_q, resized bilinearly (MaskFormer, Cheng et al., NeurIPS 2021, section 3.4).
+    """Compute class maps S_k = sum over q of P_qk M_q (MaskFormer, Cheng et al., NeurIPS 2021, section 3.4).
 
     Args:
-        scores: P (Q, K), without background.
-        masks: M (Q, h, w), 0 .. 1.
-        size: (H, W) of the result.
-        base, calibration: see `calibrated_stacking`.
+        scores: P (Q, K), class scores without background.
+        masks: M (Q, h, w), mask probabilities in 0 .. 1.
+        size: Height and width of the result, to which maps are resized bilinearly.
+        base: (K,) bool, the classes whose maps are calibrated; None: no class.
+        calibration: Amount subtracted from the resized maps of base classes (ZegFormer); see
+            `calibrated_stacking`.
 
     Returns:
         (K, H, W).
@@ -46,11 +48,12 @@ def semantic_labels(
     base: Tensor | None = None,
     calibration: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The best class of every pixel of `semantic_map`, for vocabularies whose maps would fill the memory:
-    they are made and compared a few classes at a time.
+    """Find the best class of each pixel of `semantic_map` without holding the maps of all classes.
+
+    Same arguments as `semantic_map`. Maps are computed and compared a few classes at a time.
 
     Returns:
-        (H, W) int64 classes, and their scores (H, W).
+        Labels (H, W) int64 and their scores (H, W).
     """
     largest = max(masks[0].numel(), size[0] * size[1])
     step = max(1, _BUDGET // (largest * scores.element_size()))
@@ -58,8 +61,8 @@ def semantic_labels(
     top = scores.new_full(size, -torch.inf)
     for start in range(0, scores.shape[1], step):
         part = slice(start, start + step)
-        known = None if base is None else base[part]
-        maps = semantic_map(scores[:, part], masks, size, base=known, calibration=calibration)
+        part_base = None if base is None else base[part]
+        maps = semantic_map(scores[:, part], masks, size, base=part_base, calibration=calibration)
         best, index = maps.max(0)
         labels = torch.where(best > top, index + start, labels)
         top = torch.maximum(best, top)
@@ -67,12 +70,16 @@ def semantic_labels(
 
 
 def best_masks(scores: Tensor, background: int | None = None) -> Tensor:
-    """(Q,) bool: which masks are some class's best one (OVSeg's demo, spec 2.5).
+    """Find the masks that are the best mask of at least one class (OVSeg's demo, Liang et al., CVPR 2023).
 
     Args:
-        scores: (Q, K).
-        background: a class that stands for "anything else" and gets no mask of its own.
+        scores: (Q, K) class scores.
+        background: A class for everything else, which selects no mask; None: every class selects one.
+
+    Returns:
+        (Q,) bool.
     """
     best = scores.argmax(0)
-    wanted = torch.arange(scores.shape[1], device=scores.device) != (-1 if background is None else background)
-    return torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill(0, best[wanted], True)
+    if background is not None:
+        best = torch.cat([best[:background], best[background + 1 :]])
+    return torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill(0, best, True)

@@ -1,5 +1,5 @@
-"""Mask proposals: MaskFormer's and Mask2Former's decoders, matching, losses and post-processing, and the two
-as closed-vocabulary models."""
+"""Mask proposals: the decoders, matching and losses of MaskFormer and Mask2Former, and the two as
+closed-vocabulary models."""
 
 from clipdense.maskformer import convert as convert
 from clipdense.maskformer import mapper as mapper
@@ -17,6 +17,7 @@ from clipdense.maskformer.prediction import (
     PIXEL_DECODER_REGISTRY,
     TRANSFORMER_DECODER_REGISTRY,
     MaskPrediction,
+    MaskProposals,
     PixelFeatures,
     Targets,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "MaskFormer",
     "MaskFormerHead",
     "MaskPrediction",
+    "MaskProposals",
     "MultiScaleMaskedTransformerDecoder",
     "PixelFeatures",
     "SetCriterion",

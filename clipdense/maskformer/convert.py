@@ -1,8 +1,8 @@
-"""Published MaskFormer and Mask2Former models, and what other systems built on them share with them.
+"""Conversion of published MaskFormer and Mask2Former models, and the parts of it that other systems share.
 
-Sizes are read from the tensors. What they cannot tell is as in the released configs: heads (one for 32
-dimensions), the stride of ResNets' first blocks, pixel statistics, and the outputs and thresholds, which the
-number of classes tells (133: COCO panoptic, 80: COCO instances, others: semantic).
+Sizes are read from the tensors. Settings that tensors do not show are those of the released configs: one
+attention head per 32 dimensions, the stride of the ResNets' first blocks, and pixel statistics. The number of
+classes selects the outputs and thresholds (133: COCO panoptic, 80: COCO instances, others: semantic).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ State = Mapping[str, Tensor]
 NON_COMMERCIAL = "CC BY-NC 4.0 (no commercial use)"
 
 DROPS = (
-    DropRule("window indices", r"backbone\..*\.relative_position_index", "computed for every window"),
-    DropRule("class weights", r"criterion\.empty_weight", "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT says them"),
+    DropRule("window indices", r"backbone\..*\.relative_position_index", "computed for each window"),
+    DropRule("class weights", r"criterion\.empty_weight", "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT sets them"),
 )
 
 _HEAD, _PIXEL, _PREDICTOR = "sem_seg_head.", "head.pixel_decoder.", "head.predictor."
@@ -49,24 +49,24 @@ _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
 
 def backbone_prefixes(state: State) -> dict[str, str]:
-    """Beginnings of the backbone's keys, the file's -> ours; Detectron2's ResNets keep theirs."""
+    """Map the file's key prefixes of the backbone to ours; Detectron2's ResNets keep their keys."""
     if "backbone.patch_embed.proj.weight" not in state:
         return {}
     stages = range(count_parts(state, "backbone.layers."))
     return {
         "backbone.patch_embed.": "backbone.model.patch_embed.",
         **{f"backbone.layers.{i}.": f"backbone.model.layers_{i}." for i in stages},
-        # theirs ends a stage, timm's begins the next
+        # the file's downsampling ends a stage, timm's begins the next
         **{f"backbone.layers.{i}.downsample.": f"backbone.model.layers_{i + 1}.downsample." for i in stages},
         **{f"backbone.norm{i}.": f"backbone.norms.res{i + 2}." for i in stages},
     }
 
 
 def backbone_options(state: State) -> dict[str, Any]:
-    """Config keys of a Detectron2 ResNet or a Swin Transformer, and of its pixel statistics.
+    """Derive the config keys of a Detectron2 ResNet or a Swin Transformer and of its pixel statistics.
 
     Raises:
-        CheckpointError: neither of them.
+        CheckpointError: If the backbone is neither of them.
     """
     pixels = {
         "INPUT.FORMAT": "RGB",
@@ -79,8 +79,8 @@ def backbone_options(state: State) -> dict[str, Any]:
     blocks = tuple(count_parts(state, f"backbone.res{i}.") for i in (2, 3, 4, 5))
     if blocks not in _DEPTHS:
         raise CheckpointError(
-            f"its backbone is neither a Swin Transformer nor a ResNet of depth {sorted(_DEPTHS.values())}: "
-            f"{blocks} blocks in res2 to res5"
+            f"the backbone is neither a Swin Transformer nor a ResNet of depth {sorted(_DEPTHS.values())}: "
+            f"it has {blocks} blocks in res2 to res5"
         )
     deeplab = "backbone.stem.conv3.weight" in state
     stem = "backbone.stem.conv3.weight" if deeplab else "backbone.stem.conv1.weight"
@@ -115,7 +115,8 @@ def _swin_options(state: State) -> dict[str, Any]:
 
 
 def head_prefixes(state: State) -> dict[str, str]:
-    """Beginnings of the head's keys, the file's -> ours; also of files from before heads had parts."""
+    """Map the file's key prefixes of the head to ours; also for old files without the pixel decoder's
+    name."""
     old = not any(key.startswith(f"{_HEAD}pixel_decoder.") for key in state)
     return {
         _HEAD: _PIXEL if old else "head.",
@@ -125,13 +126,13 @@ def head_prefixes(state: State) -> dict[str, str]:
 
 
 def head_options(state: State) -> dict[str, Any]:
-    """Config keys of pixel decoder and transformer decoder.
+    """Derive the config keys of the pixel decoder and the transformer decoder.
 
     Args:
-        state: under our keys.
+        state: The tensors under our keys.
 
     Raises:
-        CheckpointError: a tensor that says a size is not there.
+        CheckpointError: If a tensor that shows a size is missing.
     """
     masked = any(key.startswith(f"head.{_V2}") for key in state)
     deformable = f"{_PIXEL}transformer.level_embed" in state
@@ -178,7 +179,7 @@ def head_options(state: State) -> dict[str, Any]:
 
 
 def _input_options(state: State, masked: bool, encoded: bool, conv_dim: int, hidden: int) -> dict[str, Any]:
-    """Which map queries look at: told by its channels, and where those fit any, as published."""
+    """Find the map that queries attend to by its channels; if several maps fit, assume the published one."""
     projection = f"{_PREDICTOR}input_proj.{'0.' if masked else ''}weight"
     channels = state[projection].shape[1] if projection in state else hidden
     own = masked or (encoded and channels == conv_dim)

@@ -1,4 +1,4 @@
-"""Losses of a set of masks."""
+"""Losses of mask classification."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ __all__ = ["SetCriterion", "dice_loss", "sigmoid_focal_loss"]
 
 
 def sigmoid_focal_loss(logits: Tensor, masks: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss (Lin et al., ICCV 2017), mean over pixels: logits (N, P), masks (N, P) in 0..1 -> (N,)."""
+    """Compute the focal loss (Lin et al., ICCV 2017), mean over pixels: logits (N, P), masks (N, P) in 0 .. 1
+    -> (N,)."""
     p = logits.sigmoid()
     error = p * (1 - masks) + (1 - p) * masks
     weight = alpha * masks + (1 - alpha) * (1 - masks)
@@ -30,16 +31,18 @@ def sigmoid_focal_loss(logits: Tensor, masks: Tensor, alpha: float = 0.25, gamma
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Dice loss (Milletari et al., V-Net, 2016): logits (N, P), masks (N, P) in 0..1 -> (N,)."""
+    """Compute the dice loss (Milletari et al., V-Net, 3DV 2016): logits (N, P), masks (N, P) in 0 .. 1 ->
+    (N,)."""
     p = logits.sigmoid()
     return 1 - (2 * (p * masks).sum(dim=1) + 1) / (p.sum(dim=1) + masks.sum(dim=1) + 1)
 
 
 class SetCriterion(nn.Module):
-    """Classification of all queries, and mask losses of those that are matched, after every layer.
+    """Class loss of all queries and mask losses of the matched queries, after each layer.
 
-    With points the mask losses are cross entropy and dice on points where masks are uncertain (Mask2Former,
-    section 3.3), without focal loss and dice on all pixels of the ground truth (MaskFormer, section 3.3).
+    If `num_points` is above 0, the mask losses are cross entropy and dice loss on points where the masks are
+    uncertain (Mask2Former, Cheng et al., CVPR 2022, section 3.3); otherwise focal and dice loss on all pixels
+    of the ground truth (MaskFormer, Cheng et al., NeurIPS 2021, section 3.3).
     """
 
     empty_weight: Tensor | None
@@ -61,10 +64,15 @@ class SetCriterion(nn.Module):
         """
         Args:
             num_classes: K, without "no object".
-            class_weight, mask_weight, dice_weight: of the losses.
-            no_object_weight: of "no object" among the classes, which have 1; 0 leaves unmatched queries out.
-            num_points: of a mask; 0 for all pixels.
-            oversample_ratio, importance_ratio: see `uncertain_points`.
+            matcher: Assigns queries to ground-truth masks.
+            class_weight: Weight of the class loss.
+            mask_weight: Weight of the focal or cross-entropy loss.
+            dice_weight: Weight of the dice loss.
+            no_object_weight: Weight of "no object" in the class loss, where classes have 1; 0 ignores
+                unmatched queries.
+            num_points: Points per mask; 0: all pixels.
+            oversample_ratio: See `uncertain_points`.
+            importance_ratio: See `uncertain_points`.
         """
         super().__init__()
         self.num_classes = num_classes
@@ -77,7 +85,8 @@ class SetCriterion(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Constructor arguments from ``MODEL.MASK_FORMER`` and ``MODEL.SEM_SEG_HEAD.NUM_CLASSES``."""
+        """Read the constructor arguments from ``MODEL.MASK_FORMER`` and
+        ``MODEL.SEM_SEG_HEAD.NUM_CLASSES``."""
         keys = cfg.MODEL.MASK_FORMER
         matcher = HungarianMatcher(
             cost_class=keys.CLASS_WEIGHT,
@@ -98,11 +107,14 @@ class SetCriterion(nn.Module):
         }
 
     def forward(self, prediction: MaskPrediction, targets: Sequence[Targets]) -> dict[str, Tensor]:
-        """Weighted losses; those of an earlier layer i end in ``_i``.
+        """Compute the weighted losses.
 
         Args:
-            prediction: of the network.
-            targets: true masks of each image, all of one size.
+            prediction: Of the network, with class logits.
+            targets: Ground truth of each image; all masks have one size.
+
+        Returns:
+            ``loss_ce``, ``loss_mask`` and ``loss_dice``; with the suffix ``_i`` for the earlier layer i.
         """
         masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=prediction.mask_logits.device)
         if comm.get_world_size() > 1:
@@ -135,7 +147,7 @@ class SetCriterion(nn.Module):
     def _mask_losses(
         self, masks: Tensor, targets: Sequence[Targets], matches: Sequence[Match]
     ) -> tuple[Tensor, Tensor]:
-        """Sums over the matched masks."""
+        """Sum the mask losses over the matched masks."""
         device = masks.device
         predicted = torch.cat([m[q.to(device)] for m, (q, _) in zip(masks, matches, strict=True)]).float()
         truth = torch.cat([t.masks[i.to(device)] for t, (_, i) in zip(targets, matches, strict=True)]).float()

@@ -1,5 +1,5 @@
 """Mask2Former's pixel decoder: multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021) over
-three maps, without any compiled operator."""
+three maps, without a compiled operator."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from detectron2.layers import Conv2d, ShapeSpec
 __all__ = ["NUM_LEVELS", "MSDeformAttn", "MSDeformAttnPixelDecoder", "deformable_attention"]
 
 NUM_LEVELS = 3
-"""The coarsest maps, which attend to each other; finer ones only take part in the pyramid."""
+"""Number of the coarsest maps, which attend to each other; finer maps only enter the pyramid."""
 
 
 def deformable_attention(
     value: Tensor, sizes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Sum of a few sampled pixels for every query and head (Deformable DETR, equation 3).
+    """Sum sampled pixels for each query and head (Deformable DETR, equation 3).
 
     Args:
-        value: pixels of all maps, one map after another (B, S, heads, D).
-        sizes: height and width of each map.
-        locations: (B, Q, heads, levels, points, 2), x and y in 0..1 of the map.
-        weights: (B, Q, heads, levels, points), 1 in sum over levels and points.
+        value: (B, S, heads, D), the pixels of all maps, one map after another.
+        sizes: Height and width of each map.
+        locations: (B, Q, heads, levels, points, 2), x and y in 0 .. 1 of the map.
+        weights: (B, Q, heads, levels, points), which sum to 1 over levels and points.
 
     Returns:
         (B, Q, heads * D).
@@ -58,7 +58,7 @@ def deformable_attention(
 
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention: each query says where to look on each map, and how much."""
+    """Multi-scale deformable attention: each query predicts sampling points on each map and their weights."""
 
     def __init__(self, dim: int, levels: int, heads: int, points: int) -> None:
         super().__init__()
@@ -70,7 +70,8 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Every head looks into a direction of its own, its points 1, 2, ... pixels away."""
+        """Initialise sampling offsets: each head has its own direction, and its points lie 1, 2, ... pixels
+        away."""
         heads, levels, points = self.shape
         angle = torch.arange(heads) * (2 * math.pi / heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -92,9 +93,9 @@ class MSDeformAttn(nn.Module):
         """
         Args:
             query: (B, Q, C).
-            value: pixels of all maps (B, S, C).
-            reference: points that offsets start from (Q, 2), x and y in 0..1, the same on every map.
-            sizes: height and width of each map.
+            value: (B, S, C), the pixels of all maps.
+            reference: (Q, 2), the points that offsets start from, x and y in 0 .. 1 of any map.
+            sizes: Height and width of each map.
 
         Returns:
             (B, Q, C).
@@ -118,13 +119,13 @@ class DeformableEncoderLayer(FeedForward):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, position: Tensor, reference: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Pixels x (B, S, C) with positions (S, C) and normalised coordinates (S, 2)."""
+        """Update pixels x (B, S, C) with positions (S, C) and normalised coordinates (S, 2)."""
         x = self.norm1(x + self.dropout(self.self_attn(x + position, x, reference, sizes)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
 class DeformableEncoder(nn.Module):
-    """Maps that look at each other."""
+    """Deformable attention layers over the pixels of all maps."""
 
     def __init__(self, dim: int, layers: int, **kwargs: Any) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class DeformableEncoder(nn.Module):
             layer.self_attn.reset_parameters()
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (B, C, h, w) from coarse to fine -> the same."""
+        """Update maps (B, C, h, w), from coarse to fine."""
         sizes = [(m.shape[-2], m.shape[-1]) for m in maps]
         dim, device = maps[0].shape[1], maps[0].device
         position = torch.cat(
@@ -154,7 +155,7 @@ class DeformableEncoder(nn.Module):
 
 
 def _centers(height: int, width: int, device: torch.device) -> Tensor:
-    """Pixel centres (H * W, 2), x and y in 0..1."""
+    """Compute pixel centres (H * W, 2), x and y in 0 .. 1."""
     y = (torch.arange(height, device=device) + 0.5) / height
     x = (torch.arange(width, device=device) + 0.5) / width
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2).flatten(0, 1)
@@ -162,10 +163,10 @@ def _centers(height: int, width: int, device: torch.device) -> Tensor:
 
 @PIXEL_DECODER_REGISTRY.register()
 class MSDeformAttnPixelDecoder(nn.Module):
-    """Deformable attention among the three coarsest maps, then a feature pyramid over the finer ones (Cheng
-    et al., Mask2Former, CVPR 2022, section 3.1).
+    """Deformable attention among the three coarsest maps, then a feature pyramid over the finer maps
+    (Mask2Former, Cheng et al., CVPR 2022, section 3.1).
 
-    It runs in float32 whatever autocast says, as published: sampling points need its precision.
+    It runs in float32 under autocast too, as published: sampling points need the precision.
     """
 
     @configurable
@@ -184,20 +185,24 @@ class MSDeformAttnPixelDecoder(nn.Module):
     ) -> None:
         """
         Args:
-            input_shape: the backbone's maps by name, four or more.
-            conv_dim: channels of all maps inside.
-            mask_dim: channels of the mask features.
-            norm: of the pyramid, any of Detectron2, "" for none.
-            nheads, points, dim_feedforward, enc_layers, dropout: of the deformable encoder.
+            input_shape: The backbone's maps by name, at least four.
+            conv_dim: Channels of all maps inside.
+            mask_dim: Channels of the mask features.
+            norm: Norm of the pyramid, a name that Detectron2 knows; "": none.
+            nheads: Heads of the deformable attention.
+            points: Sampling points of each head on each map.
+            dim_feedforward: Hidden channels of the encoder's feed-forward layers.
+            enc_layers: Layers of the encoder.
+            dropout: Dropout of the encoder.
 
         Raises:
-            ValueError: too few maps.
+            ValueError: If there are fewer than four maps.
         """
         super().__init__()
         shapes = by_stride(input_shape)
         if len(shapes) <= NUM_LEVELS:
             raise ValueError(
-                f"MSDeformAttnPixelDecoder takes {NUM_LEVELS + 1} maps or more, not {list(shapes)} "
+                f"MSDeformAttnPixelDecoder needs at least {NUM_LEVELS + 1} maps, not {list(shapes)} "
                 "(MODEL.MASK_FORMER.IN_FEATURES)"
             )
         self.finer, self.coarser = list(shapes)[:-NUM_LEVELS], list(shapes)[: -NUM_LEVELS - 1 : -1]
@@ -225,7 +230,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
-        """Constructor arguments from ``MODEL.MASK_FORMER``."""
+        """Read the constructor arguments from ``MODEL.MASK_FORMER``."""
         keys = cfg.MODEL.MASK_FORMER
         return {
             "input_shape": input_shape,
@@ -240,7 +245,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         }
 
     def forward(self, features: Mapping[str, Tensor]) -> PixelFeatures:
-        """The backbone's maps -> mask features and the three maps, from coarse to fine."""
+        """Compute mask features and the three maps, from coarse to fine."""
         with torch.autocast(features[self.coarser[0]].device.type, enabled=False):
             return self._forward({name: feature.float() for name, feature in features.items()})
 

@@ -1,6 +1,6 @@
 """Layers that pixel decoders and transformer decoders share.
 
-Modules keep the names that they have in the published checkpoints of MaskFormer and Mask2Former.
+Modules have the names of the published checkpoints of MaskFormer and Mask2Former.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_dim) -> (..., out_dim)."""
+        """Map (..., in_dim) to (..., out_dim)."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 class FeedForward(nn.Module):
-    """Base of transformer layers: dropout, and the two linear layers at the end."""
+    """Base class of transformer layers: dropout and the feed-forward layers."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
@@ -54,29 +54,29 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
+        """Apply the feed-forward layers to (..., dim)."""
         return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
 
 def residual(
     x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor], dropout: nn.Module, pre_norm: bool
 ) -> Tensor:
-    """A sub-layer beside its shortcut; the norm is of the sum, or with ``pre_norm`` of what the sub-layer
-    reads."""
+    """Add a sub-layer to its shortcut, with the norm after the sum, or with `pre_norm` before the
+    sub-layer."""
     return x + dropout(sublayer(norm(x))) if pre_norm else norm(x + dropout(sublayer(x)))
 
 
 def sine_position(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Sine encoding of positions normalised to (0, 2 pi] (Carion et al., DETR, ECCV 2020, appendix A.4).
+    """Encode positions, normalised to (0, 2 pi], by sines (Carion et al., DETR, ECCV 2020, appendix A.4).
 
     Returns:
-        (dim, height, width): sines and cosines in turn, the first half of y, the second of x.
+        (dim, height, width), alternating sines and cosines; the first half encodes y, the second x.
 
     Raises:
-        ValueError: ``dim`` is no multiple of 4.
+        ValueError: If `dim` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"a sine position of {dim} dimensions: it takes a multiple of 4")
+        raise ValueError(f"sine positions need a multiple of 4 dimensions, not {dim}")
     k = torch.arange(dim // 2, device=device)
     period = 10000 ** (2 * (k // 2) / (dim // 2))
 
@@ -91,17 +91,17 @@ def sine_position(height: int, width: int, dim: int, device: torch.device | None
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(..., C, H, W) -> (..., H * W, C)."""
+    """Flatten maps (..., C, H, W) to tokens (..., H * W, C)."""
     return x.flatten(-2).transpose(-1, -2)
 
 
 def to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H * W, C) -> (B, C, H, W)."""
+    """Fold tokens (B, H * W, C) to maps (B, C, H, W)."""
     return tokens.transpose(1, 2).unflatten(2, size)
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, *, relu: bool) -> Conv2d:
-    """A convolution that keeps the size, with a norm, or a bias where ``norm`` is ""."""
+    """Build a convolution that keeps the size, with a norm, or with a bias if `norm` is ""."""
     conv = Conv2d(
         in_channels,
         out_channels,
@@ -116,7 +116,8 @@ def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, *, re
 
 
 def build_input_proj(in_channels: int, dim: int, always: bool) -> nn.Module:
-    """1x1 convolution to ``dim`` channels; none where there are as many already, unless ``always``."""
+    """Build a 1 x 1 convolution to `dim` channels, or an identity if `in_channels` equals `dim`, unless
+    `always`."""
     if in_channels == dim and not always:
         return nn.Identity()
     conv = nn.Conv2d(in_channels, dim, 1)
@@ -125,7 +126,7 @@ def build_input_proj(in_channels: int, dim: int, always: bool) -> nn.Module:
 
 
 def xavier_matrices(module: nn.Module) -> None:
-    """Xavier-uniform initialisation of everything with two axes or more (in place)."""
+    """Initialise each parameter with at least two axes Xavier-uniformly, in place."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)

@@ -1,4 +1,4 @@
-"""Mapper of semantic segmentation."""
+"""Mapper of semantic and panoptic segmentation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["SegmentationMapper"]
 
 @MAPPER_REGISTRY.register()
 class SegmentationMapper(DetectionMapper):
-    """`DetectionMapper` that in training crops what it has resized (MaskFormer, appendix), so that no class
-    fills more of it than ``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA``, and changes its colours."""
+    """`DetectionMapper` that in training crops after resizing and jitters colours (MaskFormer, Cheng et al.,
+    NeurIPS 2021, appendix). In a crop no class covers more than ``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA``."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Constructor arguments from ``INPUT.*``."""
+        """Read the constructor arguments from ``INPUT.*``."""
         arguments = super().from_config(cfg, is_train)
         if not is_train:
             return arguments

@@ -28,7 +28,7 @@ __all__ = ["MultiScaleMaskedTransformerDecoder"]
 
 
 class CrossAttentionLayer(nn.Module):
-    """Queries look at the pixels that are not blocked."""
+    """Masked cross-attention from queries to pixels."""
 
     def __init__(self, dim: int, nheads: int, dropout: float, pre_norm: bool) -> None:
         super().__init__()
@@ -40,18 +40,19 @@ class CrossAttentionLayer(nn.Module):
     def forward(
         self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor, blocked: Tensor
     ) -> Tensor:
-        """Queries x (B, Q, C), pixels (B, S, C), which of them each query must not see (B, Q, S) bool."""
+        """Update queries x (B, Q, C) from pixels (B, S, C); `blocked` (B, Q, S) bool hides pixels of a
+        query."""
         mask = blocked.repeat_interleave(self.multihead_attn.num_heads, dim=0)
         key = memory + position
 
-        def look(x: Tensor) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
             return self.multihead_attn(x + query_position, key, memory, attn_mask=mask, need_weights=False)[0]
 
-        return residual(x, self.norm, look, self.dropout, self.pre_norm)
+        return residual(x, self.norm, attend, self.dropout, self.pre_norm)
 
 
 class SelfAttentionLayer(nn.Module):
-    """Queries look at each other."""
+    """Self-attention of queries."""
 
     def __init__(self, dim: int, nheads: int, dropout: float, pre_norm: bool) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class SelfAttentionLayer(nn.Module):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, query_position: Tensor) -> Tensor:
-        """Queries x (B, Q, C) with positions (Q, C)."""
+        """Update queries x (B, Q, C) with positions (Q, C)."""
 
         def attend(x: Tensor) -> Tensor:
             query = x + query_position
@@ -71,7 +72,7 @@ class SelfAttentionLayer(nn.Module):
 
 
 class FFNLayer(FeedForward):
-    """The two linear layers, with their norm."""
+    """Feed-forward layer with its norm."""
 
     def __init__(self, dim: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
         super().__init__(dim, dim_feedforward, dropout)
@@ -79,17 +80,17 @@ class FFNLayer(FeedForward):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, Q, C) -> (B, Q, C)."""
+        """Update queries x (B, Q, C)."""
         return residual(x, self.norm, self.feed_forward, self.dropout, self.pre_norm)
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
 class MultiScaleMaskedTransformerDecoder(nn.Module):
-    """Queries with learned contents look, layer by layer, at coarse to fine maps in turn, and there only at
-    the pixels inside the masks that they predict so far."""
+    """Decoder whose queries attend to coarse to fine maps in turn, in each layer only to the pixels inside
+    the mask that they currently predict."""
 
     num_levels = NUM_LEVELS
-    """How many maps the queries look at."""
+    """Number of maps that the queries attend to."""
 
     @configurable
     def __init__(
@@ -109,9 +110,10 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     ) -> None:
         """
         Args:
-            dec_layers: number of layers, each with the three sub-layers; published configs count one more,
-                the prediction before the first.
-            in_channels and others: see `StandardTransformerDecoder`.
+            in_channels: Channels of each map.
+            class_embed: See `StandardTransformerDecoder`, also for the arguments that are not listed here.
+            dec_layers: Layers, each with three sub-layers. Published configs count one more, the prediction
+                before the first layer.
         """
         super().__init__()
         layers = range(dec_layers)
@@ -137,20 +139,21 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, in_channels: int, class_embed: nn.Module) -> dict[str, object]:
-        """Constructor arguments from ``MODEL.MASK_FORMER``."""
+        """Read the constructor arguments from ``MODEL.MASK_FORMER``."""
         arguments = StandardTransformerDecoder.from_config(cfg, in_channels, class_embed)
-        del arguments["enc_layers"]  # the pixel decoder's encoder serves
+        del arguments["enc_layers"]  # the pixel decoder has the encoder
         return arguments
 
     def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> MaskPrediction:
-        """
+        """Predict masks.
+
         Args:
-            levels: three maps (B, in_channels, h, w), from coarse to fine.
+            levels: Three maps (B, in_channels, h, w), from coarse to fine.
             mask_features: (B, mask_dim, H, W).
 
         Returns:
-            The last layer's prediction; in training with that of the learned queries and those of the layers
-            before it.
+            The last layer's prediction; in training with the predictions of the learned queries and of the
+            earlier layers.
         """
         projected = [proj(x) for proj, x in zip(self.input_proj, levels, strict=True)]
         sizes = [x.shape[-2:] for x in projected]
@@ -188,9 +191,10 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
 @torch.no_grad()
 def _blocked(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask logits (B, Q, H, W) -> pixels of a map that each query does not see (B, Q, h * w) bool.
+    """Find the pixels of a map that each query must not attend to (B, Q, h * w), from mask logits (B, Q, H,
+    W).
 
-    A query with nothing inside its mask sees everything.
+    A query whose mask is empty attends to all pixels.
     """
     resized = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
     outside = resized.flatten(2).sigmoid() < 0.5

@@ -1,4 +1,4 @@
-"""Bipartite matching of predicted to true masks."""
+"""Bipartite matching of predicted masks to ground-truth masks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from clipdense.maskformer.prediction import Targets
 __all__ = ["HungarianMatcher", "Match", "class_cost", "cross_entropy_cost", "dice_cost", "focal_cost"]
 
 Match = tuple[Tensor, Tensor]
-"""Matched queries, ascending, and their targets: two index vectors (n,)."""
+"""Matched queries in ascending order and their targets: two index vectors (n,)."""
 
 
 def class_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """Minus the probability of the true class: logits (Q, K + 1), labels (N,) -> (Q, N)."""
+    """Compute the negative probability of each target's class (Q, N) from logits (Q, K + 1), labels (N,)."""
     return -logits.softmax(dim=1)[:, labels]
 
 
 def focal_cost(logits: Tensor, masks: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss of every pair, mean over pixels: logits (Q, P), masks (N, P) in 0..1 -> (Q, N)."""
+    """Compute the focal loss of all pairs (Q, N), mean over pixels: logits (Q, P), masks (N, P) in 0 .. 1."""
     p = logits.sigmoid()
     inside = alpha * (1 - p) ** gamma * F.softplus(-logits)
     outside = (1 - alpha) * p**gamma * F.softplus(logits)
@@ -32,35 +32,39 @@ def focal_cost(logits: Tensor, masks: Tensor, alpha: float = 0.25, gamma: float 
 
 
 def cross_entropy_cost(logits: Tensor, masks: Tensor) -> Tensor:
-    """Binary cross entropy of every pair, mean over pixels: logits (Q, P), masks (N, P) in 0..1 -> (Q, N)."""
+    """Compute the binary cross entropy of all pairs (Q, N), mean over pixels: logits (Q, P), masks (N, P) in
+    0 .. 1."""
     return (F.softplus(-logits) @ masks.T + F.softplus(logits) @ (1 - masks).T) / logits.shape[1]
 
 
 def dice_cost(logits: Tensor, masks: Tensor) -> Tensor:
-    """Dice loss of every pair: logits (Q, P), masks (N, P) in 0..1 -> (Q, N)."""
+    """Compute the dice loss of all pairs (Q, N): logits (Q, P), masks (N, P) in 0 .. 1."""
     p = logits.sigmoid()
     return 1 - (2 * p @ masks.T + 1) / (p.sum(dim=1)[:, None] + masks.sum(dim=1) + 1)
 
 
 class HungarianMatcher(nn.Module):
-    """Gives every true mask the query of its own that makes the sum of costs least.
+    """Minimum-cost one-to-one assignment of queries to ground-truth masks.
 
-    With points the mask costs are cross entropy and dice on points that all masks of an image share
-    (Mask2Former), without focal loss and dice on all pixels of the prediction (MaskFormer).
+    If `num_points` is above 0, the mask costs are cross entropy and dice loss on points that all masks of an
+    image share (Mask2Former); otherwise focal and dice loss on all pixels of the prediction (MaskFormer).
     """
 
     def __init__(self, *, cost_class: float, cost_mask: float, cost_dice: float, num_points: int = 0) -> None:
         """
         Args:
-            cost_class, cost_mask, cost_dice: weights of the costs.
-            num_points: of an image; 0 for all pixels.
+            cost_class: Weight of the class cost.
+            cost_mask: Weight of the focal or cross-entropy cost.
+            cost_dice: Weight of the dice cost.
+            num_points: Points per image; 0: all pixels.
         """
         super().__init__()
         self.cost_class, self.cost_mask, self.cost_dice = cost_class, cost_mask, cost_dice
         self.num_points = num_points
 
     def costs(self, logits: Tensor, masks: Tensor, target: Targets) -> Tensor:
-        """Weighted costs (Q, N) of one image: class logits (Q, K + 1), mask logits (Q, H, W)."""
+        """Compute the weighted costs (Q, N) of one image from class logits (Q, K + 1), mask logits (Q, H,
+        W)."""
         mask_cost: Callable[[Tensor, Tensor], Tensor]
         if self.num_points:
             points = torch.rand(1, self.num_points, 2, device=masks.device)
@@ -78,15 +82,18 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Tensor, masks: Tensor, targets: Sequence[Targets]) -> list[Match]:
-        """Matches of each image, at most as many as queries, on the CPU.
+        """Match each image.
 
         Args:
-            logits: of classes (B, Q, K + 1).
-            masks: mask logits (B, Q, H, W).
-            targets: true masks, any number of them, none too.
+            logits: (B, Q, K + 1) class logits.
+            masks: (B, Q, H, W) mask logits.
+            targets: Ground truth of each image, with any number of masks.
+
+        Returns:
+            The matches of each image on the CPU, at most one for each query.
         """
         with torch.autocast(logits.device.type, enabled=False):
             costs = [self.costs(*image) for image in zip(logits.float(), masks.float(), targets, strict=True)]
-        # what has diverged is matched anyhow, so that the losses show it
+        # Sanitise non-finite costs so that the losses expose divergence.
         pairs = [linear_sum_assignment(cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()) for cost in costs]
         return [(torch.as_tensor(query), torch.as_tensor(target)) for query, target in pairs]

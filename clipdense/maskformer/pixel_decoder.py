@@ -20,13 +20,13 @@ __all__ = ["BasePixelDecoder", "TransformerEncoderPixelDecoder", "by_stride"]
 
 
 def by_stride(input_shape: Mapping[str, ShapeSpec]) -> dict[str, ShapeSpec]:
-    """The maps from fine to coarse."""
+    """Sort maps from fine to coarse."""
     return dict(sorted(input_shape.items(), key=lambda item: item[1].stride))
 
 
 @PIXEL_DECODER_REGISTRY.register()
 class BasePixelDecoder(nn.Module):
-    """A feature pyramid (Lin et al., CVPR 2017) whose finest map becomes mask features."""
+    """Feature pyramid (Lin et al., CVPR 2017) whose finest map becomes the mask features."""
 
     @configurable
     def __init__(
@@ -39,10 +39,10 @@ class BasePixelDecoder(nn.Module):
     ) -> None:
         """
         Args:
-            input_shape: the backbone's maps by name.
-            conv_dim: channels of the pyramid.
-            mask_dim: channels of the mask features.
-            norm: any of Detectron2, "" for none.
+            input_shape: The backbone's maps by name.
+            conv_dim: Channels of the pyramid.
+            mask_dim: Channels of the mask features.
+            norm: A norm that Detectron2 knows by name; "": none.
         """
         super().__init__()
         shapes = by_stride(input_shape)
@@ -54,7 +54,7 @@ class BasePixelDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
-        """Constructor arguments from ``MODEL.MASK_FORMER``."""
+        """Read the constructor arguments from ``MODEL.MASK_FORMER``."""
         return {
             "input_shape": input_shape,
             "conv_dim": cfg.MODEL.MASK_FORMER.PIXEL_DECODER.CONV_DIM,
@@ -69,7 +69,7 @@ class BasePixelDecoder(nn.Module):
         self.add_module(f"layer_{len(channels)}", conv_norm(channels[-1], dim, 3, norm, relu=True))
 
     def _top_down(self, features: Mapping[str, Tensor], top: Tensor) -> Tensor:
-        """The backbone's maps, and what takes the place of the coarsest -> mask features."""
+        """Compute mask features from the backbone's maps, with `top` in place of the coarsest."""
         *finer, _ = self.in_features
         y = self.get_submodule(f"layer_{len(self.in_features)}")(top)
         for i, name in reversed(list(enumerate(finer, start=1))):
@@ -79,13 +79,13 @@ class BasePixelDecoder(nn.Module):
         return self.mask_features(y)
 
     def forward(self, features: Mapping[str, Tensor]) -> PixelFeatures:
-        """The backbone's maps -> mask features; there are no levels."""
+        """Compute mask features; there are no levels."""
         return PixelFeatures(self._top_down(features, features[self.in_features[-1]]), [])
 
 
 @PIXEL_DECODER_REGISTRY.register()
 class TransformerEncoderPixelDecoder(BasePixelDecoder):
-    """`BasePixelDecoder` below a transformer encoder on the coarsest map, whose output is its one level."""
+    """`BasePixelDecoder` with a transformer encoder on the coarsest map, whose output is the only level."""
 
     @configurable
     def __init__(
@@ -103,8 +103,15 @@ class TransformerEncoderPixelDecoder(BasePixelDecoder):
     ) -> None:
         """
         Args:
-            input_shape, conv_dim, mask_dim, norm: see `BasePixelDecoder`.
-            nheads, dim_feedforward, enc_layers, dropout, pre_norm: of the encoder.
+            input_shape: See `BasePixelDecoder`.
+            conv_dim: See `BasePixelDecoder`.
+            mask_dim: See `BasePixelDecoder`.
+            norm: See `BasePixelDecoder`.
+            nheads: Attention heads of the encoder.
+            dim_feedforward: Hidden channels of the encoder's feed-forward layers.
+            enc_layers: Layers of the encoder.
+            dropout: Dropout of the encoder.
+            pre_norm: Normalise the input of sub-layers instead of their sums.
         """
         shapes = by_stride(input_shape)
         coarsest = list(shapes)[-1]
@@ -119,7 +126,7 @@ class TransformerEncoderPixelDecoder(BasePixelDecoder):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
-        """Constructor arguments from ``MODEL.MASK_FORMER``."""
+        """Read the constructor arguments from ``MODEL.MASK_FORMER``."""
         keys = cfg.MODEL.MASK_FORMER
         return super().from_config(cfg, input_shape) | {
             "nheads": keys.NHEADS,
@@ -130,6 +137,6 @@ class TransformerEncoderPixelDecoder(BasePixelDecoder):
         }
 
     def forward(self, features: Mapping[str, Tensor]) -> PixelFeatures:
-        """The backbone's maps -> mask features, and the encoder's map as the one level."""
+        """Compute mask features, and the encoder's map as the only level."""
         encoded = self.transformer["encoder"](self.input_proj(features[self.in_features[-1]]))
         return PixelFeatures(self._top_down(features, encoded), [encoded])

@@ -1,4 +1,4 @@
-"""Points on masks (Kirillov et al., PointRend, CVPR 2020), on which Mask2Former computes costs and losses."""
+"""Points of masks (Kirillov et al., PointRend, CVPR 2020), for Mask2Former's matching costs and losses."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ __all__ = ["sample_points", "uncertain_points"]
 
 
 def sample_points(masks: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of masks at points.
+    """Sample masks at points, bilinearly.
 
     Args:
         masks: (N, H, W).
-        points: (N, P, 2) or, the same for all, (1, P, 2); x and y in 0..1.
+        points: (N, P, 2), or (1, P, 2) for all masks; x and y in 0 .. 1.
 
     Returns:
-        (N, P); beyond the outermost pixel centres a mask fades to zero.
+        (N, P); a mask fades to zero beyond the outermost pixel centres.
     """
-    if len(points) == 1 != len(masks):  # one image with N channels
+    if len(points) == 1 != len(masks):  # as one image with N channels
         return F.grid_sample(masks[None], 2 * points[:, :, None] - 1, align_corners=False)[0, :, :, 0]
     return F.grid_sample(masks[:, None], 2 * points[:, :, None] - 1, align_corners=False)[:, 0, :, 0]
 
 
 @torch.no_grad()
 def uncertain_points(masks: Tensor, num: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
-    """Points of which most lie where a mask is least certain (PointRend, section 3.1).
+    """Draw points that lie mostly where a mask is uncertain (PointRend, section 3.1).
 
     Args:
-        masks: mask logits (N, H, W).
-        num: of points a mask.
-        oversample_ratio: this many times ``num`` uniform points are looked at.
-        importance_ratio: share of ``num`` that are the least certain of them; the rest is uniform.
+        masks: (N, H, W) mask logits.
+        num: Points per mask.
+        oversample_ratio: Uniform candidates per point.
+        importance_ratio: Share of the points that are the least certain candidates; the others are uniform.
 
     Returns:
         (N, num, 2), the least certain first.

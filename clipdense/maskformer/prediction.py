@@ -1,4 +1,4 @@
-"""What a mask-proposal network predicts, and the registries of its parts."""
+"""Data that the parts of mask-proposal networks exchange, and the registries of these parts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ __all__ = [
     "PIXEL_DECODER_REGISTRY",
     "TRANSFORMER_DECODER_REGISTRY",
     "MaskPrediction",
+    "MaskProposals",
     "PixelFeatures",
     "Targets",
     "dot_masks",
@@ -32,11 +33,11 @@ in_channels, class_embed)``: from maps and mask features to a `MaskPrediction`.
 
 
 class PixelFeatures(NamedTuple):
-    """What a pixel decoder gives.
+    """Output of a pixel decoder.
 
     Attributes:
-        mask_features: (B, C, H, W), at the finest of the backbone's strides.
-        levels: maps (B, C, h, w) of its own that queries may look at, from coarse to fine.
+        mask_features: (B, C, H, W), at the finest stride of the backbone's maps.
+        levels: Maps (B, C, h, w) for the transformer decoder, from coarse to fine; may be empty.
     """
 
     mask_features: Tensor
@@ -44,21 +45,19 @@ class PixelFeatures(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class MaskPrediction:
-    """A set of masks, one for each query, with what classifies them.
+class _Classified:
+    """Masks of queries, and what classifies them.
 
     Attributes:
         mask_logits: (B, Q, H, W).
         class_logits: (B, Q, K + 1), "no object" last; None if the class head predicts embeddings only.
         query_embeddings: (B, Q, D), not normalised, which are compared with text embeddings; None if the
             class head predicts logits only.
-        aux: predictions of the earlier layers, in order; empty in evaluation.
     """
 
     mask_logits: Tensor
     class_logits: Tensor | None = None
     query_embeddings: Tensor | None = None
-    aux: list[MaskPrediction] = field(default_factory=list)
 
     def require_class_logits(self) -> Tensor:
         """Return the class logits.
@@ -81,11 +80,33 @@ class MaskPrediction:
         return self.query_embeddings
 
 
+@dataclass(kw_only=True)
+class MaskPrediction(_Classified):
+    """Output of a transformer decoder: one mask for each query, at the stride of the mask features.
+
+    Attributes:
+        aux: Predictions of the earlier layers, in order; empty in evaluation.
+    """
+
+    aux: list[MaskPrediction] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class MaskProposals(_Classified):
+    """Masks of a batch in evaluation, whose `mask_logits` have the size of the padded images.
+
+    Attributes:
+        image_sizes: Height and width of each image without padding, in pixels.
+    """
+
+    image_sizes: list[tuple[int, int]]
+
+
 class Targets(NamedTuple):
     """Ground truth of one image.
 
     Attributes:
-        labels: classes (N,) int64.
+        labels: (N,) int64, the classes.
         masks: (N, H, W) bool.
     """
 
@@ -94,5 +115,5 @@ class Targets(NamedTuple):
 
 
 def dot_masks(embeddings: Tensor, mask_features: Tensor) -> Tensor:
-    """Embeddings (B, Q, C) of masks and mask features (B, C, H, W) -> mask logits (B, Q, H, W)."""
+    """Compute mask logits (B, Q, H, W) from mask embeddings (B, Q, C) and mask features (B, C, H, W)."""
     return torch.einsum("bqc,bchw->bqhw", embeddings, mask_features)

@@ -1,4 +1,4 @@
-"""True masks of an image from its label maps."""
+"""Ground-truth masks of an image from its label maps."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["TARGETS", "pad_targets", "panoptic_targets", "semantic_targets"]
 
 
 def semantic_targets(sample: dict[str, Any], ignore_label: int = 255) -> Targets:
-    """One mask for each class of ``sem_seg`` (H, W) but ``ignore_label``."""
+    """Make one mask for each class of ``sem_seg`` (H, W) except `ignore_label`."""
     labels = sample["sem_seg"].unique()
     labels = labels[labels != ignore_label]
     return Targets(labels, sample["sem_seg"] == labels[:, None, None])
 
 
 def panoptic_targets(sample: dict[str, Any], ignore_label: int = 255) -> Targets:
-    """One mask for each segment of ``pan_seg`` (H, W) that is no crowd and is still in the image.
+    """Make one mask for each segment of ``pan_seg`` (H, W) that is not a crowd and has a pixel in the image.
 
     Args:
-        sample: with ``segments_info``, whose ``category_id`` are contiguous.
-        ignore_label: of semantic maps; nothing to a panoptic one.
+        sample: With ``segments_info``, whose ``category_id`` are contiguous.
+        ignore_label: Has no effect; both functions of `TARGETS` share a signature.
     """
     segments = [s for s in sample["segments_info"] if not s.get("iscrowd", 0)]
     ids, labels = (
@@ -32,15 +32,15 @@ def panoptic_targets(sample: dict[str, Any], ignore_label: int = 255) -> Targets
         for key in ("id", "category_id")
     )
     masks = sample["pan_seg"] == ids[:, None, None]
-    there = masks.flatten(1).any(dim=1)
-    return Targets(labels[there], masks[there])
+    visible = masks.flatten(1).any(dim=1)
+    return Targets(labels[visible], masks[visible])
 
 
 TARGETS = {"semantic": semantic_targets, "panoptic": panoptic_targets}
 
 
 def pad_targets(targets: Sequence[Targets], size: tuple[int, int]) -> list[Targets]:
-    """Targets whose masks have one size (H, W): what is added, right and below, is outside of all."""
+    """Pad the masks with zeros, right and below, to one size (H, W)."""
     padded = []
     for labels, masks in targets:
         h, w = masks.shape[-2:]

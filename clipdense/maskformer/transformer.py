@@ -26,7 +26,7 @@ __all__ = ["StandardTransformerDecoder", "Transformer", "TransformerEncoder"]
 
 
 class EncoderLayer(FeedForward):
-    """Self-attention among pixels."""
+    """Self-attention layer of pixels."""
 
     def __init__(self, dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
         super().__init__(dim, dim_feedforward, dropout)
@@ -35,7 +35,7 @@ class EncoderLayer(FeedForward):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """Pixels x (B, S, C) with positions (S, C)."""
+        """Update pixels x (B, S, C) with positions (S, C)."""
 
         def attend(x: Tensor) -> Tensor:
             return self.self_attn(x + position, x + position, x, need_weights=False)[0]
@@ -45,7 +45,7 @@ class EncoderLayer(FeedForward):
 
 
 class DecoderLayer(FeedForward):
-    """Self-attention among queries, then their attention to pixels."""
+    """Self-attention of queries, followed by their cross-attention to pixels."""
 
     def __init__(self, dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
         super().__init__(dim, dim_feedforward, dropout)
@@ -55,23 +55,23 @@ class DecoderLayer(FeedForward):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor) -> Tensor:
-        """Queries x (B, Q, C) with positions (Q, C), pixels (B, S, C) with positions (S, C)."""
+        """Update queries x (B, Q, C) with positions (Q, C) from pixels (B, S, C) with positions (S, C)."""
 
         def attend(x: Tensor) -> Tensor:
             query = x + query_position
             return self.self_attn(query, query, x, need_weights=False)[0]
 
-        def look(x: Tensor) -> Tensor:
+        def cross_attend(x: Tensor) -> Tensor:
             key = memory + position
             return self.multihead_attn(x + query_position, key, memory, need_weights=False)[0]
 
         x = residual(x, self.norm1, attend, self.dropout, self.pre_norm)
-        x = residual(x, self.norm2, look, self.dropout, self.pre_norm)
+        x = residual(x, self.norm2, cross_attend, self.dropout, self.pre_norm)
         return residual(x, self.norm3, self.feed_forward, self.dropout, self.pre_norm)
 
 
 class TransformerEncoder(nn.Module):
-    """Layers of self-attention; none of them leaves pixels as they are."""
+    """Self-attention layers of pixels; without layers pixels stay unchanged."""
 
     def __init__(
         self, dim: int, nheads: int, dim_feedforward: int, layers: int, dropout: float, pre_norm: bool
@@ -83,7 +83,7 @@ class TransformerEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map (B, C, H, W) -> the same, every pixel having seen every other."""
+        """Update a map (B, C, H, W) by attention among all of its pixels."""
         position = to_tokens(sine_position(x.shape[-2], x.shape[-1], x.shape[1], x.device))
         tokens = to_tokens(x)
         for layer in self.layers:
@@ -92,7 +92,7 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """Layers of queries that look at pixels."""
+    """Cross-attention layers from queries to pixels."""
 
     def __init__(
         self, dim: int, nheads: int, dim_feedforward: int, layers: int, dropout: float, pre_norm: bool
@@ -104,8 +104,16 @@ class TransformerDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, query_position: Tensor, memory: Tensor, position: Tensor) -> Tensor:
-        """Query positions (Q, C), pixels (B, S, C) with positions (S, C) -> normed queries after every layer
-        (L, B, Q, C); it is the un-normed ones that the next layer reads."""
+        """Decode queries.
+
+        Args:
+            query_position: (Q, C).
+            memory: (B, S, C) pixels.
+            position: (S, C) of the pixels.
+
+        Returns:
+            (L, B, Q, C), the queries after each layer and the norm. The next layer reads them without norm.
+        """
         x = torch.zeros_like(query_position).expand(len(memory), -1, -1)
         outputs = []
         for layer in self.layers:
@@ -115,7 +123,7 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder, with Xavier-uniform matrices."""
+    """DETR's encoder and decoder with Xavier-uniform matrices."""
 
     def __init__(
         self,
@@ -134,18 +142,18 @@ class Transformer(nn.Module):
         xavier_matrices(self)
 
     def forward(self, x: Tensor, query_position: Tensor) -> Tensor:
-        """A map (B, C, H, W) and query positions (Q, C) -> queries after every layer (L, B, Q, C)."""
+        """Decode queries with positions (Q, C) from a map (B, C, H, W) -> (L, B, Q, C) after each layer."""
         position = to_tokens(sine_position(x.shape[-2], x.shape[-1], x.shape[1], x.device))
         return self.decoder(query_position, to_tokens(self.encoder(x)), position)
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
 class StandardTransformerDecoder(nn.Module):
-    """MaskFormer's transformer module (Cheng et al., NeurIPS 2021, section 3.3): queries look at one coarse
-    map, and the dot products of their mask embeddings with the pixel decoder's map are mask logits."""
+    """MaskFormer's transformer module (Cheng et al., NeurIPS 2021, section 3.3): queries attend to one coarse
+    map, and the dot products of their mask embeddings with the mask features are mask logits."""
 
     num_levels = 1
-    """How many maps the queries look at."""
+    """Number of maps that the queries attend to."""
 
     @configurable
     def __init__(
@@ -166,12 +174,18 @@ class StandardTransformerDecoder(nn.Module):
     ) -> None:
         """
         Args:
-            in_channels: of the map that queries look at.
-            class_embed: the class head, a module that follows the `ClassHead` protocol.
-            hidden_dim: of queries.
-            mask_dim: channels of the map whose pixels are compared with the queries' mask embeddings.
-            pre_norm: normalise what sub-layers read, instead of their sums.
-            enforce_input_project: project the map also where it has ``hidden_dim`` channels.
+            in_channels: Channels of the map that queries attend to.
+            class_embed: The class head, a module that follows the `ClassHead` protocol.
+            hidden_dim: Channels of queries.
+            mask_dim: Channels of the mask features and mask embeddings.
+            num_queries: Number of masks.
+            nheads: Attention heads.
+            dim_feedforward: Hidden channels of the feed-forward layers.
+            enc_layers: Self-attention layers of the map before queries attend to it.
+            dec_layers: Layers of the decoder.
+            dropout: Dropout of all layers.
+            pre_norm: Normalise the input of sub-layers instead of their sums.
+            enforce_input_project: Project the map even if it has `hidden_dim` channels.
         """
         super().__init__()
         self.input_proj = build_input_proj(in_channels, hidden_dim, enforce_input_project)
@@ -190,7 +204,7 @@ class StandardTransformerDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, in_channels: int, class_embed: nn.Module) -> dict[str, object]:
-        """Constructor arguments from ``MODEL.MASK_FORMER``."""
+        """Read the constructor arguments from ``MODEL.MASK_FORMER``."""
         keys = cfg.MODEL.MASK_FORMER
         return {
             "in_channels": in_channels,
@@ -208,13 +222,14 @@ class StandardTransformerDecoder(nn.Module):
         }
 
     def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> MaskPrediction:
-        """
+        """Predict masks.
+
         Args:
-            levels: one map (B, in_channels, h, w).
+            levels: One map (B, in_channels, h, w).
             mask_features: (B, mask_dim, H, W).
 
         Returns:
-            The last layer's prediction; in training with those of the layers before it.
+            The last layer's prediction; in training with the predictions of the earlier layers.
         """
         (x,) = levels
         queries = self.transformer(self.input_proj(x), self.query_embed.weight)

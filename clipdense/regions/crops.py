@@ -7,6 +7,7 @@ al., CVPR 2022) are settings of one `CropRule`. Equal masks share a crop, and em
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -56,6 +57,11 @@ class CropRule:
     soft: bool = False
     keep_empty: bool = False
     padded_logits: bool = False
+
+    @property
+    def probability_threshold(self) -> float:
+        """The threshold as a mask probability, also for rules that read logits."""
+        return 1 / (1 + math.exp(-self.threshold)) if self.padded_logits else self.threshold
 
     @classmethod
     def from_config(cls, node: Mapping[str, Any]) -> CropRule:

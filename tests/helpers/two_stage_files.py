@@ -1,5 +1,6 @@
-"""CLIPs of golden files of the OVSeg family, and tolerances that follow its README."""
+"""Models, options and tolerances of the golden files of the OVSeg family."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.model import build_clip
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.regions import CROP_RULES, FusionSettings
 from clipdense.run.conversion import convert_weights
 from clipdense.run.setup import load_config
+from clipdense.systems.two_stage import Scoring
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def whole_state(golden: Any) -> dict[str, Tensor]:
-    """The file's state, token tables at their full size."""
+    """Return the file's state with token tables of full size."""
     state = golden.part("state")
     for key, shape in golden.config["sparse_rows"].items():
         state[key] = torch.zeros(shape)
@@ -45,7 +48,7 @@ def vit_config(clip: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(golden: Any, prefix: str = "") -> tuple[ClipModel, MaskPrompts | None]:
-    """The file's CLIP, its image tower random where the file has none, and its mask prompts."""
+    """Load the file's CLIP and its mask prompts; a missing image tower stays random."""
     sizes = golden.config["clip"]
     text = {"context_length": 77, "vocab_size": 49408, "layers": sizes["text_layers"]}
     text |= {"width": sizes["text_width"], "heads": sizes["text_width"] // 64}
@@ -68,7 +71,66 @@ def load(golden: Any, prefix: str = "") -> tuple[ClipModel, MaskPrompts | None]:
 def mask_prompts(table: Tensor) -> MaskPrompts:
     prompts = MaskPrompts(*table.shape)
     load_strict(prompts, {"prompts": table}, source="mask_embedding")
-    return prompts
+    return prompts.eval()
+
+
+ZEGFORMER_TEMPLATES = {
+    "imagenet": "clip_80",
+    "imagenet_select": "zegformer_8",
+    "single": "single_scene",
+}
+
+
+def ovseg_scoring(config: dict[str, Any]) -> Scoring:
+    """The scoring of an OVSeg recording, whose weight 0 is CLIP alone."""
+    weight = config["clip_ensemble_weight"]
+    if not config.get("clip_ensemble", True):
+        return Scoring("proposals")
+    if weight == 0:
+        return Scoring("clip")
+    return Scoring("ensemble", "ovseg", FusionSettings(weight, weight), "boost")
+
+
+def zegformer_scoring(config: dict[str, Any]) -> Scoring:
+    """The scoring of a ZegFormer recording."""
+    settings: dict[str, Any] = {"empty": "boost", "clip_background": True}
+    if not config["clip_classification"]:
+        return Scoring("proposals")
+    if config["ensembling"]:
+        return Scoring("ensemble", "zegformer", FusionSettings(1 / 3, 2 / 3), **settings)
+    if config["ensembling_all_cls"]:
+        return Scoring("ensemble", "zsseg", FusionSettings(2 / 3, 2 / 3), **settings)
+    return Scoring("clip", **settings)
+
+
+def other_source(scoring: Scoring) -> Scoring:
+    """A negative control: the classifier that the recording does not use, or one of two alone."""
+    return replace(scoring, source="clip" if scoring.source == "proposals" else "proposals")
+
+
+def _scoring_options(scoring: Scoring) -> dict[str, Any]:
+    keys = {"SOURCE": scoring.source, "FUSION": scoring.fusion}
+    keys |= {"ALPHA": scoring.settings.alpha, "BETA": scoring.settings.beta}
+    return {f"MODEL.TWO_STAGE.SCORES.{key}": value for key, value in keys.items()}
+
+
+def ovseg_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Config keys of a whole OVSeg model that its file does not show."""
+    return _scoring_options(ovseg_scoring(config)) | {
+        "MODEL.TWO_STAGE.CROP.THRESHOLD": config["adapter"]["mask_thr"],
+        "MODEL.TWO_STAGE.MASK_PROMPTS.ENABLED": config["adapter"]["mask_prompt_fwd"],
+    }
+
+
+def zegformer_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Config keys of a whole ZegFormer model that its file does not show."""
+    rule = CROP_RULES[f"zegformer_{config['clip_cls_style']}"]
+    return _scoring_options(zegformer_scoring(config)) | {
+        "MODEL.TWO_STAGE.TEMPLATES": ZEGFORMER_TEMPLATES[config["prompt_ensemble_type"]],
+        "MODEL.TWO_STAGE.CALIBRATION": config["gzero_calibrate"],
+        "MODEL.TWO_STAGE.CROP.SAMPLING": rule.sampling,
+        "MODEL.TWO_STAGE.CROP.MASKED": rule.masked,
+    }
 
 
 def converted(
@@ -79,11 +141,12 @@ def converted(
     content: dict[str, Any] | None = None,
     layout: str = "",
 ) -> Any:
-    """The model that a published file builds.
+    """Build the model of a published file.
 
     Args:
-        options: config keys that the file cannot tell.
-        content: of the file, where it is not the golden one's state; layout: then the file's.
+        options: Config keys that the file does not show.
+        content: Content of the file instead of the golden state.
+        layout: Expected layout, if it is not the one that the golden file's name begins with.
     """
     torch.save(content or {"model": whole_state(golden)}, folder / "published.pth")
     target = folder / "converted.safetensors"
@@ -105,7 +168,7 @@ def samples(golden: Any) -> list[dict[str, Any]]:
 
 
 def close(golden: Any, name: str, value: Tensor, atol: float) -> None:
-    """Within the README's tolerance, or ten times the recorded rounding of the reference."""
+    """Compare within `atol`, or ten times the recorded rounding error of the reference."""
     atol = tolerance(golden, name, atol)
     try:
         torch.testing.assert_close(value, golden.part("out")[name], atol=atol, rtol=0)
@@ -114,7 +177,7 @@ def close(golden: Any, name: str, value: Tensor, atol: float) -> None:
 
 
 def far(golden: Any, name: str, value: Tensor, atol: float) -> bool:
-    """A negative control is outside of it, and not by its shape alone."""
+    """Return whether a negative control, of the same shape, is outside the tolerance."""
     expected = golden.part("out")[name]
     assert value.shape == expected.shape
     difference = (value.double() - expected.double()).abs()

@@ -1,4 +1,4 @@
-"""Mask proposals: what the golden files do not tell."""
+"""Mask proposals: behaviour that the golden files do not cover."""
 
 import itertools
 import pickle
@@ -12,7 +12,6 @@ from PIL import Image
 from clipdense.backbone import SwinTrunk
 from clipdense.checkpoint import CheckpointError, read_checkpoint
 from clipdense.data.mappers import build_mapper
-from clipdense.inference import instance_inference, panoptic_inference, tight_boxes
 from clipdense.maskformer import HungarianMatcher, MaskPrediction, MSDeformAttn, SetCriterion, Targets
 from clipdense.maskformer.layers import sine_position
 from clipdense.maskformer.targets import pad_targets, panoptic_targets, semantic_targets
@@ -48,16 +47,9 @@ def config(**keys: Any) -> CfgNode:
     return cfg
 
 
-def squares(*corners: tuple[int, int], side: int = 8, size: int = 16) -> torch.Tensor:
-    masks = torch.zeros(len(corners), size, size, dtype=torch.bool)
-    for mask, (y, x) in zip(masks, corners, strict=True):
-        mask[y : y + side, x : x + side] = True
-    return masks
-
-
 @pytest.mark.parametrize("points", [0, 64])
 @pytest.mark.parametrize("count", [0, 1, 3, 7])
-def test_matching_is_the_cheapest_of_all(points: int, count: int) -> None:
+def test_matching_has_the_minimum_total_cost(points: int, count: int) -> None:
     torch.manual_seed(count)
     matcher = HungarianMatcher(cost_class=1.0, cost_mask=2.0, cost_dice=1.0, num_points=points)
     logits, masks = torch.randn(1, 4, 6), torch.randn(1, 4, 16, 16)
@@ -88,7 +80,7 @@ def test_images_without_objects_train_too(points: int) -> None:
     assert masks.grad is not None and masks.grad.abs().sum() == 0
     diverged = MaskPrediction(class_logits=torch.full_like(logits, torch.nan), mask_logits=masks)
     one = Targets(torch.tensor([1]), torch.ones(1, 16, 16, dtype=torch.bool))
-    assert criterion(diverged, [one, nothing])["loss_ce"].isnan()  # which the trainer reports
+    assert criterion(diverged, [one, nothing])["loss_ce"].isnan()  # reported by the trainer
 
 
 def test_targets_of_label_maps() -> None:
@@ -110,38 +102,6 @@ def test_targets_of_label_maps() -> None:
     assert labels.dtype == torch.int64 and masks.shape == (0, 2, 3)
 
 
-def test_boxes_of_masks() -> None:
-    masks = torch.zeros(3, 5, 7, dtype=torch.bool)
-    masks[0, 1, 2] = True
-    masks[1, 0:5, 0:7] = True
-    assert tight_boxes(masks).tolist() == [[2, 1, 3, 2], [0, 0, 7, 5], [0, 0, 0, 0]]
-
-
-def test_segments() -> None:
-    """Stuff of one class merges, things do not, and what another query covers is rejected."""
-    masks = (squares((0, 0), (8, 8), (0, 8), (8, 0), (0, 0)).float() - 0.5) * 20
-    logits = torch.full((5, 4), -9.0)
-    for row, label in zip(logits, (0, 0, 1, 1, 2), strict=True):
-        row[label] = 9.0
-    logits[4, 3] = 7.0  # the first square again, less sure of it
-    seg, segments = panoptic_inference(logits, masks, {1})
-    assert [(s["id"], s["category_id"], s["isthing"]) for s in segments] == [
-        (1, 0, False),
-        (2, 1, True),
-        (3, 1, True),
-    ]
-    assert seg[0, 0] == seg[15, 15] == 1 and seg[0, 15] == 2 and seg[15, 0] == 3
-    alone, segments = panoptic_inference(logits[3:4], masks[3:4], {1})
-    assert (alone > 0).all() and len(segments) == 1  # MaskFormer: a lone query owns every pixel
-    alone, _ = panoptic_inference(logits[3:4], masks[3:4], {1}, pixel_threshold=0.5)
-    assert torch.equal(alone.bool(), masks[3] > 0)
-
-    found = instance_inference(logits, masks, topk=4, things={1})
-    assert set(found.pred_classes.tolist()) <= {1} and len(found) == 2
-    assert found.pred_boxes.tensor.tolist() == tight_boxes(found.pred_masks).tolist()
-    assert len(instance_inference(logits, masks, topk=1000)) == 15
-
-
 def test_positions_and_sampling_directions() -> None:
     position = sine_position(3, 5, 8)
     assert position.shape == (8, 3, 5)
@@ -155,15 +115,15 @@ def test_positions_and_sampling_directions() -> None:
     torch.testing.assert_close(bias[:, 2, 1], 2 * steps)
 
 
-def test_what_does_not_fit_is_said() -> None:
-    with pytest.raises(ValueError, match="none of semantic, panoptic"):
+def test_configurations_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be one of semantic, panoptic"):
         build_model(config(**{"MODEL.MASK_FORMER.TARGETS": "boxes"}))
-    with pytest.raises(ValueError, match=r"ask for \['p9'\]"):
+    with pytest.raises(ValueError, match=r"name \['p9'\]"):
         build_model(config(**{"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "p9"}))
-    with pytest.raises(ValueError, match="StandardTransformerDecoder looks at 1 maps"):
+    with pytest.raises(ValueError, match="StandardTransformerDecoder reads 1 maps"):
         build_model(config(**{"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": ""}))
     deformable = {"MODEL.MASK_FORMER.PIXEL_DECODER.NAME": "MSDeformAttnPixelDecoder"}
-    with pytest.raises(ValueError, match="4 maps or more"):
+    with pytest.raises(ValueError, match="needs at least 4 maps"):
         build_model(config(**deformable, **{"MODEL.MASK_FORMER.IN_FEATURES": ["res3", "res4", "res5"]}))
     model = build_model(config())
     sample = {"image": torch.zeros(3, 64, 64), "file_name": "a.png", "sem_seg": torch.full((64, 64), 3)}
@@ -200,7 +160,7 @@ def test_swin_trunk() -> None:
         SwinTrunk("resnet18", pretrained="random")
 
 
-def test_crops_what_was_resized(tmp_path: Any) -> None:
+def test_training_crops_after_resizing(tmp_path: Any) -> None:
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "image.png")
     Image.fromarray((np.arange(2400) // 200).astype(np.uint8).reshape(40, 60)).save(tmp_path / "labels.png")
     record = {key: str(tmp_path / name) for key, name in FILES.items()} | {"height": 40, "width": 60}

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.ovseg import crop_loop
 
 from clipdense.regions import CROP_RULES, CropRule, crop_masks, get_crop_rule
-from tests.helpers.crop_loop import crop_loop
 
 PIXELS = {"pixel_mean": (0.48, 0.46, 0.41), "pixel_std": (0.27, 0.26, 0.28)}
 

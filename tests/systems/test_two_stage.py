@@ -1,4 +1,4 @@
-"""OVSeg: trained with the words of the data, any words in evaluation, every output, masks CLIP cannot see."""
+"""OVSeg: training, any vocabulary in evaluation, all outputs, and masks without a crop."""
 
 import json
 from dataclasses import replace
@@ -14,6 +14,7 @@ from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.inference import MergeSettings
 from clipdense.regions import FusionSettings, RegionEncoder
 from clipdense.run.config import add_clipdense_config
 from clipdense.systems.mask_adaptation import MaskAdaptedCLIP
@@ -59,9 +60,8 @@ def built() -> OVSeg:
 
 @pytest.fixture
 def model(built: OVSeg) -> OVSeg:
-    """As it was built, whatever a test before has set."""
-    built.scoring, built.max_dense_classes, built.calibration = Scoring(), 256, 0.0
-    built.semantic_on, built.panoptic_on, built.instance_on = True, False, False
+    """Return the model with its settings as built."""
+    built.scoring, built.merging = Scoring(), MergeSettings(best_mask_threshold=0.4, max_dense_classes=256)
     built.encoder.rule = replace(built.encoder.rule, threshold=0.4)
     built.init_vocabulary(Vocabulary.from_names(CLASSES))
     return built.eval()
@@ -91,7 +91,7 @@ def test_training_moves_the_proposals_and_leaves_clip_alone(model: OVSeg) -> Non
 
 
 @torch.no_grad()
-def test_photographs_through_20_and_1203_names(
+def test_photographs_with_20_and_1203_classes(
     model: OVSeg, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same images, the same model: the second time no text is encoded. So many names give labels."""
@@ -103,11 +103,11 @@ def test_photographs_through_20_and_1203_names(
     files = sorted((data_dir / "voc2012" / "JPEGImages").glob("*.jpg"))[:2]
     images = [torch.from_numpy(read_image(str(f), "RGB")[::4, ::4].copy()).permute(2, 0, 1) for f in files]
 
-    def look(n: int) -> list[dict[str, Any]]:
+    def segment(n: int) -> list[dict[str, Any]]:
         model.set_vocabulary(vocabularies[n])
         return model([{"image": image} for image in images])
 
-    first = {n: look(n) for n in lists}
+    first = {n: segment(n) for n in lists}
     assert first[20][0]["sem_seg"].shape == (20, *images[0].shape[1:])
     assert first[1203][1]["sem_seg_labels"].shape == images[1].shape[1:]
 
@@ -116,7 +116,7 @@ def test_photographs_through_20_and_1203_names(
 
     monkeypatch.setattr(model.encoder.clip, "encode_text", refuse)
     for n, outputs in first.items():
-        for ours, theirs in zip(look(n), outputs, strict=True):
+        for ours, theirs in zip(segment(n), outputs, strict=True):
             for key in ours:
                 torch.testing.assert_close(ours[key], theirs[key])
     with pytest.raises(AssertionError, match="encoded again"):
@@ -128,18 +128,34 @@ def test_base_classes_are_those_of_training(model: OVSeg) -> None:
     model.set_vocabulary(Vocabulary.from_names(["hedge", "Red Star"]))
     assert model.vocabulary.base == (False, True)
     model.scoring = Scoring("ensemble", "zsseg", FusionSettings(0.0, 1.0), "boost")
-    masks = model.preprocess_image(batch())
-    prediction = model.head(model.backbone(masks.tensor))
-    logits = model.classifier(prediction.query_embeddings, model.text_embeddings()["queries"])[0]
-    size = masks.tensor.shape[-2:]
-    large = torch.nn.functional.interpolate(prediction.mask_logits, size, mode="bilinear")[0]
-    scores = model.scores(logits, large, masks.image_sizes[0], batch()[0]["image"])
-    torch.testing.assert_close(scores[:, 1:], logits.softmax(1)[:, 1:])
-    assert (scores[:, 0] - logits.softmax(1)[:, 0]).abs().max() > 1e-3
+    proposals = model.propose(batch())
+    (fused, _), model.scoring = model.classify(proposals, batch()), Scoring("proposals")
+    queries, _ = model.classify(proposals, batch())
+    torch.testing.assert_close(fused[:, 1:], queries[:, 1:])  # of the base class, and the background
+    assert (fused[:, 0] - queries[:, 0]).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_masks_that_clip_cannot_see(model: OVSeg) -> None:
+def test_masks_are_proposed_without_a_vocabulary(model: OVSeg) -> None:
+    model.init_vocabulary(None)
+    sample = batch()[1]
+    masks = model.propose_masks(sample)
+    assert masks.dtype == torch.bool and masks.shape == (6, 90, 67)
+    proposals = model.propose([sample])
+    assert proposals.image_sizes == [(80, 72)] and proposals.class_logits is None
+    assert proposals.mask_logits.shape == (1, 6, 96, 96)
+    assert proposals.query_embeddings.shape == (1, 6, model.encoder.clip.embed_dim)
+    model.encoder.rule = replace(model.encoder.rule, threshold=0.0, padded_logits=True)
+    assert torch.equal(model.propose_masks(sample), masks_above(model, sample, 0.5))
+
+
+def masks_above(model: OVSeg, sample: dict[str, Any], threshold: float) -> torch.Tensor:
+    model.encoder.rule = replace(model.encoder.rule, threshold=threshold, padded_logits=False)
+    return model.propose_masks(sample)
+
+
+@torch.no_grad()
+def test_masks_without_a_crop(model: OVSeg) -> None:
     """No mask is above 1: the proposals' own scores are left, or nothing is."""
     model.encoder.rule = replace(model.encoder.rule, threshold=1.0)
     neutral = model(batch())[0]["sem_seg"]
@@ -151,34 +167,33 @@ def test_masks_that_clip_cannot_see(model: OVSeg) -> None:
 
 @torch.no_grad()
 def test_every_output(model: OVSeg) -> None:
-    model.panoptic_on = model.instance_on = True
-    model.panoptic_settings |= {"object_mask_threshold": 0.0, "overlap_threshold": 0.0}
+    outputs = {"panoptic_on": True, "instance_on": True}
+    model.merging = replace(model.merging, **outputs, object_mask_threshold=0.0, overlap_threshold=0.0)
     output = model(batch())[1]
     ids, segments = output["panoptic_seg"]
     assert output["sem_seg"].shape == (4, 90, 67) and ids.shape == (90, 67)
     assert set(ids.unique().tolist()) - {0} == {segment["id"] for segment in segments}
     instances = output["instances"]
     assert instances.image_size == (90, 67) and instances.scores.isfinite().all()
-    model.max_dense_classes = 3
+    model.merging = replace(model.merging, max_dense_classes=3)
     labels = model(batch())[1]
     assert "sem_seg" not in labels
     assert (labels["sem_seg_labels"] == output["sem_seg"].argmax(0)).float().mean() > 0.999
 
 
 @torch.no_grad()
-def test_the_best_mask_of_each_class(model: OVSeg) -> None:
+def test_only_the_best_mask_of_each_class(model: OVSeg) -> None:
     """Where no class has its best mask, there is nothing."""
-    model.proposals_on = model.best_masks = True
+    model.merging = replace(model.merging, proposals_on=True, best_masks=True)
     model.set_vocabulary(Vocabulary.from_names(CLASSES[:1]))
     output = model(batch())[0]
     binary = (output["proposal_masks"] > model.encoder.rule.threshold).float()
     maps = torch.nn.functional.interpolate(binary[None], (74, 91), mode="bilinear", align_corners=False)[0]
     ratio = [(output["sem_seg"][0] - output["sem_seg"].amax() * one).abs().max() for one in maps]
     assert min(ratio) < 1e-6 and output["sem_seg"].amax() > 0
-    model.proposals_on = model.best_masks = False
 
 
-def test_without_words_nothing_is_looked_for(model: OVSeg) -> None:
+def test_evaluation_needs_a_vocabulary(model: OVSeg) -> None:
     model.init_vocabulary(None)
     with pytest.raises(ValueError, match="set_vocabulary"), torch.no_grad():
         model(batch())
@@ -208,7 +223,7 @@ def test_checkpoints_know_what_they_were_trained_on(model: OVSeg, tmp_path: Path
 
 
 @torch.no_grad()
-def test_an_adapted_clip_takes_its_place(model: OVSeg, tmp_path: Path) -> None:
+def test_an_adapted_clip_is_kept_on_load(model: OVSeg, tmp_path: Path) -> None:
     """Its image tower and prompts stay when weights are loaded; the rest is that of the weights."""
     MetadataCatalog.get(NAME).set(stuff_classes=CLASSES)
     adapted = MaskAdaptedCLIP(

@@ -1,4 +1,4 @@
-"""Options of OVSeg that save time: precision and compilation of CLIP, queries that it does not see."""
+"""Options of OVSeg that save time: precision and compilation of CLIP, and skipped queries."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def test_compiled_embeddings_are_the_same(exact: RegionEncoder, data: tuple[Tens
 
 
 @pytest.mark.parametrize("empty", ["neutral", "boost"])
-def test_hopeless_queries_are_not_seen(
+def test_queries_of_low_scores_are_skipped(
     exact: RegionEncoder, data: tuple[Tensor, Tensor], empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They keep the proposals' scores, whatever becomes of empty masks; the others do not change."""

@@ -1,12 +1,11 @@
-"""What OVSeg adds to its proposals and CLIP forwards, what its options save, memory of large vocabularies."""
+"""Cost of OVSeg beyond its proposals and CLIP forwards, savings of its options, memory of large
+vocabularies."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from clipdense.regions import cosine_logits, crop_masks
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-__all__ = ["add_arguments", "random_masks", "rows"]
+__all__ = ["add_arguments", "crop_loop", "random_masks", "rows"]
 
 CLASSES = 847
 CROP_SIZE = 224
@@ -38,36 +37,28 @@ WHAT = "OVSeg | its proposals, and CLIP on finished crops"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this suite; the defaults are the contract's."""
+    """Add the options of this suite."""
     parser.add_argument("--size", type=int, nargs=2, default=(640, 853), help="height and width in pixels")
     parser.add_argument("--masks", type=int, default=100, help="random masks")
-    parser.add_argument("--batch", type=int, default=64, help="crops that are made at a time")
+    parser.add_argument("--batch", type=int, default=64, help="crops per batch")
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
     parser.add_argument(
         "--rows",
         nargs="+",
         choices=ROWS,
         default=("crop_stage", "k847", "end_to_end", "bf16", "pruned"),
-        help=f"which rows; {', '.join(OPTIONS)} compare OVSeg with and without an option",
+        help=f"rows to measure; {', '.join(OPTIONS)} compare OVSeg with and without an option",
     )
-    parser.add_argument(
-        "--flops-only", action="store_true", help="of end_to_end, leave the wall-clock row out"
-    )
+    parser.add_argument("--flops-only", action="store_true", help="skip the wall-clock row of end_to_end")
     parser.add_argument(
         "--config-file",
         default="projects/OVSeg/configs/ovseg_r101c_vitb16.yaml",
         help="config of an OVSeg for end_to_end and the options (weights are random, no data is read)",
     )
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        default=Path("tests/crop_loop.py"),
-        help="file with `crop_loop`, the crops mask by mask that ours are timed against",
-    )
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Wall time of the crops; memory that labels of 847 classes take; cost of a whole forward; options."""
+    """Measure wall time of crops, memory of labels of 847 classes, cost of a whole forward, and options."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     height, width = args.size
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, device=device)
@@ -91,12 +82,13 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def random_masks(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Soft ellipses (N, H, W) in 0 .. 1 anywhere in an image, from a twentieth of its sides to all of it."""
+    """Draw soft ellipses (N, H, W) in 0 .. 1, at random places, from a twentieth of the image's sides to
+    all."""
     return _ellipses(count, height, width, seed).sigmoid()
 
 
 def _ellipses(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Their logits."""
+    """Draw the logits of `random_masks`."""
     generator = torch.Generator().manual_seed(seed)
     side = torch.tensor([height, width])
     centres = torch.rand(count, 2, generator=generator) * side
@@ -109,9 +101,42 @@ def _ellipses(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     return logits
 
 
-def _crop_stage(args: argparse.Namespace, image: Tensor, masks: Tensor) -> Row:
-    loop = _reference(args.reference)
+def crop_loop(
+    image: Tensor, masks: Tensor, *, threshold: float, size: int, **pixels: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Crop mask by mask, as the published code of OVSeg does: the baseline of `crop_stage`, and the reference
+    that tests compare `crop_masks` with.
 
+    Args:
+        image: (3, h, w) in 0 .. 255.
+        masks: (Q, h, w) probabilities.
+        threshold: A pixel is inside if its probability is greater.
+        size: Side of the crops.
+        pixels: ``pixel_mean`` and ``pixel_std`` of images in 0 .. 1.
+
+    Returns:
+        Valid (Q,) bool, crops (N, 3, size, size), and their masks (N, 1, size, size).
+    """
+    mean, std = (255 * torch.tensor(pixels[k], device=image.device).view(3, 1, 1) for k in PIXELS)
+    valid, regions, region_masks = [], [], []
+    for probability in masks:
+        inside = (probability > threshold).float()
+        valid.append(bool(inside.any()))
+        if not valid[-1]:
+            continue
+        ys, xs = torch.where(inside.any(1))[0], torch.where(inside.any(0))[0]
+        rows, columns = slice(int(ys.min()), int(ys.max()) + 1), slice(int(xs.min()), int(xs.max()) + 1)
+        crop, mask = image[:, rows, columns].float(), inside[rows, columns]
+        region = (crop * mask + (1 - mask) * mean - mean) / std
+        regions.append(F.interpolate(region[None], (size, size), mode="bicubic", align_corners=False)[0])
+        region_masks.append(F.interpolate(mask[None, None], (size, size), mode="nearest")[0])
+    empty = image.new_zeros(0, 3, size, size, dtype=torch.float32)
+    if not regions:
+        return torch.tensor(valid), empty, empty[:, :1]
+    return torch.tensor(valid), torch.stack(regions), torch.stack(region_masks)
+
+
+def _crop_stage(args: argparse.Namespace, image: Tensor, masks: Tensor) -> Row:
     def ours() -> None:
         crops = crop_masks(image, masks, "ovseg", size=CROP_SIZE, **PIXELS)
         for part in crops.parts(args.batch):
@@ -120,7 +145,7 @@ def _crop_stage(args: argparse.Namespace, image: Tensor, masks: Tensor) -> Row:
     return wall(
         "ovseg/crop_stage",
         ours,
-        lambda: loop(image, masks, threshold=THRESHOLD, size=CROP_SIZE, **PIXELS),
+        lambda: crop_loop(image, masks, threshold=THRESHOLD, size=CROP_SIZE, **PIXELS),
         pairs=args.pairs,
         kind="speedup",
         what=f"{args.masks} masks at once | one by one",
@@ -128,9 +153,9 @@ def _crop_stage(args: argparse.Namespace, image: Tensor, masks: Tensor) -> Row:
 
 
 class FixedMasks(nn.Module):
-    """Runs a head and hands on the same masks whatever it found.
+    """Head that runs another head and replaces its masks by fixed ones.
 
-    With random weights the number of crops, and so CLIP's work, would be a matter of chance.
+    With random weights the number of crops, and so CLIP's work, would be random.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -158,7 +183,7 @@ def _model(args: argparse.Namespace, device: str) -> Any:
     torch.manual_seed(0)
     model: Any = build_model(cfg).eval().requires_grad_(False)  # the counter of FLOPs follows gradients
     model.head = FixedMasks(model.head)
-    # random words, for which no text tower has to run
+    # random text embeddings, so that no text tower has to run
     generator = torch.Generator().manual_seed(0)
     text = F.normalize(torch.randn(FORWARD_CLASSES, model.encoder.clip.embed_dim, generator=generator))
     vocabulary = Vocabulary.from_names([f"class {i}" for i in range(FORWARD_CLASSES)])
@@ -175,7 +200,7 @@ def _end_to_end(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]
     def ours() -> object:
         return _forward(model, batch)
 
-    ours()  # what is computed once: masks
+    ours()  # draws the masks
     encoder, size = model.encoder, (args.size[0], args.size[1])
     with torch.inference_mode():
         images = model.preprocess_image(batch)
@@ -197,7 +222,7 @@ def _end_to_end(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]
 
 
 def _option(option: str, args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) -> Row:
-    """Time of a forward with an option and without, and what it changes in CLIP's logits and in labels."""
+    """Time a forward with and without an option, and measure its change of CLIP's logits and of labels."""
     text = model.text_embeddings()["crops"]
     results: dict[str, Tensor] = {}
 
@@ -224,7 +249,7 @@ def _option(option: str, args: argparse.Namespace, model: Any, batch: list[dict[
     found: dict[str, Tensor] = {}
     exact: dict[str, Tensor] = {}
     handle = model.encoder.register_forward_hook(record)
-    ours()  # compilation, and what is computed once
+    ours()  # compiles and draws the masks
     name, what = f"ovseg/{option}", f"OVSeg, {option} | without"
     row = wall(name, ours, other, pairs=args.pairs, kind="speedup", what=what, warm_up=False)
     handle.remove()
@@ -237,7 +262,7 @@ def _option(option: str, args: argparse.Namespace, model: Any, batch: list[dict[
         "crops": int(seen.sum()),
     }
     row.notes = (
-        f"CLIP sees {row.values['crops']} of {len(seen)} masks; its logits change by "
+        f"CLIP embeds {row.values['crops']} of {len(seen)} masks; its logits change by "
         f"{row.values['logits_max_change']:.3g} at most, {row.values['logits_mean_change']:.3g} on average; "
         f"{row.values['labels_changed']:.2%} of pixels change their label. {row.notes}"
     ).strip()
@@ -245,7 +270,7 @@ def _option(option: str, args: argparse.Namespace, model: Any, batch: list[dict[
 
 
 def _setting(option: str, model: Any, batch: list[dict[str, Any]]) -> tuple[object, str, Any]:
-    """Whose attribute takes which value."""
+    """Return the object, the attribute and the value that turn an option on."""
     encoder = model.encoder
     if option == "compiled":
         return encoder, "_encode", torch.compile(encoder.encode, dynamic=True)
@@ -256,14 +281,3 @@ def _setting(option: str, model: Any, batch: list[dict[str, Any]]) -> tuple[obje
         scores = model.classifier(queries[0], model.text_embeddings()["queries"]).softmax(-1)
     min_query_score = scores[:, :-1].amax(-1).quantile(0.5).item()
     return model, "scoring", replace(model.scoring, min_query_score=min_query_score)
-
-
-def _reference(path: Path) -> Callable[..., object]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: run this from a checkout, or name the file with --reference")
-    spec = spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    loop: Callable[..., object] = module.crop_loop
-    return loop

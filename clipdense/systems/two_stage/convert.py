@@ -1,8 +1,9 @@
-"""Published OVSeg, zsseg and ZegFormer models, whose files hold their CLIP, too, but for some of ZegFormer's.
+"""Conversion of published OVSeg, zsseg and ZegFormer models. Their files also contain their CLIP, except some
+of ZegFormer's.
 
-Sizes are read from the tensors. What they cannot tell is as in the released configs
-(specs/ovseg_zegformer_maskformer.md 2.1, 3, 4): see `clipdense.maskformer.convert` for the proposals, and
-`_ovseg`, `_zsseg` and `_zegformer` here for thresholds and weights, which the published results differ in.
+Sizes are read from the tensors. Other settings are those of the released configs: see
+`clipdense.maskformer.convert` for the proposals, and `_ovseg`, `_zsseg` and `_zegformer` for thresholds and
+weights, which differ between published results.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ State = Mapping[str, Tensor]
 _PREDICTOR, _ADAPTER = "sem_seg_head.predictor.", "clip_adapter."
 _EMBED = "head.predictor.class_embed.layers."
 _MASK_PROMPTS = f"{_ADAPTER}clip_model.visual.mask_embedding"
-_AFFIXES = f"{_ADAPTER}prompt_learner."
+_PROMPT_LEARNER = f"{_ADAPTER}prompt_learner."
 _ZEGFORMER_CLIP = f"{_PREDICTOR}clip_model."
 
 _DROPS = (
     *DROPS,
-    DropRule("CLIP's pixels", re.escape(_ADAPTER) + r"pixel_(mean|std)", "MODEL.CLIP says them"),
+    DropRule("CLIP's pixels", re.escape(_ADAPTER) + r"pixel_(mean|std)", "MODEL.CLIP sets them"),
     DropRule(
-        "tokens of sentences",
-        re.escape(_AFFIXES) + r"(start|dot|end|pad)_signal",
-        "they stand in the token table",
+        "tokens of prompts",
+        re.escape(_PROMPT_LEARNER) + r"(start|dot|end|pad)_signal",
+        "the token table contains them",
     ),
 )
 
@@ -80,8 +81,8 @@ def _prefixes(state: State) -> dict[str, str]:
         f"{_PREDICTOR}bg_feature": "classifier.no_object",
         f"{_PREDICTOR}logit_scale": "classifier.scale",
         f"{_PREDICTOR}projection_layer.": f"{_EMBED}0.",
-        f"{_AFFIXES}prefix_prompt": "prompts.prefix",
-        f"{_AFFIXES}suffix_prompt": "prompts.suffix",
+        f"{_PROMPT_LEARNER}prefix_prompt": "prompts.prefix",
+        f"{_PROMPT_LEARNER}suffix_prompt": "prompts.suffix",
     }
 
 
@@ -110,7 +111,7 @@ def _metadata(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
-    """What all three have in common."""
+    """Derive the options that the three systems share."""
     ours = _convert(state)
     prompts = ours.get("encoder.mask_prompts.prompts")
     weighted = "criterion.empty_weight" in state
@@ -132,7 +133,8 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _clip_options(state: State) -> dict[str, Any]:
-    """The file's CLIP; where it holds none, OpenAI's, whose weights MODEL.CLIP.PRETRAINED has to name."""
+    """Derive the options of the file's CLIP; without one, of OpenAI's, whose weights MODEL.CLIP.PRETRAINED
+    names."""
     prefix = _clip_prefix(state)
     clip = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not clip:
@@ -157,7 +159,7 @@ def _ovseg(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _zsseg(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
-    learned = f"{_AFFIXES}prefix_prompt" in state or f"{_AFFIXES}suffix_prompt" in state
+    learned = f"{_PROMPT_LEARNER}prefix_prompt" in state or f"{_PROMPT_LEARNER}suffix_prompt" in state
     return _options(state, classes) | {
         "MODEL.TWO_STAGE.TEMPLATES": "{}." if learned else "ovseg_14",
         "MODEL.TWO_STAGE.CROP.THRESHOLD": 0.5 if learned else 0.4,
@@ -240,7 +242,7 @@ ZEGFORMER = _layout(
 )
 ZEGFORMER_PROPOSALS = _layout(
     "zegformer_proposals",
-    f"ZegFormer as it is trained, without CLIP: {_PREDICTOR}projection_layer.*, no {_ZEGFORMER_CLIP}*",
+    f"ZegFormer as training saves it, without CLIP: {_PREDICTOR}projection_layer.*, no {_ZEGFORMER_CLIP}*",
     lambda state: _is_zegformer(state) and _clip_prefix(state) != _ZEGFORMER_CLIP,
     _zegformer,
     licence=NON_COMMERCIAL,

@@ -1,4 +1,4 @@
-"""Classification of mask proposals by the words that their embeddings are close to."""
+"""Classification of query embeddings by text embeddings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ __all__ = ["QueryClassifier"]
 
 
 class QueryClassifier(nn.Module):
-    """Logits of K classes and "no object": scale cos(v, t_k), with a learned embedding for "no object".
+    """Cosine classifier with a learned "no object" embedding: logits tau cos(v, t_k) (zsseg, Xu et al., ECCV
+    2022; ZegFormer, Ding et al., CVPR 2022; OVSeg, Liang et al., CVPR 2023).
 
     Attributes:
-        no_object: (1, D).
-        scale: fixed; in checkpoints.
+        no_object: (1, D), learned.
+        scale: tau, fixed, stored in checkpoints.
+        normalize_no_object: Scale `no_object` to unit length as text embeddings are (OVSeg, zsseg; not
+            ZegFormer).
     """
 
     scale: Tensor
@@ -22,8 +25,9 @@ class QueryClassifier(nn.Module):
     def __init__(self, dim: int, *, scale: float = 100.0, normalize_no_object: bool = True) -> None:
         """
         Args:
-            dim: D.
-            normalize_no_object: whether ``no_object`` is scaled to length 1 (OVSeg, zsseg; not ZegFormer).
+            dim: D, channels of the embeddings.
+            scale: See the class.
+            normalize_no_object: See the class.
         """
         super().__init__()
         self.no_object = nn.Parameter(torch.randn(1, dim) * dim**-0.5)
@@ -31,6 +35,8 @@ class QueryClassifier(nn.Module):
         self.normalize_no_object = normalize_no_object
 
     def forward(self, embeddings: Tensor, text: Tensor) -> Tensor:
-        """Embeddings (..., D) of queries, unit embeddings (K, D) of words -> logits (..., K + 1)."""
+        """Compare query embeddings (..., D) with unit text embeddings (K, D) -> logits (..., K + 1), "no
+        object" last.
+        """
         no_object = F.normalize(self.no_object) if self.normalize_no_object else self.no_object
         return self.scale * F.normalize(embeddings, dim=-1) @ torch.cat([text, no_object]).T
