@@ -3,7 +3,7 @@
     python tools/make_shapes.py --split train val
     python tools/make_shapes.py --split val --images 48 --root output/shapes --sheet output/sheet.png
 
-A run that was stopped is continued. Nobody has to run this: a data set is made at its first use.
+An interrupted run resumes. This tool is optional: each dataset is drawn at its first use.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Registration of the `shapes` world's data sets; each is drawn at its first use."""
+"""Registration of the datasets of the `shapes` world; each is drawn at its first use."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ _NOVEL_KINDS = {
 
 
 def register_shapes(root: Path | None = None) -> None:
-    """Register every `shapes_*` data set (nothing is drawn yet).
+    """Register every `shapes_*` dataset; nothing is drawn yet.
 
     | name | annotations | evaluator |
     | --- | --- | --- |
@@ -58,7 +58,7 @@ def register_shapes(root: Path | None = None) -> None:
 
 
 def _register_views(root: Path, family: str, suffix: str, split: str, images: int | None) -> None:
-    """Instances, panoptic and semantic data sets of one split."""
+    """Register the instance, panoptic and semantic datasets of one split."""
     labels = "ov" if family == "ov" and split == "train" else "closed"
     classes = BASE if labels == "ov" else tuple(range(len(CLASSES)))
     things = {k + 1: i for i, k in enumerate(classes)}

@@ -7,7 +7,7 @@ from clipdense.data.shapes.world import CLASSES
 __all__ = ["FREQUENCY", "LVIS_COUNTS", "MINI", "SPLITS", "Split", "find_split"]
 
 MINI = {"train": 800, "val": 200}
-"""Images of the `_mini` data sets: the first of the same files."""
+"""Number of images of the `_mini` datasets: the first ones of the same files."""
 
 _COMMON_STEPS, _FREQUENT_STEPS, _RARE_STEPS = 31, 32, 17
 
