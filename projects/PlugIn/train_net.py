@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import clipdense  # (1) registers backbones, meta-architectures and data sets
+import clipdense  # (1) registers backbones, meta-architectures and datasets
 from clipdense.engine.optimizer import build_optimizer
 from clipdense.evaluation import build_evaluator
 
@@ -37,7 +37,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """The one of the data set's kind."""
+        """The one of the dataset's kind."""
         return build_evaluator(cfg, dataset_name)
 
 
