@@ -146,7 +146,7 @@ def pop_outputs(golden, *prefixes):
 def check_lists(golden, expected, found):
     """Every recorded (box, score[, label]) has its own counterpart; near-equal scores may trade places.
 
-    mmdetection keeps boxes that are empty after clipping, Detectron2 drops them: the other boxes are compared.
+    mmdetection keeps boxes that are empty after clipping, Detectron2 drops them; the others are compared.
     If Detectron2 drops them before its limit of boxes, it may return as many more, with lower scores.
     """
     atol, rtol = golden.tolerance
