@@ -1,6 +1,6 @@
 """CLIP per pixel and per region, for Detectron2.
 
-Importing clipdense registers its backbones, meta-architectures, mappers, evaluators and data sets with
+Importing clipdense registers its backbones, meta-architectures, mappers, evaluators and datasets with
 Detectron2. Without Detectron2, `clipdense.clip`, `clipdense.regions`, `clipdense.checkpoint` and
 `clipdense.data.shapes` work all the same.
 """

@@ -1,10 +1,10 @@
-"""Convert a published model's weights to safetensors that bring the config keys which they need.
+"""Convert published weights to safetensors that contain the config keys which they need.
 
 python tools/convert_checkpoint.py denseclip_retinanet_r50.pth retinanet.safetensors --dataset coco_2017_val
 python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS retinanet.safetensors
 
-MODEL.WEIGHTS may also name the published file itself. The file of a CLIP (OpenAI's, EVA-CLIP's, CLIPSelf's)
-becomes one that MODEL.CLIP.NAME may name:
+MODEL.WEIGHTS also accepts the published file itself. The file of a CLIP (OpenAI, EVA-CLIP, CLIPSelf) is
+converted to one for MODEL.CLIP.NAME:
 
 python tools/convert_checkpoint.py eva_vitb16_coco_clipself_proposals.pt clipself_b16.safetensors
 """
@@ -31,18 +31,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("input", help="the published file")
     parser.add_argument("output", help="the safetensors file to write")
     names = parser.add_mutually_exclusive_group()
-    names.add_argument("--dataset", help="a data set whose thing classes the file must have")
-    names.add_argument("--classes", help="class names that it must have: a .txt or .json file, or words")
+    names.add_argument("--dataset", help="dataset whose thing classes the file must have")
+    names.add_argument(
+        "--classes",
+        help="class names that the file must have: a .txt or .json file, or comma-separated names",
+    )
     parser.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a config key that tensors cannot tell, where it is not the released models', e.g. "
+        help="config key that the tensors do not determine, if it differs from the released models, e.g. "
         "MODEL.CLIP.CONFIG.text_cfg.heads=4",
     )
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="open a pickle, which can run code, from a trusted source"
+        "--allow-pickle",
+        action="store_true",
+        help="open a pickle; it can run code, so use trusted sources only",
     )
     return parser.parse_args()
 
@@ -56,10 +61,10 @@ def main() -> None:
         options=dict(map(option, arguments.option)),
         allow_pickle=arguments.allow_pickle,
     )
-    print(f"{arguments.input} is of layout {done.layout}; {done.num_tensors} tensors kept")
+    print(f"{arguments.input} has layout {done.layout}; {done.num_tensors} tensors written")
     for rule, keys in done.dropped.items():
         print(f"left out, {rule}: {', '.join(keys)}")
-    print(f"classes: {len(done.classes)}, as listed" if done.classes else "classes: not listed in the file")
+    print(f"classes: {len(done.classes)}, as listed" if done.classes else "classes: none listed in the file")
     if done.options:
         lines = (f"  {key}: {value}" for key, value in done.options.items())
         print("config keys in the file:", *lines, sep="\n")
@@ -72,7 +77,7 @@ def class_names(arguments: argparse.Namespace) -> list[str] | None:
     if arguments.dataset is None:
         return None if arguments.classes is None else list(Vocabulary.parse(arguments.classes).names)
     if arguments.dataset not in DatasetCatalog.list():
-        raise ConfigError(f"data set {arguments.dataset!r} is not registered")
+        raise ConfigError(f"dataset {arguments.dataset!r} is not registered")
     return list(MetadataCatalog.get(arguments.dataset).thing_classes)
 
 

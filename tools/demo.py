@@ -8,20 +8,20 @@
     python tools/demo.py --config-file ... --input a.jpg --score-map "red star" --opts ...
     python tools/demo.py --config-file ... --list-classes --opts ...
 
-Into the output folder come:
-    <image>.jpg           detections (or the panoptic or semantic map, see --show) drawn on the image, and
-                          below it what is in it; what has no class is left clear
-    <image>_<class>.jpg   with --score-map: where the backbone sees that class, and its lowest and highest
-                          score; blue to red spans the scores of all classes in this image
+Files in the output folder:
+    <image>.jpg           detections (or the panoptic or semantic map, see --show) drawn on the image, with a
+                          list of the classes below it; pixels without a class stay clear
+    <image>_<class>.jpg   with --score-map: the backbone's scores of that class and their range; the colours,
+                          blue to red, span the scores of all classes in this image
     results.json          "images", "categories" and "annotations" as in a COCO file: "bbox" is x, y, width,
                           height in pixels of the upright image, "segmentation" a run-length encoded mask,
-                          with "score" and "category" (the class name); "segments" likewise, without "score":
-                          the parts of the map that is drawn; "failed": images that cannot be read
+                          with "score" and "category" (the class name); "segments": the same for the
+                          segments of the drawn map, without "score"; "failed": unreadable images
 
-A model that compares words (OVSeg) calls everything the word that fits best. Words for what is not looked for
-belong into --background: what fits them best is left out.
+A semantic or panoptic open-vocabulary model (OVSeg) assigns every pixel to some class. Give further classes
+in --background: pixels and segments of these classes are removed.
 
-Images that cannot be read are listed at the end, and the exit status is 1; the others are done all the same.
+Unreadable images are listed at the end and make the exit status 1; all others are processed.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from clipdense.files import write_text
 from clipdense.visualization.pictures import draw_output, draw_score_map, save_picture
 from clipdense.visualization.segments import KINDS, output_kind, output_segments
 
-# Longer side of a picture, in pixels: names stay legible on small images, large ones are reduced.
-SMALLEST, LARGEST = 512, 2048
+# Range of the longer side of a picture, in pixels: small images are enlarged, so that names stay legible.
+MIN_SIDE, MAX_SIDE = 512, 2048
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="the model's config (.yaml, .py)"
+        "--config-file", required=True, metavar="FILE", help="config of the model (.yaml, .py)"
     )
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="IMAGES", help="files, folders, or quoted globs"
@@ -74,34 +74,31 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=0.5,
         metavar="SCORE",
-        help="leave out detections below it, 0 to 1 (default: %(default)s)",
+        help="remove detections with a lower score, 0 to 1 (default: %(default)s)",
     )
     parser.add_argument(
         "--vocabulary",
         metavar="WORDS",
-        help='what to look for, instead of the test set\'s classes: words ("cat|kitten, red car"; bars part '
-        "synonyms) or a class-list file (.txt, .json); open-vocabulary models only",
+        help='classes to predict instead of those of the test dataset: names ("cat|kitten, red car"; bars '
+        "separate synonyms) or a class-list file (.txt, .json); open-vocabulary models only",
     )
     parser.add_argument(
         "--background",
         metavar="WORDS",
-        help='words for anything else ("others, wall|floor"); what fits them best is left out',
+        help='background classes ("others, wall|floor"), which are removed from the output',
     )
     parser.add_argument(
         "--show",
         choices=list(KINDS),
-        help="what is drawn and listed, of a model that can give several (default: the first of them that it "
-        "gives)",
+        help="output to draw and list (default: the first of these that the model predicts)",
     )
-    parser.add_argument(
-        "--list-classes", action="store_true", help="print what the model looks for, and end there"
-    )
+    parser.add_argument("--list-classes", action="store_true", help="print the model's classes and exit")
     parser.add_argument(
         "--score-map",
         nargs="+",
         default=[],
         metavar="CLASS",
-        help="also draw these classes' score maps (models with a language backbone, such as DenseCLIP)",
+        help="also draw the score maps of these classes (models with a language backbone, such as DenseCLIP)",
     )
     parser.add_argument(
         "--opts",
@@ -112,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.score_threshold <= 1:
-        parser.error(f"--score-threshold must lie in 0 to 1, not {arguments.score_threshold}")
+        parser.error(f"--score-threshold must be in 0..1, got {arguments.score_threshold}")
     if not arguments.input and not arguments.list_classes:
         parser.error("--input is missing: files, folders, or quoted globs")
     return arguments
@@ -120,7 +117,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    # detectron2 0.6 on today's torch
+    # detectron2 0.6 on current torch versions
     warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.meshgrid", UserWarning)
     paths, failed = find_images(args.input)
     if not paths and not args.list_classes:
@@ -141,49 +138,53 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     check_classes(args.score_map, predictor)
     results = Results(predictor.metadata, failed)
-    kind = None
-    names = Names(args.output, paths)
     start = time.perf_counter()
     try:
-        for path, output in zip(paths, predictor.batch(paths), strict=True):
-            if isinstance(output, Exception):
-                failed[str(path)] = str(output)
-                continue
-            image = read_image(path)
-            cell = int(np.clip(max(image.shape[:2]), SMALLEST, LARGEST))
-            picture, kind = names.take(path.stem), output_kind(output, args.show)
-            drawn = draw_output(
-                image, output, predictor.metadata, score_threshold=0, cell=cell, kind=kind, legend=True
-            )
-            save_picture(drawn, picture)
-            results.add(path, image.shape[:2], picture, output, kind)
-            if args.score_map:
-                scores, scored = predictor.score_map(image)
-                for name in args.score_map:
-                    draw_score_map(
-                        image,
-                        scores[scored.index(name)],
-                        names.take(f"{path.stem}_{name}"),
-                        title=name,
-                        low=float(scores.min()),
-                        high=float(scores.max()),
-                        cell=cell,
-                    )
-    finally:  # what is done is kept, also when it is interrupted
+        kind = predict(args, predictor, paths, results)
+    finally:  # keep the results of an interrupted run
         results.save(args.output / "results.json")
     found = f"{len(results.annotations)} detections"
     if kind not in (None, "instances"):
         found += f", {len(results.segments)} segments"
         if len(classes) == 1 and args.background is None and args.vocabulary:
-            print('One word alone fits everything best: --background "others" gives the rest a name.')
+            print('A single class wins everywhere; --background "others" adds a class for the rest.')
     print(f"{len(results.images)} images, {found}, {time.perf_counter() - start:.1f} seconds: {args.output}")
     for name, why in failed.items():
         print(f"failed: {why if name in why else f'{name}: {why}'}", file=sys.stderr)
     return 1 if failed else 0
 
 
+def predict(
+    args: argparse.Namespace, predictor: clipdense.Predictor, paths: list[Path], results: Results
+) -> str | None:
+    """Predict on every image, draw the pictures and collect the results; return the kind of output drawn."""
+    names, kind = Names(args.output, paths), None
+    for path, output in zip(paths, predictor.batch(paths), strict=True):
+        if isinstance(output, Exception):
+            results.failed[str(path)] = str(output)
+            continue
+        image = read_image(path)
+        cell = int(np.clip(max(image.shape[:2]), MIN_SIDE, MAX_SIDE))
+        picture, kind = names.take(path.stem), output_kind(output, args.show)
+        drawn = draw_output(
+            image, output, predictor.metadata, score_threshold=0, cell=cell, kind=kind, legend=True
+        )
+        save_picture(drawn, picture)
+        results.add(path, image.shape[:2], picture, output, kind)
+        if not args.score_map:
+            continue
+        scores, classes = predictor.score_map(image)
+        low, high = float(scores.min()), float(scores.max())
+        for name in args.score_map:
+            file = names.take(f"{path.stem}_{name}")
+            draw_score_map(
+                image, scores[classes.index(name)], file, title=name, low=low, high=high, cell=cell
+            )
+    return kind
+
+
 def find_images(inputs: Iterable[str]) -> tuple[list[Path], dict[str, str]]:
-    """The images that files, folders and globs name, each once; and what names none, with the reason."""
+    """Return the images of files, folders and globs, and the inputs without images with the reason."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found: dict[Path, None] = {}
     failed = {}
@@ -203,39 +204,41 @@ def find_images(inputs: Iterable[str]) -> tuple[list[Path], dict[str, str]]:
     return list(found), failed
 
 
-def check_classes(wanted: Sequence[str], predictor: clipdense.Predictor) -> None:
-    """Raise ValueError for a model without score maps, or a class that it does not score."""
-    for name in wanted:
+def check_classes(names: Sequence[str], predictor: clipdense.Predictor) -> None:
+    """Raise ValueError if the model has no score maps, or none of a class."""
+    for name in names:
         known = predictor.score_classes
         if name not in known:
             hint = near(name, known) or known[:10]
-            raise ValueError(f"--score-map: {name!r} is no class of this model; near it: {', '.join(hint)}")
+            raise ValueError(
+                f"--score-map: {name!r} is not a class of this model; similar: {', '.join(hint)}"
+            )
 
 
 class Names:
-    """Pictures' files in a folder: no two the same, and none of the images that are read."""
+    """Names of new files in a folder, different from each other and from the input images."""
 
     def __init__(self, folder: Path, images: Iterable[Path]) -> None:
         self._folder = folder
         own = folder.resolve()
-        self._taken = {image.name.lower() for image in images if image.resolve().parent == own}
+        self._used = {image.name.lower() for image in images if image.resolve().parent == own}
 
     def take(self, stem: str) -> Path:
-        """A new file, called ``stem`` or nearly so."""
+        """Return a new file named after ``stem``, with a number if the name is in use."""
         stem = re.sub(r'[\s/\\:*?"<>|]+', "_", stem)
         number, name = 1, f"{stem}.jpg"
-        while name.lower() in self._taken:
+        while name.lower() in self._used:
             number += 1
             name = f"{stem}_{number}.jpg"
-        self._taken.add(name.lower())
+        self._used.add(name.lower())
         return self._folder / name
 
 
 class Results:
-    """What ``results.json`` holds."""
+    """Content of ``results.json``."""
 
     def __init__(self, metadata: Any, failed: dict[str, str]) -> None:
-        self._metadata, self._failed = metadata, failed
+        self._metadata, self.failed = metadata, failed
         self._classes = metadata.get("thing_classes") or metadata.get("stuff_classes") or ()
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
@@ -244,7 +247,7 @@ class Results:
     def add(
         self, path: Path, size: tuple[int, int], picture: Path, output: dict[str, Any], kind: str
     ) -> None:
-        """Add an image of a size (height, width), its detections, and what is drawn, a key of `KINDS`."""
+        """Add an image of a size (height, width), its detections and its drawn output, a key of `KINDS`."""
         number = len(self.images)
         entry = {"id": number, "file_name": str(path), "height": size[0], "width": size[1]}
         self.images.append(entry | {"picture": picture.name})
@@ -270,7 +273,7 @@ class Results:
             "categories": [{"id": i, "name": name} for i, name in enumerate(self._classes)],
             "annotations": self.annotations,
             "segments": self.segments,
-            "failed": [{"file_name": name, "reason": why} for name, why in self._failed.items()],
+            "failed": [{"file_name": name, "reason": why} for name, why in self.failed.items()],
         }
         write_text(path, json.dumps(content, indent=1) + "\n")
 
@@ -281,4 +284,4 @@ if __name__ == "__main__":
     except (CheckpointError, ConfigError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: what was done is kept")
+        sys.exit("interrupted: results so far are kept")

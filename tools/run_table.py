@@ -1,8 +1,8 @@
-"""Fill a table of several runs and seeds, cell by cell; call it again to go on after any interruption.
+"""Run the cells of a table (rows x seeds); call it again to continue after an interruption.
 
     python tools/run_table.py TABLE.yaml --jobs 2 --markdown results.md
-    python tools/run_table.py TABLE.yaml --retry          # failed cells once more
-    python tools/run_table.py TABLE.yaml --collect        # only what is there
+    python tools/run_table.py TABLE.yaml --retry          # run failed cells again
+    python tools/run_table.py TABLE.yaml --collect        # print the table, run nothing
 
 The table file is described in clipdense/run/table.py.
 """
@@ -27,10 +27,14 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("table", metavar="TABLE.yaml")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there after each cell")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default 1)"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the table to this file after each cell"
+    )
     parser.add_argument("--retry", action="store_true", help="run failed cells again")
-    parser.add_argument("--collect", action="store_true", help="run nothing")
+    parser.add_argument("--collect", action="store_true", help="print the table, run nothing")
     parser.add_argument(
         "--tool", default=TRAIN_NET, help="program that runs a cell (default: train_net.py beside this)"
     )
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     def write_early() -> None:
         try:
             write()
-        except TableError as error:  # a metric that is not there does not stop the other runs
+        except TableError as error:  # a missing metric does not stop the other runs
             tqdm.write(f"warning: {error}", file=sys.stderr)
 
     try:
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except TableError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: finished cells are kept; call again to go on")
+        sys.exit("interrupted: finished cells are kept; call again to continue")
     for cell in failed:
         print(
             f"failed: {cell.name}; its log: {cell.folder / 'run.log'}; --retry runs it again", file=sys.stderr

@@ -1,1 +1,1 @@
-"""The top floor: config assembly, set-up from weights, prediction, tables of runs."""
+"""Config assembly, set-up from weights, prediction, conversion and tables of runs."""

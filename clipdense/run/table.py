@@ -1,13 +1,13 @@
-"""Tables of trainings: rows of configs, several seeds each, one run a cell.
+"""Tables of training runs: a row is a config, a cell is a run with one seed.
 
 A table file (YAML)::
 
     title: Trunks for Mask R-CNN on shapes
-    output: output/tables/trunks          # folder of the runs; default output/tables/<file name>
-    overrides: {SOLVER.MAX_ITER: 1000}    # the budget: the same config overrides for every row
+    output: output/tables/trunks          # folder of the runs; default: output/tables/<file name>
+    overrides: {SOLVER.MAX_ITER: 1000}    # budget: config overrides for every row
     seeds: [1, 2, 3]
-    digits: 1                             # decimals in the table; default 1
-    metrics:                              # column -> where it stands in results.json or metrics.json
+    digits: 1                             # decimals in the table; default: 1
+    metrics:                              # column -> metric in results.json or metrics.json
       box AP50: bbox/AP50
       mask AP50: segm/AP50
     rows:
@@ -16,20 +16,21 @@ A table file (YAML)::
       - name: CLIP ResNet, frozen
         config: configs/shapes/mask_rcnn_clip_rn.yaml
         overrides: {MODEL.BACKBONE.FREEZE_AT: 5}
-        arguments: [--num-gpus, 1]        # for the tool
+        arguments: [--num-gpus, 1]        # arguments for the tool
 
-``{seed}`` in an override or argument is the cell's seed: a file of the same seed in another table's folder.
+``{seed}`` in an override or argument is replaced by the cell's seed, e.g. to use the checkpoint of the
+same seed from another table.
 
-A metric is a path of keys: in ``results.json`` (of an evaluation alone, ``arguments: [--eval-only]``, in
-``inference/results.json``; ``task/metric``, with the data set's name before it or, where there is one data
-set, without), or the last value under that name in ``metrics.json``. Another JSON file of the run is named
+A metric is a path of keys in ``results.json``: ``task/metric``, or ``dataset/task/metric`` if there are
+several datasets. With ``arguments: [--eval-only]`` the file is ``inference/results.json``. If the path is
+not there, the last value of that name in ``metrics.json`` is used. Another JSON file of the run is named
 before a colon: ``regions.json:crops/top1``.
 
-Every cell is a process of its own with its folder ``<output>/<row>/seed_<seed>`` and its log. What a finished
-cell gave is written at once and whole (``cell.json``), so that the table goes on after any interruption:
-finished cells stay, a run that was killed resumes from its last checkpoint. A cell whose overrides, arguments
-or config path have changed runs again; a change inside a config file does not count (delete the cell's
-folder).
+Every cell runs in its own process, with the folder ``<output>/<row>/seed_<seed>`` and its log. The
+results of a finished cell are written atomically to ``cell.json``, so that the table continues after any
+interruption: finished cells stay, and a killed run resumes from its last checkpoint. A cell runs again if
+its overrides, arguments or config path have changed. A change inside a config file is not detected:
+delete the cell's folder.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ __all__ = ["Cell", "Row", "Table", "TableError", "collect", "load_table", "markd
 
 
 class TableError(ValueError):
-    """A table file that cannot be run; names the file and the key."""
+    """Error in a table file; the message names the file and the key."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of a table."""
+    """Row of a table: a config with overrides."""
 
     name: str
     config: str
@@ -76,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table file's content; see the module."""
+    """Content of a table file; see the module."""
 
     path: Path
     title: str
@@ -88,13 +89,13 @@ class Table:
     digits: int
 
     def cells(self) -> list[Cell]:
-        """All cells: every row with the first seed, then with the second, ..."""
+        """Return all cells: every row with the first seed, then with the second, ..."""
         return [Cell(self, row, seed) for seed in self.seeds for row in self.rows]
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One run: a row with a seed."""
+    """Cell of a table: a row with a seed, which is one run."""
 
     table: Table
     row: Row
@@ -109,7 +110,7 @@ class Cell:
         return self.table.output / _slug(self.row.name) / f"seed_{self.seed}"
 
     def command(self, tool: str) -> list[str]:
-        """The command line of the run, without the interpreter."""
+        """Return the command line of the run, without the interpreter."""
         values = {**self.table.overrides, **self.row.overrides}
         lazy = self.row.config.endswith(".py")
         own = ("train.seed", "train.output_dir") if lazy else ("SEED", "OUTPUT_DIR")
@@ -120,7 +121,7 @@ class Cell:
         return [word.replace("{seed}", str(self.seed)) for word in command]
 
     def read(self) -> dict[str, Any] | None:
-        """What the finished run left; None where there is none, or one of another command line."""
+        """Return the content of cell.json; None without one, or if it has another command line."""
         try:
             content = json.loads((self.folder / "cell.json").read_text())
         except (OSError, ValueError):
@@ -130,14 +131,13 @@ class Cell:
 
 
 # ---- table files
-# ---------------------------------------------------------------------------------------------------
 
 
 def load_table(path: str | os.PathLike[str]) -> Table:
     """Read a table file.
 
     Raises:
-        TableError: it is missing or malformed.
+        TableError: If the file is missing or malformed.
     """
     path = Path(path)
     try:
@@ -145,7 +145,7 @@ def load_table(path: str | os.PathLike[str]) -> Table:
     except OSError as error:
         raise TableError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise TableError(f"{path} is no valid YAML: {error}") from error
+        raise TableError(f"{path} is not valid YAML: {error}") from error
     top = _checked(content, f"{path}", {"rows": list, "seeds": list, "metrics": dict},
                    {"title": str, "output": str, "overrides": dict, "digits": int})  # fmt: skip
     rows = []
@@ -158,7 +158,7 @@ def load_table(path: str | os.PathLike[str]) -> Table:
         raise TableError(f"{path}: a table needs at least one row, one seed and one metric")
     for what, values in (("row names", [_slug(row.name) for row in rows]), ("seeds", top["seeds"])):
         if len(set(values)) < len(values):
-            raise TableError(f"{path}: two {what} are the same, or name the same folder: {values}")
+            raise TableError(f"{path}: two {what} are equal, or name the same folder: {values}")
     if not all(isinstance(seed, int) and seed >= 0 for seed in top["seeds"]):
         raise TableError(f"{path}: seeds are whole numbers from 0, got {top['seeds']}")
     return Table(
@@ -195,7 +195,6 @@ def _slug(name: str) -> str:
 
 
 # ---- running
-# -------------------------------------------------------------------------------------------------------
 
 
 def run_cells(
@@ -206,17 +205,17 @@ def run_cells(
     retry: bool = False,
     finished: Callable[[], None] = lambda: None,
 ) -> list[Cell]:
-    """Run the cells that are missing, some at a time, with a progress bar.
+    """Run the missing cells with a progress bar.
 
     Args:
-        table: what to run.
-        tool: the Python program to run; it takes ``--config-file``, ``--resume`` and config overrides.
-        jobs: runs at the same time.
-        retry: run failed cells again; otherwise they stay failed.
+        table: the table.
+        tool: Python program that runs a cell; it takes ``--config-file``, ``--resume`` and config overrides.
+        jobs: number of simultaneous runs.
+        retry: whether to run failed cells again.
         finished: called after each cell.
 
     Returns:
-        The cells that failed, earlier ones included.
+        The failed cells, including those of earlier calls.
     """
     cells = table.cells()
     states = {cell: cell.read() for cell in cells}
@@ -237,20 +236,20 @@ def run_cells(
                     bar.write(f"failed: {futures[future].name}; see {state['log']}", file=sys.stderr)
                 finished()
         except BaseException:
-            stop.set()  # the runs end, and go on the next time
+            stop.set()  # the runs stop, and resume at the next call
             raise
     return [cell for cell in cells if (cell.read() or {}).get("status") == "failed"]
 
 
 def _run(cell: Cell, tool: str, stop: threading.Event) -> dict[str, Any] | None:
-    """One cell to its end; None where it was interrupted."""
+    """Run one cell; return the content of its cell.json, or None if it was interrupted."""
     if stop.is_set():
         return None
     cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / "cell.json").unlink(missing_ok=True)  # of another command line, or failed
+    (cell.folder / "cell.json").unlink(missing_ok=True)  # it failed, or has another command line
     words = cell.command(tool)
     unfinished = cell.folder / "command.json"
-    # a checkpoint may be resumed only by the command line that made it
+    # only the command line that made a checkpoint may resume it
     resume = (cell.folder / "last_checkpoint").is_file() and _json(unfinished) == words[1:]
     write_text(unfinished, json.dumps(words[1:]))
     log, start = cell.folder / "run.log", time.time()
@@ -286,14 +285,16 @@ def _json(path: Path) -> Any:
 
 
 # ---- collecting
-# ----------------------------------------------------------------------------------------------------
 
 
 def collect(table: Table) -> dict[Row, dict[str, list[float]]]:
-    """The metrics of all finished cells: row -> column -> values, in the order of the seeds.
+    """Collect the metrics of all finished cells.
+
+    Returns:
+        row -> column -> values in the order of the seeds.
 
     Raises:
-        TableError: a finished run lacks a metric.
+        TableError: If a finished run lacks a metric.
     """
     values: dict[str, dict[str, list[float]]] = {}
     for row in table.rows:
@@ -312,14 +313,13 @@ def _look_up(cell: Cell, state: dict[str, Any], where: str) -> float:
     if not found and not colon:
         found = _last(cell.folder / "metrics.json", path)
     if len(found) != 1:
-        what = "is not there" if not found else f"is there {len(found)} times: name the data set before it"
-        raise TableError(f"{cell.name}: metric {where!r} {what} (the run is in {cell.folder})")
+        what = "is missing" if not found else f"occurs {len(found)} times: put the dataset's name before it"
+        raise TableError(f"{cell.name}: metric {where!r} {what} (results in {cell.folder})")
     return found[0]
 
 
 def _at(content: Any, path: str) -> Iterator[float]:
-    """Numbers under a path of keys, each key of which may hold slashes itself; a data set's key may be
-    left out."""
+    """Yield the numbers at a path of keys. Keys may contain slashes; the dataset's key may be left out."""
     if not isinstance(content, dict):
         return
     for key, value in content.items():
@@ -332,7 +332,7 @@ def _at(content: Any, path: str) -> Iterator[float]:
 
 
 def _last(path: Path, name: str) -> list[float]:
-    """The last value of a name in a file with a JSON object a line."""
+    """Return the last value of a name in a file with one JSON object per line; an empty list without one."""
     if not path.is_file():
         return []
     for line in reversed(path.read_text().splitlines()):
@@ -346,8 +346,7 @@ def _last(path: Path, name: str) -> list[float]:
 
 
 def markdown(table: Table, command: str) -> str:
-    """The table in Markdown: mean ± sample standard deviation over the seeds, number of seeds, and how it
-    is made."""
+    """Format the table in Markdown: mean ± sample standard deviation over the seeds, budget and command."""
     rows = []
     for row, columns in collect(table).items():
         states = [state for seed in table.seeds if (state := Cell(table, row, seed).read())]

@@ -1,4 +1,4 @@
-"""The `shapes` data sets with a handful of images."""
+"""The `shapes` datasets with a handful of images."""
 
 import copy
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def small_shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_shapes(small_shapes_root: Path) -> Iterator[None]:
-    """Every `shapes` data set with four training and two validation images, while the module runs."""
+    """Every `shapes` dataset with four training and two validation images, while the module runs."""
     before = dict(DatasetCatalog.data), copy.deepcopy(MetadataCatalog.data)
     with pytest.MonkeyPatch.context() as patch:
         for split, images in (("train", 4), ("val", 2)):

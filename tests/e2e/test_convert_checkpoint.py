@@ -42,7 +42,7 @@ def test_in_a_fresh_interpreter(run_python: Callable[..., str], tmp_path: Path) 
     torch.save(files.retinanet(), tmp_path / "r.pth")
     source = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     printed = run_python(source, str(TOOL), str(tmp_path / "r.pth"), str(tmp_path / "r.safetensors"), *HEADS)
-    assert "r.pth is of layout denseclip_retinanet" in printed and (tmp_path / "r.safetensors").exists()
+    assert "r.pth has layout denseclip_retinanet" in printed and (tmp_path / "r.safetensors").exists()
 
 
 def test_report(run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +53,7 @@ def test_report(run: Callable[..., None], tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert "licence" not in printed
     for line in (
-        f"m.pth is of layout denseclip_mask_rcnn; {len(content['state_dict'])} tensors kept",
+        f"m.pth has layout denseclip_mask_rcnn; {len(content['state_dict'])} tensors written",
         "left out, not part of the model: meta, optimizer",
         "classes: 3, as listed",
         "  MODEL.META_ARCHITECTURE: DenseCLIPRCNN\n",
@@ -76,7 +76,7 @@ def test_a_clip(run: Callable[..., None], tmp_path: Path, capsys: pytest.Capture
     run(*names, "--option", "MODEL.CLIP.NAME=shapes-vit")
     printed = capsys.readouterr().out
     count = len(expected.state_dict())
-    assert f"s.pt is of layout open_clip; {count} tensors kept" in printed
+    assert f"s.pt has layout open_clip; {count} tensors written" in printed
     assert "left out, not part of the model: epoch, optimizer" in printed and "config keys" not in printed
     state = load_clip(names[1]).state_dict()
     assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())

@@ -223,14 +223,14 @@ def test_a_table_in_place_of_the_text_tower(demo: Any, fvlm: Path, photos: Path,
         demo.main([*options, "--opts", "MODEL.WEIGHTS", str(fvlm), "MODEL.DEVICE", "cpu", *opts])
         return json.loads((tmp_path / "out" / "results.json").read_text())["annotations"]
 
-    rows = run("cat, blue square", "MODEL.FVLM.TEXT", str(table))
+    rows = run("cat, blue square", "MODEL.FVLM.TEXT_SOURCE", "table", "MODEL.FVLM.TEXT_TABLE", str(table))
     assert rows and {row["category"] for row in rows} <= {"cat", "blue square"}
     tower = run("cat, blue square")
     assert [row["category"] for row in rows] == [row["category"] for row in tower]
     assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in tower], abs=1e-5)
     message = r"table.safetensors' has no row for 'red cat' \(near: .*tools/make_text_table.py writes"
     with pytest.raises(ValueError, match=message):
-        run("red cat, cat", "MODEL.FVLM.TEXT", str(table))
+        run("red cat, cat", "MODEL.FVLM.TEXT_SOURCE", "table", "MODEL.FVLM.TEXT_TABLE", str(table))
 
 
 def test_panoptic_maps_are_drawn(run: Run, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_what_is_background_is_left_clear(run: Run, tmp_path: Path, capsys: Any,
     assert segment["category"] == "blue thing" and segment["area"] == pytest.approx(600, rel=0.1)
     drawn = pictures(tmp_path / "out")["a.jpg"].astype(int)
     assert drawn[300:380, 400:].max() < 40 < drawn[100:150, 200:300].mean()
-    assert "One word alone" not in capsys.readouterr().out
+    assert "A single class wins" not in capsys.readouterr().out
     _, results = run(path, options=("--vocabulary", "blue", *words[4:]), architecture="OpenBrightMap")
     assert sum(segment["area"] for segment in results["segments"]) == 60 * 80
     assert '--background "others"' in capsys.readouterr().out
@@ -352,7 +352,7 @@ def test_score_maps(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     inside, outside = (slice(90, 160), slice(160, 290)), (slice(250, 380), slice(10, 120))
     assert blue[inside][..., 0].mean() > 30 + green[inside][..., 0].mean()  # high scores are red
     assert np.abs(blue[outside] - green[outside]).mean() < 3
-    with pytest.raises(ValueError, match="'blu box' is no class of this model; near it: blue box"):
+    with pytest.raises(ValueError, match="'blu box' is not a class of this model; similar: blue box"):
         run(image, options=("--score-map", "blu box"))
 
 
@@ -391,4 +391,4 @@ def test_help_and_usage(demo: Any, capsys: Any) -> None:
     assert "--opts MODEL.WEIGHTS" in text and "results.json" in text and "default: output/predictions" in text
     with pytest.raises(SystemExit, match="2"):
         demo.main(["--config-file", "a", "--input", "b", "--score-threshold", "50"])
-    assert "must lie in 0 to 1, not 50" in capsys.readouterr().err
+    assert "must be in 0..1, got 50" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_a_second_run_does_not_overwrite_the_first(config: Path, tmp_path: Path)
     [
         (("SOLVER.BASELR", "1"), "unknown config key SOLVER.BASELR. Did you mean SOLVER.BASE_LR"),
         (("MODEL.WEIGHTS", "none.pth"), "weight file none.pth does not exist"),
-        (("DATASETS.TRAIN", "('toys',)"), "data set 'toys' is not registered"),
+        (("DATASETS.TRAIN", "('toys',)"), "dataset 'toys' is not registered"),
         (("OUTPUT_DIR", "/proc/run"), "OUTPUT_DIR /proc/run cannot be written"),
         (("DATASETS.TRAIN", "('toy_poisoned',)"), "loss_error = nan"),
     ],

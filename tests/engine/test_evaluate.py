@@ -63,7 +63,7 @@ class Open(OpenVocabularyModel, engine_toy.ToyNet):
 
 @pytest.fixture
 def animals() -> Iterator[dict[str, Any]]:
-    """Two data sets with classes of their own; metadata by name."""
+    """Two datasets with classes of their own; metadata by name."""
     metadata = {
         "toy_cats": {"thing_classes": ["cat", "lynx"], "novel_classes": ["lynx"]},
         "toy_birds": {"thing_classes": ["bird"], "class_synonyms": [["bird", "fowl"]]},
@@ -77,7 +77,7 @@ def animals() -> Iterator[dict[str, Any]]:
 
 
 def test_each_data_set_has_its_own_words(tmp_path: Path, animals: dict[str, Any]) -> None:
-    """Transfer to other data sets in one run: names, synonyms and novel classes come from the metadata."""
+    """Transfer to other datasets in one run: names, synonyms and novel classes come from the metadata."""
     cfg = engine_toy.toy_config(tmp_path, "DATASETS.TEST", ("toy", "toy_cats", "toy_birds"))
     model = Open()
     assert set(evaluate_datasets(cfg, model)) == {"toy", "toy_cats", "toy_birds"}
@@ -124,7 +124,7 @@ def test_classes_that_are_known_once_the_file_is_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Any:
-    """A data set of two images on disk."""
+    """A dataset of two images on disk."""
     records = []
     for i in range(2):
         file = tmp_path / f"{i}.png"

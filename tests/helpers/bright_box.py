@@ -113,7 +113,7 @@ class OpenBrightMap(OpenBrightBox):
 
 @contextmanager
 def dataset(records: list[dict[str, Any]] | None = None, classes: list[str] | None = None) -> Iterator[str]:
-    """A registered data set, while the block lasts; its name."""
+    """A registered dataset, while the block lasts; its name."""
     name = f"bright_box_{next(_number)}"
     DatasetCatalog.register(name, lambda: records or [])
     if classes:
@@ -127,7 +127,7 @@ def dataset(records: list[dict[str, Any]] | None = None, classes: list[str] | No
 
 
 def write_model(folder: Path, name: str = "", architecture: str = "BrightBox", **noted: Any) -> Path:
-    """Write ``model.pth``, noting classes, and the config that names it and the data set ``name``."""
+    """Write ``model.pth``, noting classes, and the config that names it and the dataset ``name``."""
     weights = folder / "model.pth"
     torch.save({"model": {"level": torch.tensor(128.0)}, "metadata": noted}, weights)
     config = folder / f"{architecture}.yaml"

@@ -287,7 +287,7 @@ def results(folder: str) -> dict[str, dict[str, Tensor]]:
 
 
 def train_net(folder: str) -> None:
-    """tools/train_net.py with evaluation of two data sets; what it writes is compared."""
+    """tools/train_net.py with evaluation of two datasets; what it writes is compared."""
     config = Path(folder, "toy.yaml")
     if comm.is_main_process():
         config.write_text(

@@ -57,7 +57,7 @@ def test_classes_of_the_weights_go_before_those_of_the_data(config: Path, tmp_pa
     metadata = Predictor(noting).metadata
     assert metadata.thing_classes == ["a", "b", "c"] and metadata.stuff_classes == CLASSES
     assert MetadataCatalog.get(test_set).thing_classes == CLASSES
-    # a data set that is not registered here
+    # a dataset that is not registered here
     unknown = write_model(tmp_path, "birds_of_elsewhere", thing_classes=["a", "b", "c"])
     assert Predictor(unknown).metadata.get("thing_classes") == ["a", "b", "c"]
     assert "birds_of_elsewhere" not in MetadataCatalog.list()

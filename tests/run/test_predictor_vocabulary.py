@@ -21,7 +21,7 @@ def test_an_open_vocabulary_model_looks_for_the_test_sets_classes(config: Path, 
     assert predictor.model.vocabulary.names == tuple(CLASSES)
     assert predictor.metadata.thing_classes == CLASSES
     check_box(predictor(scene()))
-    # a data set that is not registered here
+    # a dataset that is not registered here
     unknown = write_model(tmp_path, "birds_of_elsewhere", "OpenBrightBox", **trained)
     assert Predictor(unknown).metadata.thing_classes == ["red box"]
     # given words go before both, and need neither
