@@ -183,7 +183,7 @@ class MaskFormer(nn.Module):
         self, proposals: MaskProposals, batched_inputs: Sequence[dict[str, Any]]
     ) -> Sequence[Tensor]:
         """Compute the class scores (Q, K + 1) of each image's masks, background last."""
-        return proposals.require_class_logits().float().softmax(-1)
+        return proposals.require_class_logits().float().softmax(-1).unbind()
 
     def merge(
         self, scores: Tensor, mask_logits: Tensor, image_size: tuple[int, int], sample: dict[str, Any]

@@ -100,6 +100,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
             best_mask_threshold=encoder.rule.probability_threshold,
             calibration=keys.CALIBRATION,
         )
+        before, after = keys.PROMPT_CONTEXT
         assert clip.text is not None
         return arguments | {
             "head": MaskFormerHead(cfg, arguments["backbone"].output_shape(), class_embed=embed),
@@ -109,9 +110,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
             "templates": keys.TEMPLATES,
             "train_templates": keys.TRAIN_TEMPLATES,
             "crop_templates": keys.CROP_TEMPLATES,
-            "prompts": AffixPrompts(*keys.PROMPT_CONTEXT, clip.text.width)
-            if any(keys.PROMPT_CONTEXT)
-            else None,
+            "prompts": AffixPrompts(before, after, clip.text.width) if before or after else None,
             "scoring": Scoring.from_config(keys.SCORES),
             "keep_encoder": bool(keys.ADAPTED_CLIP),
             "crop_scale": keys.CROP_SCALE,
@@ -144,7 +143,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         text, base = self.text_embeddings(), self.base_flags()
         query_logits = self.classifier(proposals.require_query_embeddings(), text["queries"]).float()
         if self.scoring.source == "proposals":
-            return query_logits.softmax(-1)
+            return query_logits.softmax(-1).unbind()
         scale = self.crop_scale or self.encoder.clip.logit_scale.exp()
         scores = []
         for b, sample in enumerate(batched_inputs):
