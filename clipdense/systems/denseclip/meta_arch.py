@@ -147,10 +147,9 @@ class PixelTextSupervised(nn.Module):
         return {"base": base(cfg), "pixel_text_loss": PixelTextLoss(cfg)}
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Any:
         """The base's backbone."""
-        backbone: nn.Module = self.base.backbone
-        return backbone
+        return self.base.backbone
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Return the base's losses and "loss_pixel_text" in training, its outputs in evaluation."""
@@ -161,8 +160,8 @@ class PixelTextSupervised(nn.Module):
         (call,) = recorded
         return {**losses, LOSS: self.pixel_text_loss(call.score, batched_inputs, call.padded_size)}
 
-    def before_load(self, state: dict[str, Tensor]) -> None:
-        """Rename the keys of a checkpoint of the base (in place)."""
+    def prepare_state(self, state: dict[str, Tensor]) -> None:
+        """Rename the keys of a checkpoint of the base (in place); see `LoadHook`."""
         _add_base_prefix(state, "")
 
     def _load_from_state_dict(

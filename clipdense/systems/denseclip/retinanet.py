@@ -130,9 +130,9 @@ class MMDetRetinaNet(RetinaNet):
         super().__init__(**kwargs)
         self.rules = RetinaNetRules.build(rules, rule_overrides)
         if self.rules.low_quality_matches == "mmdetection":
-            self.anchor_matcher = OwnBoxMatcher(self.anchor_matcher)
+            self.anchor_matcher: Any = OwnBoxMatcher(kwargs["anchor_matcher"])
         if self.rules.delta_clamp == "mmdetection":
-            transform = self.box2box_transform
+            transform: Box2BoxTransform = kwargs["box2box_transform"]
             self.box2box_transform = TwoSidedBox2BoxTransform(transform.weights, transform.scale_clamp)
 
     @classmethod
