@@ -5,8 +5,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from clipdense.data.datasets.layouts import load_json
 from clipdense.data.heads import config_value, head_classes
+from clipdense.data.json_files import load_json
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog

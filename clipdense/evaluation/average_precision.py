@@ -4,9 +4,11 @@ Two backends compute the same table of precisions: `hotcoco` (Rust, the default)
 pycocotools (with LVIS's rules in `lvis_reference`). They agree to the last bit on the real samples. Both
 backends correct errors of the libraries:
 
-- pycocotools uses the annotation id 0 for "unmatched", so that it never finds a ground truth with this id:
-  ids are renumbered from 1;
+- pycocotools uses the annotation id 0 for "unmatched", and hotcoco stores ids as floating-point numbers: images,
+  categories and annotations are numbered from 1 (see `GroundTruth`);
 - pycocotools fails on an annotation without an area, hotcoco counts it as small: the area of its box is used;
+- pycocotools fails on an annotation without a mask, hotcoco takes its box for the mask: it counts as missed in
+  the evaluation of masks;
 - pycocotools fails on an empty list of results: AP is 0 for classes with ground truth, NaN for others;
 - lvis-api drops annotations and detections with area 0, so that an empty mask is not a false positive, as it
   is for COCO. hotcoco keeps them. They are dropped here after the limit per image is applied, which gives
@@ -17,8 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -27,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clipdense.evaluation.detections import Detections
+from clipdense.evaluation.ground_truth import GroundTruth, Rules
 
-__all__ = ["BACKENDS", "DEFAULT_MAX_DETS", "PrecisionTable", "average_precision_backend"]
+__all__ = ["BACKENDS", "DEFAULT_MAX_DETS", "PrecisionTable", "Rules", "average_precision_backend"]
 
-Rules = Literal["coco", "lvis"]
 Area = Literal["all", "small", "medium", "large"]
 
 DEFAULT_MAX_DETS = {"coco": 100, "lvis": 300}
@@ -57,7 +58,7 @@ class PrecisionTable:
     categories: list[dict[str, Any]]
 
     def ap(
-        self, iou: float | None = None, area: Area = "all", category_ids: Collection[int] | None = None
+        self, iou: float | None = None, area: Area = "all", category_ids: Collection[int | str] | None = None
     ) -> float:
         """Compute average precision in percent: the mean over the classes with ground truth; NaN without any.
 
@@ -76,18 +77,23 @@ class PrecisionTable:
 
 
 class Backend(Protocol):
-    """Ground truth of a dataset, against which detections are scored."""
+    """Metric library with the ground truth of a dataset, against which detections are scored."""
 
-    categories: list[dict[str, Any]]
-    image_ids: frozenset[int]
+    def __init__(self, truth: GroundTruth, rules: Rules) -> None: ...
 
-    def __init__(self, json_file: str, rules: Rules) -> None: ...
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """Category dicts of the annotation file, in the order of their ids."""
+
+    @property
+    def image_ids(self) -> Set[int | str]:
+        """Ids of the images in the annotation file."""
 
     def table(self, detections: Detections, iou_type: str, max_dets: int) -> PrecisionTable:
         """Compute precisions of detections.
 
         Args:
-            detections: of images in ``image_ids``.
+            detections: of images in ``image_ids``, with the ids of the dataset.
             iou_type: "bbox" or "segm".
             max_dets: limit on detections, see `DEFAULT_MAX_DETS`.
         """
@@ -97,134 +103,123 @@ def average_precision_backend(name: str, json_file: str, rules: Rules) -> Backen
     """Load an annotation file in COCO's or LVIS's format into the backend of a name.
 
     Raises:
-        ValueError: If the backend is unknown, or the file has another format.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the backend is unknown, or the file has another format or a fault.
     """
     if name not in BACKENDS:
         raise ValueError(f"TEST.METRIC_BACKEND is {name!r}; expected {', '.join(BACKENDS)}")
-    backend: Backend = BACKENDS[name](json_file, rules)
+    backend: Backend = BACKENDS[name](GroundTruth.read(json_file, rules), rules)
     return backend
 
 
-def _repair(dataset: dict[str, Any], rules: Rules) -> None:
-    """Correct ids and areas of ground-truth annotations (in place), see the module's docstring."""
-    annotations = [{"area": a["bbox"][2] * a["bbox"][3], **a} for a in dataset["annotations"]]
-    if rules == "lvis":
-        annotations = [a for a in annotations if a["area"] > 0]
-    if any(a["id"] == 0 for a in annotations):
-        annotations = [{**a, "id": i} for i, a in enumerate(annotations, 1)]
-    dataset["annotations"] = annotations
+class _NumberedBackend:
+    """Shared part of the backends, which work on numbers instead of ids."""
 
+    def __init__(self, truth: GroundTruth, rules: Rules) -> None:
+        self._truth, self._rules = truth, rules
+        self._ground_truths: dict[str, Any] = {}
 
-def _read_hotcoco(json_file: str) -> hotcoco.COCO:
-    """Read an annotation file; entries that are null, which hotcoco refuses, are dropped."""
-    try:
-        return hotcoco.COCO(json_file)
-    except ValueError as error:
-        reason = error
-    try:
-        with open(json_file) as file:
-            content = json.load(file)
-        rows = {key: content.get(key) or [] for key in ("images", "annotations", "categories")}
-        for key in rows:
-            rows[key] = [{k: v for k, v in row.items() if v is not None} for row in rows[key]]
-        return hotcoco.COCO(rows)
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{json_file} is not an annotation file in COCO's format: {reason}") from reason
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """See `Backend`."""
+        return self._truth.categories
 
-
-class HotcocoBackend:
-    """`Backend` on hotcoco, which takes arrays."""
-
-    def __init__(self, json_file: str, rules: Rules) -> None:
-        self._rules = rules
-        self._ground_truth = _read_hotcoco(json_file)
-        ids = self._ground_truth.get_ann_ids()
-        missing = len(ids) != len(self._ground_truth.get_ann_ids(area_rng=[-np.inf, np.inf]))
-        no_area = rules == "lvis" and self._ground_truth.get_ann_ids(area_rng=[-np.inf, 1e-9])
-        if missing or no_area or 0 in ids:
-            dataset: Any = self._ground_truth.dataset
-            _repair(dataset, rules)
-            self._ground_truth = hotcoco.COCO(dataset)
-        category_ids = sorted(self._ground_truth.get_cat_ids())
-        self.categories = self._ground_truth.load_cats(category_ids)
-        self.image_ids = frozenset(self._ground_truth.get_img_ids())
+    @property
+    def image_ids(self) -> Set[int | str]:
+        """See `Backend`."""
+        return self._truth.image_numbers.keys()
 
     def table(self, detections: Detections, iou_type: str, max_dets: int) -> PrecisionTable:
         """See `Backend`."""
         if self._rules == "lvis":
             detections = detections.top_per_image(max_dets)
             detections = detections[detections.areas(iou_type) > 0]
-        evaluation = hotcoco.COCOeval(
-            self._ground_truth, self._load(detections, iou_type), iou_type, lvis_style=self._rules == "lvis"
+        if iou_type not in self._ground_truths:
+            self._ground_truths[iou_type] = self._load_truth(iou_type)
+        arrays = self._evaluate(
+            self._ground_truths[iou_type], self._truth.numbered(detections), iou_type, max_dets
         )
+        return PrecisionTable(arrays["precision"][..., -1], arrays["recall"][..., -1], self.categories)
+
+    def _load_truth(self, iou_type: str) -> Any:
+        """Load the ground truth of a task into the library."""
+        raise NotImplementedError
+
+    def _evaluate(
+        self, truth: Any, detections: Detections, iou_type: str, max_dets: int
+    ) -> Mapping[str, Any]:
+        """Compute the library's arrays ``precision`` (T, R, K, A, M) and ``recall`` (T, K, A, M)."""
+        raise NotImplementedError
+
+
+class HotcocoBackend(_NumberedBackend):
+    """`Backend` on hotcoco, which takes arrays."""
+
+    def _load_truth(self, iou_type: str) -> hotcoco.COCO:
+        return hotcoco.COCO(self._truth.to_coco(iou_type))
+
+    def _evaluate(
+        self, truth: hotcoco.COCO, detections: Detections, iou_type: str, max_dets: int
+    ) -> Mapping[str, Any]:
+        results = self._load_results(truth, detections, iou_type)
+        evaluation = hotcoco.COCOeval(truth, results, iou_type, lvis_style=self._rules == "lvis")
         if self._rules == "coco":
             evaluation.params.max_dets = [max_dets]
         evaluation.evaluate()
         evaluation.accumulate()
         arrays: Any = evaluation.eval
-        return PrecisionTable(arrays["precision"][..., -1], arrays["recall"][..., -1], self.categories)
+        return arrays
 
-    def _load(self, detections: Detections, iou_type: str) -> hotcoco.COCO:
+    def _load_results(self, truth: hotcoco.COCO, detections: Detections, iou_type: str) -> hotcoco.COCO:
         if not len(detections):
-            results = self._ground_truth.load_res([])
+            results = truth.load_res([])
         else:
             rows = np.column_stack(
                 [detections.image_ids, detections.boxes, detections.scores, detections.category_ids]
             )
             masks: Any = detections.masks if iou_type == "segm" else None
-            results = self._ground_truth.load_res(rows, segmentation=masks)
+            results = truth.load_res(rows, segmentation=masks)
             if iou_type == "segm":  # small, medium and large are areas of the mask, not of the box
                 results.update_anns(ids=np.arange(1, len(rows) + 1), area=detections.areas("segm"))
         # None: the limit per image, which LVISeval would set to 300, has been applied already
         return results.cap_detections_per_image(None) if self._rules == "lvis" else results
 
 
-class PycocotoolsBackend:
+class PycocotoolsBackend(_NumberedBackend):
     """`Backend` on pycocotools: slow, the reference."""
 
-    def __init__(self, json_file: str, rules: Rules) -> None:
+    def _load_truth(self, iou_type: str) -> Any:
         from pycocotools.coco import COCO
 
-        self._rules = rules
-        with open(json_file) as file:
-            dataset = json.load(file)
-        dataset["annotations"] = [
-            {"iscrowd": 0, **{key: value for key, value in annotation.items() if value is not None}}
-            for annotation in dataset.get("annotations") or []
-        ]
-        _repair(dataset, rules)
-        self._ground_truth = COCO()
-        self._ground_truth.dataset = dataset
+        truth = COCO()
+        truth.dataset = self._truth.to_coco(iou_type)
         with contextlib.redirect_stdout(io.StringIO()):
-            self._ground_truth.createIndex()
-        self.categories = sorted(dataset["categories"], key=lambda category: category["id"])
-        self.image_ids = frozenset(self._ground_truth.getImgIds())
+            truth.createIndex()
+        return truth
 
-    def table(self, detections: Detections, iou_type: str, max_dets: int) -> PrecisionTable:
-        """See `Backend`."""
+    def _evaluate(
+        self, truth: Any, detections: Detections, iou_type: str, max_dets: int
+    ) -> Mapping[str, Any]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
         from clipdense.evaluation.lvis_reference import FederatedCOCOeval
 
-        if self._rules == "lvis":
-            detections = detections.top_per_image(max_dets)
-            detections = detections[detections.areas(iou_type) > 0]
         with contextlib.redirect_stdout(io.StringIO()):
             if len(detections):
                 # if results have a box, loadRes uses its area instead of the mask's
-                results = self._ground_truth.loadRes(detections.to_json(boxes=iou_type == "bbox"))
+                results = truth.loadRes(detections.to_json(boxes=iou_type == "bbox"))
             else:
                 results = COCO()
-                results.dataset = {**self._ground_truth.dataset, "annotations": []}
+                results.dataset = {**truth.dataset, "annotations": []}
                 results.createIndex()
             evaluate = FederatedCOCOeval if self._rules == "lvis" else COCOeval
-            evaluation = evaluate(self._ground_truth, results, iou_type)
+            evaluation = evaluate(truth, results, iou_type)
             evaluation.params.maxDets = [max_dets]
             evaluation.evaluate()
             evaluation.accumulate()
-        arrays = evaluation.eval
-        return PrecisionTable(arrays["precision"][..., -1], arrays["recall"][..., -1], self.categories)
+        arrays: Mapping[str, Any] = evaluation.eval
+        return arrays
 
 
 BACKENDS: dict[str, type[Any]] = {"hotcoco": HotcocoBackend, "reference": PycocotoolsBackend}

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,15 @@ from clipdense.files import write_text
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
-__all__ = ["AlternativeEvaluators", "Results", "TaskEvaluator", "class_table", "sample_image", "save_json"]
+__all__ = [
+    "AlternativeEvaluators",
+    "Results",
+    "TaskEvaluator",
+    "class_table",
+    "distinct_names",
+    "sample_image",
+    "save_json",
+]
 
 Results = OrderedDict[str, dict[str, float]]
 
@@ -147,6 +155,21 @@ def sample_image(sample: Mapping[str, Any], size: tuple[int, ...]) -> Tensor:
 def save_json(path: str, content: Any) -> None:
     """Write a JSON file atomically: a full disk leaves the old file as it was."""
     write_text(path, json.dumps(content))
+
+
+def distinct_names(names: Iterable[str], ids: Iterable[int | str]) -> list[str]:
+    """Return names for the keys of results by class: a name that several classes share gets the class's id.
+
+    Args:
+        names: class names.
+        ids: id of each class, e.g. its category id.
+    """
+    names = list(names)
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else f"{name} (id {identity})"
+        for name, identity in zip(names, ids, strict=True)
+    ]
 
 
 def class_table(header: str, values: Iterable[tuple[str, float]], columns: int = 3) -> str:

@@ -26,19 +26,28 @@ def encode_masks(masks: torch.Tensor) -> list[RLE]:
     return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles]
 
 
+def _id_array(ids: Sequence[int | str]) -> npt.NDArray[Any]:
+    """Return ids as int64, or as objects if one is text or does not fit into 64 bits."""
+    if all(isinstance(i, int) and -(2**63) <= i < 2**63 for i in ids):
+        return np.array(ids, np.int64)
+    array = np.empty(len(ids), object)
+    array[:] = ids
+    return array
+
+
 @dataclass
 class Detections:
     """N detections as columns, which need little memory and no conversion for the metric.
 
     Attributes:
-        image_ids, category_ids: (N,) int64, ids of the dataset.
+        image_ids, category_ids: (N,) ids of the dataset: int64, or objects if an id is text or does not fit.
         boxes: (N, 4) float64, x, y, width, height in pixels of the original image.
         scores: (N,) float64, finite.
         masks: N run-length encodings with text ``counts``; None if the model predicts boxes only.
     """
 
-    image_ids: npt.NDArray[np.int64]
-    category_ids: npt.NDArray[np.int64]
+    image_ids: npt.NDArray[Any]
+    category_ids: npt.NDArray[Any]
     boxes: npt.NDArray[np.float64]
     scores: npt.NDArray[np.float64]
     masks: list[RLE] | None = None
@@ -54,7 +63,7 @@ class Detections:
 
     @classmethod
     def from_instances(
-        cls, instances: Instances, image_id: int, category_id: Callable[[int], int] = int
+        cls, instances: Instances, image_id: int | str, category_id: Callable[[int], int | str] = int
     ) -> Detections:
         """Convert the detections of one image.
 
@@ -78,11 +87,11 @@ class Detections:
         corners = (corners if corners.dtype == torch.float64 else corners.float()).numpy()
         scores = instances.scores.detach().cpu().double().numpy()
         if not (np.isfinite(corners).all() and np.isfinite(scores).all()):
-            raise ValueError(f"image {image_id}: a detection has a score or a box that is NaN or infinite")
+            raise ValueError(f"image {image_id!r}: a detection has a score or a box that is NaN or infinite")
         classes = [category_id(c) for c in instances.pred_classes.tolist()]
         return cls(
-            np.full(len(scores), image_id, np.int64),
-            np.array(classes, np.int64),
+            _id_array([image_id] * len(scores)),
+            _id_array(classes),
             # subtracted in the boxes' own precision, as Detectron2 does
             np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float64),
             scores,
@@ -95,8 +104,8 @@ class Detections:
         if not results:
             return cls.empty()
         return cls(
-            np.array([r["image_id"] for r in results], np.int64),
-            np.array([r["category_id"] for r in results], np.int64),
+            _id_array([r["image_id"] for r in results]),
+            _id_array([r["category_id"] for r in results]),
             np.array([r["bbox"] for r in results], np.float64),
             np.array([r["score"] for r in results], np.float64),
             [r["segmentation"] for r in results] if "segmentation" in results[0] else None,
@@ -131,8 +140,10 @@ class Detections:
 
     def top_per_image(self, k: int) -> Detections:
         """Keep the ``k`` best scores of each image over all classes, order kept; ties keep the first."""
-        order = np.lexsort((-self.scores, self.image_ids))
-        _, start, count = np.unique(self.image_ids[order], return_index=True, return_counts=True)
+        numbers: dict[int | str, int] = {}
+        images = np.array([numbers.setdefault(i, len(numbers)) for i in self.image_ids.tolist()], np.int64)
+        order = np.lexsort((-self.scores, images))
+        _, start, count = np.unique(images[order], return_index=True, return_counts=True)
         keep = np.zeros(len(self), bool)
         keep[order] = np.arange(len(self)) - np.repeat(start, count) < k
         return self[keep]

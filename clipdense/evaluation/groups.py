@@ -21,16 +21,18 @@ def class_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
         names: class names of the task, in order.
 
     Returns:
-        Group -> positions in ``names``, without empty groups. Classes of another task (stuff for a thing
-        task) are left out.
+        Group -> positions in ``names`` (all of a name that several classes share), without empty groups.
+        Classes of another task (stuff for a thing task) are left out.
 
     Raises:
         ValueError: If a list names a class that the dataset lacks.
     """
     lists = {group: metadata.get(f"{group}_classes") or () for group in ("base", "novel")}
     lists.update(metadata.get("novel_kinds") or {})
-    position = {name: i for i, name in enumerate(names)}
-    known = set(position).union(*(metadata.get(f"{kind}_classes") or () for kind in ("thing", "stuff")))
+    positions: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        positions.setdefault(name, []).append(i)
+    known = set(positions).union(*(metadata.get(f"{kind}_classes") or () for kind in ("thing", "stuff")))
     groups: dict[str, list[int]] = {}
     for group, members in lists.items():
         unknown = [name for name in members if name not in known]
@@ -39,7 +41,7 @@ def class_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             shown = ", ".join(map(repr, unknown[:5]))
             raise ValueError(f"metadata of '{metadata.name}': {group} class {shown} is not a class{hint}")
-        if found := [position[name] for name in members if name in position]:
+        if found := [i for name in dict.fromkeys(members) for i in positions.get(name, ())]:
             groups[group] = found
     for group, other in (("novel", "base"), ("base", "novel")):
         if group in groups and other not in groups:

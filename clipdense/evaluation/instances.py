@@ -14,7 +14,7 @@ from clipdense.evaluation.average_precision import (
     Rules,
     average_precision_backend,
 )
-from clipdense.evaluation.base import Results, TaskEvaluator, class_table
+from clipdense.evaluation.base import Results, TaskEvaluator, class_table, distinct_names
 from clipdense.evaluation.detections import Detections
 from clipdense.evaluation.groups import class_groups
 
@@ -34,7 +34,8 @@ class InstanceEvaluator(TaskEvaluator):
     Results are ``{"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}, "segm": {...}}`` in percent,
     ``"segm"`` if the model predicts masks. LVIS adds ``APr, APc, APf`` (rare, common, frequent classes).
     Each group of classes in the metadata (see `class_groups`) adds ``AP_<group>`` and ``AP50_<group>``, the
-    mean over its classes with ground truth; OV-COCO reports ``AP50_novel``. `per_class` adds ``AP-<class>``.
+    mean over its classes with ground truth; OV-COCO reports ``AP50_novel``. `per_class` adds ``AP-<class>``;
+    classes that share a name are told apart by their ids, as in ``AP-pothole (id 0)``.
 
     The detections are written to ``coco_instances_results.json`` (or ``lvis_...``) in COCO's result format.
     If the annotation file has no annotations (test splits), all metrics are NaN.
@@ -102,7 +103,9 @@ class InstanceEvaluator(TaskEvaluator):
             results[task] = self._metrics(table)
             logger.info("%s, %s:\n%s", self._name, task, create_small_table(results[task]))
             if self._per_class:
-                values = [(self._display_name(c), table.ap(category_ids=[c["id"]])) for c in table.categories]
+                ids = [c["id"] for c in table.categories]
+                names = distinct_names(map(self._display_name, table.categories), ids)
+                values = [(n, table.ap(category_ids=[i])) for n, i in zip(names, ids, strict=True)]
                 logger.info("%s, %s by class:\n%s", self._name, task, class_table("AP", values))
                 results[task].update({f"AP-{name}": ap for name, ap in values})
         return results
@@ -125,7 +128,7 @@ class InstanceEvaluator(TaskEvaluator):
             metrics[f"AP50_{group}"] = table.ap(0.5, category_ids=ids)
         return metrics
 
-    def _category_id(self, predicted: int) -> int:
+    def _category_id(self, predicted: int) -> int | str:
         try:
             return self._category_ids[predicted]
         except KeyError:
@@ -154,7 +157,7 @@ def _annotation_file(dataset_name: str, output_dir: str | None) -> str:
     return path
 
 
-def _category_ids(metadata: Any, rules: Rules) -> dict[int, int]:
+def _category_ids(metadata: Any, rules: Rules) -> dict[int, int | str]:
     """Map predicted classes to category ids."""
     if mapping := metadata.get("thing_dataset_id_to_contiguous_id"):
         return {contiguous: category_id for category_id, contiguous in mapping.items()}

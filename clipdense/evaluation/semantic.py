@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.datasets.layouts import load_json
 from clipdense.data.image import read_labels
-from clipdense.evaluation.base import Results, TaskEvaluator, class_table
+from clipdense.data.json_files import load_json
+from clipdense.evaluation.base import Results, TaskEvaluator, class_table, distinct_names
 from clipdense.evaluation.detections import RLE, encode_masks
 from clipdense.evaluation.groups import class_groups
 
@@ -122,12 +122,11 @@ class SemanticEvaluator(TaskEvaluator):
             metrics |= {f"{key}_relaxed": relaxed[key] for key in ("mIoU", "mIoU_d2", "pACC")}
         logger.info("%s:\n%s", self._name, create_small_table(metrics))
         if self._per_class:
-            by_class = class_table("IoU", zip(self._classes, iou.tolist(), strict=True))
+            names = distinct_names(self._classes, [self._dataset_ids.get(i, i) for i in range(k)])
+            by_class = class_table("IoU", zip(names, iou.tolist(), strict=True))
             logger.info("%s by class:\n%s", self._name, by_class)
             for prefix, values in (("IoU", iou), ("ACC", accuracy)):
-                metrics.update(
-                    {f"{prefix}-{name}": float(v) for name, v in zip(self._classes, values, strict=True)}
-                )
+                metrics.update({f"{prefix}-{name}": float(v) for name, v in zip(names, values, strict=True)})
         return OrderedDict(sem_seg=metrics)
 
     def _encode(self, file_name: str, labels: Any) -> list[dict[str, Any]]:

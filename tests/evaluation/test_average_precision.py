@@ -246,7 +246,7 @@ def test_files_with_nulls_and_of_another_format(tmp_path: Path) -> None:
     assert table.ap() == pytest.approx(100)
     for text in ('{"images": [', '["images"]', '{"images": [{"id": "a"}]}'):
         Path(file).write_text(text)
-        with pytest.raises(ValueError, match=r"annotations\.json is not an annotation file in COCO's format"):
+        with pytest.raises(ValueError, match=r"annotations\.json: "):
             average_precision_backend("hotcoco", file, "coco")
 
 

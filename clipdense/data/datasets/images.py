@@ -11,8 +11,9 @@ from typing import IO, Any
 from iopath.common.file_io import PathHandler
 from tqdm import tqdm
 
-from clipdense.data.datasets.layouts import DatasetDicts, load_json
+from clipdense.data.datasets.layouts import DatasetDicts
 from clipdense.data.datasets.registration import register_once
+from clipdense.data.json_files import load_json
 
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager

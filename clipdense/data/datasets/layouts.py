@@ -4,31 +4,17 @@ Detectron2 reads COCO panoptic only with .jpg images, LVIS only through the pack
 polygons, and no captions.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from clipdense.data.json_files import load_json
+
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 
 __all__ = ["load_captions", "load_instances", "load_json", "load_lvis", "load_panoptic", "load_sem_seg"]
 
 DatasetDicts = list[dict[str, Any]]
-
-
-def load_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not JSON; names it.
-    """
-    with PathManager.open(str(path), "r", encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
 
 
 def load_instances(

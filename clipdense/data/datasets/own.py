@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from clipdense.data.datasets.images import register_images
-from clipdense.data.datasets.layouts import DatasetDicts, load_json
+from clipdense.data.datasets.layouts import DatasetDicts
 from clipdense.data.datasets.mask_pairs import register_mask_pairs
 from clipdense.data.datasets.registration import register_once
+from clipdense.data.json_files import load_json
 
 from detectron2.config import CfgNode
 from detectron2.data.datasets import load_coco_json

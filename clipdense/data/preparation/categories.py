@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from clipdense.data.datasets.layouts import load_json
+from clipdense.data.json_files import load_json
 from clipdense.files import write_text
 
 __all__ = ["select_categories"]

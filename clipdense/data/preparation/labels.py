@@ -11,8 +11,8 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from tqdm import tqdm
 
-from clipdense.data.datasets.layouts import load_json
 from clipdense.data.image import read_labels
+from clipdense.data.json_files import load_json
 from clipdense.data.preparation.files import map_in_threads, save_image
 
 __all__ = ["convert_labels", "panoptic_to_semantic", "read_matlab_labels"]

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from clipdense.data.datasets.layouts import load_json
+from clipdense.data.json_files import load_json
 from clipdense.data.validation.images import header_size
 from clipdense.data.validation.report import Report
 from clipdense.data.validation.segmentation import box_fault, has_mask, mask_fault
 
-__all__ = ["CocoKind", "Row", "read_coco"]
+__all__ = ["CocoKind", "Row", "id_order", "read_coco"]
 
 CocoKind = Literal["instances", "lvis", "captions", "panoptic"]
 Row = dict[str, Any]
@@ -24,8 +24,17 @@ Row = dict[str, Any]
 _CLASS_FREE = ("captions",)
 
 
+def id_order(identity: int | str) -> tuple[bool, int | str]:
+    """Return a sorting key of ids: numbers in order, then text in order."""
+    return isinstance(identity, str), identity
+
+
 def read_coco(
-    json_file: str | Path, kind: CocoKind = "instances", image_root: str | Path | None = None
+    json_file: str | Path,
+    kind: CocoKind = "instances",
+    image_root: str | Path | None = None,
+    *,
+    image_names_required: bool = True,
 ) -> tuple[dict[str, list[Row]], Report]:
     """Read an annotation file in COCO's layout, check all of it and repair what is unambiguous.
 
@@ -33,6 +42,7 @@ def read_coco(
         json_file: path of the file.
         kind: "instances" (COCO), "lvis", "captions" or "panoptic".
         image_root: folder from whose images a missing height and width are read; None: they must be there.
+        image_names_required: whether an image without a file name is an error; evaluators do not need it.
 
     Returns:
         ``images``, ``annotations`` and ``categories`` (empty for captions), without null fields, and what was
@@ -53,7 +63,7 @@ def read_coco(
         )
         return {"images": [], "annotations": [], "categories": []}, report
     categories = [] if kind in _CLASS_FREE else _categories(content, report)
-    images = _images(content, kind, image_root, report)
+    images = _images(content, kind, image_root, report, image_names_required)
     required = kind in ("captions", "panoptic")
     annotations = _annotations(content, kind, images, {c["id"] for c in categories}, required, report)
     report.counts = {"images": len(images), "annotations": len(annotations), "classes": len(categories)}
@@ -134,7 +144,11 @@ def _categories(content: Mapping[str, Any], report: Report) -> list[Row]:
 
 
 def _images(
-    content: Mapping[str, Any], kind: CocoKind, image_root: str | Path | None, report: Report
+    content: Mapping[str, Any],
+    kind: CocoKind,
+    image_root: str | Path | None,
+    report: Report,
+    names_required: bool,
 ) -> list[Row]:
     rows = _with_ids(_rows(content, "images", report), "images", "file_name", report)
     kept = []
@@ -142,6 +156,8 @@ def _images(
         name = row.get("file_name")
         if kind == "lvis" and name is None and isinstance(url := row.get("coco_url"), str):
             name = "/".join(url.split("/")[-2:])
+        if name is None and not names_required:
+            name = f"image {row['id']!r}"
         if not isinstance(name, str) or not name:
             report.add(
                 "error",

@@ -17,8 +17,8 @@ import pycocotools.mask as mask_util
 import torch
 from torch import Tensor
 
-from clipdense.data.datasets.layouts import load_json
 from clipdense.data.image import read_labels
+from clipdense.data.json_files import load_json
 from clipdense.data.mask_pairs import labelled_segments
 
 __all__ = ["RLE", "FileProposals", "GroundTruthProposals", "encode_mask", "ground_truth_masks"]

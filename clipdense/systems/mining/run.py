@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
-from clipdense.data.datasets.layouts import load_json
 from clipdense.data.image import BadImageError, read_image
+from clipdense.data.json_files import load_json
 from clipdense.data.nouns import NounFinder
 from clipdense.engine.options import ConfigError
 from clipdense.files import write_text
