@@ -4,11 +4,11 @@ Two backends compute the same table of precisions: `hotcoco` (Rust, the default)
 pycocotools (with LVIS's rules in `lvis_reference`). They agree to the last bit on the real samples. Both
 backends correct errors of the libraries:
 
-- pycocotools uses the annotation id 0 for "unmatched", and hotcoco stores ids as floating-point numbers: images,
-  categories and annotations are numbered from 1 (see `GroundTruth`);
-- pycocotools fails on an annotation without an area, hotcoco counts it as small: the area of its box is used;
-- pycocotools fails on an annotation without a mask, hotcoco takes its box for the mask: it counts as missed in
-  the evaluation of masks;
+- pycocotools uses the annotation id 0 for "unmatched", and hotcoco stores ids as floating-point numbers:
+  images, categories and annotations are numbered from 1 (see `GroundTruth`);
+- pycocotools fails on an annotation without an area, hotcoco counts it as small: it gets its box's area;
+- pycocotools fails on an annotation without a mask, hotcoco takes its box for the mask: it counts as missed
+  in the evaluation of masks;
 - pycocotools fails on an empty list of results: AP is 0 for classes with ground truth, NaN for others;
 - lvis-api drops annotations and detections with area 0, so that an empty mask is not a false positive, as it
   is for COCO. hotcoco keeps them. They are dropped here after the limit per image is applied, which gives
