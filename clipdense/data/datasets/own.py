@@ -1,19 +1,24 @@
 """A user's own data, listed in the configuration: COCO annotations, images alone, mask-category pairs."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 from clipdense.data.datasets.images import register_images
-from clipdense.data.datasets.layouts import DatasetDicts
+from clipdense.data.datasets.layouts import DatasetDicts, load_instances
 from clipdense.data.datasets.mask_pairs import register_mask_pairs
 from clipdense.data.datasets.registration import register_once
-from clipdense.data.json_files import load_json
+from clipdense.data.validation.coco import read_categories
+from clipdense.data.validation.report import DataError
 
 from detectron2.config import CfgNode
-from detectron2.data.datasets import load_coco_json
 
 __all__ = ["register_coco", "register_from_config"]
+
+
+logger = logging.getLogger(__name__)
 
 
 def register_from_config(cfg: CfgNode) -> None:
@@ -64,15 +69,16 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
         raise FileNotFoundError(f"dataset {name}: no annotation file {json_file}")
     if not os.path.isdir(image_root):
         raise FileNotFoundError(f"dataset {name}: no image folder {image_root}")
-    categories = _categories(json_file)
+    categories = read_categories(json_file)
+    ids = {category["id"]: k for k, category in enumerate(categories)}
     register_once(
         name,
-        partial(_load, json_file, image_root, name),
+        partial(_load, name, json_file, image_root, ids),
         {"json_file": json_file, "image_root": image_root},
         {
             "evaluator_type": "coco",
-            "thing_classes": list(categories.values()),
-            "thing_dataset_id_to_contiguous_id": {k: i for i, k in enumerate(categories)},
+            "thing_classes": [category["name"] for category in categories],
+            "thing_dataset_id_to_contiguous_id": ids,
         },
     )
 
@@ -83,22 +89,18 @@ def _entries(cfg: CfgNode, key: str, forms: str, counts: tuple[int, ...] = (2, 3
         fields = [os.path.expanduser(os.path.expandvars(field.strip())) for field in str(entry).split(":")]
         if len(fields) not in counts or not all(fields):
             raise ValueError(f"DATASETS.{key}: {entry!r} is not of the form {forms}")
+        if fields[0] in (".", "..") or "/" in fields[0] or os.sep in fields[0]:
+            raise ValueError(
+                f"DATASETS.{key}: {fields[0]!r} is a path; results are written to a folder of this name, so "
+                "choose a name without slashes"
+            )
         yield fields
 
 
-def _categories(json_file: str) -> dict[int, str]:
-    """Return category id -> name, in order of id."""
-    content = load_json(json_file)
+def _load(name: str, json_file: str, image_root: str, ids: Mapping[Any, int]) -> DatasetDicts:
     try:
-        return {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{json_file}: no list of categories with id and name ({error!r})") from error
-
-
-def _load(json_file: str, image_root: str, name: str) -> DatasetDicts:
-    try:
-        return load_coco_json(json_file, image_root, name)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f"dataset {name}: {json_file} is not a file of COCO instances ({error!r})"
-        ) from error
+        records = load_instances(json_file, image_root, ids, ("keypoints",))
+    except ValueError as error:
+        raise DataError(f"dataset {name}: {error}") from error
+    logger.info("Loaded %d images of %s from %s", len(records), name, json_file)
+    return records

@@ -13,8 +13,11 @@ __all__ = ["dataset_root", "register_once"]
 
 
 def dataset_root() -> Path:
-    """Return the folder of the standard datasets: ``DETECTRON2_DATASETS``, or ``datasets`` if it is unset."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    """Return the folder of the standard datasets: ``DETECTRON2_DATASETS``, or ``datasets`` if it is unset.
+
+    "~" and environment variables in it are expanded.
+    """
+    return Path(os.path.expandvars(os.environ.get("DETECTRON2_DATASETS", "datasets"))).expanduser()
 
 
 def register_once(

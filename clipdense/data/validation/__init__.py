@@ -1,6 +1,6 @@
 """Data check: what is wrong with a dataset is said before it costs anything, or repaired and reported."""
 
-from clipdense.data.validation.coco import CocoKind, id_order, read_coco
+from clipdense.data.validation.coco import CocoKind, id_order, read_categories, read_coco
 from clipdense.data.validation.datasets import check_dataset, check_datasets
 from clipdense.data.validation.images import check_image_files, check_label_maps, header_size
 from clipdense.data.validation.report import DataError, Finding, Report
@@ -20,6 +20,7 @@ __all__ = [
     "header_size",
     "id_order",
     "mask_fault",
+    "read_categories",
     "read_coco",
     "rle_fault",
     "rle_length",

@@ -7,7 +7,7 @@ Every reader and evaluator takes such a file through `read_coco`, so that traini
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from clipdense.data.validation.images import header_size
 from clipdense.data.validation.report import Report
 from clipdense.data.validation.segmentation import box_fault, has_mask, mask_fault
 
-__all__ = ["CocoKind", "Row", "id_order", "read_coco"]
+__all__ = ["CocoKind", "Row", "id_order", "read_categories", "read_coco"]
 
 CocoKind = Literal["instances", "lvis", "captions", "panoptic"]
 Row = dict[str, Any]
@@ -66,10 +66,31 @@ def read_coco(
     images = _images(content, kind, image_root, report, image_names_required)
     required = kind in ("captions", "panoptic")
     annotations = _annotations(content, kind, images, {c["id"] for c in categories}, required, report)
+    if kind in ("instances", "lvis"):
+        _count_missing_masks(annotations, report)
+    if kind == "panoptic":
+        _check_things(categories, report)
     report.counts = {"images": len(images), "annotations": len(annotations), "classes": len(categories)}
     if kind in _CLASS_FREE:
         del report.counts["classes"]
     return {"images": images, "annotations": annotations, "categories": categories}, report
+
+
+def read_categories(json_file: str | Path) -> list[Row]:
+    """Read the categories of an annotation file in the order of their ids.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DataError: If the file has no list of categories, or one with a fault; names it.
+        ValueError: If it is not JSON.
+    """
+    report = Report(str(json_file))
+    content = load_json(json_file)
+    if not isinstance(content, dict):
+        content = {}
+    categories = _categories(content, report)
+    report.raise_errors()
+    return sorted(categories, key=lambda category: id_order(category["id"]))
 
 
 def _rows(content: Mapping[str, Any], key: str, report: Report, *, required: bool = True) -> list[Row]:
@@ -143,6 +164,17 @@ def _categories(content: Mapping[str, Any], report: Report) -> list[Row]:
     return kept
 
 
+def _check_things(categories: Iterable[Row], report: Report) -> None:
+    for row in categories:
+        if row.get("isthing") not in (0, 1):
+            report.add(
+                "error",
+                "panoptic categories without isthing",
+                f"category {row['id']!r} ({row['name']}): {row.get('isthing')!r}",
+                "Set it to 1 for a thing and 0 for stuff.",
+            )
+
+
 def _images(
     content: Mapping[str, Any],
     kind: CocoKind,
@@ -180,8 +212,22 @@ def _images(
                 "Give both as whole numbers of pixels.",
             )
             continue
+        if kind == "lvis" and not _federated_lists(row, name, report):
+            continue
         kept.append(row)
     return kept
+
+
+def _federated_lists(row: Row, name: str, report: Report) -> bool:
+    """Return whether the lists of categories of an LVIS image are lists of ids, if it has them."""
+    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        value = row.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(v, int | str) for v in value):
+            report.add(
+                "error", f"{key} that are not lists of ids", f"{name}: {value!r}"[:80], "Mend or remove it."
+            )
+            return False
+    return True
 
 
 def _annotations(
@@ -228,7 +274,37 @@ def _annotations(
             checked = _instance(row, image, label, category_ids, report)
         if checked is not None:
             kept.append(checked)
+    if kind == "panoptic":
+        _check_distinct_maps(kept, report)
     return kept
+
+
+def _check_distinct_maps(annotations: Iterable[Row], report: Report) -> None:
+    for key in ("image_id", "file_name"):
+        seen = set()
+        for row in annotations:
+            if row[key] in seen:
+                report.add(
+                    "error",
+                    f"panoptic annotations that share their {key}",
+                    repr(row[key]),
+                    "Give each image one annotation with a label map of its own.",
+                )
+            seen.add(row[key])
+
+
+def _count_missing_masks(annotations: Sequence[Row], report: Report) -> None:
+    """Note objects without a mask, if others have one: a file of boxes alone is nothing to notice."""
+    missing = [row for row in annotations if "segmentation" not in row]
+    report.without_mask = len(missing)
+    if len(missing) < len(annotations):
+        for row in missing:
+            report.add(
+                "note",
+                "objects with a box but no mask",
+                f"annotation {row.get('id', '')!r} of image {row['image_id']!r}",
+                "They are left out of training with masks, and count as missed in mask AP.",
+            )
 
 
 def _caption(row: Row, label: str, report: Report) -> Row | None:
@@ -295,10 +371,22 @@ def _instance(row: Row, image: Row, label: str, category_ids: set[Any], report: 
     if crowd not in (0, 1):
         report.add("error", "iscrowd that is neither 0 nor 1", f"{label}: {crowd!r}", "Set it to 0 or 1.")
         return None
+    row = _without_short_polygons(row, label, report)
     if not has_mask(row.get("segmentation")):
         row = {key: value for key, value in row.items() if key != "segmentation"}
     elif fault := mask_fault(row["segmentation"], image["height"], image["width"]):
         report.add("error", "unusable masks", f"{label}: {fault}", "Mend or remove the annotation.")
+        return None
+    if row.get("ignore", 0) not in (0, False):
+        report.add(
+            "error",
+            'objects with "ignore"',
+            f"{label}: {row['ignore']!r}",
+            "COCO's rules know no such field: remove it, or set iscrowd to 1.",
+        )
+        return None
+    if "keypoints" in row and not _is_keypoints(row["keypoints"]):
+        report.add("error", "keypoints that are not x, y, v", label, "Give three numbers a keypoint.")
         return None
     area = row.get("area")
     if area is not None and not (isinstance(area, int | float) and math.isfinite(area) and area >= 0):
@@ -307,3 +395,26 @@ def _instance(row: Row, image: Row, label: str, category_ids: set[Any], report: 
     if crowd is not row.get("iscrowd") or isinstance(crowd, bool):
         row = row | {"iscrowd": int(crowd)}
     return row
+
+
+def _without_short_polygons(row: Row, label: str, report: Report) -> Row:
+    """Leave out polygons of fewer than three points if the mask has others."""
+    segmentation = row.get("segmentation")
+    if not isinstance(segmentation, list) or not all(isinstance(p, list) for p in segmentation):
+        return row
+    kept = [polygon for polygon in segmentation if len(polygon) >= 6]
+    if not kept or len(kept) == len(segmentation):
+        return row
+    if any(0 < len(polygon) < 6 for polygon in segmentation):
+        report.add(
+            "repaired", "polygons of fewer than three points", label, "Left out: their masks have others."
+        )
+    return row | {"segmentation": kept}
+
+
+def _is_keypoints(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) % 3 == 0
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value)
+    )

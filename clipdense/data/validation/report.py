@@ -53,11 +53,13 @@ class Report:
         source: path that was checked.
         counts: number of images, annotations, classes ... by name.
         findings: by kind, in the order in which they were met.
+        without_mask: number of objects that have a box but no mask.
     """
 
     source: str
     counts: dict[str, int] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
+    without_mask: int = 0
 
     def add(self, severity: Severity, kind: str, example: str, remedy: str) -> None:
         """Count one fault; the first few of a kind are kept as examples."""
@@ -104,4 +106,4 @@ class Report:
         """
         content: Mapping[str, Any] = json.loads(text)
         findings = {kind: Finding(**finding) for kind, finding in content["findings"].items()}
-        return cls(content["source"], dict(content["counts"]), findings)
+        return cls(content["source"], dict(content["counts"]), findings, int(content["without_mask"]))
