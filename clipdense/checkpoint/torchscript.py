@@ -56,7 +56,7 @@ def read_torchscript_tensors(path: str | Path) -> dict[str, Tensor]:
             root = names[0].removesuffix("data.pkl")
             with archive.open(names[0]) as file:
                 tree = _Unpickler(
-                    io.BytesIO(file.read()), lambda key: archive.read(f"{root}data/{key}")
+                    io.BytesIO(file.read()), lambda key: _read_stored(archive, f"{root}data/{key}")
                 ).load()
     except (zipfile.BadZipFile, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: not a TorchScript archive that can be read ({error})") from error
@@ -100,6 +100,13 @@ class _Unpickler(pickle.Unpickler):
     @staticmethod
     def _refuse(module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def _read_stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read a record as torch writes it, without compression: a small file cannot fill the memory."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError(f"record {name} is compressed")
+    return archive.read(name)
 
 
 def _rebuild_tensor(

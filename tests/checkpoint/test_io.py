@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipdense.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from clipdense.checkpoint.finite import nonfinite_keys
+from tests.helpers.torchscript import Writes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:FutureWarning")
 
@@ -164,3 +168,142 @@ def test_a_saved_file_is_as_readable_as_others(tmp_path):
     (tmp_path / "plain").touch()
     save_checkpoint(tmp_path / "x.safetensors", STATE, {"layout": "x"})
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# ---- damaged and odd files
+
+
+def _zip(entries: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def _flip_tensor_bit(content: bytes) -> bytes:
+    return (
+        content[: len(content) // 2]
+        + bytes([content[len(content) // 2] ^ 1])
+        + content[len(content) // 2 + 1 :]
+    )
+
+
+ODD = {
+    "two opcodes": b"\x80\x02" + b"(" * 1000 + b".",
+    "deep": b"\x80\x02" + b"(" * 100_000 + b".",
+    "passwd": b"root:x:0:0:root:/root:/bin/bash\n",
+    "bad tree": _zip({"a/constants.pkl": b"\x80\x02).", "a/data.pkl": b"\xff\xff"}),
+    "empty zip": _zip({}),
+    "other zip": _zip({"a.txt": b"x"}),
+    "header size": struct.pack("<Q", 2**62) + b"{}",
+    "flipped bit": _flip_tensor_bit(_bytes("zip")),
+    "directory": _bytes("zip").replace(b"PK\x01\x02", b"PK\x01\x03"),
+}
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD.keys())
+@pytest.mark.parametrize("lazy", [False, True])
+def test_odd_files_are_named(tmp_path, content, lazy):
+    path = tmp_path / "odd.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="odd.pth") as error:
+        read_checkpoint(path, lazy=lazy)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, STATE, {"layout": "x"})
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(CheckpointError, match=r"x.safetensors cannot be read: Permission denied"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "damaged"),
+        ("[1]", "metadata must be a dictionary"),
+        ("null", "metadata must be a dictionary"),
+        ('{"layout": 5}', "layout must be a name"),
+        ('{"options": [1]}', "options must be a dictionary"),
+        ('{"options": {"config": [1]}}', "options.config must be a dictionary"),
+        ('{"options": {"classes": 5}}', "options.classes must be a list of class names"),
+        ('{"thing_classes": ["a", 1]}', "thing_classes must be a list of class names"),
+        ("[" * 100_000, "damaged"),
+    ],
+)
+def test_odd_metadata_is_named(tmp_path, text, message):
+    save_file(STATE, tmp_path / "x.safetensors", {"clipdense": text})
+    with pytest.raises(CheckpointError, match=rf"x.safetensors: .*{message}"):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_odd_metadata_of_a_training_checkpoint_is_named(tmp_path):
+    torch.save({"model": STATE, "metadata": {"thing_classes": 3}}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="x.pth: .*thing_classes must be a list"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "quantized"])
+def test_tensors_of_another_kind_are_named(tmp_path, kind):
+    values = {
+        "sparse": torch.eye(2).to_sparse(),
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    }
+    torch.save({"a.b": values[kind]}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"x.pt: tensor a.b is {kind}"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+# ---- values that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_values_that_are_not_finite_are_refused(tmp_path, value, dtype):
+    state = {"good": torch.ones(3), "bad.weight": torch.tensor([1.0, value], dtype=dtype)}
+    with pytest.raises(CheckpointError, match=r"x.safetensors was not written.*bad.weight"):
+        save_checkpoint(tmp_path / "x.safetensors", state, {"layout": "x"})
+    assert not list(tmp_path.iterdir())
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x.safetensors holds tensor bad.weight with NaN or infinite"):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_large_values_and_masks_are_finite():
+    state = {
+        "large": torch.full((9,), 3e38),
+        "half": torch.full((9,), 6e4, dtype=torch.float16),
+        "attn_mask": torch.tensor([0.0, -float("inf")]),
+        "float8": torch.ones(2).to(torch.float8_e4m3fn),
+        "empty": torch.empty(0),
+        "count": torch.tensor(3),
+    }
+    assert nonfinite_keys(state) == []
+    assert nonfinite_keys({"attn_mask": torch.tensor([float("nan")])}) == ["attn_mask"]
+
+
+# ---- TorchScript
+
+
+def test_openais_torchscript_runs_nothing(tmp_path):
+    """Archives that only look like OpenAI's must not run the code that they contain."""
+    mark = tmp_path / "written"
+    module = nn.Module()
+    for name in ("transformer", "token_embedding", "ln_final"):
+        module.add_module(name, nn.LayerNorm(2))
+    for name in ("positional_embedding", "text_projection", "logit_scale"):
+        module.register_parameter(name, nn.Parameter(torch.ones(2)))
+    module.add_module("visual", Writes(str(mark)))
+    torch.jit.save(torch.jit.script(module), str(tmp_path / "x.pt"))
+    mark.unlink(missing_ok=True)
+    for allow_pickle in (False, True):
+        assert "ln_final.weight" in read_checkpoint(tmp_path / "x.pt", allow_pickle=allow_pickle).state
+    assert not mark.exists()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdense.checkpoint.torchscript import read_torchscript_tensors
+from tests.helpers.torchscript import Writes
 
 
 class Small(nn.Module):
@@ -25,27 +26,6 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x)) * self.scale
-
-
-class Writes(nn.Module):
-    """A module whose loading writes a file."""
-
-    def __init__(self, target: str) -> None:
-        super().__init__()
-        self.target: str = target
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-    @torch.jit.export
-    def __getstate__(self) -> tuple[str, bool]:
-        return self.target, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[str, bool]) -> None:
-        self.target = state[0]
-        self.training = state[1]
-        torch.save(torch.zeros(1), state[0])
 
 
 def save(module, path):
