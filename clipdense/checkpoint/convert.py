@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clipdense.checkpoint.allowed import check_options
 from clipdense.checkpoint.io import Checkpoint, CheckpointError
 from clipdense.checkpoint.layouts import LAYOUTS, ModelLayout
 
@@ -25,10 +26,18 @@ def model_layout(state: Mapping[str, Tensor]) -> ModelLayout | None:
 
 
 def config_options(file: Checkpoint) -> dict[str, Any]:
-    """Return the config keys and values that the weights of a file need; empty if the file has none."""
+    """Return the config keys and values that the weights of a file need; empty if the file has none.
+
+    Raises:
+        CheckpointError: If the file sets a key that a weight file may not set, see `ALLOWED_KEYS`.
+    """
     if file.metadata.get("layout") != MODEL_LAYOUT:
         return {}
     options: dict[str, Any] = file.metadata.get("options", {}).get("config", {})
+    try:
+        check_options(options, str(file.path))
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
     return options
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def convert_weights(
     needed = {**config_options(file), **(options or {})}
     set_options(cfg, needed, str(source))
     metadata = {**file.metadata, "options": {**file.metadata["options"], "config": needed}}
+    config_options(replace(file, metadata=metadata))  # refuses options that no file may set
     report = account_model(cfg, file, drops=layout.drops, optional=layout.optional)
     if not report.complete:
         published_names = {ours: prefix for prefix, ours in layout.prefixes(read.state).items()}

@@ -27,7 +27,7 @@ def layout(monkeypatch):
     def options(state, classes):
         if "gamma" not in state:
             raise CheckpointError("it lacks gamma")
-        return {"MODEL.WIDTH": len(state["gamma"]), "MODEL.NAMES": classes}
+        return {"MODEL.FPN.OUT_CHANNELS": len(state["gamma"]), "MODEL.LANGUAGE.CLASSES": classes}
 
     return register_layout(
         ModelLayout(
@@ -54,7 +54,7 @@ def test_the_longest_prefix_counts():
 def test_a_published_file():
     converted = convert_model(file(meta={"CLASSES": ("a", "b")}, optimizer={}))
     assert set(converted.state) == {"fpn.0.weight", "top.weight", "scale"}
-    assert config_options(converted) == {"MODEL.WIDTH": 2, "MODEL.NAMES": ["a", "b"]}
+    assert config_options(converted) == {"MODEL.FPN.OUT_CHANNELS": 2, "MODEL.LANGUAGE.CLASSES": ["a", "b"]}
     assert converted.metadata["source"] == "toy" and converted.metadata["options"]["classes"] == ["a", "b"]
     assert not converted.extras  # what a training left behind is no training of ours
 
@@ -62,7 +62,7 @@ def test_a_published_file():
 @pytest.mark.parametrize("extras", [{}, {"meta": {"epoch": 1}}, {"meta": None}])
 def test_a_file_that_lists_no_classes(extras):
     assert "classes" not in convert_model(file(**extras)).metadata["options"]
-    assert config_options(convert_model(file(**extras), ["c"]))["MODEL.NAMES"] == ["c"]
+    assert config_options(convert_model(file(**extras), ["c"]))["MODEL.LANGUAGE.CLASSES"] == ["c"]
 
 
 def test_other_files_stay_as_they_are():

@@ -94,14 +94,14 @@ def test_weights_of_another_model_are_refused(config: Path, tmp_path: Path) -> N
 
 def test_weights_bring_the_config_keys_that_they_need(config: Path, tmp_path: Path) -> None:
     weights = tmp_path / "converted.safetensors"
-    options = {"config": {"INPUT.MIN_SIZE_TRAIN": [77], "INPUT.MIN_SIZE_TEST": 77}}
+    options = {"config": {"MODEL.RPN.CONV_DIMS": [77], "MODEL.META_ARCHITECTURE": "RetinaNet"}}
     save_checkpoint(weights, {"level": torch.tensor(128.0)}, {"layout": "clipdense", "options": options})
     for source in (config, load_config(str(config))):
-        keys = Predictor(source, weights).cfg.INPUT
-        assert keys.MIN_SIZE_TRAIN == (77,) and keys.MIN_SIZE_TEST == 96  # the config file says the latter
-    named = ("INPUT.MIN_SIZE_TRAIN", "(66,)", "MODEL.WEIGHTS", str(weights))
+        cfg = Predictor(source, weights).cfg
+        assert cfg.MODEL.RPN.CONV_DIMS == [77] and cfg.MODEL.META_ARCHITECTURE == "BrightBox"
+    named = ("MODEL.RPN.CONV_DIMS", "[66]", "MODEL.WEIGHTS", str(weights))
     for source in (config, load_config(str(config))):
-        assert Predictor(source, opts=named).cfg.INPUT.MIN_SIZE_TRAIN == (66,)
+        assert Predictor(source, opts=named).cfg.MODEL.RPN.CONV_DIMS == [66]
 
 
 def test_published_weights_of_other_classes_are_refused(config: Path, tmp_path: Path) -> None:

@@ -3,10 +3,8 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from clipdense.checkpoint import save_checkpoint
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
 from clipdense.run.setup import load_config, setup
@@ -55,7 +53,6 @@ def test_unknown_keys_have_near_ones(tmp_path: Path, key: str, near: str) -> Non
 
 @pytest.mark.parametrize("key", ["MODEL.CLIP.ALLOW_PICKLE", "MODEL.TIMM.ALLOW_PICKLE"])
 def test_renamed_keys_name_the_new_one(tmp_path: Path, key: str) -> None:
-    """Wherever they come from: the command line, a config file, or the metadata of a weight file."""
     message = f"the config key {key} is now MODEL.ALLOW_PICKLE"
     with pytest.raises(ConfigError, match=f"the command line: {message}"):
         load_config(config_file(tmp_path), [key, "True"])
@@ -64,11 +61,6 @@ def test_renamed_keys_name_the_new_one(tmp_path: Path, key: str) -> None:
         node = {part: node}
     with pytest.raises(ConfigError, match=f"config.yaml: {message}"):
         load_config(config_file(tmp_path, yaml.safe_dump(node)))
-    weights = tmp_path / "weights.safetensors"
-    metadata = {"layout": "clipdense", "options": {"config": {key: True}}}
-    save_checkpoint(weights, {"weight": torch.zeros(1)}, metadata)
-    with pytest.raises(ConfigError, match=f"weights.safetensors: {message}"):
-        load_config(config_file(tmp_path), ["MODEL.WEIGHTS", str(weights)])
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
