@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-__all__ = ["ALLOWED_KEYS", "check_options", "is_plain_name"]
+__all__ = ["ALLOWED_KEYS", "allowed_options", "check_options", "is_plain_name"]
 
 ALLOWED_KEYS = (
     "INPUT.FORMAT",
@@ -54,6 +54,7 @@ ALLOWED_KEYS = (
     "MODEL.LANGUAGE.TEXT",
     "MODEL.LANGUAGE.TABLE_DIM",
     "MODEL.LANGUAGE.CLASSES",
+    "MODEL.LANGUAGE.FREEZE_TEXT",
     "MODEL.LANGUAGE.N_CONTEXTS",
     "MODEL.LANGUAGE.CONTEXT_DECODER.*",
     "MODEL.LANGUAGE.TAU",
@@ -76,7 +77,7 @@ ALLOWED_KEYS = (
     "MODEL.FVLM.SQUARE_SIZE",
     "MODEL.TWO_STAGE.EMBED_LAYERS",
     "MODEL.TWO_STAGE.EMBED_HIDDEN_DIM",
-    "MODEL.TWO_STAGE.MASK_PROMPTS.DEPTH",
+    "MODEL.TWO_STAGE.MASK_PROMPTS.*",
     "MODEL.TWO_STAGE.PROMPT_CONTEXT",
     "MODEL.TWO_STAGE.TEMPLATES",
     "MODEL.TWO_STAGE.CROP_TEMPLATES",
@@ -118,6 +119,18 @@ def check_options(options: Mapping[str, Any], source: str) -> None:
             )
         if key not in _FREE_TEXT:
             _check_value(value, key, source)
+
+
+def allowed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options that a weight file may set, see `check_options`."""
+    allowed = {}
+    for key, value in options.items():
+        try:
+            check_options({key: value}, "")
+        except ValueError:
+            continue
+        allowed[key] = value
+    return allowed
 
 
 def is_plain_name(text: str) -> bool:

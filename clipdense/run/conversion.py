@@ -1,8 +1,9 @@
 """Conversion of published weight files to safetensors with the keys of clipdense."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from clipdense.checkpoint import (
     rename,
     save_checkpoint,
 )
+from clipdense.checkpoint.allowed import allowed_options
 from clipdense.clip import load_clip
 from clipdense.clip.layouts import MASK_PROMPTS
 from clipdense.data.heads import head_classes
@@ -34,6 +36,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 __all__ = ["Conversion", "account_model", "convert_weights"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def convert_weights(
         target: the safetensors file to write.
         classes: class names; they must equal those listed in the file, and are stored if it lists none.
         options: config key -> value where the model differs from the released one; for a CLIP,
-            MODEL.CLIP.NAME only.
+            MODEL.CLIP.NAME only. Keys that a weight file may not set (see `clipdense.checkpoint.allowed`),
+            such as the path of another file, are used for the comparison and not written.
         allow_pickle: whether to open a pickle, see `read_checkpoint`.
 
     Returns:
@@ -99,8 +104,10 @@ def convert_weights(
     add_clipdense_config(cfg)
     needed = {**config_options(file), **(options or {})}
     set_options(cfg, needed, str(source))
-    metadata = {**file.metadata, "options": {**file.metadata["options"], "config": needed}}
-    config_options(replace(file, metadata=metadata))  # refuses options that no file may set
+    stored = allowed_options(needed)
+    if left_out := sorted(needed.keys() - stored):
+        logger.warning("Not stored in %s, set it in the config: %s", target, ", ".join(left_out))
+    metadata = {**file.metadata, "options": {**file.metadata["options"], "config": stored}}
     report = account_model(cfg, file, drops=layout.drops, optional=layout.optional)
     if not report.complete:
         published_names = {ours: prefix for prefix, ours in layout.prefixes(read.state).items()}
@@ -112,7 +119,7 @@ def convert_weights(
     state = {key: value for key, value in file.state.items() if key not in dropped}
     save_checkpoint(target, state, metadata)
     names = metadata["options"].get("classes")
-    return Conversion(layout.name, len(state), _dropped(report, read), needed, names, layout.licence)
+    return Conversion(layout.name, len(state), _dropped(report, read), stored, names, layout.licence)
 
 
 def _convert_clip(

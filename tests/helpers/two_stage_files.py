@@ -150,12 +150,16 @@ def converted(
     """
     torch.save(content or {"model": whole_state(golden)}, folder / "published.pth")
     target = folder / "converted.safetensors"
-    options = {"MODEL.DEVICE": "cpu", "MODEL.MASK_FORMER.NHEADS": golden.config["head"]["nheads"]} | options
+    options = {"MODEL.MASK_FORMER.NHEADS": golden.config["head"]["nheads"]} | options
     conversion = convert_weights(folder / "published.pth", target, options=options)
     assert conversion.layout == (layout or golden.id.split("/")[1].split("_")[0])
     assert ("CC BY-NC" in conversion.licence) == (conversion.layout != "zsseg")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target)}}))
-    model = build_model(load_config(str(folder / "config.yaml"))).eval()
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target), "DEVICE": "cpu"}})
+    )
+    left_out = {key: value for key, value in options.items() if key not in conversion.options}
+    overrides = [str(word) for pair in left_out.items() for word in pair]
+    model = build_model(load_config(str(folder / "config.yaml"), overrides)).eval()
     TrainingCheckpointer(model).load_weights(str(target), complete=True)
     return model
 

@@ -59,13 +59,12 @@ def build(golden, tmp_path):
             "MODEL.FPN.PAD": False,
             "MODEL.LANGUAGE.FREEZE_TEXT": False,
             "MODEL.BACKBONE.FREEZE_AT": 0,
-            "MODEL.DEVICE": "cpu",
             **changes,
         }
         target = tmp_path / "converted.safetensors"
         convert_weights(tmp_path / "published.pth", target, options=options)
         (tmp_path / "config.yaml").write_text(
-            yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target)}})
+            yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target), "DEVICE": "cpu"}})
         )
         model = build_model(load_config(str(tmp_path / "config.yaml"))).eval()
         TrainingCheckpointer(model).load_weights(str(target), complete=True)

@@ -266,14 +266,13 @@ def detector(golden, tmp_path):
             # the images come normalised
             "MODEL.PIXEL_MEAN": [0.0] * 3,
             "MODEL.PIXEL_STD": [1.0] * 3,
-            "MODEL.DEVICE": "cpu",
             **changes,
         }
         target = tmp_path / "converted.safetensors"
         conversion = convert_weights(tmp_path / "published.pth", target, options=options)
         assert set(conversion.dropped) >= {"RoPE tables", "unused classifier"}
         (tmp_path / "config.yaml").write_text(
-            yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target)}})
+            yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target), "DEVICE": "cpu"}})
         )
         model = build_model(load_config(str(tmp_path / "config.yaml"))).eval()
         TrainingCheckpointer(model).load_weights(str(target), complete=True)

@@ -400,7 +400,6 @@ def test_inference_of_mask2former(golden):
 def test_every_output_of_a_published_file(golden, tmp_path):
     c, inputs = golden.config, golden.part("in")
     options = {
-        "MODEL.DEVICE": "cpu",
         "MODEL.MASK_FORMER.NHEADS": c["nheads"],
         "MODEL.MASK_FORMER.PIXEL_DECODER.POINTS": 4,
         "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": c["object_mask_threshold"],
@@ -414,7 +413,9 @@ def test_every_output_of_a_published_file(golden, tmp_path):
     target = tmp_path / "converted.safetensors"
     conversion = convert_weights(tmp_path / "published.pth", target, options=options)
     assert conversion.layout == "mask2former" and "class weights" in conversion.dropped
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target)}}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target), "DEVICE": "cpu"}})
+    )
     model = build_model(load_config(str(tmp_path / "config.yaml"))).eval()
     TrainingCheckpointer(model).load_weights(str(target), complete=True)
     model.things = frozenset(c["thing_ids"])
