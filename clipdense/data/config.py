@@ -10,6 +10,12 @@ def add_data_config(cfg: CN) -> None:
     # Replace a damaged image by another one in training, with a warning, instead of stopping. Evaluation
     # always stops: a score must cover all images.
     cfg.INPUT.SKIP_BAD_IMAGES = False
+    # EXIF orientation of photographs: "apply" (as viewers show them), "ignore" (as stored), or "auto": ignore
+    # it if only the stored pixels have the height and width that the dataset states, else apply it.
+    cfg.INPUT.EXIF_ORIENTATION = "auto"
+    # Largest image in pixels (height times width); a larger one is refused before it is decoded. 2^28 pixels
+    # need 1 GiB.
+    cfg.INPUT.MAX_PIXELS = 2**28
     # Split class names at commas into synonyms ("road, route" is one class with two names, as in ZegFormer);
     # False keeps each string whole (OVSeg, zsseg). Used by open-vocabulary models only.
     cfg.DATASETS.SPLIT_NAMES = True

@@ -1,22 +1,31 @@
-"""Readers of image files and label maps of any kind."""
+"""Readers of image files and label maps of any kind.
+
+Files are opened by an allow-list of formats: Pillow hands PostScript files to an interpreter, which executes
+them. The number of pixels is bounded before anything is decoded.
+"""
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from detectron2.utils.file_io import PathManager
 
 __all__ = [
+    "MAX_PIXELS",
     "BadImageError",
     "ImageFormat",
     "ImageSource",
+    "Orientation",
     "array_to_image",
+    "header_size",
     "image_to_array",
     "load_image",
     "read_image",
@@ -26,27 +35,81 @@ __all__ = [
 ImageFormat = Literal["RGB", "BGR", "L"]
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 Uint8 = npt.NDArray[np.uint8]
+Orientation = Literal["auto", "apply", "ignore"]
+"""What is done with the EXIF orientation of a photograph; "auto" follows the stated size of the image."""
+
+MAX_PIXELS = 2**28
+"""Default limit on the pixels of an image, 16384 x 16384: at most 1 GiB, at four bytes a pixel."""
+
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF"),
+    *("DIB", "ICO", "PCX", "SGI", "TGA"),
+)
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap height and width."""
+
+_pillow_limit = threading.Lock()
 
 
 class BadImageError(OSError):
     """Error of an existing file that is not a readable image (damaged, truncated or of an unknown format)."""
 
 
-def read_image(path: str | os.PathLike[str], format: ImageFormat = "RGB") -> Uint8:
+def read_image(
+    path: str | os.PathLike[str],
+    format: ImageFormat = "RGB",
+    *,
+    size: tuple[int, int] | None = None,
+    orientation: Orientation = "auto",
+    max_pixels: int = MAX_PIXELS,
+) -> Uint8:
     """Read an image of any mode as 8-bit colour, upright.
 
-    The EXIF orientation is applied. Grey, palette and CMYK images are converted to colour. Transparent
-    images get a white background, as in image viewers. 16-bit samples are scaled to 8 bits (v / 257). An
-    animation gives its first frame.
+    Grey, palette and CMYK images are converted to colour. Transparent images get a white background, as in
+    image viewers. 16-bit samples are scaled to 8 bits (v / 257). An animation gives its first frame.
+
+    Args:
+        path: of the file; JPEG, PNG, WebP, BMP, GIF, TIFF, PPM and some others, never PostScript.
+        format: order of the channels.
+        size: stated height and width in pixels, for ``orientation`` "auto".
+        orientation: "apply" the EXIF orientation, as viewers and most annotation tools do; "ignore" it; or
+            "auto": ignore it if only the pixels as stored have the stated size, else apply it.
+        max_pixels: larger images are refused before they are decoded.
 
     Returns:
         (H, W, 3) uint8 in the given channel order, or (H, W, 1) for ``"L"``.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        BadImageError: If the file cannot be decoded as an image.
+        BadImageError: If the file cannot be decoded as an image, is larger than ``max_pixels``, or holds
+            samples that are NaN or infinite.
     """
-    return image_to_array(_upright(_open(path)), format)
+    _check_format(format)
+    image = _open(path, max_pixels)
+    if orientation == "apply" or (orientation == "auto" and not _stored_as_stated(image, size)):
+        image = _upright(image)
+    try:
+        return image_to_array(image, format)
+    except ValueError as error:
+        raise BadImageError(f"{path}: {error}") from error
+
+
+def header_size(
+    path: str | os.PathLike[str], orientation: Literal["apply", "ignore"] = "apply"
+) -> tuple[int, int] | None:
+    """Return (height, width) of an image from the file's header; None if it cannot be read.
+
+    Args:
+        path: of the file.
+        orientation: whether the EXIF orientation is applied.
+    """
+    with (
+        suppress(OSError, ValueError, SyntaxError, TypeError, IndexError, EOFError),
+        PathManager.open(os.fspath(path), "rb") as file,
+        _open_header(file) as image,
+    ):
+        return _size(image, orientation == "apply")
+    return None
 
 
 def load_image(source: ImageSource, format: ImageFormat = "RGB") -> Uint8:
@@ -98,9 +161,12 @@ def array_to_image(array: npt.NDArray[Any]) -> Image.Image:
 
 
 def image_to_array(image: Image.Image, format: ImageFormat = "RGB") -> Uint8:
-    """Convert a PIL image of any mode as `read_image` does, without applying the EXIF orientation."""
-    if format not in ("RGB", "BGR", "L"):
-        raise ValueError(f"image format {format!r}: expected RGB, BGR or L (INPUT.FORMAT)")
+    """Convert a PIL image of any mode as `read_image` does, without applying the EXIF orientation.
+
+    Raises:
+        ValueError: If the format is unknown, or samples are NaN or infinite.
+    """
+    _check_format(format)
     image = _to_8_bit(image)
     if image.mode == "La":
         image = image.convert("LA")  # the only mode that Pillow does not convert to colour
@@ -113,30 +179,77 @@ def image_to_array(image: Image.Image, format: ImageFormat = "RGB") -> Uint8:
     return pixels if format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
 
 
-def read_labels(path: str | os.PathLike[str]) -> npt.NDArray[np.int64]:
-    """Read a label map (H, W): grey values of 8, 16 or 32 bits, palette indices, or panoptic ids.
+def read_labels(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.int64]:
+    """Read a label map (H, W): grey values of 1, 8, 16 or 32 bits, palette indices, or panoptic ids.
 
-    Panoptic ids are R + 256 G + 65536 B of colour images.
+    Panoptic ids are R + 256 G + 65536 B of colour images. A 1-bit map has the labels 0 and 1.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        BadImageError: If the file cannot be decoded as an image.
+        BadImageError: If the file cannot be decoded as an image, is larger than ``max_pixels``, or has
+            another mode.
     """
-    image = _open(path)
-    if image.mode == "1":
-        image = image.convert("L")
-    labels = np.array(image).astype(np.int64)
+    image = _open(path, max_pixels)
+    if image.mode in ("LA", "La", "CMYK", "YCbCr", "LAB", "HSV"):
+        raise BadImageError(
+            f"{path}: a label map of mode {image.mode}; expected grey values, palette indices or RGB ids"
+        )
+    samples = np.array(image)  # of a 1-bit image: False and True, which are the classes 0 and 1
+    if not np.isfinite(samples).all() or (samples != np.floor(samples)).any():
+        raise BadImageError(f"{path}: a label map with values that are not whole numbers")
+    labels = samples.astype(np.int64)
     if labels.ndim == 3:
         labels = labels[..., 0] + 256 * labels[..., 1] + 65536 * labels[..., 2]
     return labels
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
+def _check_format(format: str) -> None:
+    if format not in ("RGB", "BGR", "L"):
+        raise ValueError(f"image format {format!r}: expected RGB, BGR or L (INPUT.FORMAT)")
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Return the accepted formats that this Pillow can open."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open_header(file: Any) -> Image.Image:
+    """Open an image of an accepted format without decoding it, whatever its size."""
+    with _pillow_limit:  # Pillow has one limit for the whole program, below ours
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file, formats=_known_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _open(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     """Open and decode a PIL image."""
     with _decoding(path), PathManager.open(os.fspath(path), "rb") as file:
-        image = Image.open(file)
+        image = _open_header(file)
+        if image.width * image.height > max_pixels:
+            raise BadImageError(
+                f"{path}: {image.width} x {image.height} are more than {max_pixels} pixels; resize the "
+                "image, or raise INPUT.MAX_PIXELS"
+            )
         image.load()
         return image
+
+
+def _size(image: Image.Image, upright: bool) -> tuple[int, int]:
+    """Return (height, width) as stored, or upright."""
+    if upright:
+        with suppress(OSError, ValueError, SyntaxError, KeyError, TypeError, ZeroDivisionError):
+            if image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
+                return image.width, image.height
+    return image.height, image.width
+
+
+def _stored_as_stated(image: Image.Image, size: tuple[int, int] | None) -> bool:
+    """Return whether the pixels have the stated size as stored, and would have another one upright."""
+    return size is not None and _size(image, False) == tuple(size) != _size(image, True)
 
 
 @contextmanager
@@ -147,10 +260,12 @@ def _decoding(name: str | os.PathLike[str]) -> Iterator[None]:
             # large photographs are legitimate; beyond twice its limit Pillow raises an error
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
-    except FileNotFoundError:
+    except (FileNotFoundError, BadImageError):
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(f"{name}: not an image, or of a format that Pillow does not know") from error
+        raise BadImageError(
+            f"{name}: not an image, or of a format that is not accepted; convert it to PNG or JPEG"
+        ) from error
     # Pillow's decoders raise all of these on damaged files
     except (
         OSError,
@@ -178,7 +293,10 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     """Convert grey images of 16 or 32 bits, or of floats, to 8-bit grey."""
     if not image.mode.startswith(("I", "F")):
         return image
-    return Image.fromarray(_scaled_to_8_bit(np.array(image)))
+    samples = np.array(image)
+    if not np.isfinite(samples).all():
+        raise ValueError("an image with samples that are NaN or infinite")
+    return Image.fromarray(_scaled_to_8_bit(samples))
 
 
 def _scaled_to_8_bit(samples: npt.NDArray[Any]) -> Uint8:

@@ -2,13 +2,21 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from fvcore.common.registry import Registry
 
-from clipdense.data.image import BadImageError, ImageFormat, read_image, read_labels
+from clipdense.data.image import (
+    MAX_PIXELS,
+    BadImageError,
+    ImageFormat,
+    Orientation,
+    read_image,
+    read_labels,
+)
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils as utils
@@ -50,10 +58,26 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
     return MAPPER_REGISTRY.get(name)(cfg, is_train)
 
 
-def read_image_or_skip(path: str, image_format: ImageFormat, skip: bool) -> np.ndarray | None:
-    """Read an image; with ``skip``, return None for a damaged file and warn once per file and process."""
+def read_image_or_skip(
+    record: Mapping[str, Any],
+    image_format: ImageFormat,
+    skip: bool,
+    orientation: Orientation = "auto",
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray | None:
+    """Read an image; with ``skip``, return None for a damaged file and warn once per file and process.
+
+    Args:
+        record: dataset dict with ``file_name`` and, optionally, ``height`` and ``width``.
+        image_format: order of the channels.
+        skip: whether a damaged file is skipped instead of raising an error.
+        orientation, max_pixels: see `read_image`.
+    """
+    path = record["file_name"]
     try:
-        return read_image(path, image_format)
+        return read_image(
+            path, image_format, size=_stated_size(record), orientation=orientation, max_pixels=max_pixels
+        )
     except BadImageError as error:
         if not skip:
             raise
@@ -61,6 +85,10 @@ def read_image_or_skip(path: str, image_format: ImageFormat, skip: bool) -> np.n
             _warned.add(path)
             logger.warning("Skipping a damaged image: %s", error)
         return None
+
+
+def _stated_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    return (record["height"], record["width"]) if "height" in record and "width" in record else None
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
@@ -122,7 +150,7 @@ def original_sample(record: dict[str, Any]) -> dict[str, Any]:
         BadImageError: If the image cannot be decoded.
     """
     sample = {key: record[key] for key in ("file_name", "image_id") if key in record}
-    return sample | {"image": _to_tensor(read_image(record["file_name"], "RGB"))}
+    return sample | {"image": _to_tensor(read_image(record["file_name"], "RGB", size=_stated_size(record)))}
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -159,6 +187,8 @@ class DetectionMapper:
         recompute_boxes: recompute tight boxes from masks, after cropping.
         skip_bad_images: return None for a damaged image, with a warning, instead of raising an error (in
             training only).
+        exif_orientation: "auto", "apply" or "ignore", see `read_image`.
+        max_pixels: largest image, in pixels.
     """
 
     @configurable
@@ -172,7 +202,11 @@ class DetectionMapper:
         mask_format: str = "polygon",
         recompute_boxes: bool = False,
         skip_bad_images: bool = False,
+        exif_orientation: Orientation = "auto",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        if exif_orientation not in ("auto", "apply", "ignore"):
+            raise ValueError(f"INPUT.EXIF_ORIENTATION = {exif_orientation!r}: expected auto, apply or ignore")
         if mask_format not in ("polygon", "bitmask"):
             raise ValueError(f"INPUT.MASK_FORMAT = {mask_format!r}: expected polygon or bitmask")
         if recompute_boxes and not use_masks:
@@ -184,6 +218,8 @@ class DetectionMapper:
         self.mask_format = mask_format
         self.recompute_boxes = recompute_boxes
         self.skip_bad_images = skip_bad_images and is_train
+        self.exif_orientation: Orientation = exif_orientation
+        self.max_pixels = max_pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -206,6 +242,8 @@ class DetectionMapper:
             "mask_format": cfg.INPUT.MASK_FORMAT,
             "recompute_boxes": is_train and cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON,
             "skip_bad_images": cfg.INPUT.SKIP_BAD_IMAGES,
+            "exif_orientation": cfg.INPUT.EXIF_ORIENTATION,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -221,13 +259,15 @@ class DetectionMapper:
             ValueError: If annotations do not fit the image; names it.
         """
         sample = copy.deepcopy(dataset_dict)
-        image = read_image_or_skip(sample["file_name"], self.image_format, self.skip_bad_images)
+        image = read_image_or_skip(
+            sample, self.image_format, self.skip_bad_images, self.exif_orientation, self.max_pixels
+        )
         if image is None:
             return None
         utils.check_image_size(sample, image)
         labels = None
         if self.is_train and "sem_seg_file_name" in sample:
-            labels = read_labels(sample.pop("sem_seg_file_name"))
+            labels = self._labels(sample.pop("sem_seg_file_name"), image)
         shown = labels
         if labels is not None:  # Detectron2 resizes only uint8 and floats
             shown = labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.float32)
@@ -242,7 +282,7 @@ class DetectionMapper:
         if labels is not None:
             sample["sem_seg"] = torch.as_tensor(transform_labels(transforms, labels))
         if "pan_seg_file_name" in sample:
-            segments = read_labels(sample.pop("pan_seg_file_name"))
+            segments = self._labels(sample.pop("pan_seg_file_name"), image)
             sample["pan_seg"] = torch.as_tensor(transform_labels(transforms, segments))
         if "annotations" in sample:
             try:
@@ -250,6 +290,16 @@ class DetectionMapper:
             except (ValueError, AssertionError, KeyError, TypeError) as error:
                 raise ValueError(f"annotations of {sample['file_name']} do not fit: {error!r}") from error
         return sample
+
+    def _labels(self, path: str, image: np.ndarray) -> np.ndarray:
+        """Read a label map of the size of the image."""
+        labels = read_labels(path, max_pixels=self.max_pixels)
+        if labels.shape != image.shape[:2]:
+            raise ValueError(
+                f"{path} is {labels.shape[0]} x {labels.shape[1]}, but its image {image.shape[0]} x "
+                f"{image.shape[1]} (height x width); give the label map that belongs to the image"
+            )
+        return labels
 
     def _instances(
         self, annotations: list[dict[str, Any]], transforms: Any, size: tuple[int, int]

@@ -115,7 +115,8 @@ def _describe(output: Mapping[str, Any], threshold: float) -> str:
 def _image(record: Mapping[str, Any]) -> Picture:
     if isinstance(record.get("image"), np.ndarray):
         return np.asarray(record["image"])
-    return read_image(record["file_name"])
+    size = (record["height"], record["width"]) if "height" in record and "width" in record else None
+    return read_image(record["file_name"], size=size)
 
 
 def _beside(left: Picture, right: Picture) -> Picture:

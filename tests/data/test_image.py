@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdense.data.image import BadImageError, read_image, read_labels
+from clipdense.data.image import BadImageError, header_size, read_image, read_labels
+from clipdense.data.mappers import DetectionMapper
 
 GRADIENT = np.stack([np.tile(np.arange(40) * 6, (30, 1)), np.full((30, 40), 90), np.full((30, 40), 200)], -1)
 GRADIENT = GRADIENT.astype(np.uint8)
@@ -148,3 +149,100 @@ def test_labels(save):
     ids = labels * 77
     rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
     assert np.array_equal(read_labels(save(Image.fromarray(rgb), "pan.png")), ids)
+
+
+TURNED = np.zeros((30, 40, 3), np.uint8)
+TURNED[:8, :8] = 255
+
+
+@pytest.fixture
+def photograph(save):
+    """A photograph of 30 x 40 stored pixels that viewers show as 40 x 30."""
+    exif = Image.Exif()
+    exif[274] = 6
+    return save(Image.fromarray(TURNED), "photo.png", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "upright"),
+    [
+        ("auto", None, True),
+        ("auto", (40, 30), True),  # annotated as viewers show it
+        ("auto", (30, 40), False),  # annotated as it is stored
+        ("auto", (7, 7), True),
+        ("apply", (30, 40), True),
+        ("ignore", (40, 30), False),
+        ("ignore", None, False),
+    ],
+)
+def test_both_conventions_of_the_exif_orientation(photograph, orientation, size, upright):
+    expected = np.rot90(TURNED, -1) if upright else TURNED
+    assert np.array_equal(read_image(photograph, size=size, orientation=orientation), expected)
+    assert header_size(photograph) == (40, 30)
+    assert header_size(photograph, "ignore") == (30, 40)
+
+
+def test_a_mapper_follows_the_stated_size(photograph):
+    def pixels(height, width, orientation="auto"):
+        mapper = DetectionMapper(False, augmentations=[], image_format="RGB", exif_orientation=orientation)
+        return mapper({"file_name": str(photograph), "height": height, "width": width})["image"].numpy()
+
+    assert np.array_equal(pixels(30, 40), TURNED.transpose(2, 0, 1))
+    assert np.array_equal(pixels(40, 30), np.rot90(TURNED, -1).transpose(2, 0, 1))
+    assert np.array_equal(pixels(30, 40, "ignore"), TURNED.transpose(2, 0, 1))
+    with pytest.raises(ValueError, match="photo.png"):
+        pixels(30, 40, "apply")
+    with pytest.raises(ValueError, match=r"INPUT\.EXIF_ORIENTATION = 'turn'"):
+        pixels(30, 40, "turn")
+
+
+def test_postscript_is_not_opened(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")  # Pillow looks at the content, not at the name
+    with pytest.raises(BadImageError, match="a.png: not an image, or of a format that is not accepted"):
+        read_image(tmp_path / "a.png")
+    assert header_size(tmp_path / "a.png") is None
+
+
+def test_pixels_are_bounded_before_decoding(save, monkeypatch):
+    path = save(Image.fromarray(GRADIENT))
+    assert read_image(path, max_pixels=1200).shape == (30, 40, 3)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for read in (read_image, read_labels):
+        with pytest.raises(
+            BadImageError, match="image.png: 40 x 30 are more than 1199 pixels.*INPUT.MAX_PIXELS"
+        ):
+            read(path, max_pixels=1199)
+
+
+def test_the_limit_is_ours_not_that_of_pillow(save, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(save(Image.fromarray(GRADIENT))).shape == (30, 40, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_sample_that_is_not_finite_is_an_error(save, value: float):
+    ramp = np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)
+    ramp[3, 5] = value
+    path = save(Image.fromarray(ramp), "f.tiff")
+    with pytest.raises(BadImageError, match="f.tiff: an image with samples that are NaN or infinite"):
+        read_image(path)
+    with pytest.raises(BadImageError, match="not whole numbers"):
+        read_labels(path)
+
+
+def test_grey_with_alpha(save):
+    grey_alpha = np.dstack([GRADIENT[..., 0], np.full((30, 40), 255, np.uint8)])
+    grey_alpha[:10, :, 1] = 0
+    path = save(Image.fromarray(grey_alpha, "LA"))
+    pixels = read_image(path)
+    assert (pixels[:10] == 255).all()
+    assert np.array_equal(pixels[10:, :, 1], GRADIENT[10:, :, 0])
+    with pytest.raises(BadImageError, match="label map of mode LA"):
+        read_labels(path)
+
+
+def test_a_1_bit_label_map_holds_0_and_1(save):
+    mask = GRADIENT[..., 0] > 100
+    assert np.array_equal(read_labels(save(Image.fromarray(mask))), mask.astype(int))

@@ -2,7 +2,7 @@
 
 from clipdense.data.validation.coco import CocoKind, id_order, read_categories, read_coco
 from clipdense.data.validation.datasets import check_dataset, check_datasets
-from clipdense.data.validation.images import check_image_files, check_label_maps, header_size
+from clipdense.data.validation.images import check_image_files, check_label_maps
 from clipdense.data.validation.report import DataError, Finding, Report
 from clipdense.data.validation.segmentation import box_fault, has_mask, mask_fault, rle_fault, rle_length
 
@@ -17,7 +17,6 @@ __all__ = [
     "check_image_files",
     "check_label_maps",
     "has_mask",
-    "header_size",
     "id_order",
     "mask_fault",
     "read_categories",

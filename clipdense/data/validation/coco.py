@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from clipdense.data.image import header_size
 from clipdense.data.json_files import load_json
-from clipdense.data.validation.images import header_size
 from clipdense.data.validation.report import Report
 from clipdense.data.validation.segmentation import box_fault, has_mask, mask_fault
 

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
 
-from clipdense.data.image import read_labels
+from clipdense.data.image import header_size, read_labels
 from clipdense.data.validation.report import Report
 
 __all__ = ["check_image_files", "check_label_maps", "header_size"]
-
-_TURNED = (5, 6, 7, 8)
-"""EXIF orientations that swap height and width."""
-
-
-def header_size(path: str | Path) -> tuple[int, int] | None:
-    """Return (height, width) of an upright image from the file's header; None if it cannot be read."""
-    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
-        height, width = image.height, image.width
-        with suppress(OSError, ValueError, SyntaxError, KeyError):
-            if image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
-                return width, height
-        return height, width
-    return None
 
 
 def check_image_files(records: Iterable[Mapping[str, Any]], report: Report, *, headers: int = 500) -> None:

@@ -94,7 +94,7 @@ class CLIPSelfMapper:
         if not self.is_train:
             return original_sample(dataset_dict)
         sample = {key: dataset_dict[key] for key in ("file_name", "image_id")}
-        image = read_image_or_skip(dataset_dict["file_name"], "RGB", self.skip_bad_images)
+        image = read_image_or_skip(dataset_dict, "RGB", self.skip_bad_images)
         if image is None:
             return None
         sample["image"] = _to_tensor(letterbox(image, self.image_size)[0])

@@ -96,7 +96,7 @@ class MaskPairMapper:
         sample: dict[str, Any] = {
             key: dataset_dict[key] for key in ("file_name", "image_id") if key in dataset_dict
         }
-        pixels = read_image_or_skip(dataset_dict["file_name"], "RGB", self.skip_bad_images)
+        pixels = read_image_or_skip(dataset_dict, "RGB", self.skip_bad_images)
         if pixels is None:
             return None
         mask = torch.from_numpy(pair_mask(dataset_dict))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipdense.data.image import header_size
 from clipdense.data.validation import (
     DataError,
     Report,
@@ -13,7 +14,6 @@ from clipdense.data.validation import (
     check_datasets,
     check_image_files,
     check_label_maps,
-    header_size,
 )
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
