@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -28,17 +30,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Whatever happens meanwhile (full disk, Ctrl-C, kill), ``path`` holds either its old content or all of the
     new content. The parent folder is created. The temporary path has no suffix: pass the file format to
-    libraries that derive it from the suffix.
+    libraries that derive it from the suffix. Temporary files that a killed process left for the same target
+    are removed; one that a living process writes is locked and stays.
 
     Args:
         path: file to write.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
     partial = Path(name)
     try:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -47,7 +52,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.chmod(0o666 & ~umask)  # mkstemp creates private files
         partial.replace(path)
     finally:
+        os.close(handle)
         partial.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete the temporary files for a target that no living process has locked."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with suppress(OSError):  # locked, or removed meanwhile
+            handle = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+            finally:
+                os.close(handle)
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,23 @@ def test_cache_folder(monkeypatch):
     assert cache_dir() == Path.home() / "kept"
     monkeypatch.delenv("CLIPDENSE_CACHE")
     assert "clipdense" in cache_dir().parts
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    code = (
+        "import os, sys; from clipdense.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as partial: partial.write_bytes(b'half'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.bin"], check=False)
+    (tmp_path / ".b.bin.12345678").touch()
+    assert len(list(tmp_path.iterdir())) == 2
+    write_atomically(tmp_path / "a.bin", lambda file: file.write(b"whole"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.bin.12345678", "a.bin"]
+
+
+def test_files_of_living_writers_stay(tmp_path):
+    with atomic_path(tmp_path / "a.bin") as first:
+        first.write_bytes(b"first")
+        write_atomically(tmp_path / "a.bin", lambda file: file.write(b"second"))
+        assert first.read_bytes() == b"first"
+    assert (tmp_path / "a.bin").read_bytes() == b"first"

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from clipdense.checkpoint import (
     Checkpoint,
     CheckpointError,
+    CheckpointMismatch,
     DropRule,
     Layout,
     ModelLayout,
+    account,
     detect_layout,
     load_strict,
     read_checkpoint,
@@ -30,6 +32,7 @@ from clipdense.clip.eva import EVA02_CLIP, EVA02Model
 from clipdense.clip.layouts import EVA_CLIP, JIT_ENTRIES, MASK_PROMPTS, OPENAI_CLIP, config_from_tensors
 from clipdense.clip.pixels import normalize_pixels
 from clipdense.clip.sources import Source, resolve
+from clipdense.clip.stored import stored_config, stored_text
 from clipdense.clip.tokenizer import CLIP_VOCABULARY, build_tokenizer, token_counts
 from clipdense.clip.towers import TextTower, Tower, TowerOutput, TowerRequest, build_tower
 
@@ -215,7 +218,9 @@ def load_clip(
     config = _config(source, states, quick_gelu, text_heads, head_width)
     if image_size is not None:
         config["model_cfg"]["vision_cfg"]["image_size"] = image_size
-    text = text and all(file.metadata.get("options", {}).get("text", True) for file in files)
+    text = text and all(map(stored_text, files))
+    if source.config is None:
+        _check_sizes(source.name, config, text, states)
     clip = build_clip(source.name, config, text=text, position_rule=position_rule)
     if files:
         _load(clip, states)
@@ -233,7 +238,7 @@ def pixel_statistics(
     config = source.config
     if config is None and source.files:
         file = read_checkpoint(source.files[0], allow_pickle=allow_pickle, lazy=True)
-        config = file.metadata.get("options", {}).get("config")
+        config = stored_config(file)
     pixels = (config or {}).get("preprocess_cfg", {})
     return tuple(pixels.get("mean", OPENAI_DATASET_MEAN)), tuple(pixels.get("std", OPENAI_DATASET_STD))
 
@@ -257,8 +262,8 @@ def _config(
 ) -> dict[str, Any]:
     """Return the model config. Precedence of what tensors do not show: caller, weights, model name."""
     layout, file = states[0] if states else (None, None)
-    stored: Any = file.metadata.get("options", {}).get("config") if file is not None else None
-    trained = source.quick_gelu if stored is None else stored["model_cfg"]["quick_gelu"]
+    stored = stored_config(file) if file is not None else None
+    trained = source.quick_gelu if stored is None else stored["model_cfg"].get("quick_gelu")
     if file is not None and layout is OPENAI_CLIP:
         # OpenAI's TorchScript files alone have these entries, and OVSeg's CLIPs alone mask prompts
         known = all(key in file.state for key in JIT_ENTRIES) or MASK_PROMPTS in file.state
@@ -274,7 +279,7 @@ def _config(
             )
         config = _config_from_file(file, layout, trained is not None, text_heads, head_width)
     else:
-        config = deepcopy(stored if source.config is None else source.config)
+        config = deepcopy(source.config or stored or {})
         vision_cfg, text_cfg = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
         if head_width is not None and vision_cfg.get("timm_model_name", EVA02_CLIP) != EVA02_CLIP:
             raise ValueError(
@@ -374,7 +379,28 @@ def _wrap(module: nn.Module, text: bool, position_rule: str) -> ClipModel:
     )
 
 
-def _load(clip: ClipModel, states: list[tuple[Layout | None, Checkpoint]]) -> None:
+def _check_sizes(
+    name: str, config: dict[str, Any], text: bool, states: list[tuple[Layout | None, Checkpoint]]
+) -> None:
+    """Compare a file with the model of its own config, before memory is allocated for that model.
+
+    Raises:
+        CheckpointError: If no model can be built from the config, or the file does not fit it.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_clip(name, config, text=text)
+    except Exception as e:  # open_clip and timm raise what their constructors meet
+        path = states[0][1].path
+        raise CheckpointError(
+            f"{path}: no model can be built from its config ({type(e).__name__}: {e})"
+        ) from e
+    _load(model, states, account_only=True)
+
+
+def _load(
+    clip: ClipModel, states: list[tuple[Layout | None, Checkpoint]], account_only: bool = False
+) -> None:
     state: dict[str, Tensor] = {}
     drops: list[DropRule] = []
     optional = None
@@ -386,6 +412,11 @@ def _load(clip: ClipModel, states: list[tuple[Layout | None, Checkpoint]]) -> No
         drops.append(DropRule("text tower", r"text\..*", "loaded with text=False"))
     source = " and ".join(str(file.path) for _, file in states)
     remedy = "choose the model, the native size (image_size) or the file that fits"
+    if account_only:
+        report = account(clip.state_dict(), state, drops=drops, optional=optional)
+        if not report.complete:
+            raise CheckpointMismatch(source, report, remedy)
+        return
     report = load_strict(clip, state, source=source, drops=drops, optional=optional, remedy=remedy)
     for rule, keys in report.dropped.items():
         logger.info("%s: ignored %d keys (%s)", source, len(keys), rule)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from clipdense.checkpoint import LAYOUTS, Checkpoint, CheckpointError, convert_model, read_checkpoint
+from clipdense.checkpoint.io import refuse_nonfinite_save, require_finite
 from clipdense.files import WriteError, write_atomically, write_text
 from clipdense.open_vocabulary import CheckpointMetadata, LoadHook, move_vocabulary_buffer
 
@@ -42,7 +43,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
         save_dir: folder of the checkpoints.
         skip: glob patterns of parameters that may be missing, mismatched or unexpected in a weight file.
         allow_pickle: whether a weight file may be a pickle.
-        keep: number of periodic checkpoints (``model_0001999.pth``) to keep; 0 for all.
+        keep: number of periodic checkpoints (``model_0001999.pth``) to keep, the newest ones; 0 for all.
     """
 
     def __init__(
@@ -68,12 +69,17 @@ class TrainingCheckpointer(DetectionCheckpointer):
             data: other entries; ``metadata`` is a dict, to which that of the model is added.
 
         Raises:
-            CheckpointError: If it cannot be written; the previous checkpoint is untouched.
+            CheckpointError: If it cannot be written, or a tensor of the model is not finite; the previous
+                checkpoint is untouched.
         """
-        if not self.save_dir or not self.save_to_disk:
+        if not self.save_dir:
             return
         basename = f"{name}.pth"
         data = {"model": self.model.state_dict(), **data}
+        # in every process, so that all of them end
+        refuse_nonfinite_save(data["model"], Path(self.save_dir, basename))
+        if not self.save_to_disk:
+            return
         data["metadata"] = {**data.get("metadata", {}), **model_metadata(self.model)}
         try:
             write_atomically(Path(self.save_dir, basename), lambda file: torch.save(data, file))
@@ -84,9 +90,17 @@ class TrainingCheckpointer(DetectionCheckpointer):
             raise CheckpointError(f"{e}\nThe last good checkpoint is {last}") from e
         self.logger.info("Saved %s", os.path.join(self.save_dir, basename))
         if self.keep:
-            periodic = sorted(p for p in Path(self.save_dir).iterdir() if _PERIODIC.fullmatch(p.name))
-            for old in periodic[: -self.keep]:
-                old.unlink()
+            self._remove_old(basename)
+
+    def _remove_old(self, saved: str) -> None:
+        """Delete periodic checkpoints except the newest ones, which include the one just saved.
+
+        The time of writing decides: a killed run may have left a higher number than its resumed run writes.
+        """
+        periodic = [p for p in Path(self.save_dir).iterdir() if _PERIODIC.fullmatch(p.name)]
+        periodic.sort(key=lambda p: (p.name == saved, p.stat().st_mtime_ns, p.name))
+        for old in periodic[: -self.keep]:
+            old.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint to ``last_checkpoint``."""
@@ -141,6 +155,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
         return super()._load_file(f)
 
     def _load_model(self, checkpoint: Any) -> Any:
+        arrays = {k: torch.as_tensor(v) for k, v in checkpoint["model"].items() if hasattr(v, "shape")}
+        require_finite(arrays, self._path)
         self._zoo = bool(checkpoint.get("matching_heuristics"))
         self._offered = len(checkpoint["model"])
         if isinstance(self.model, CheckpointMetadata):

@@ -81,6 +81,51 @@ def test_keeps_the_latest(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_keeps_the_newest_not_the_highest_number(tmp_path: Path) -> None:
+    """A killed run may leave a higher number than its resumed run writes, perhaps with a later time."""
+    (tmp_path / "model_0000009.pth").write_bytes(b"left")
+    (tmp_path / "model_0000005.pth").write_bytes(b"old")
+    os.utime(tmp_path / "model_0000009.pth", (2e9, 2e9))
+    os.utime(tmp_path / "model_0000005.pth", (1e9, 1e9))
+    TrainingCheckpointer(Model(), str(tmp_path), keep=2).save("model_0000007")
+    assert sorted(p.stem for p in tmp_path.glob("*.pth")) == ["model_0000007", "model_0000009"]
+    TrainingCheckpointer(Model(), str(tmp_path), keep=1).save("model_0000008")
+    assert [p.stem for p in tmp_path.glob("*.pth")] == ["model_0000008"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000008.pth"
+
+
+# ---- values that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_model_is_not_saved(tmp_path: Path, value: float) -> None:
+    model = Model()
+    checkpointer = TrainingCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001")
+    with torch.no_grad():
+        model.head.weight[1, 2] = value
+    with pytest.raises(CheckpointError, match="model_0000002.pth was not written.*head.weight.*diverged"):
+        checkpointer.save("model_0000002")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
+    assert checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.pkl"])
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path: Path, name: str) -> None:
+    bad = weights()
+    bad["trunk.bias"][0] = float("nan")
+    path = tmp_path / name
+    if name == "w.safetensors":
+        save_file(bad, path)
+    elif name == "w.pkl":
+        arrays = {k: v.numpy() for k, v in bad.items()}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}))
+    else:
+        torch.save({"model": bad}, path)
+    with pytest.raises(CheckpointError, match=f"{name} holds tensor trunk.bias with NaN"):
+        TrainingCheckpointer(Model(), allow_pickle=True).load_weights(str(path))
+
+
 # ---- reading
 
 
