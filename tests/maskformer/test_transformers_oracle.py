@@ -1,6 +1,6 @@
-"""MaskFormer of Hugging Face's transformers as a second oracle (specs/ovseg_zegformer_maskformer.md 1.8).
+"""MaskFormer of Hugging Face's transformers as a second oracle.
 
-Its modules are private there, and are renamed between releases; where they are missing the test is skipped.
+Its modules are private and renamed between releases; if they are missing, the test is skipped.
 """
 
 from typing import Any

@@ -64,77 +64,78 @@ def _register_views(root: Path, family: str, suffix: str, split: str, images: in
     things = {k + 1: i for i, k in enumerate(classes)}
     stuff = {len(CLASSES) + g + 1: len(classes) + g for g in range(len(GROUNDS))}
     names = [CLASSES[k] for k in classes]
-    novel: dict[str, Any] = {}
-    if family != "closed":
-        novel = {"novel_classes": [n for n in _NOVEL if n in names]}
-        novel["novel_kinds"] = _NOVEL_KINDS if novel["novel_classes"] else {}
     folders = png_folders(root, split)
     semantic = folders["semantic_ov" if labels == "ov" else "semantic"]
     instances, panoptic = (
         annotation_file(root, f"{kind}_{labels}", split, images) for kind in ("instances", "panoptic")
     )
-
-    def load_detection() -> DatasetDicts:
-        return load_instances(instances, folders["image"], things, ("visible",))
-
-    def load_everything() -> DatasetDicts:
-        dicts = load_panoptic(
-            panoptic, folders["image"], folders["panoptic"], things | stuff, set(things.values()), semantic
-        )
-        annotations = {d["image_id"]: d["annotations"] for d in load_detection()}
-        return [d | {"annotations": annotations[d["image_id"]]} for d in dicts]
-
-    def load_semantic() -> DatasetDicts:
-        kept = ("file_name", "image_id", "height", "width", "sem_seg_file_name")
-        return [{key: d[key] for key in kept} for d in load_everything()]
-
+    load_detection = partial(load_instances, instances, folders["image"], things, ("visible",))
+    load_segments = partial(
+        load_panoptic,
+        panoptic,
+        folders["image"],
+        folders["panoptic"],
+        things | stuff,
+        set(things.values()),
+        semantic,
+    )
     ensure = partial(ensure_shapes, split, images, root)
-    attributes = {"color": [n.split()[0] for n in names], "shape": [n.split()[1] for n in names]}
-    shared = {
+    novel = _novel_metadata(names) if family != "closed" else {}
+    maps = {"sem_seg_root": str(semantic), "ignore_label": IGNORE, "image_root": str(folders["image"])}
+    objects = {
+        "thing_dataset_id_to_contiguous_id": things,
         "image_root": str(folders["image"]),
         "json_file": str(instances),
-        "class_attributes": attributes,
-        **novel,
+        "class_attributes": {"color": [n.split()[0] for n in names], "shape": [n.split()[1] for n in names]},
     }
+    everything = [*names, *GROUNDS]
     _register(
         f"shapes_{family}_{suffix}",
         load_detection,
         ensure,
-        evaluator_type="coco",
-        thing_classes=names,
-        thing_dataset_id_to_contiguous_id=things,
-        **shared,
+        **{**objects, **novel, "evaluator_type": "coco", "thing_classes": names},
     )
     _register(
         f"shapes_{family}_panoptic_{suffix}",
-        load_everything,
+        partial(_load_everything, load_segments, load_detection),
         ensure,
-        evaluator_type="coco_panoptic_seg",
-        # as in Detectron2's standard COCO panoptic: both lists name every class, the id maps tell things
+        **{**objects, **maps, **novel, "evaluator_type": "coco_panoptic_seg"},
+        # as in Detectron2's standard COCO panoptic: both lists name every class, the id maps separate things
         # from stuff
-        thing_classes=[*names, *GROUNDS],
-        stuff_classes=[*names, *GROUNDS],
-        thing_dataset_id_to_contiguous_id=things,
+        thing_classes=everything,
+        stuff_classes=everything,
         stuff_dataset_id_to_contiguous_id=stuff,
         panoptic_root=str(folders["panoptic"]),
         panoptic_json=str(panoptic),
-        sem_seg_root=str(semantic),
-        ignore_label=IGNORE,
         label_divisor=1000,
-        **shared,
     )
     _register(
         f"shapes_{family}_sem_seg_{suffix}",
-        load_semantic,
+        partial(_load_semantic, load_segments),
         ensure,
-        evaluator_type="sem_seg",
-        stuff_classes=[*names, *GROUNDS],
+        **{**maps, **novel, "evaluator_type": "sem_seg", "stuff_classes": everything},
         stuff_dataset_id_to_contiguous_id=things | stuff,
-        sem_seg_root=str(semantic),
-        ignore_label=IGNORE,
-        image_root=str(folders["image"]),
-        **novel,
     )
+
+
+def _load_everything(
+    load_segments: Callable[[], DatasetDicts], load_detection: Callable[[], DatasetDicts]
+) -> DatasetDicts:
+    """Load panoptic records with the instances' annotations."""
+    annotations = {d["image_id"]: d["annotations"] for d in load_detection()}
+    return [d | {"annotations": annotations[d["image_id"]]} for d in load_segments()]
+
+
+def _load_semantic(load_segments: Callable[[], DatasetDicts]) -> DatasetDicts:
+    """Load records with semantic label maps only."""
+    kept = ("file_name", "image_id", "height", "width", "sem_seg_file_name")
+    return [{key: d[key] for key in kept} for d in load_segments()]
+
+
+def _novel_metadata(names: list[str]) -> dict[str, Any]:
+    """Metadata about the novel classes among ``names``."""
+    novel = [n for n in _NOVEL if n in names]
+    return {"novel_classes": novel, "novel_kinds": _NOVEL_KINDS if novel else {}}
 
 
 def _register_lvis(root: Path, split: str) -> None:

@@ -100,15 +100,33 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
             f"the file's heads have {num_classes} classes, but {len(classes)} class names are given"
         )
     strides, depth = _strides(state), count_parts(state, f"{_VISUAL}blocks.")
-    names = [int(math.log2(stride)) for stride in strides]
-    pyramid = [f"p{name}" for name in names]
-    rpn_bn = any(re.match(r"rpn_head\.rpn_conv\.\d+\.bn\.", key) for key in state)
     width = shown_size(state, (f"{_BOX}fc_reg.weight", 1), (f"{_BOX}reg_fcs.0.bias", 0))
     return {
         "MODEL.META_ARCHITECTURE": "FVLM",
         "INPUT.FORMAT": "RGB",
         "MODEL.PIXEL_MEAN": [255 * x for x in IMAGENET_DEFAULT_MEAN],
         "MODEL.PIXEL_STD": [255 * x for x in IMAGENET_DEFAULT_STD],
+        **_backbone_options(state, strides, depth),
+        **_head_options(state, strides, num_classes),
+        "MODEL.FVLM.TEXT_SOURCE": "weights",
+        "MODEL.FVLM.BACKGROUND": "text",
+        "MODEL.FVLM.EMBEDDING_RELU": True,
+        "MODEL.FVLM.BOX_FC_DIM": width,
+        "MODEL.FVLM.SCALE": SCALE,
+        "MODEL.FVLM.LEARN_SCALE": f"{_BOX}detect_temperature" in state,
+        "MODEL.FVLM.FINEST_BOX_SIZE": 56.0,
+        **_data_options(state, large=depth == 24),
+    }
+
+
+def _levels(strides: Sequence[float]) -> list[int]:
+    """Pyramid levels: the base-2 logarithms of the strides."""
+    return [int(math.log2(stride)) for stride in strides]
+
+
+def _backbone_options(state: State, strides: Sequence[float], depth: int) -> dict[str, Any]:
+    """The frozen CLIP and its pyramid."""
+    return {
         "MODEL.CLIP.PRETRAINED": "random",
         "MODEL.CLIP.POSITION_RULE": "bicubic",
         "MODEL.CLIP.POSITION_GRID": 0,
@@ -121,13 +139,21 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
         "MODEL.FROZEN_CLIP.JOINT": "clipself",
         "MODEL.INTERPOLATED.SCALE_FACTORS": [4.0, 2.0, 1.0, 0.5],
         "MODEL.INTERPOLATED.NORM": "BN",
-        "MODEL.FPN.IN_FEATURES": [f"res{name}" for name in names[:4]],
+        "MODEL.FPN.IN_FEATURES": [f"res{level}" for level in _levels(strides)[:4]],
         "MODEL.FPN.OUT_CHANNELS": shown_size(
             state, ("neck.lateral_convs.0.conv.weight", 0), ("neck.fpn_convs.0.conv.weight", 0)
         ),
         "MODEL.FPN.NORM": "BN",
         "MODEL.FPN.FUSE_TYPE": "sum",
         "MODEL.FPN.TOP_BLOCK": "LastLevelMaxPool",
+    }
+
+
+def _head_options(state: State, strides: Sequence[float], num_classes: int) -> dict[str, Any]:
+    """Anchors, proposals and box head."""
+    pyramid = [f"p{level}" for level in _levels(strides)]
+    rpn_bn = any(re.match(r"rpn_head\.rpn_conv\.\d+\.bn\.", key) for key in state)
+    return {
         "MODEL.ANCHOR_GENERATOR.SIZES": [[8 * stride] for stride in strides],
         "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
         "MODEL.ANCHOR_GENERATOR.OFFSET": 0.0,
@@ -149,14 +175,6 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
         "MODEL.ROI_BOX_HEAD.FC_DIM": shown_size(state, (f"{_BOX}shared_fcs.0.bias", 0)),
         "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
         "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 0,
-        "MODEL.FVLM.TEXT_SOURCE": "weights",
-        "MODEL.FVLM.BACKGROUND": "text",
-        "MODEL.FVLM.EMBEDDING_RELU": True,
-        "MODEL.FVLM.BOX_FC_DIM": width,
-        "MODEL.FVLM.SCALE": SCALE,
-        "MODEL.FVLM.LEARN_SCALE": f"{_BOX}detect_temperature" in state,
-        "MODEL.FVLM.FINEST_BOX_SIZE": 56.0,
-        **_data_options(state, large=depth == 24),
     }
 
 

@@ -15,7 +15,7 @@ from detectron2.evaluation import DatasetEvaluator
 
 
 class CropRetrievalEvaluator(TaskEvaluator):
-    """Recall at 1 and 5 between all crops and all captions of a data set, in percent.
+    """Recall at 1 and 5 between all crops and all captions of a dataset, in percent.
 
     A caption counts as found for a crop if any caption with content that the crop shows is among the first k,
     and the other way round (see `positive_pairs`).

@@ -1,4 +1,4 @@
-"""Captioned crops from data sets of the `shapes` world."""
+"""Captioned crops from datasets of the `shapes` world."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ class CropCaptionMapper:
             ``contents`` (n, 96) uint8 (see `crops.CONTENT_SIZE`).
 
         Raises:
-            KeyError: a record of another kind of data set.
+            KeyError: If a record comes from another kind of dataset.
         """
         for key in ("sem_seg_file_name", "annotations"):
             if key not in dataset_dict:
