@@ -5,12 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("clipdense", "tools", "tests", "datasets", "projects")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TEXTS = FILES + sorted(p for folder in ("configs", "projects") for p in (ROOT / folder).rglob("*.yaml"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
 MAX_FILE_LINES, MAX_BODY_LINES = 500, 60
 
 # The order of the rooms, top first; rooms of one row may import each other. import-linter checks the same
@@ -40,6 +39,24 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
+def imports(tree: ast.AST) -> set[str]:
+    """Return the absolute modules that a file imports, anywhere."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return modules
+
+
+def rooms_above(path: Path) -> set[str]:
+    """Return the rooms above a file's; empty for rooms that stand beside the rows."""
+    room = path.relative_to(ROOT / "clipdense").parts[0].removesuffix(".py")
+    row = next((i for i, rooms in enumerate(ROWS) if room in rooms), 0)
+    return {other for rooms in ROWS[:row] for other in rooms}
+
+
 def declares_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Return whether a function only declares command-line arguments or config keys."""
     return bool(re.search(r"argument|parse|^add_\w+_config$", function.name))
@@ -50,49 +67,50 @@ def test_there_are_files() -> None:
     assert len(FILES) > 300
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_file_fits(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+def test_files_fit() -> None:
+    assert [name(p) for p in FILES if len(p.read_text().splitlines()) > MAX_FILE_LINES] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_functions_fit(path: Path) -> None:
+def test_functions_fit() -> None:
     """Signature and docstring do not count; functions that declare arguments or config keys are exempt."""
-    found = functions(ast.parse(path.read_text()))
-    assert [f.name for f in found if body_lines(f) > MAX_BODY_LINES and not declares_arguments(f)] == []
+    long = [
+        f"{name(path)}: {function.name}"
+        for path in FILES
+        for function in functions(TREES[path])
+        if body_lines(function) > MAX_BODY_LINES and not declares_arguments(function)
+    ]
+    assert long == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_imports_are_absolute(path: Path) -> None:
-    imports = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
-    assert [node.lineno for node in imports if node.level] == []
+def test_imports_are_absolute() -> None:
+    relative = [
+        f"{name(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if name(p).startswith("clipdense/")], ids=name)
-def test_no_room_imports_a_higher_one(path: Path) -> None:
+def test_no_room_imports_a_higher_one() -> None:
     """Imports inside functions count as well."""
-    room = path.relative_to(ROOT / "clipdense").parts[0].removesuffix(".py")
-    row = next((i for i, rooms in enumerate(ROWS) if room in rooms), None)
-    if row is None:
-        return  # data, evaluation, engine and visualization stand beside; import-linter checks them
-    higher = {other for rooms in ROWS[:row] for other in rooms}
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            imported.add(node.module)
-        elif isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-    rooms = {m.split(".")[1] for m in imported if m.startswith("clipdense.")}
-    assert rooms & higher == set()
+    upward = [
+        f"{name(path)} imports {module}"
+        for path in FILES
+        if name(path).startswith("clipdense/")
+        for module in imports(TREES[path])
+        if module.startswith("clipdense.") and module.split(".")[1] in rooms_above(path)
+    ]
+    assert upward == []
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=name)
-def test_wording(path: Path) -> None:
+def test_wording() -> None:
     """Papers are cited by name and section; the word is "dataset"."""
-    text = path.read_text()
-    lines = [
-        f"{i}: {line.strip()}"
-        for i, line in enumerate(text.splitlines(), 1)
+    found = [
+        f"{name(path)}:{number}: {line.strip()}"
+        for path in TEXTS
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(r"\bspecs/|\bdata sets?\b", line, re.IGNORECASE)
     ]
-    assert path == Path(__file__) or lines == []
+    assert found == []
