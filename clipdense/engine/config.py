@@ -29,7 +29,7 @@ def add_engine_config(cfg: CN) -> None:
     cfg.SOLVER.POLY_LR_POWER = 0.9
     # Wall-clock limit of training in seconds, including evaluation during training; 0: no limit. Training
     # ends at MAX_ITER or MAX_SECONDS, whichever comes first, and the learning-rate schedule follows the one
-    # that is closer to its end.
+    # that is closer to its end. A MAX_ITER on the command line lifts the limit of a config file.
     cfg.SOLVER.MAX_SECONDS = 0.0
 
     # Data type of autocast if AMP.ENABLED: "float16" (with loss scaling) or "bfloat16".

@@ -7,7 +7,6 @@ add what exact resuming and full disks need.
 import datetime
 import json
 import logging
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clipdense.checkpoint import CheckpointError
-from clipdense.files import WriteError, write_text
+from clipdense.files import WriteError
 
 from detectron2.engine.hooks import BestCheckpointer, EvalHook, IterationTimer, PeriodicWriter
 from detectron2.engine.train_loop import HookBase
@@ -31,7 +30,7 @@ __all__ = [
     "PeriodicCheckpoint",
     "Progress",
     "default_hooks",
-    "drop_rows_from",
+    "repeat_after_step",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,8 +48,24 @@ def default_hooks(trainer: Any) -> list[HookBase]:
         if options.best_metric:
             hooks.append(BestCheckpoint(trainer))
         writer = MetricWriter(options.output_dir)
-        hooks += [PeriodicWriter([writer], options.log_period), Progress(options.log_period)]
+        hooks += [MetricRows([writer], options.log_period, options.eval_period), Progress(options.log_period)]
     return hooks
+
+
+def repeat_after_step(trainer: Any) -> None:
+    """Evaluate and log the last iteration of a resumed run, whose process was killed before that was done.
+
+    The checkpoint is saved first of all. Therefore the hooks after `PeriodicCheckpoint` run again.
+
+    Args:
+        trainer: trainer at the first iteration after the checkpoint.
+    """
+    hooks = list(trainer._hooks)
+    first = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpoint)) + 1
+    trainer.iter = trainer.storage.iter = trainer.start_iter - 1
+    for hook in hooks[first:]:
+        hook.after_step()
+    trainer.iter = trainer.storage.iter = trainer.start_iter
 
 
 class PeriodicCheckpoint(HookBase):
@@ -111,11 +126,39 @@ class BestCheckpoint(BestCheckpointer):
             logger.error("%s\nTraining continues.", e)
 
 
+class MetricRows(PeriodicWriter):
+    """Detectron2's hook that writes metrics; writes them after every evaluation as well.
+
+    A resumed run thus finds in metrics.json which evaluations are done.
+    """
+
+    def __init__(self, writers: list[EventWriter], period: int, eval_period: int) -> None:
+        super().__init__(writers, period)
+        self._eval_period = eval_period
+
+    def after_step(self) -> None:
+        """Write the metrics if they are due."""
+        done = self.trainer.iter + 1
+        evaluated = self._eval_period > 0 and done % self._eval_period == 0
+        if evaluated and done % self._period and done < self.trainer.max_iter:
+            for writer in self._writers:
+                writer.write()
+        super().after_step()
+
+    def after_train(self) -> None:
+        """Write the last metrics, unless the run stopped early: it will write them when it is resumed."""
+        if self.trainer.finished:
+            super().after_train()
+        else:
+            for writer in self._writers:
+                writer.close()
+
+
 class MetricWriter(EventWriter):
     """Writes metrics.json and TensorBoard events; continues if the disk is full.
 
     The files are opened at the first write, so that a resumed run can correct them first (see
-    `drop_rows_from`).
+    `clipdense.engine.metrics.drop_rows_from`).
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -140,25 +183,6 @@ class MetricWriter(EventWriter):
         """Close the files."""
         for writer in self._writers:
             writer.close()
-
-
-def drop_rows_from(path: Path, start_iter: int) -> None:
-    """Remove the rows of metrics.json that a resumed run will write again.
-
-    Args:
-        path: the file, with one JSON object per line.
-        start_iter: iteration at which training resumes.
-    """
-    if path.exists():
-        rows = [row for row in path.read_text().splitlines() if _iteration(row) < start_iter]
-        write_text(path, "".join(f"{row}\n" for row in rows))
-
-
-def _iteration(row: str) -> float:
-    try:
-        return float(json.loads(row)["iteration"])
-    except (ValueError, KeyError):  # the last row of a killed run may be incomplete
-        return math.inf
 
 
 class Progress(HookBase):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from clipdense.engine.options import ConfigError
+from clipdense.lock import FolderLock, FolderLockedError
 
 __all__ = ["prepare_output_dir"]
 
@@ -28,7 +29,9 @@ _OWN_FILES = (
 
 
 def prepare_output_dir(output_dir: str, keep: bool, weights: str = "") -> Path | None:
-    """Create the folder; move the files of an earlier run to its subfolder ``old_1``, ``old_2``, ...
+    """Create and lock the folder; move the files of an earlier run to its subfolder ``old_1``, ``old_2``, ...
+
+    The lock (see `clipdense.lock.FolderLock`) ends with the process or with `Trainer.train`.
 
     Args:
         output_dir: path of the folder.
@@ -39,7 +42,8 @@ def prepare_output_dir(output_dir: str, keep: bool, weights: str = "") -> Path |
         Folder to which the files of an earlier run were moved; None if there were none.
 
     Raises:
-        ConfigError: If the folder cannot be created or written, or ``weights`` would be moved away.
+        ConfigError: If the folder cannot be created or written, another process uses it, or ``weights``
+            would be moved away.
     """
     folder = Path(output_dir)
     try:
@@ -47,6 +51,9 @@ def prepare_output_dir(output_dir: str, keep: bool, weights: str = "") -> Path |
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        FolderLock(folder, "OUTPUT_DIR").acquire()
+    except FolderLockedError as e:
+        raise ConfigError(str(e)) from e
     except OSError as e:
         raise ConfigError(f"OUTPUT_DIR {output_dir} cannot be written: {e.strerror}") from e
     if keep or not any((folder / name).exists() for name in ("last_checkpoint", "metrics.json")):

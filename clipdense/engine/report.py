@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ __all__ = ["export", "print_results", "results_table", "write_report", "write_re
 logger = logging.getLogger(__name__)
 
 
-def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -> None:
-    """Export the model, draw the training curve, and write and log the flattened metrics."""
+def write_report(model: nn.Module, output_dir: str, results: dict[str, float], ended_by: str) -> None:
+    """Export the model, draw the training curve, and write and log the flattened metrics.
+
+    Args:
+        model: the trained model.
+        output_dir: folder of the run.
+        results: flattened metrics.
+        ended_by: setting that ended the training, e.g. "SOLVER.MAX_SECONDS"; written to ``results.json``.
+    """
     from clipdense.visualization.curves import draw_curve  # matplotlib takes a second to import
 
     export(model, Path(output_dir, "export.safetensors"))
     draw_curve(Path(output_dir, "metrics.json"), Path(output_dir, "curve.png"))
-    write_results(results, Path(output_dir))
+    write_results({**results, "ended_by": ended_by}, Path(output_dir))
     print_results(results)
     files = sorted(
         p.name for p in Path(output_dir).iterdir() if p.suffix in (".pth", ".png", ".json", ".safetensors")
@@ -31,7 +39,7 @@ def write_report(model: nn.Module, output_dir: str, results: dict[str, float]) -
     logger.info("Written to %s: %s", output_dir, ", ".join(files))
 
 
-def write_results(results: dict[str, float], folder: Path) -> None:
+def write_results(results: Mapping[str, float | str], folder: Path) -> None:
     """Write flattened metrics to ``results.json`` in a folder, which is created if necessary."""
     write_text(folder / "results.json", json.dumps(results, indent=1))
 

@@ -1,5 +1,6 @@
 """Learning-rate schedules: fvcore's decays, with a warm-up that also ends under a wall-clock limit."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from clipdense.engine.options import ConfigError
 from detectron2.config import CfgNode
 
 __all__ = ["PolynomialDecay", "Schedule", "build_schedule"]
+
+logger = logging.getLogger(__name__)
 
 
 class PolynomialDecay(ParamScheduler):
@@ -93,6 +96,12 @@ def build_schedule(cfg: CfgNode) -> Schedule:
         raise ConfigError(f"SOLVER.LR_SCHEDULER_NAME must be one of {known}, got {s.LR_SCHEDULER_NAME!r}")
     if s.WARMUP_METHOD not in ("linear", "constant"):
         raise ConfigError(f"SOLVER.WARMUP_METHOD must be 'linear' or 'constant', got {s.WARMUP_METHOD!r}")
+    if s.WARMUP_ITERS >= s.MAX_ITER:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d: the learning rate never reaches "
+            "SOLVER.BASE_LR. Lower SOLVER.WARMUP_ITERS, e.g. to %d.",
+            *(s.WARMUP_ITERS, s.MAX_ITER, s.MAX_ITER // 10),
+        )
     return Schedule(
         decays[s.LR_SCHEDULER_NAME](),
         s.MAX_ITER,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,30 @@ from torch.nn.parallel import DistributedDataParallel
 from clipdense.checkpoint import Checkpoint, CheckpointError
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
+from clipdense.engine.divergence import (
+    describe_divergence,
+    file_names,
+    last_good_checkpoint,
+    non_finite_gradients,
+    non_finite_weights,
+)
 from clipdense.engine.ema import ModelEMA
-from clipdense.engine.hooks import default_hooks, drop_rows_from
+from clipdense.engine.hooks import default_hooks, repeat_after_step
 from clipdense.engine.interrupt import Interrupt
+from clipdense.engine.metrics import (
+    current_scalars,
+    drop_rows_from,
+    has_row,
+    recent_history,
+    restore_metrics,
+)
 from clipdense.engine.optimizer import build_clipper, keep_frozen_in_eval
 from clipdense.engine.options import TrainerOptions
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.report import write_report
 from clipdense.engine.run_config import run_config
 from clipdense.files import WriteError, write_text
+from clipdense.lock import FolderLock
 from clipdense.open_vocabulary import TrainingStart
 
 from detectron2.config import configurable
@@ -43,9 +58,6 @@ logger = logging.getLogger(__name__)
 # A smaller loss scale means that fp16 gradients overflowed in about 30 consecutive iterations, i.e. that they
 # are NaN.
 _MIN_LOSS_SCALE = 2.0**-14
-
-# Number of values of which Detectron2's writers take the median.
-_SMOOTHING_WINDOW = 20
 
 Batch = list[dict[str, Any]]
 
@@ -103,8 +115,10 @@ class Trainer(TrainerBase):
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.train_loader, self.evaluate = train_loader, evaluate
         self._batches: Iterator[Batch]
+        self._batch: Batch = []
         self._random_state: dict[str, Any] | None = None
         self._history: dict[str, list[tuple[float, float]]] = {}
+        self._scalars: dict[str, tuple[float, int, bool]] = {}
         self._interrupt, self._signal = Interrupt(), 0
         self._consistent = True  # False within an optimizer step
         self.register_hooks(default_hooks(self))
@@ -123,19 +137,19 @@ class Trainer(TrainerBase):
             Flattened metrics of the final evaluation; empty except in the main process.
 
         Raises:
-            FloatingPointError: If a loss or a gradient is NaN or infinite.
+            FloatingPointError: If a loss, a gradient or a weight is NaN or infinite.
             WriteError: If the final checkpoint cannot be written.
             SystemExit: If SIGINT or SIGTERM arrived; a checkpoint is saved first.
         """
         self.iter = self._done = self._saved = self.start_iter
         with EventStorage(self.start_iter) as self.storage:
-            for name, values in self._history.items():
-                for value, iteration in values:
-                    self.storage.histories()[name].update(value, iteration)
+            restore_metrics(self.storage, self._history, self._scalars)
             try:
                 with self._interrupt:  # before the loader starts its workers, which Ctrl-C reaches as well
                     self.before_train()
                     self._prepare()
+                    if self._scalars:
+                        repeat_after_step(self)
                     while self.iter < self.max_iter:
                         self.before_step()
                         self.run_step()
@@ -143,6 +157,7 @@ class Trainer(TrainerBase):
                         self.iter += 1
                         self._stop_if_requested()
                 self.finished = True
+                logger.info("%s", self._describe_end())
             except Exception as e:
                 self._save_after_error(e)
                 raise
@@ -150,8 +165,24 @@ class Trainer(TrainerBase):
                 self.after_train()
         if comm.is_main_process():
             with self._averaged_weights():
-                write_report(self.model, self.options.output_dir, self.results)
+                write_report(self.model, self.options.output_dir, self.results, self.ended_by)
+            FolderLock(self.options.output_dir, "OUTPUT_DIR").release()
         return self.results
+
+    @property
+    def ended_by(self) -> str:
+        """Name of the setting that ends the training at the current iteration."""
+        return "SOLVER.MAX_ITER" if self._done >= self.options.max_iter else "SOLVER.MAX_SECONDS"
+
+    def _describe_end(self) -> str:
+        """Describe which setting has ended the training, and how to continue it."""
+        text = f"Training ended after {self._done} of {self.options.max_iter} iterations by {self.ended_by}"
+        if self.ended_by == "SOLVER.MAX_ITER":
+            return text
+        return (
+            f"{text} {self.options.max_seconds:g}. To continue: --resume with a larger SOLVER.MAX_SECONDS, "
+            "or 0 for no limit."
+        )
 
     def progress(self, iteration: int) -> float:
         """Return the share of the training (0..1) that ``iteration`` iterations and the elapsed time make."""
@@ -166,7 +197,7 @@ class Trainer(TrainerBase):
     def _prepare(self) -> None:
         self.train_mode()
         if self.progress(self.start_iter) >= 1.0:
-            logger.info("Training is complete: %s holds a finished run", self.options.output_dir)
+            logger.info("%s holds a finished run", self.options.output_dir)
             self.max_iter = self.start_iter
             return
         if isinstance(self.model, TrainingStart):
@@ -184,12 +215,15 @@ class Trainer(TrainerBase):
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base_lr * factor
         start = time.perf_counter()
-        batch = next(self._batches)
+        batch = self._batch = next(self._batches)
         data_time = time.perf_counter() - start
 
         self._consistent = False
         self.optimizer.zero_grad()
-        losses = self._accumulate_gradients(batch)
+        try:
+            losses = self._accumulate_gradients(batch)
+        except FloatingPointError as e:  # a model's own check; the other processes do not know of it
+            raise self._divergence([str(e)]) from e
         self.scaler.unscale_(self.optimizer)
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.stack(torch._foreach_norm([p.grad for p in trained])).norm()
@@ -241,8 +275,7 @@ class Trainer(TrainerBase):
         # with loss scaling, gradients may overflow: the scaler then skips the step
         finite = rows[:, : len(names) + (not self.scaler.is_enabled())].isfinite()
         if not finite.all() or self.scaler.get_scale() < _MIN_LOSS_SCALE:
-            suspects = [] if finite[comm.get_rank()].all() else batch
-            raise FloatingPointError(self._describe_non_finite(means, suspects))
+            self._raise_non_finite(means, suspicious=not finite.all() and not finite[comm.get_rank()].all())
         self.storage.put_scalars(total_loss=sum(means.values()), data_time=float(rows[:, -3].max()))
         if len(means) > 1:
             self.storage.put_scalars(**means)
@@ -253,30 +286,38 @@ class Trainer(TrainerBase):
 
     # ---- faults
 
-    def _describe_non_finite(self, losses: dict[str, float], suspects: Batch) -> str:
-        """Describe non-finite losses or gradients: their names, the images, and what to do.
+    def _raise_non_finite(self, losses: dict[str, float], suspicious: bool) -> NoReturn:
+        """Raise an error that names non-finite losses or gradients; every process must call this method.
 
         Args:
             losses: mean losses of the global batch.
-            suspects: the batch of this process if it has non-finite values; otherwise empty.
+            suspicious: whether this process has non-finite values.
         """
         bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
-        if not bad:
-            gradients = [
-                f"the gradient of {name}"
-                for name, p in self.model.named_parameters()
-                if p.grad is not None and not p.grad.isfinite().all()
-            ]
-            bad = gradients[:10] + ["..."] * (len(gradients) > 10)
-        own = [str(sample.get("file_name", sample.get("image_id", "?"))) for sample in suspects]
+        bad = bad or [f"the gradient of {name}" for name in non_finite_gradients(self.model)]
+        own = file_names(self._batch) if suspicious else []
         images = [name for names in comm.all_gather(own) for name in names]
-        last = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none yet"
-        return (
-            f"NaN or infinite values at iteration {self.iter}: {', '.join(bad)}\n"
-            f"All losses: {', '.join(f'{name} = {value:.6g}' for name, value in losses.items())}\n"
-            f"Images of the batch: {', '.join(images)}\n"
-            f"Training stopped before this update; the last checkpoint is {last}. Check these images "
-            "and their annotations, or lower SOLVER.BASE_LR, or set SOLVER.CLIP_GRADIENTS.ENABLED True."
+        raise self._divergence(bad, images, losses)
+
+    def _divergence(
+        self, values: list[str], images: list[str] | None = None, losses: dict[str, float] | None = None
+    ) -> FloatingPointError:
+        """Build the error of a diverged training; `--resume` then starts from the last good checkpoint.
+
+        Args:
+            values: descriptions of the non-finite values.
+            images: images of the batch; by default those of this process.
+            losses: all losses, if they are known.
+        """
+        total = self.storage.histories().get("total_loss")
+        good, suspects = last_good_checkpoint(
+            self.options.output_dir, self.iter, total.values() if total is not None else []
+        )
+        if good is not None and suspects and comm.is_main_process():
+            self.checkpointer.tag_last_checkpoint(good.name)
+        images = file_names(self._batch) if images is None else images
+        return FloatingPointError(
+            describe_divergence(self.iter, values, images, losses or {}, good, suspects)
         )
 
     def _stop_if_requested(self) -> None:
@@ -333,6 +374,9 @@ class Trainer(TrainerBase):
         The entry ``model`` holds the weights that are evaluated. With a moving average of the weights, these
         are the averaged ones, and ``online`` holds the trained ones.
         """
+        bad = non_finite_weights(self.model)
+        if bad:  # equal in all processes
+            raise self._divergence([f"{name} after the update" for name in bad])
         random_states = comm.gather(random_state())
         model = self.model.state_dict()
         if self.ema is not None:
@@ -347,15 +391,11 @@ class Trainer(TrainerBase):
             elapsed=self.elapsed,
             seed=self.options.seed,
             random_states=random_states,
-            history=self._recent_history(),
+            history=recent_history(self.storage),
+            scalars=current_scalars(self.storage, self._done - 1),
             metadata=self.options.metadata,
         )
         self._saved = self._done
-
-    def _recent_history(self) -> dict[str, list[tuple[float, float]]]:
-        """Return the last values of each smoothed scalar with their iterations, for the metric writers."""
-        smoothed = [name for name, smooth in self.storage.smoothing_hints().items() if smooth]
-        return {name: self.storage.history(name).values()[-_SMOOTHING_WINDOW:] for name in smoothed}
 
     def save_best(self, name: str, metric: str) -> None:
         """Write the evaluated weights as ``<name>.pth`` and the metric's value as ``<name>.json``."""
@@ -412,8 +452,13 @@ class Trainer(TrainerBase):
         self.start_iter = state["iteration"] + 1
         self.elapsed = self.elapsed_before = state.get("elapsed", 0.0)
         self._history = state.get("history", {})
+        recorded = True
         if comm.is_main_process():
-            drop_rows_from(Path(self.options.output_dir, "metrics.json"), self.start_iter)
+            metrics = Path(self.options.output_dir, "metrics.json")
+            drop_rows_from(metrics, self.start_iter)
+            recorded = has_row(metrics, self.start_iter - 1) or not self._row_is_due(self.start_iter)
+        if not all(comm.all_gather(recorded)):
+            self._scalars = state.get("scalars", {})
         random_states = state.get("random_states", [])
         if len(random_states) == comm.get_world_size():
             self._random_state = random_states[comm.get_rank()]
@@ -425,6 +470,11 @@ class Trainer(TrainerBase):
             )
         if state.get("seed", self.options.seed) != self.options.seed:
             logger.warning("%s was trained with SEED %d: the data order changes", path, state["seed"])
+
+    def _row_is_due(self, done: int) -> bool:
+        """Return whether metrics are evaluated or written after ``done`` iterations."""
+        periods = (self.options.eval_period, self.options.log_period)
+        return self.progress(done) >= 1.0 or any(period > 0 and done % period == 0 for period in periods)
 
 
 def distribute(model: nn.Module, find_unused_parameters: bool = False) -> nn.Module:

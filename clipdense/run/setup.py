@@ -125,8 +125,21 @@ def complete_config(
         log_weight_options(file)
         return LoadedConfig(cfg, file)
     known = frozenset([*explicit, *overrides[::2]])
+    if "SOLVER.MAX_ITER" in overrides[::2] and "SOLVER.MAX_SECONDS" not in overrides[::2]:
+        _lift_time_limit(cfg)
     apply_weight_options(cfg, file, known)
     return LoadedConfig(cfg, file, known)
+
+
+def _lift_time_limit(cfg: CfgNode) -> None:
+    """Set ``SOLVER.MAX_SECONDS`` to 0: a MAX_ITER of the command line overrides the config file's limit."""
+    if cfg.SOLVER.MAX_SECONDS:
+        logger.info(
+            "SOLVER.MAX_SECONDS %g of the config file does not apply, as the command line sets "
+            "SOLVER.MAX_ITER. To keep the limit, set SOLVER.MAX_SECONDS as well.",
+            cfg.SOLVER.MAX_SECONDS,
+        )
+        cfg.SOLVER.MAX_SECONDS = 0.0
 
 
 def _find(config_file: str) -> Path:

@@ -57,6 +57,8 @@ import yaml
 from tqdm import tqdm
 
 from clipdense.files import write_text
+from clipdense.lock import FolderLock, FolderLockedError
+from clipdense.processes import end_with_parent
 
 __all__ = ["Cell", "Row", "Table", "TableError", "collect", "load_table", "markdown", "run_cells"]
 
@@ -216,7 +218,23 @@ def run_cells(
 
     Returns:
         The failed cells, including those of earlier calls.
+
+    Raises:
+        TableError: If another process runs the table.
     """
+    table.output.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(table.output, "output folder")
+    try:
+        lock.acquire()
+        return _run_cells(table, tool, jobs, retry, finished)
+    except FolderLockedError as error:
+        raise TableError(f"{table.path}: {error}") from error
+    finally:
+        lock.release()
+
+
+def _run_cells(table: Table, tool: str, jobs: int, retry: bool, finished: Callable[[], None]) -> list[Cell]:
+    """See `run_cells`."""
     cells = table.cells()
     states = {cell: cell.read() for cell in cells}
     todo = [c for c in cells if states[c] is None or (retry and states[c]["status"] == "failed")]  # type: ignore[index]
@@ -257,7 +275,13 @@ def _run(cell: Cell, tool: str, stop: threading.Event) -> dict[str, Any] | None:
     with open(log, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent(),  # a killed table leaves no run behind that the next call doubles
+        )
         while process.poll() is None:
             if stop.wait(0.2):
                 os.killpg(process.pid, signal.SIGTERM)

@@ -1,0 +1,120 @@
+"""Description of a training that has diverged: where, in which values, and which checkpoint to go back to."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    "describe_divergence",
+    "file_names",
+    "last_good_checkpoint",
+    "non_finite_gradients",
+    "non_finite_weights",
+]
+
+_PERIODIC = re.compile(r"model_(\d+)\.pth")
+
+# A loss that is larger than the median of the earlier ones by this factor belongs to the divergence.
+_EXPLOSION = 10.0
+
+
+def non_finite_weights(model: nn.Module) -> list[str]:
+    """Return the names of the parameters and running statistics that hold NaN or infinite values."""
+    running = (
+        (name, buffer)
+        for name, buffer in model.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    )
+    return [
+        name
+        for name, value in [*model.named_parameters(), *running]
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+
+
+def non_finite_gradients(model: nn.Module) -> list[str]:
+    """Return the names of the parameters whose gradients hold NaN or infinite values."""
+    return [
+        name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+    ]
+
+
+def file_names(batch: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the file names of a batch; the image ids of samples without one."""
+    return [str(sample.get("file_name", sample.get("image_id", "?"))) for sample in batch]
+
+
+def describe_divergence(
+    iteration: int,
+    values: list[str],
+    images: list[str],
+    losses: Mapping[str, float],
+    good: Path | None,
+    suspects: list[str],
+) -> str:
+    """Describe non-finite values: the iteration, the images, the last good checkpoint, and what to do.
+
+    Args:
+        iteration: iteration with the values.
+        values: descriptions of the values.
+        images: images of the batch.
+        losses: all losses; empty if they are not known.
+        good: last checkpoint from before the divergence.
+        suspects: names of the later checkpoints.
+    """
+    shown = values[:10] + ["..."] * (len(values) > 10)
+    lines = [f"NaN or infinite values at iteration {iteration}: {', '.join(shown)}"]
+    if losses:
+        lines.append(f"All losses: {', '.join(f'{name} = {value:.6g}' for name, value in losses.items())}")
+    lines.append(f"Images of the batch: {', '.join(images)}")
+    checkpoint = f"the last good checkpoint is {good or 'none yet'}"
+    if suspects:
+        checkpoint += f" ({', '.join(suspects[-3:])} may hold diverged weights)"
+    lines.append(
+        f"Training stopped; {checkpoint}. Check these images and their annotations, or lower "
+        "SOLVER.BASE_LR, or set SOLVER.CLIP_GRADIENTS.ENABLED True."
+    )
+    return "\n".join(lines)
+
+
+def last_good_checkpoint(
+    folder: str, iteration: int, losses: Iterable[tuple[float, float]]
+) -> tuple[Path | None, list[str]]:
+    """Return the last periodic checkpoint from before a divergence.
+
+    The checkpoint of iteration k holds the weights with which the loss of iteration k + 1 is computed. It
+    counts as good if that loss is finite and at most ten times the median of the losses before it.
+
+    Args:
+        folder: output folder of the run.
+        iteration: iteration with non-finite values.
+        losses: (total loss, iteration) of the iterations before.
+
+    Returns:
+        The checkpoint, or None if there is none from before the divergence; and the names of the later ones.
+    """
+    known = {int(k): value for value, k in losses}
+    found = sorted(
+        (int(match[1]), path)
+        for path in Path(folder).glob("model_*.pth")
+        if (match := _PERIODIC.fullmatch(path.name))
+    )
+    suspects: list[str] = []
+    for k, path in reversed(found):
+        if k + 1 < iteration and _is_usual(known, k + 1):
+            return path, suspects
+        suspects.insert(0, path.name)
+    return None, suspects
+
+
+def _is_usual(losses: Mapping[int, float], iteration: int) -> bool:
+    loss = losses.get(iteration)
+    if loss is None:  # older than the metrics that are kept
+        return True
+    earlier = [value for k, value in losses.items() if k < iteration]
+    return math.isfinite(loss) and (not earlier or loss <= _EXPLOSION * median(earlier))
