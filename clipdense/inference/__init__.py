@@ -7,7 +7,6 @@ from clipdense.inference.queries import (
     instance_inference,
     merge_queries,
     panoptic_inference,
-    resize_masks_to,
 )
 from clipdense.inference.semantic import best_masks, semantic_labels, semantic_map
 from clipdense.inference.views import average_views
@@ -22,7 +21,6 @@ __all__ = [
     "merge_queries",
     "panoptic_inference",
     "reject_pixels",
-    "resize_masks_to",
     "semantic_labels",
     "semantic_map",
     "slide_windows",

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipdense.inference.semantic import best_masks, semantic_labels, semantic_map
 from clipdense.regions.boxes import tight_boxes
+from clipdense.regions.lazy_maps import LazyMaps
 
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["MergeSettings", "instance_inference", "merge_queries", "panoptic_inference", "resize_masks_to"]
+__all__ = ["MergeSettings", "instance_inference", "merge_queries", "panoptic_inference"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class MergeSettings:
         best_mask_threshold: Probability above which a pixel is inside a best mask.
         calibration: Semantic: amount subtracted from the maps of base classes (ZegFormer: 0.1).
         max_dense_classes: Semantic: number of classes above which the output has labels instead of one map
-            per class; 0: always maps.
+            per class; 0: no limit.
+        max_dense_bytes: Semantic: the same as a number of bytes of the maps; 0: no limit.
     """
 
     semantic_on: bool = True
@@ -53,11 +54,12 @@ class MergeSettings:
     best_mask_threshold: float = 0.5
     calibration: float = 0.0
     max_dense_classes: int = 0
+    max_dense_bytes: int = 0
 
 
 def merge_queries(
     scores: Tensor,
-    mask_logits: Tensor,
+    mask_logits: Tensor | LazyMaps,
     settings: MergeSettings,
     *,
     image_size: tuple[int, int],
@@ -66,6 +68,9 @@ def merge_queries(
     base: Tensor | None = None,
 ) -> dict[str, Any]:
     """Merge the queries of one image to the enabled outputs.
+
+    Masks at the output's size are computed a few rows or queries at a time. At most one output's result and
+    about 200 MiB are held besides.
 
     Args:
         scores: (Q, K + 1) class scores, background last. Panoptic and instance segmentation normalise each
@@ -79,23 +84,25 @@ def merge_queries(
 
     Returns:
         The enabled outputs among ``proposal_masks`` (Q, h, w) probabilities at the image's size; ``sem_seg``
-        (K, H, W), or ``sem_seg_labels`` (H, W) of a large vocabulary; ``panoptic_seg`` (ids (H, W) int32,
-        segments); ``instances``.
+        (K, H, W), or ``sem_seg_labels`` (H, W) of a large vocabulary or image; ``panoptic_seg`` (ids (H, W)
+        int32, segments); ``instances``.
     """
-    mask_logits = mask_logits[:, : image_size[0], : image_size[1]]
+    masks = LazyMaps.of(mask_logits).crop(image_size)
+    if settings.proposals_on + settings.semantic_on + settings.panoptic_on + settings.instance_on > 1:
+        masks = masks.cached()
     output: dict[str, Any] = {}
     if settings.proposals_on:
-        output["proposal_masks"] = mask_logits.sigmoid()
+        output["proposal_masks"] = masks.apply(torch.sigmoid).compute()
     if settings.semantic_on:
-        logits = resize_masks_to(mask_logits, output_size) if settings.resize_masks_first else mask_logits
-        output |= _semantic(scores[:, :-1], logits.sigmoid(), settings, output_size, base)
+        logits = masks.resize(output_size) if settings.resize_masks_first else masks
+        output |= _semantic(scores[:, :-1], logits.apply(torch.sigmoid), settings, output_size, base)
     if settings.panoptic_on or settings.instance_on:
-        mask_logits = resize_masks_to(mask_logits, output_size)
+        masks = masks.resize(output_size)
         scores = scores / scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
     if settings.panoptic_on:
         output["panoptic_seg"] = panoptic_inference(
             scores,
-            mask_logits,
+            masks,
             things,
             object_mask_threshold=settings.object_mask_threshold,
             overlap_threshold=settings.overlap_threshold,
@@ -103,30 +110,29 @@ def merge_queries(
         )
     if settings.instance_on:
         kept = things if settings.panoptic_on else None
-        output["instances"] = instance_inference(scores, mask_logits, topk=settings.topk, things=kept)
+        output["instances"] = instance_inference(scores, masks, topk=settings.topk, things=kept)
     return output
 
 
-def resize_masks_to(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize mask logits (Q, h, w) of an image without padding to the output (Q, H, W), bilinearly."""
-    return F.interpolate(mask_logits[None], size, mode="bilinear", align_corners=False)[0]
-
-
 def _semantic(
-    scores: Tensor, masks: Tensor, settings: MergeSettings, size: tuple[int, int], base: Tensor | None
+    scores: Tensor, masks: LazyMaps, settings: MergeSettings, size: tuple[int, int], base: Tensor | None
 ) -> dict[str, Tensor]:
     if settings.best_masks:
-        best = best_masks(scores)
-        scores, masks = scores[best], (masks[best] > settings.best_mask_threshold).to(scores.dtype)
+        best, threshold = best_masks(scores), settings.best_mask_threshold
+        scores = scores[best]
+        masks = masks[best].apply(lambda masks: (masks > threshold).to(scores.dtype))
     calibration: dict[str, Any] = {"base": base, "calibration": settings.calibration}
-    if 0 < settings.max_dense_classes < scores.shape[1]:
+    classes = scores.shape[1]
+    needed = classes * size[0] * size[1] * scores.element_size()
+    limits = ((settings.max_dense_classes, classes), (settings.max_dense_bytes, needed))
+    if any(0 < limit < value for limit, value in limits):
         return {"sem_seg_labels": semantic_labels(scores, masks, size, **calibration)[0]}
     return {"sem_seg": semantic_map(scores, masks, size, **calibration)}
 
 
 def panoptic_inference(
     scores: Tensor,
-    mask_logits: Tensor,
+    mask_logits: Tensor | LazyMaps,
     things: Collection[int],
     *,
     object_mask_threshold: float = 0.8,
@@ -156,15 +162,21 @@ def panoptic_inference(
     no_object = scores.shape[1] - 1
     top, labels = scores.max(dim=1)
     kept = (labels != no_object) & (top > object_mask_threshold)
-    top, labels, probabilities = top[kept], labels[kept].cpu(), mask_logits[kept].sigmoid()
+    masks = LazyMaps.of(mask_logits)[kept].apply(torch.sigmoid)
+    top, labels, size = top[kept], labels[kept].cpu(), masks.shape[1:]
     if not len(labels):
-        return torch.zeros(mask_logits.shape[-2:], dtype=torch.int32, device=mask_logits.device), []
-    winner = (top[:, None, None] * probabilities).argmax(dim=0)
-    confident = probabilities.gather(0, winner[None])[0] >= pixel_threshold
+        return torch.zeros(size, dtype=torch.int32, device=masks.device), []
+    winner = torch.empty(size, dtype=torch.long, device=masks.device)
+    confident = torch.empty(size, dtype=torch.bool, device=masks.device)
+    inside = torch.zeros(len(labels), dtype=torch.long, device=masks.device)
+    for band in masks.bands():
+        probabilities = masks.rows(band.start, band.stop)
+        winner[band] = (top[:, None, None] * probabilities).argmax(dim=0)
+        confident[band] = probabilities.gather(0, winner[band][None])[0] >= pixel_threshold
+        inside += (probabilities >= 0.5).sum(dim=(1, 2))
     won = winner.flatten().bincount(minlength=len(labels)).cpu()
     owned = winner[confident].bincount(minlength=len(labels)).cpu()
-    inside = (probabilities >= 0.5).sum(dim=(1, 2)).cpu()
-    accepted = (owned > 0) & (inside > 0) & (won.double() / inside >= overlap_threshold)
+    accepted = (owned > 0) & (inside.cpu() > 0) & (won.double() / inside.cpu() >= overlap_threshold)
 
     # The first accepted query of a stuff class opens the segment that later queries of the class join.
     is_thing = torch.isin(labels, torch.tensor(sorted(things), dtype=labels.dtype))
@@ -179,11 +191,15 @@ def panoptic_inference(
             ids[opens].tolist(), labels[opens].tolist(), is_thing[opens].tolist(), strict=True
         )
     ]
-    return ids.to(winner.device)[winner] * confident, segments
+    return ids.to(winner.device)[winner].mul_(confident), segments
 
 
 def instance_inference(
-    scores: Tensor, mask_logits: Tensor, *, topk: int = 100, things: Collection[int] | None = None
+    scores: Tensor,
+    mask_logits: Tensor | LazyMaps,
+    *,
+    topk: int = 100,
+    things: Collection[int] | None = None,
 ) -> Instances:
     """Select the best pairs of query and class as instances (Mask2Former, Cheng et al., CVPR 2022).
 
@@ -203,11 +219,20 @@ def instance_inference(
     if things is not None:
         kept = torch.isin(label, torch.tensor(sorted(things), dtype=label.dtype, device=label.device))
         top, query, label = top[kept], query[kept], label[kept]
-    binary = mask_logits > 0
-    certainty = (mask_logits.sigmoid() * binary).sum(dim=(1, 2)) / (binary.sum(dim=(1, 2)) + 1e-6)
-    instances = Instances(tuple(mask_logits.shape[-2:]))
-    instances.pred_masks = binary[query]
-    instances.pred_boxes = Boxes(tight_boxes(binary)[query])
+    masks = LazyMaps.of(mask_logits)
+    size = masks.shape[1:]
+    instances = Instances(size)
+    instances.pred_masks = torch.empty((len(query), *size), dtype=torch.bool, device=masks.device)
+    boxes = torch.zeros((len(masks), 4), device=masks.device)
+    certainty = torch.zeros(len(masks), dtype=scores.dtype, device=masks.device)
+    for part in masks.parts(whole=0):
+        logits = masks[part].compute()
+        binary = logits > 0
+        boxes[part] = tight_boxes(binary)
+        certainty[part] = (logits.sigmoid() * binary).sum(dim=(1, 2)) / (binary.sum(dim=(1, 2)) + 1e-6)
+        own = (query >= part.start) & (query < part.stop)
+        instances.pred_masks[own] = binary[query[own] - part.start]
+    instances.pred_boxes = Boxes(boxes[query])
     instances.scores = top * certainty[query]
     instances.pred_classes = label
     return instances

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipdense.regions.fusion import calibrated_stacking
+from clipdense.regions.lazy_maps import LazyMaps
 
 __all__ = ["best_masks", "semantic_labels", "semantic_map"]
 
@@ -15,7 +15,7 @@ _BUDGET = 2**25  # bytes of class maps that `semantic_labels` holds at a time
 
 def semantic_map(
     scores: Tensor,
-    masks: Tensor,
+    masks: Tensor | LazyMaps,
     size: tuple[int, int],
     *,
     base: Tensor | None = None,
@@ -34,15 +34,12 @@ def semantic_map(
     Returns:
         (K, H, W).
     """
-    maps = (scores.T @ masks.flatten(1)).view(-1, *masks.shape[1:])
-    if maps.shape[1:] != tuple(size):
-        maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-    return calibrated_stacking(maps, base, calibration)
+    return _class_maps(scores, masks, size, base, calibration).compute()
 
 
 def semantic_labels(
     scores: Tensor,
-    masks: Tensor,
+    masks: Tensor | LazyMaps,
     size: tuple[int, int],
     *,
     base: Tensor | None = None,
@@ -50,23 +47,29 @@ def semantic_labels(
 ) -> tuple[Tensor, Tensor]:
     """Find the best class of each pixel of `semantic_map` without holding the maps of all classes.
 
-    Same arguments as `semantic_map`. Maps are computed and compared a few classes at a time.
+    Same arguments as `semantic_map`. Maps are computed and compared a few rows at a time.
 
     Returns:
         Labels (H, W) int64 and their scores (H, W).
     """
-    largest = max(masks[0].numel(), size[0] * size[1])
-    step = max(1, _BUDGET // (largest * scores.element_size()))
+    maps = _class_maps(scores, masks, size, base, calibration)
     labels = torch.zeros(size, dtype=torch.long, device=scores.device)
     top = scores.new_full(size, -torch.inf)
-    for start in range(0, scores.shape[1], step):
-        part = slice(start, start + step)
-        part_base = None if base is None else base[part]
-        maps = semantic_map(scores[:, part], masks, size, base=part_base, calibration=calibration)
-        best, index = maps.max(0)
-        labels = torch.where(best > top, index + start, labels)
-        top = torch.maximum(best, top)
+    for band in maps.bands(_BUDGET, _BUDGET):
+        top[band], labels[band] = maps.rows(band.start, band.stop).max(0)
     return labels, top
+
+
+def _class_maps(
+    scores: Tensor, masks: Tensor | LazyMaps, size: tuple[int, int], base: Tensor | None, calibration: float
+) -> LazyMaps:
+    def mix(masks: Tensor) -> Tensor:
+        return (scores.T @ masks.flatten(1)).view(-1, *masks.shape[1:])
+
+    maps = LazyMaps.of(masks).apply(mix, channels=scores.shape[1]).resize(size)
+    if base is None or calibration <= 0:
+        return maps
+    return maps.apply(lambda maps: calibrated_stacking(maps, base, calibration))
 
 
 def best_masks(scores: Tensor, background: int | None = None) -> Tensor:

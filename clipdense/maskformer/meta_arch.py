@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.data.heads import HeadClasses, register_head_classes
@@ -15,6 +14,7 @@ from clipdense.maskformer.criterion import SetCriterion
 from clipdense.maskformer.head import MaskFormerHead
 from clipdense.maskformer.prediction import MaskPrediction, MaskProposals, Targets
 from clipdense.maskformer.targets import TARGETS, pad_targets
+from clipdense.regions import LazyMaps
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
@@ -131,6 +131,7 @@ class MaskFormer(nn.Module):
                 topk=cfg.TEST.DETECTIONS_PER_IMAGE,
                 resize_masks_first=resize_masks_first or test.PANOPTIC_ON or test.INSTANCE_ON,
                 max_dense_classes=cfg.TEST.MAX_DENSE_CLASSES,
+                max_dense_bytes=cfg.TEST.MAX_DENSE_MEGABYTES * 2**20,
             ),
         }
 
@@ -154,12 +155,7 @@ class MaskFormer(nn.Module):
             return self.losses(batched_inputs)
         proposals = self.propose(batched_inputs)
         scores = self.classify(proposals, batched_inputs)
-        return [
-            self.merge(*image)
-            for image in zip(
-                scores, proposals.mask_logits, proposals.image_sizes, batched_inputs, strict=True
-            )
-        ]
+        return [self.merge(scores[b], proposals.masks(b), sample) for b, sample in enumerate(batched_inputs)]
 
     def losses(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Match predictions to ground-truth masks and compute the losses."""
@@ -167,15 +163,14 @@ class MaskFormer(nn.Module):
         return self.criterion(self.predict(images), self.padded_targets(batched_inputs, images))
 
     def propose(self, batched_inputs: Sequence[dict[str, Any]]) -> MaskProposals:
-        """Predict the masks of a batch, at the size of the padded images."""
+        """Predict the masks of a batch, at the stride of the mask features."""
         images = self.preprocess_image(batched_inputs)
         prediction = self.predict(images)
-        size = images.tensor.shape[-2:]
-        logits = F.interpolate(prediction.mask_logits.float(), size, mode="bilinear", align_corners=False)
         return MaskProposals(
-            mask_logits=logits,
+            mask_logits=prediction.mask_logits.float(),
             class_logits=prediction.class_logits,
             query_embeddings=prediction.query_embeddings,
+            padded_size=(images.tensor.shape[-2], images.tensor.shape[-1]),
             image_sizes=[(h, w) for h, w in images.image_sizes],
         )
 
@@ -185,13 +180,12 @@ class MaskFormer(nn.Module):
         """Compute the class scores (Q, K + 1) of each image's masks, background last."""
         return proposals.require_class_logits().float().softmax(-1).unbind()
 
-    def merge(
-        self, scores: Tensor, mask_logits: Tensor, image_size: tuple[int, int], sample: dict[str, Any]
-    ) -> dict[str, Any]:
+    def merge(self, scores: Tensor, masks: LazyMaps, sample: dict[str, Any]) -> dict[str, Any]:
         """Merge the classified masks of one image to the enabled outputs. See `merge_queries`."""
+        image_size = masks.shape[1:]
         return merge_queries(
             scores,
-            mask_logits,
+            masks,
             self.merging,
             image_size=image_size,
             output_size=(sample.get("height", image_size[0]), sample.get("width", image_size[1])),

@@ -9,6 +9,8 @@ import torch
 from fvcore.common.registry import Registry
 from torch import Tensor
 
+from clipdense.regions import LazyMaps
+
 __all__ = [
     "PIXEL_DECODER_REGISTRY",
     "TRANSFORMER_DECODER_REGISTRY",
@@ -93,13 +95,23 @@ class MaskPrediction(_Classified):
 
 @dataclass(kw_only=True)
 class MaskProposals(_Classified):
-    """Masks of a batch in evaluation, whose `mask_logits` have the size of the padded images.
+    """Masks of a batch in evaluation, at the stride of the mask features.
 
     Attributes:
+        padded_size: Height and width of the padded images, in pixels.
         image_sizes: Height and width of each image without padding, in pixels.
     """
 
+    padded_size: tuple[int, int]
     image_sizes: list[tuple[int, int]]
+
+    def padded_masks(self, b: int) -> LazyMaps:
+        """Resize the mask logits of image b (Q, H, W) to the padded image, on request."""
+        return LazyMaps(self.mask_logits[b]).resize(self.padded_size)
+
+    def masks(self, b: int) -> LazyMaps:
+        """Resize the mask logits of image b (Q, h, w) to the image without padding, on request."""
+        return self.padded_masks(b).crop(self.image_sizes[b])
 
 
 class Targets(NamedTuple):

@@ -7,6 +7,7 @@ from clipdense.regions.classifier import TextClassifier
 from clipdense.regions.crops import CROP_RULES, CropRule, MaskCrops, crop_masks, get_crop_rule
 from clipdense.regions.encoder import RegionEncoder, cosine_logits
 from clipdense.regions.fusion import FUSIONS, FusionSettings, calibrated_stacking, fuse_valid, get_fusion
+from clipdense.regions.lazy_maps import LazyMaps
 from clipdense.regions.nms import class_nms
 from clipdense.regions.pooling import POOLINGS, Pooling, get_pooling, pool_boxes, pool_masks, resize_masks
 
@@ -15,6 +16,7 @@ __all__ = [
     "CropRule",
     "FUSIONS",
     "FusionSettings",
+    "LazyMaps",
     "MaskCrops",
     "MaskExtent",
     "POOLINGS",

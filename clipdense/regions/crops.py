@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clipdense.clip.roi_align import roi_align
 from clipdense.regions.boxes import mask_extent
+from clipdense.regions.lazy_maps import WHOLE, slices
 
 __all__ = ["CROP_RULES", "CropRule", "MaskCrops", "crop_masks", "get_crop_rule"]
 
@@ -207,10 +208,15 @@ class MaskCrops:
         without_area = (rois[:, 2:] <= rois[:, :2]).any(1)
         height, width = self.image.shape[1:]
         rois = torch.where(without_area[:, None], rois.new_tensor([0, 0, width, height]), rois)
-        images, index = self.image[None], rois.new_zeros(len(rois))
-        if self.rule.masked:
-            images, index = self._blend(images, self.masks[source, None]), torch.arange(len(rois)).to(rois)
-        return roi_align(images, torch.cat([index[:, None], rois], dim=1), self.size)
+        if not self.rule.masked:
+            return roi_align(self.image[None], F.pad(rois, (1, 0)), self.size)
+        step = max(1, WHOLE // (self.image.numel() * self.image.element_size()))
+        regions = []
+        for part in slices(len(rois), step):
+            images = self._blend(self.image[None], self.masks[source[part], None])
+            index = torch.arange(len(images)).to(rois)
+            regions.append(roi_align(images, torch.cat([index[:, None], rois[part]], dim=1), self.size))
+        return torch.cat(regions)
 
     def _stretch(self, source: Tensor) -> Tensor:
         size = (self.size, self.size)

@@ -12,8 +12,11 @@ from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.model import PRECISIONS
 from clipdense.regions import CropRule, get_crop_rule
 from clipdense.regions.crops import crop_masks
+from clipdense.regions.lazy_maps import LazyMaps
 
 __all__ = ["RegionEncoder", "cosine_logits"]
+
+_PART = 2**28  # bytes of the masks of a large image that are cropped at a time
 
 
 class RegionEncoder(nn.Module):
@@ -90,9 +93,11 @@ class RegionEncoder(nn.Module):
         return embeddings
 
     def forward(
-        self, image: Tensor, masks: Tensor, query_mask: Tensor | None = None
+        self, image: Tensor, masks: Tensor | LazyMaps, query_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Embed the masks of one image; equal masks share one CLIP forward.
+
+        Masks of large images are cropped a few at a time, and only equal masks among these share a forward.
 
         Args:
             image: (3, h, w) RGB, 0 .. 255.
@@ -104,9 +109,17 @@ class RegionEncoder(nn.Module):
             Embeddings (V, D) of the valid masks in their order, not L2-normalised; valid (Q,) bool, the masks
             that have a crop and are in `query_mask`.
         """
+        lazy = LazyMaps.of(masks)
+        chosen = lazy if query_mask is None else lazy[query_mask]
+        parts = [self._embed(image, chosen[part].compute()) for part in chosen.parts(part=_PART)]
+        embeddings, valid = (torch.cat(results) for results in zip(*parts, strict=True))
+        return embeddings, valid if query_mask is None else query_mask.masked_scatter(query_mask, valid)
+
+    def _embed(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed the valid ones of a few masks -> embeddings (V, D), valid (Q,)."""
         crops = crop_masks(
             image,
-            masks if query_mask is None else masks[query_mask],
+            masks,
             self.rule,
             size=self.clip.image_size[0],
             pixel_mean=self.clip.pixel_mean,
@@ -118,8 +131,7 @@ class RegionEncoder(nn.Module):
             regions = crops.regions(part)
             with self._autocast(regions.device.type):
                 embeddings.append(self._encode(regions, inside).float())
-        valid = crops.valid if query_mask is None else query_mask.masked_scatter(query_mask, crops.valid)
-        return torch.cat(embeddings)[crops.index], valid
+        return torch.cat(embeddings)[crops.index], crops.valid
 
     def _autocast(self, device: str) -> AbstractContextManager[object]:
         return (

@@ -143,7 +143,7 @@ def test_masks_are_proposed_without_a_vocabulary(model: OVSeg) -> None:
     assert masks.dtype == torch.bool and masks.shape == (6, 90, 67)
     proposals = model.propose([sample])
     assert proposals.image_sizes == [(80, 72)] and proposals.class_logits is None
-    assert proposals.mask_logits.shape == (1, 6, 96, 96)
+    assert proposals.padded_size == (96, 96) and proposals.masks(0).shape == (6, 80, 72)
     assert proposals.query_embeddings.shape == (1, 6, model.encoder.clip.embed_dim)
     model.encoder.rule = replace(model.encoder.rule, threshold=0.0, padded_logits=True)
     assert torch.equal(model.propose_masks(sample), masks_above(model, sample, 0.5))

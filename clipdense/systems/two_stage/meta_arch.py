@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.inference import merge_queries, resize_masks_to
+from clipdense.inference import merge_queries
 from clipdense.maskformer import EmbeddingHead, MaskFormer, MaskFormerHead, MaskPrediction, MaskProposals
 from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
 from clipdense.open_vocabulary.build import label_vocabulary
-from clipdense.regions import RegionEncoder, cosine_logits
+from clipdense.regions import LazyMaps, RegionEncoder, cosine_logits
 from clipdense.systems.two_stage.build import build_encoder
 from clipdense.systems.two_stage.queries import QueryClassifier
 from clipdense.systems.two_stage.scores import Scoring
@@ -147,20 +148,19 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         scale = self.crop_scale or self.encoder.clip.logit_scale.exp()
         scores = []
         for b, sample in enumerate(batched_inputs):
-            masks = self._mask_values(proposals.mask_logits[b], proposals.image_sizes[b])
+            masks = self._mask_values(proposals, b)
             query_mask = self.scoring.query_mask(query_logits[b])
             embeddings, valid = self.encoder(self._rgb(sample["image"]), masks, query_mask)
             crop_logits = cosine_logits(embeddings, text["crops"], scale)
             scores.append(self.scoring(query_logits[b], crop_logits, valid, base, query_mask))
         return scores
 
-    def merge(
-        self, scores: Tensor, mask_logits: Tensor, image_size: tuple[int, int], sample: dict[str, Any]
-    ) -> dict[str, Any]:
+    def merge(self, scores: Tensor, masks: LazyMaps, sample: dict[str, Any]) -> dict[str, Any]:
         """Merge the classified masks of one image to the enabled outputs. See `merge_queries`."""
+        image_size = masks.shape[1:]
         return merge_queries(
             scores,
-            mask_logits,
+            masks,
             self.merging,
             image_size=image_size,
             output_size=_output_size(sample, image_size),
@@ -178,10 +178,10 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         Returns:
             (Q, height, width) bool, the pixels above the crop rule's threshold.
         """
-        proposals, rule = self.propose([sample]), self.encoder.rule
-        (h, w), logits = proposals.image_sizes[0], proposals.mask_logits[0]
-        logits = resize_masks_to(logits[:, :h, :w], _output_size(sample, (h, w)))
-        return (logits if rule.padded_logits else logits.sigmoid()) > rule.threshold
+        rule, masks = self.encoder.rule, self.propose([sample]).masks(0)
+        masks = masks.resize(_output_size(sample, masks.shape[1:]))
+        values = masks if rule.padded_logits else masks.apply(torch.sigmoid)
+        return values.apply(lambda values: values > rule.threshold).compute()
 
     def prepare_state(self, state: dict[str, Tensor]) -> None:
         """Load hook: clear cached text embeddings; keep ADAPTED_CLIP. See `LoadHook`."""
@@ -197,11 +197,11 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         logits = self.classifier(prediction.require_query_embeddings(), text)
         return replace(prediction, class_logits=logits, aux=aux)
 
-    def _mask_values(self, mask_logits: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Compute the values that the crop rule's threshold applies to."""
+    def _mask_values(self, proposals: MaskProposals, b: int) -> LazyMaps:
+        """Resize the masks of image b to the values that the crop rule's threshold applies to."""
         if self.encoder.rule.padded_logits:
-            return mask_logits
-        return mask_logits[:, : image_size[0], : image_size[1]].sigmoid()
+            return proposals.padded_masks(b)
+        return proposals.masks(b).apply(torch.sigmoid)
 
     def _rgb(self, image: Tensor) -> Tensor:
         image = image.to(self.device)
