@@ -10,7 +10,7 @@ from clipdense.backbone.pooler import AnyStridePooler
 from clipdense.backbone.simple_pyramid import SimpleFeaturePyramid, build_trunk_simple_pyramid_backbone
 from clipdense.backbone.swin import SwinTrunk
 from clipdense.backbone.timm_trunk import TimmTrunk
-from clipdense.backbone.trunk import JOINT, SCORE, Trunk
+from clipdense.backbone.trunk import JOINT, SCORE, PixelConversion, Trunk
 
 from detectron2.projects import deeplab as deeplab  # registers build_resnet_deeplab_backbone
 
@@ -24,6 +24,7 @@ __all__ = [
     "FrozenCLIPTrunk",
     "InterpolatedTrunk",
     "LanguageTrunk",
+    "PixelConversion",
     "SimpleFeaturePyramid",
     "SwinTrunk",
     "TimmTrunk",

@@ -11,7 +11,7 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
-from clipdense.backbone.trunk import NUM_STAGES, Trunk, check_pixel_statistics, feature_name
+from clipdense.backbone.trunk import NUM_STAGES, PixelConversion, Trunk, feature_name
 from clipdense.clip.attention import TokenStream
 from clipdense.clip.model import ClipModel, build_clip, load_clip
 from clipdense.clip.towers import Tower, TowerOutput, TowerRequest, TransformerTower
@@ -44,6 +44,7 @@ class CLIPTrunk(Trunk):
         window_size: int = 0,
         global_blocks: Collection[int] = (),
         joint: bool = False,
+        pixels: PixelConversion | None = None,
     ) -> None:
         """
         Args:
@@ -56,6 +57,7 @@ class CLIPTrunk(Trunk):
             global_blocks: ViTs: indices, from 0, of the blocks without windows.
             joint: whether :meth:`forward_joint` is used. The projection into the joint space then belongs to
                 the last stage and is trained with it.
+            pixels: see :class:`Trunk`.
 
         Raises:
             ValueError: If the tower lacks one of the maps or blocks, if windows are set for a tower that is
@@ -82,7 +84,8 @@ class CLIPTrunk(Trunk):
             {
                 n: ShapeSpec(channels=tower.tap_channels[t], stride=tower.tap_strides[t])
                 for n, t in chosen.items()
-            }
+            },
+            pixels,
         )
         self.tower = tower
         self.window_size = window_size
@@ -96,7 +99,6 @@ class CLIPTrunk(Trunk):
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
         clip = clip_from_config(cfg, text=False)
-        check_pixel_statistics(cfg, clip.name, clip.pixel_mean, clip.pixel_std)
         return {
             "tower": clip.visual,
             "out_features": cfg.MODEL.TRUNK.OUT_FEATURES,
@@ -104,6 +106,7 @@ class CLIPTrunk(Trunk):
             "norm": cfg.MODEL.TRUNK.NORM,
             "window_size": cfg.MODEL.TRUNK.WINDOW_SIZE,
             "global_blocks": cfg.MODEL.TRUNK.GLOBAL_BLOCKS,
+            "pixels": PixelConversion.from_config(cfg, clip.name, clip.pixel_mean, clip.pixel_std),
         }
 
     @property
@@ -140,7 +143,7 @@ class CLIPTrunk(Trunk):
             Maps by name, the image embedding (B, D) and the dense map (B, D, h, w), not L2-normalised.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            out = self._run(images, replace(self._request, pooled=True, dense="plain"))
+            out = self._run(self.pixels(images), replace(self._request, pooled=True, dense="plain"))
         return self._maps(out), out.pooled, out.dense
 
     def _run(self, images: Tensor, request: TowerRequest) -> TowerOutput:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipdense.backbone.clip_trunk import CLIPTrunk
-from clipdense.backbone.trunk import JOINT
+from clipdense.backbone.trunk import JOINT, PixelConversion
 from clipdense.clip.model import ClipModel
 from clipdense.clip.towers import Tower, TowerRequest, TransformerTower
 from clipdense.regions import pool_boxes, pool_masks
@@ -44,10 +44,11 @@ class FrozenCLIPTrunk(CLIPTrunk):
         joint: str = POOLING,
         window_size: int = 0,
         global_blocks: Collection[int] = (),
+        pixels: PixelConversion | None = None,
     ) -> None:
         """
         Args:
-            tower, out_features, window_size, global_blocks: see :class:`CLIPTrunk`.
+            tower, out_features, window_size, global_blocks, pixels: see :class:`CLIPTrunk`.
             blocks: ViTs: indices, from 0, of the blocks whose outputs are returned, as "block<i>". All have
                 the tower's stride. Empty: the last block alone.
             last_block: ViTs: mode of the last block for its map (published F-ViT: "value").
@@ -65,6 +66,7 @@ class FrozenCLIPTrunk(CLIPTrunk):
             norm="FrozenBN",
             window_size=window_size,
             global_blocks=global_blocks,
+            pixels=pixels,
         )
         if isinstance(self.tower, TransformerTower):
             if unknown := [i for i in (*blocks, *self._request.taps) if i not in self.tower.tap_channels]:

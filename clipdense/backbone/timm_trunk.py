@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdense.backbone.timm_weights import load_timm_weights
-from clipdense.backbone.trunk import NUM_STAGES, Trunk, check_pixel_statistics, feature_name
+from clipdense.backbone.trunk import NUM_STAGES, PixelConversion, Trunk, feature_name
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
@@ -42,6 +42,7 @@ class TimmTrunk(Trunk):
         norm: str = "BN",
         allow_pickle: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        pixels: PixelConversion | None = None,
     ) -> None:
         """
         Args:
@@ -53,6 +54,7 @@ class TimmTrunk(Trunk):
             freeze_at, norm: see :class:`Trunk`.
             allow_pickle: whether a weight file may be a pickle, which can run code on loading.
             kwargs: further arguments of ``timm.create_model``.
+            pixels: see :class:`Trunk`.
 
         Raises:
             ValueError: If the model is unknown, lacks one of the maps, or has no separate stages to freeze.
@@ -71,7 +73,8 @@ class TimmTrunk(Trunk):
                 f"MODEL.TRUNK.OUT_FEATURES {missing}: the maps of timm model {name!r} are {list(indices)}"
             )
         super().__init__(
-            {f: ShapeSpec(channels=info[indices[f]]["num_chs"], stride=strides[indices[f]]) for f in chosen}
+            {f: ShapeSpec(channels=info[indices[f]]["num_chs"], stride=strides[indices[f]]) for f in chosen},
+            pixels,
         )
         kwargs |= {"features_only": True, "out_indices": [indices[f] for f in chosen]}
         self.model = load_timm_weights(probe, name, pretrained, allow_pickle=allow_pickle, kwargs=kwargs)
@@ -88,9 +91,10 @@ class TimmTrunk(Trunk):
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
         name: str = cfg.MODEL.TIMM.NAME
+        pixels = None
         if timm.is_model(name):
             statistics = timm.get_pretrained_cfg(name)
-            check_pixel_statistics(cfg, name, statistics.mean, statistics.std)
+            pixels = PixelConversion.from_config(cfg, name, statistics.mean, statistics.std)
         return {
             "name": name,
             "pretrained": cfg.MODEL.TIMM.PRETRAINED,
@@ -99,6 +103,7 @@ class TimmTrunk(Trunk):
             "norm": cfg.MODEL.TRUNK.NORM,
             "allow_pickle": cfg.MODEL.ALLOW_PICKLE,
             "kwargs": dict(cfg.MODEL.TIMM.KWARGS),
+            "pixels": pixels,
         }
 
     @property

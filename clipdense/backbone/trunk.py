@@ -12,6 +12,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode as CN
+from detectron2.config.defaults import _C as DETECTRON2_DEFAULTS
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 
@@ -40,10 +41,19 @@ class Trunk(Backbone):
 
     Subclasses create their modules, implement :meth:`stages` and :meth:`features`, and call :meth:`_freeze`
     last.
+
+    Attributes:
+        pixels: conversion of the input to the RGB pixels that the modules take.
     """
 
-    def __init__(self, outputs: Mapping[str, ShapeSpec]) -> None:
+    def __init__(self, outputs: Mapping[str, ShapeSpec], pixels: PixelConversion | None = None) -> None:
+        """
+        Args:
+            outputs: channels and stride of every map, by name, from fine to coarse.
+            pixels: conversion of the input; None: images are RGB and normalised as the trunk needs them.
+        """
         super().__init__()
+        self.pixels = pixels if pixels is not None else PixelConversion()
         self._outputs = dict(outputs)
         self._freeze_at = 0
 
@@ -52,13 +62,13 @@ class Trunk(Backbone):
         raise NotImplementedError
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Map normalised images (B, 3, H, W) to maps (B, C, h, w) by name."""
+        """Map RGB images (B, 3, H, W), normalised for the trunk, to maps (B, C, h, w) by name."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map normalised images (B, 3, H, W) to maps (B, C, h, w) by name, from fine to coarse."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.features(images)
+            return self.features(self.pixels(images))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Return channels and stride of every map, by name."""
@@ -105,6 +115,73 @@ class Trunk(Backbone):
         self.train(self.training)
 
 
+class PixelConversion(nn.Module):
+    """Conversion of the pixels that a meta-architecture has normalised to those that a trunk was trained on.
+
+    Meta-architectures normalise images in the channel order of INPUT.FORMAT, while CLIP and timm models take
+    RGB.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(
+        self, *, input_format: str = "RGB", scale: Sequence[float] = (), shift: Sequence[float] = ()
+    ) -> None:
+        """
+        Args:
+            input_format: order of the channels of the input, "RGB" or "BGR".
+            scale, shift: factor and summand of each channel, RGB, which are applied after the channels are in
+                order; empty: pixels are normalised already.
+
+        Raises:
+            ValueError: If the format is neither RGB nor BGR.
+        """
+        super().__init__()
+        if input_format not in ("RGB", "BGR"):
+            raise ValueError(
+                f"INPUT.FORMAT is {input_format!r}, but CLIP and timm backbones take colour images: set it "
+                "to RGB or BGR"
+            )
+        self.input_format = input_format
+        for name, values in (("scale", scale), ("shift", shift)):
+            self.register_buffer(
+                name, torch.tensor(values).view(1, 3, 1, 1) if len(values) else None, persistent=False
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CN, name: str, mean: Sequence[float], std: Sequence[float]) -> PixelConversion:
+        """Build the conversion for a config; warn of pixel statistics that are not the trunk's.
+
+        Detectron2's default MODEL.PIXEL_MEAN and PIXEL_STD belong to its own ResNets. A config that still has
+        them is converted to the trunk's statistics; any other values count as set by the user.
+
+        Args:
+            cfg: a config with MODEL.PIXEL_MEAN, MODEL.PIXEL_STD (0..255) and INPUT.FORMAT.
+            name: name of the trunk in log lines.
+            mean, std: the trunk's statistics, RGB, for pixels in 0..1.
+        """
+        fmt, keys, default = cfg.INPUT.FORMAT, cfg.MODEL, DETECTRON2_DEFAULTS.MODEL
+        unset = all(list(keys[key]) == list(default[key]) for key in ("PIXEL_MEAN", "PIXEL_STD"))
+        if not unset or fmt not in ("RGB", "BGR"):
+            check_pixel_statistics(cfg, name, mean, std)
+            return cls(input_format=fmt)
+        order = slice(None, None, -1 if fmt == "BGR" else 1)
+        given_mean, given_std = keys.PIXEL_MEAN[order], keys.PIXEL_STD[order]
+        scale = [given / (255 * own) for given, own in zip(given_std, std, strict=True)]
+        shift = [(x - 255 * m) / (255 * s) for x, m, s in zip(given_mean, mean, std, strict=True)]
+        logger.info("%s: pixels are normalised again, as MODEL.PIXEL_MEAN and PIXEL_STD are not set.", name)
+        return cls(input_format=fmt, scale=scale, shift=shift)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Convert normalised images (B, 3, H, W)."""
+        if self.input_format == "BGR":
+            images = images.flip(1)
+        if self.scale is None or self.shift is None:
+            return images
+        return images * self.scale + self.shift
+
+
 def check_pixel_statistics(cfg: CN, name: str, mean: Sequence[float], std: Sequence[float]) -> bool:
     """Compare the pixel statistics of a config with the trunk's; log a warning if they differ.
 
@@ -127,14 +204,14 @@ def check_pixel_statistics(cfg: CN, name: str, mean: Sequence[float], std: Seque
     if not fits:
         advice: dict[str, Any] = {key: [round(x, 3) for x in value] for key, value in expected.items()}
         logger.warning(
-            "Pixel statistics differ from the trunk's: %s was trained with MODEL.PIXEL_MEAN %s and "
-            "PIXEL_STD %s for INPUT.FORMAT %s; the config has %s and %s for %s. Ignore this if intentional.",
-            name,
+            "Pixel statistics differ from the trunk's: set MODEL.PIXEL_MEAN %s and MODEL.PIXEL_STD %s, on "
+            "which %s was trained, in the order of INPUT.FORMAT %s; the config has %s and %s. Ignore this if "
+            "intentional.",
             advice["PIXEL_MEAN"],
             advice["PIXEL_STD"],
-            "BGR" if fmt == "BGR" else "RGB",
+            name,
+            fmt,
             list(cfg.MODEL.PIXEL_MEAN),
             list(cfg.MODEL.PIXEL_STD),
-            fmt,
         )
     return fits

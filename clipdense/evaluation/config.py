@@ -16,8 +16,9 @@ def add_evaluation_config(cfg: CN) -> None:
     # Up to this number of classes, open-vocabulary semantic segmentation gives a score map for each class,
     # "sem_seg" (K, H, W); above it, the best class of each pixel, "sem_seg_labels" (H, W). 0: no limit.
     cfg.TEST.MAX_DENSE_CLASSES = 256
-    # The same limit as the size of "sem_seg" of one image in MiB, for mask classification (MaskFormer, OVSeg):
-    # 150 classes reach 1024 MiB at 1.8 megapixels. Evaluators and pictures read either output. 0: no limit.
+    # The same limit as the size of "sem_seg" of one image in MiB, for mask classification (MaskFormer,
+    # OVSeg): 150 classes reach 1024 MiB at 1.8 megapixels. Evaluators and pictures read either output. 0: no
+    # limit.
     cfg.TEST.MAX_DENSE_MEGABYTES = 1024
 
     cfg.TEST.SEMANTIC = CN()
