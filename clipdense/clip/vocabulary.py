@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from clipdense.clip.class_lists import class_list_path, read_class_list
+
 __all__ = ["Vocabulary", "canonical", "near"]
 
 _FORMAT = "clipdense-vocabulary"
@@ -112,7 +114,7 @@ class Vocabulary:
         rows = list(categories)
         if not all("name" in row for row in rows):
             raise ValueError("every category needs a 'name'")
-        if all("id" in row for row in rows):
+        if all(str(row.get("id")).isdecimal() for row in rows):  # other ids, such as words, have no order
             rows.sort(key=lambda row: int(row["id"]))
         entries = [[row["name"], *row["synonyms"]] if row.get("synonyms") else row["name"] for row in rows]
         vocabulary = cls.from_names(entries, separator=separator)
@@ -169,38 +171,40 @@ class Vocabulary:
     def from_file(cls, path: str | Path, *, separator: str | None = ",") -> Vocabulary:
         """Create a vocabulary from a class-list file.
 
-        `.txt`: one class per line, its names separated by commas. `.json`: a list of names, a list of
-        categories, a COCO, LVIS or panoptic annotation file, or the output of `to_json`.
+        `.json`: a list of names, a dict number -> name, a list of categories, a COCO, LVIS or panoptic
+        annotation file, or the output of `to_json`. `.csv` and text files of any other ending: one class per
+        line, its names separated by commas; see `clipdense.clip.class_lists.read_class_list`.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the suffix or the layout is unknown, or the classes are invalid (see `Vocabulary`);
-                the message names the file.
+            ValueError: If the layout is unknown, or the classes are invalid (see `Vocabulary`); the message
+                names the file.
         """
-        path = Path(path)
+        path = class_list_path(Path(path)) or Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no class-list file '{path}'")
         try:
-            if path.suffix == ".txt":
-                lines = path.read_text(encoding="utf-8").splitlines()
-                return cls.from_names([line for line in lines if line.strip()], separator=separator)
-            if path.suffix != ".json":
-                raise ValueError("neither .json nor .txt")
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and content.get("format") == _FORMAT:
-                return cls._from_content(content)
-            if isinstance(content, dict) and "categories" in content:
-                content = content["categories"]
-            if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
-                return cls.from_categories(content, separator=separator)
-            if isinstance(content, list) and all(isinstance(row, str) for row in content):
-                return cls.from_names(content, separator=separator)
-            raise ValueError(
-                "expected a list of names, a list of categories with 'name', an annotation file with"
-                " 'categories', or a saved vocabulary"
-            )
-        except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+            return cls._from_list(read_class_list(path), separator)
+        except (ValueError, KeyError, TypeError) as error:  # JSON errors are ValueErrors too
             raise ValueError(f"class-list file '{path}': {error}") from None
+
+    @classmethod
+    def _from_list(cls, content: Any, separator: str | None) -> Vocabulary:
+        """Create a vocabulary from the content of a class-list file."""
+        if isinstance(content, dict) and content.get("format") == _FORMAT:
+            return cls._from_content(content)
+        if isinstance(content, dict) and "categories" in content:
+            content = content["categories"]
+        if isinstance(content, dict) and content and all(str(key).isdigit() for key in content):
+            content = [content[key] for key in sorted(content, key=int)]
+        if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
+            return cls.from_categories(content, separator=separator)
+        if isinstance(content, list) and all(map(_is_entry, content)):
+            return cls.from_names(content, separator=separator)
+        raise ValueError(
+            "expected a list of names, a list of categories with 'name', an annotation file with"
+            " 'categories', or a saved vocabulary"
+        )
 
     @classmethod
     def parse(cls, source: Vocabulary | str | Path | Sequence[str | Sequence[str]]) -> Vocabulary:
@@ -208,13 +212,18 @@ class Vocabulary:
 
         Args:
             source: "cat|kitten, red car" (commas separate classes, bars separate synonyms), the path of a
-                class-list file (.json or .txt), a list of names as in `from_names`, or a vocabulary, which is
-                returned unchanged.
+                class-list file, a list of names as in `from_names`, or a vocabulary, which is returned
+                unchanged. A text that names an existing file, or ends as a list does (.txt, .json, .csv,
+                .names), is a path; ``~`` and variables in it are expanded.
+
+        Raises:
+            FileNotFoundError: If the file does not exist.
+            ValueError: See `from_file` and `from_names`.
         """
         if isinstance(source, Vocabulary):
             return source
-        if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".json", ".txt"))):
-            return cls.from_file(source)
+        if isinstance(source, str | Path) and (path := class_list_path(source)) is not None:
+            return cls.from_file(path)
         if isinstance(source, str):
             names = [name for name in source.split(",") if name.strip()]
             return cls.from_names(names, separator="|")
@@ -318,6 +327,10 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """Hash names, synonyms, order and flags."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, str) or (isinstance(entry, list) and all(isinstance(n, str) for n in entry))
 
 
 def _split(entry: str | Sequence[str], separator: str | None) -> Sequence[str]:

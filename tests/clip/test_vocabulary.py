@@ -163,7 +163,11 @@ def test_files(tmp_path):
         ("x.json", '["cat", 3]', "expected a list of names"),
         ("x.json", '["cat", "Cat"]', "are the same"),
         ("x.json", "[]", "at least one class"),
-        ("x.csv", "cat", "neither .json nor .txt"),
+        ("x.json", "[" * 100_000, "nested too deeply"),
+        ("x.json", '{"format": "clipdense-vocabulary"}', "base"),
+        ("x.txt", "0:cat\ndog", "begin with a number and a colon, but not 'dog'"),
+        ("x.txt", "0:cat\n0:dog", "the same number"),
+        ("x.names", "cat\0dog", "not a text file"),
         ("x.txt", "\n", "at least one class"),
     ],
 )
@@ -171,6 +175,63 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"class-list file '.*{name}': .*{message}"):
         Vocabulary.from_file(tmp_path / name)
+
+
+TWO = ("red star", "blue ring")
+TEXT = "red star\nblue ring\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("plain.txt", TEXT.encode()),
+        ("windows.txt", TEXT.replace("\n", "\r\n").encode("utf-8-sig")),
+        ("utf16.txt", TEXT.encode("utf-16")),
+        ("classes.TXT", TEXT.encode()),
+        ("coco.names", TEXT.encode()),
+        ("classes", TEXT.encode()),
+        ("labels.csv", b"red star,blue ring"),
+        ("column.csv", TEXT.encode("utf-8-sig")),
+        ("table.csv", b"id,name\n7,red star\n9,blue ring\n"),
+        ("pairs.CSV", b"1,blue ring\n0,red star\n"),
+        ("numbered.txt", b"0:red star\n1:blue ring\n"),
+        ("unordered.txt", b"2: blue ring\n1: red star\n"),
+        ("counted.txt", b"1. red star\n2. blue ring\n"),
+        ("list.JSON", b'["red star", "blue ring"]'),
+        ("bom.json", json.dumps(["red star", "blue ring"]).encode("utf-8-sig")),
+        ("id2label.json", b'{"1": "blue ring", "0": "red star"}'),
+        ("words.json", b'[{"id": "s", "name": "red star"}, {"id": "r", "name": "blue ring"}]'),
+    ],
+)
+def test_class_lists_as_people_write_them(tmp_path, monkeypatch, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert Vocabulary.parse(str(tmp_path / name)).names == TWO
+    monkeypatch.chdir(tmp_path)
+    assert Vocabulary.parse(name).names == TWO
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Vocabulary.parse(f"~/{name}").names == Vocabulary.parse(f"$HOME/{name}").names == TWO
+    assert Vocabulary.from_file(f"~/{name}").names == TWO
+
+
+def test_numbers_keep_synonyms_and_names_keep_digits(tmp_path):
+    (tmp_path / "openseg.txt").write_text("1:person,child\n2:dog\n")
+    assert Vocabulary.parse(tmp_path / "openseg.txt").synonyms == (("person", "child"), ("dog",))
+    (tmp_path / "cars.txt").write_text("3 wheeler\n18 wheeler\n")
+    assert Vocabulary.parse(tmp_path / "cars.txt").names == ("3 wheeler", "18 wheeler")
+    (tmp_path / "synonyms.csv").write_text("cat,kitten\ndog,puppy\n")
+    assert Vocabulary.parse(tmp_path / "synonyms.csv").synonyms == (("cat", "kitten"), ("dog", "puppy"))
+
+
+@pytest.mark.parametrize("name", ["nowhere.json", "nowhere.TXT", "coco.names", "~/labels.csv"])
+def test_a_list_that_does_not_exist_is_no_class(name):
+    with pytest.raises(FileNotFoundError, match=name.split("/")[-1]):
+        Vocabulary.parse(name)
+
+
+def test_a_picture_is_no_class_list(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    with pytest.raises(ValueError, match="x.png.*not a text file"):
+        Vocabulary.parse(str(tmp_path / "x.png"))
 
 
 def test_a_missing_file():
