@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipdense.data.heads import config_value, head_classes
-from clipdense.data.json_files import load_json
+from clipdense.data.validation import DataError, read_categories
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -17,6 +17,7 @@ __all__ = [
     "check_dataset_names",
     "clean_annotations",
     "dataset_classes",
+    "drop_objects_without_mask",
 ]
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,7 @@ def dataset_classes(name: str, kind: str) -> list[str] | None:
     metadata = MetadataCatalog.get(name)
     classes = metadata.get(f"{kind}_classes")
     if classes is None and kind == "thing" and metadata.get("evaluator_type") == "coco":
-        categories = load_json(metadata.json_file)["categories"]
-        return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+        return [category["name"] for category in read_categories(metadata.json_file)]
     if classes is None:
         return None
     things = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -135,3 +135,46 @@ def clean_annotations(dataset: Any) -> Any:
             dropped[0],
         )
     return dataset
+
+
+def drop_objects_without_mask(dataset: Any, source: str) -> Any:
+    """Leave objects that have a box but no mask out of training with masks; log how many.
+
+    Detectron2's mask losses take every object. An image all of whose objects are left out is dropped, as its
+    objects would be trained as background.
+
+    Args:
+        dataset: dataset dicts, changed in place; anything else is returned unchanged.
+        source: names of the datasets, for the message.
+
+    Raises:
+        DataError: If there are objects, and none has a mask.
+    """
+    if not isinstance(dataset, list):
+        return dataset
+    kept_images, num_objects, num_dropped, first = [], 0, 0, ""
+    for record in dataset:
+        annotations = record.get("annotations") or []
+        kept = [a for a in annotations if a.get("segmentation") or a.get("iscrowd", 0)]
+        num_objects += len(annotations)
+        if len(kept) < len(annotations):
+            num_dropped, first = num_dropped + len(annotations) - len(kept), first or record["file_name"]
+            record["annotations"] = kept
+        if kept or not annotations:
+            kept_images.append(record)
+    if not num_dropped:
+        return dataset
+    if num_dropped == num_objects:
+        raise DataError(
+            f"{source}: no object has a mask, which MODEL.MASK_ON True needs; set MODEL.MASK_ON False to "
+            "train on boxes alone"
+        )
+    logger.warning(
+        "Left %d of %d objects and %d images out of training with masks: the objects have a box but no mask "
+        "(first in %s). MODEL.MASK_ON False trains all boxes.",
+        num_dropped,
+        num_objects,
+        len(dataset) - len(kept_images),
+        first,
+    )
+    return kept_images

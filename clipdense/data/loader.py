@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clipdense.data.checks import check_dataset_names, clean_annotations
+from clipdense.data.checks import check_dataset_names, clean_annotations, drop_objects_without_mask
 from clipdense.data.mappers import build_mapper
 from clipdense.data.samplers import GlobalBatchSampler, RepeatFactorSampler, ResumableTrainingSampler
 
@@ -69,6 +69,8 @@ def build_train_loader(
     mapper = build_mapper(cfg, True) if mapper is None else mapper
     if dataset is None:
         dataset = clean_annotations(load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, training=True))
+        if cfg.MODEL.MASK_ON:
+            dataset = drop_objects_without_mask(dataset, ", ".join(cfg.DATASETS.TRAIN))
     if seed is None:
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     rank, world = comm.get_rank(), comm.get_world_size()

@@ -18,6 +18,7 @@ import pycocotools.mask as mask_util
 from tqdm import tqdm
 
 from clipdense.data.image import read_labels
+from clipdense.data.validation import rle_fault
 from clipdense.files import atomic_path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -64,8 +65,26 @@ def read_pairs(path: str | Path) -> list[Pair]:
         missing = [key for key in _REQUIRED if pair.get(key) is None]
         if missing:
             raise ValueError(f"{path}, pair {number}: lacks {', '.join(missing)}")
+        if fault := _pair_fault(pair):
+            raise ValueError(f"{path}, pair {number} ({pair['file_name']}): {fault}")
         pairs.append({key: value for key, value in pair.items() if value is not None})
     return pairs
+
+
+def _pair_fault(pair: Pair) -> str | None:
+    """Describe what is wrong with the entries of a pair, or return None.
+
+    The mask is checked here as pycocotools leaves uninitialised memory in one whose runs are too short.
+    """
+    for key in ("file_name", "noun"):
+        if not isinstance(pair[key], str) or not pair[key].strip():
+            return f"{key} is {pair[key]!r}, not text"
+    for key in ("height", "width"):
+        if not isinstance(pair[key], int) or isinstance(pair[key], bool) or pair[key] < 1:
+            return f"{key} is {pair[key]!r}, not a number of pixels"
+    if not isinstance(pair["segmentation"], dict):
+        return "segmentation is not a run-length encoding (size and counts)"
+    return rle_fault(pair["segmentation"], pair["height"], pair["width"])
 
 
 def write_pairs(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -96,16 +115,16 @@ def _rows(path: Path) -> Iterator[Pair]:
         _, parquet = _pyarrow(path)
         try:
             file = parquet.ParquetFile(path)
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a parquet file ({error})") from error
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
+            raise ValueError(f"{path}: not a parquet file, or a damaged one ({error})") from error
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig", errors="strict") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 pair = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(pair, dict):
                 raise ValueError(f"{path}, line {number}: expected a pair as a JSON object")
@@ -134,10 +153,12 @@ def pair_mask(pair: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
     """
     if "segmentation" not in pair:
         return read_labels(pair["label_file_name"]) == pair["label"]
-    try:
-        mask: npt.NDArray[np.uint8] = mask_util.decode(pair["segmentation"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{pair['file_name']}: the mask of {pair['noun']!r} is damaged ({error})") from error
+    rle = pair["segmentation"]
+    if fault := rle_fault(rle):
+        raise ValueError(f"{pair['file_name']}: the mask of {pair['noun']!r} is damaged ({fault})")
+    if isinstance(rle["counts"], list):
+        rle = mask_util.frPyObjects(rle, *rle["size"])
+    mask: npt.NDArray[np.uint8] = mask_util.decode(rle)
     return mask.astype(bool)
 
 

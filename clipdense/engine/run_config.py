@@ -16,6 +16,7 @@ from clipdense.data.classes import class_names
 from clipdense.data.datasets import register_from_config
 from clipdense.data.loader import build_train_loader
 from clipdense.data.mappers import build_mapper
+from clipdense.data.validation import check_datasets
 from clipdense.engine.distributed import convert_sync_batchnorm
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
 from clipdense.engine.optimizer import build_optimizer
@@ -110,15 +111,20 @@ class RunConfig(ABC):
         """
 
     @abstractmethod
-    def check_datasets(self, training: bool) -> None:
-        """Check that the datasets can be evaluated, and that the model can be trained on their classes.
+    def check_datasets(self, training: bool) -> list[str]:
+        """Check the files of the datasets, that they can be evaluated, and that the model can be trained on
+        their classes.
 
         Args:
             training: whether the run trains.
 
+        Returns:
+            Messages about what was repaired or noticed in the files, for the log.
+
         Raises:
-            ValueError: If the classes differ between datasets or from the model's, or an evaluator is
-                unknown.
+            ValueError: If a file has a fault, the classes differ between datasets or from the model's, or an
+                evaluator is unknown.
+            FileNotFoundError: If a file is missing.
         """
 
     @abstractmethod
@@ -196,7 +202,7 @@ class YacsRunConfig(RunConfig):
         """See `RunConfig.register_datasets`."""
         register_from_config(self.cfg)
 
-    def check_datasets(self, training: bool) -> None:
+    def check_datasets(self, training: bool) -> list[str]:
         """See `RunConfig.check_datasets`."""
         if training:
             check_classes(self.cfg)
@@ -207,6 +213,12 @@ class YacsRunConfig(RunConfig):
                 raise ConfigError(
                     f"dataset {name} has evaluator_type {kind!r} in its metadata; known types are {known}"
                 )
+        return check_datasets(
+            self.cfg.DATASETS.TEST,
+            training=self.cfg.DATASETS.TRAIN if training else (),
+            masks=self.cfg.MODEL.MASK_ON,
+            objects_required=self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        )
 
     def class_names(self) -> list[str]:
         """See `RunConfig.class_names`."""
@@ -296,8 +308,9 @@ class LazyRunConfig(RunConfig):
     def register_datasets(self) -> None:
         """Do nothing: a LazyConfig registers its datasets itself."""
 
-    def check_datasets(self, training: bool) -> None:
-        """Do nothing: a LazyConfig builds its loaders and evaluators itself."""
+    def check_datasets(self, training: bool) -> list[str]:
+        """Check the files of the test dataset: a LazyConfig builds its loaders and evaluators itself."""
+        return check_datasets(self.dataset_names)
 
     def class_names(self) -> list[str]:
         """See `RunConfig.class_names`."""

@@ -8,7 +8,6 @@ methods aim to close the gap between the crops and the dense map.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 from clipdense.clip.tables import TextTable
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_labels
+from clipdense.data.validation import id_order, read_coco
 from clipdense.evaluation.accuracy import accuracy_by_kind, recall
 from clipdense.evaluation.base import Results, TaskEvaluator, sample_image
 from clipdense.evaluation.groups import class_attributes, class_groups
@@ -34,7 +34,6 @@ from clipdense.evaluation.regions import Regions, crop_regions, find_regions
 from clipdense.regions import pool_boxes, pool_masks, resize_masks
 
 from detectron2.data import MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 __all__ = ["DenseRegionEvaluator", "DenseView", "pool_regions"]
 
@@ -89,15 +88,15 @@ class _PanopticTruth:
     """
 
     annotations: dict[Any, dict[str, Any]]
-    classes: dict[int, tuple[int, bool]]
+    classes: dict[Any, tuple[int, bool]]
     names: list[str]
     vocabulary: Vocabulary
 
     @classmethod
     def read(cls, path: str) -> _PanopticTruth:
-        with PathManager.open(path, "r") as file:
-            content = json.load(file)
-        categories = sorted(content["categories"], key=lambda category: category["id"])
+        content, report = read_coco(path, "panoptic", image_names_required=False, image_list_required=False)
+        report.raise_errors()
+        categories = sorted(content["categories"], key=lambda category: id_order(category["id"]))
         return cls(
             {annotation["image_id"]: annotation for annotation in content["annotations"]},
             {c["id"]: (rank, bool(c["isthing"])) for rank, c in enumerate(categories)},

@@ -18,7 +18,9 @@ import numpy.typing as npt
 from PIL import Image
 from tabulate import tabulate
 
-from clipdense.evaluation.base import Results, TaskEvaluator, class_table, save_json
+from clipdense.data.image import read_labels
+from clipdense.data.validation import read_coco
+from clipdense.evaluation.base import Results, TaskEvaluator, class_table, distinct_names, save_json
 from clipdense.evaluation.groups import class_groups
 
 from detectron2.data import MetadataCatalog
@@ -46,7 +48,8 @@ class Matches:
     fn: int = 0
 
 
-Record = tuple[Any, bytes, list[dict[str, int]]]
+Id = int | str
+Record = tuple[Any, bytes, list[dict[str, Any]]]
 
 
 def panoptic_quality(matches: Collection[Matches]) -> tuple[float, float, float]:
@@ -104,12 +107,15 @@ class PanopticEvaluator(TaskEvaluator):
             False: {c: i for i, c in metadata.stuff_dataset_id_to_contiguous_id.items()},
         }
         self._json = PathManager.get_local_path(metadata.panoptic_json)
-        with open(self._json) as file:
-            ground_truth = json.load(file)
+        # rejects label maps outside the dataset's folder, whose names are also those of written predictions
+        ground_truth, report = read_coco(self._json, "panoptic", image_names_required=False)
+        report.raise_errors()
+        self._annotations = ground_truth["annotations"]
         self._files = {a["image_id"]: a["file_name"] for a in ground_truth["annotations"]}
         self._sizes = {i["id"]: (i["height"], i["width"]) for i in ground_truth["images"]}
         self._categories = ground_truth["categories"]
         ids = [c["id"] for c in self._categories]
+        self._known = frozenset(ids)
         groups = class_groups(metadata, [c["name"] for c in self._categories])
         self._groups = {group: {ids[i] for i in classes} for group, classes in groups.items()}
 
@@ -130,6 +136,8 @@ class PanopticEvaluator(TaskEvaluator):
         kept = [
             {"id": int(s["id"]), "category_id": self._category_id(s)} for s in segments if s["id"] in present
         ]
+        if present and not 0 < min(present) <= max(present) < _MAX_ID:
+            ids, kept = _renumber(ids, kept)
         return image_id, _png(ids), kept
 
     def score(self, records: list[Record]) -> Results:
@@ -140,7 +148,7 @@ class PanopticEvaluator(TaskEvaluator):
             path = str(folder.parent / "panoptic_predictions.json")
             save_json(path, {"annotations": predictions, "categories": self._categories})
             root = PathManager.get_local_path(self._metadata.panoptic_root)
-            matches = self._match(self._json, root, path, str(folder))
+            matches = self._match_numbered(predictions, root, folder, Path(scratch))
         metrics: dict[str, float] = {}
         things = {c["id"] for c in self._categories if c["isthing"]}
         for suffix, ids in {"": set(matches), "_th": things, "_st": set(matches) - things}.items():
@@ -151,10 +159,38 @@ class PanopticEvaluator(TaskEvaluator):
         rows = [[k, *(metrics[f"{m}{s}"] for m in ("PQ", "SQ", "RQ"))] for k, s in _ROWS]
         logger.info("%s:\n%s", self._name, tabulate(rows, ["", "PQ", "SQ", "RQ"], "pipe", floatfmt=".2f"))
         if self._per_class:
-            values = [(c["name"], panoptic_quality([matches[c["id"]]])[0]) for c in self._categories]
+            ids = [c["id"] for c in self._categories]
+            names = distinct_names([c["name"] for c in self._categories], ids)
+            values = [(n, panoptic_quality([matches[i]])[0]) for n, i in zip(names, ids, strict=True)]
             logger.info("%s by class:\n%s", self._name, class_table("PQ", values))
             metrics.update({f"PQ-{name}": value for name, value in values})
         return OrderedDict(panoptic_seg=metrics)
+
+    def _match_numbered(
+        self, predictions: list[dict[str, Any]], root: str, folder: Path, scratch: Path
+    ) -> dict[Id, Matches]:
+        """Match predictions with the ground truth; images and categories are numbered for the libraries."""
+        images = {image_id: number for number, image_id in enumerate(self._files, 1)}
+        numbers = {category["id"]: number for number, category in enumerate(self._categories, 1)}
+        categories = [{**c, "id": numbers[c["id"]], "isthing": int(c["isthing"])} for c in self._categories]
+        listed = [
+            {"id": number, "file_name": "", "height": self._sizes[i][0], "width": self._sizes[i][1]}
+            for i, number in images.items()
+        ]
+
+        def numbered(annotation: dict[str, Any]) -> dict[str, Any]:
+            segments = [s | {"category_id": numbers[s["category_id"]]} for s in annotation["segments_info"]]
+            return annotation | {"image_id": images[annotation["image_id"]], "segments_info": segments}
+
+        paths = []
+        truth = [_complete(annotation, Path(root)) for annotation in self._annotations]
+        for name, content in (("truth", truth), ("predictions", predictions)):
+            path = scratch / f"{name}.json"
+            rows = [numbered(annotation) for annotation in content]
+            save_json(str(path), {"images": listed, "annotations": rows, "categories": categories})
+            paths.append(str(path))
+        matches = self._match(paths[0], root, paths[1], str(folder))
+        return {category_id: matches[number] for category_id, number in numbers.items()}
 
     def _write(self, records: list[Record], folder: Path) -> list[dict[str, Any]]:
         """Write the PNG files; return their annotations in COCO's format."""
@@ -185,9 +221,12 @@ class PanopticEvaluator(TaskEvaluator):
         ]
         return ids + 1, [{**s, "isthing": s["category_id"] in things} for s in segments]
 
-    def _category_id(self, segment: dict[str, Any]) -> int:
-        if "isthing" not in segment:
-            return int(segment["category_id"])  # the model gives category ids of the dataset
+    def _category_id(self, segment: dict[str, Any]) -> Id:
+        if "isthing" not in segment:  # the model gives category ids of the dataset
+            category_id: Id = segment["category_id"]
+            if category_id not in self._known:
+                raise ValueError(f"the model predicts category {category_id!r}, which '{self._name}' lacks")
+            return category_id
         ids = self._category_ids[bool(segment["isthing"])]
         if segment["category_id"] not in ids:
             kind = "thing" if segment["isthing"] else "stuff"
@@ -197,7 +236,32 @@ class PanopticEvaluator(TaskEvaluator):
         return ids[segment["category_id"]]
 
 
+_MAX_ID = 2**24
+"""Ids of segments are stored in the three bytes of a colour."""
+
 _ROWS = (("all", ""), ("things", "_th"), ("stuff", "_st"))
+
+
+def _renumber(
+    ids: npt.NDArray[np.int64], segments: list[dict[str, Any]]
+) -> tuple[npt.NDArray[np.int64], list[dict[str, Any]]]:
+    """Number segments from 1, for ids that a PNG file cannot hold."""
+    values, inverse = np.unique(ids, return_inverse=True)
+    numbers = {segment["id"]: number for number, segment in enumerate(segments, 1)}
+    table = np.array([numbers.get(value, 0) for value in values.tolist()], np.int64)
+    return table[inverse].reshape(ids.shape), [s | {"id": numbers[s["id"]]} for s in segments]
+
+
+def _complete(annotation: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Add the areas and crowd flags that segments of the ground truth lack; areas come from the label map."""
+    segments = annotation["segments_info"]
+    areas: dict[int, int] = {}
+    if any("area" not in segment for segment in segments):
+        values, counts = np.unique(read_labels(root / annotation["file_name"]), return_counts=True)
+        areas = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return annotation | {
+        "segments_info": [{"iscrowd": 0, "area": areas.get(s["id"], 0), **s} for s in segments]
+    }
 
 
 def _png(ids: npt.NDArray[np.int64]) -> bytes:

@@ -47,26 +47,29 @@ def find_regions(
     image: npt.NDArray[np.uint8],
     ids: npt.NDArray[np.int64],
     segments: Sequence[Mapping[str, Any]],
-    classes: Mapping[int, tuple[int, bool]],
+    classes: Mapping[Any, tuple[int, bool]],
 ) -> Regions | None:
     """Select the segments of an image that are measured; None if there are none.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         ids: (H, W) segment ids.
-        segments: COCO panoptic ``segments_info``: ``id``, ``category_id`` and ``bbox`` (x, y, w, h).
+        segments: COCO panoptic ``segments_info``: ``id``, ``category_id`` and ``bbox`` (x, y, w, h;
+            default: of the mask).
         classes: category id -> (label, whether the class is a thing).
     """
     labels, things, boxes, masks = [], [], [], []
     for segment in segments[:MAX_SEGMENTS]:
         label, is_thing = classes[segment["category_id"]]
         mask = ids == segment["id"]
-        if is_thing:
+        if is_thing and "bbox" in segment:
             x, y, w, h = segment["bbox"]
             box = (x, y, x + w, y + h)
         elif mask.any():
             (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
             box = (columns[0], rows[0], columns[-1], rows[-1])  # as published, without + 1
+            if is_thing:  # its file has no box: it is that of the mask, as COCO states boxes
+                box = (box[0], box[1], box[2] + 1, box[3] + 1)
         else:
             continue
         if MIN_AREA <= (box[2] - box[0]) * (box[3] - box[1]) <= MAX_AREA:

@@ -205,7 +205,7 @@ def setup(args: argparse.Namespace) -> LoadedConfig:
     try:
         run.register_datasets()
         check_weight_classes(run, loaded.weights)
-        run.check_datasets(training)
+        findings = run.check_datasets(training)
     except (ValueError, FileNotFoundError) as e:
         raise ConfigError(str(e)) from e
 
@@ -220,6 +220,8 @@ def setup(args: argparse.Namespace) -> LoadedConfig:
     torch.backends.cudnn.benchmark = run.cudnn_benchmark and training
     run.freeze()
     _start_logs(run, moved, training)
+    for finding in findings:
+        logger.warning("%s", finding)
     if run.device != requested:
         logger.warning("No GPU is available: running on the CPU")
     seed_all_rng(run.seed + comm.get_rank())

@@ -81,7 +81,8 @@ def dataset(scene, tmp_path, register):
         annotations.append({"image_id": i, "file_name": f"panoptic_{i}.png", "segments_info": segments})
         records.append(original_sample({"image_id": i, "file_name": str(tmp_path / f"{i}.png")}))
     path = tmp_path / "panoptic.json"
-    path.write_text(json.dumps({"images": [], "annotations": annotations, "categories": CATEGORIES}))
+    images = [{"id": i, "file_name": f"{i}.png", "height": 60, "width": 96} for i in (1, 2)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))
     name = register(
         records,
         panoptic_json=str(path),
@@ -301,3 +302,12 @@ def test_real_images(coco_val, model):
     assert all(0 <= value <= 100 for key, value in off.items() if not key.endswith(".n"))
     differing = {key for key in off if off[key] != on[key]}
     assert all(key.startswith("maskpool") for key in differing)
+
+
+def test_a_missing_box_is_that_of_the_mask():
+    ids = np.zeros((40, 50), np.int64)
+    ids[10:30, 5:45] = 7
+    image = np.zeros((40, 50, 3), np.uint8)
+    stated = find_regions(image, ids, [{"id": 7, "category_id": 1, "bbox": [5, 10, 40, 20]}], {1: (0, True)})
+    missing = find_regions(image, ids, [{"id": 7, "category_id": 1}], {1: (0, True)})
+    assert stated.boxes.tolist() == missing.boxes.tolist() == [[5, 10, 45, 30]]

@@ -182,3 +182,87 @@ def test_errors_name_the_cause(two_images: str) -> None:
         evaluator.process([{"image_id": 9}], [{"panoptic_seg": (ids, [])}])
     with pytest.raises(ValueError, match="METRIC_BACKEND is 'x'"):
         PanopticEvaluator(two_images, backend="x")
+
+
+@pytest.fixture(params=["hotcoco", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def change(name: str, edit: Any) -> None:
+    """Edit the annotation file of a registered dataset."""
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def evaluate(
+    name: str, ids: torch.Tensor, segments: Any, image_id: Any = 1, **options: Any
+) -> dict[str, float]:
+    evaluator = PanopticEvaluator(name, per_class=True, distributed=False, **options)
+    evaluator.process([{"image_id": image_id}], [{"panoptic_seg": (ids, segments)}])
+    result: dict[str, float] = evaluator.evaluate()["panoptic_seg"]
+    return result
+
+
+IDS = torch.ones(10, 10, dtype=torch.int64)
+IDS[:, 6:] = 2
+SEGMENTS = [{"id": 1, "isthing": True, "category_id": 0}, {"id": 2, "isthing": False, "category_id": 0}]
+
+
+@pytest.mark.parametrize("file_name", ["../../victim.png", "a/../../victim.png", "/tmp/victim.png"])
+def test_label_maps_outside_the_folder_are_refused(two_images: str, file_name: str) -> None:
+    change(two_images, lambda c: c["annotations"][0].update(file_name=file_name))
+    with pytest.raises(ValueError, match=r"panoptic\.json: file_name of label maps that leave the folder"):
+        PanopticEvaluator(two_images)
+
+
+def test_ids_of_text_and_wide_ids(two_images: str, backend: str, tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for row in (*content["images"], *content["annotations"]):
+            key = "id" if "id" in row else "image_id"
+            row[key] = f"img_{row[key]}"
+        for row in content["categories"]:
+            row["id"] = 2**60 + row["id"]
+        for annotation in content["annotations"]:
+            for segment in annotation["segments_info"]:
+                segment["category_id"] += 2**60
+
+    change(two_images, edit)
+    metadata = MetadataCatalog.get(two_images)
+    things, stuff = {2**60 + 10: 0, 2**60 + 20: 1}, {2**60 + 30: 0}
+    del metadata.thing_dataset_id_to_contiguous_id, metadata.stuff_dataset_id_to_contiguous_id
+    metadata.set(thing_dataset_id_to_contiguous_id=things, stuff_dataset_id_to_contiguous_id=stuff)
+    got = evaluate(two_images, IDS, SEGMENTS, "img_1", backend=backend, output_dir=str(tmp_path / "out"))
+    assert got["PQ-cat"] == pytest.approx(100 * 50 / 60) and got["PQ-sky"] == pytest.approx(100 * 40 / 50)
+    assert got["PQ-dog"] == 0
+    saved = json.loads((tmp_path / "out" / "panoptic_predictions.json").read_text())["annotations"]
+    assert [a["image_id"] for a in saved] == ["img_1", "img_2"]
+    assert [s["category_id"] for s in saved[0]["segments_info"]] == [2**60 + 10, 2**60 + 30]
+
+
+@pytest.mark.parametrize("wide", [2**24, 2**24 + 1, 2**33, -5])
+def test_predicted_ids_that_do_not_fit_a_png(two_images: str, backend: str, wide: int) -> None:
+    ids = torch.where(IDS == 2, wide, IDS)  # three bytes would hold 0, 1 or another id
+    segments = [SEGMENTS[0], {**SEGMENTS[1], "id": wide}]
+    got = evaluate(two_images, ids, segments, backend=backend)
+    assert got["PQ-cat"] == pytest.approx(100 * 50 / 60) and got["PQ-sky"] == pytest.approx(100 * 40 / 50)
+
+
+def test_missing_areas_and_crowd_flags(two_images: str, backend: str) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            for segment in annotation["segments_info"]:
+                del segment["area"], segment["iscrowd"]
+
+    change(two_images, edit)
+    got = evaluate(two_images, IDS, SEGMENTS, backend=backend)
+    assert got["PQ-cat"] == pytest.approx(100 * 50 / 60) and got["PQ-sky"] == pytest.approx(100 * 40 / 50)
+
+
+def test_classes_of_one_name_keep_both_results(two_images: str, backend: str) -> None:
+    change(two_images, lambda c: c["categories"][1].update(name="cat"))
+    MetadataCatalog.get(two_images).novel_classes.clear()
+    got = evaluate(two_images, IDS, SEGMENTS, backend=backend)
+    assert got["PQ-cat (id 10)"] == pytest.approx(100 * 50 / 60) and got["PQ-cat (id 20)"] == 0

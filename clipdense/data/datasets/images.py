@@ -14,6 +14,7 @@ from tqdm import tqdm
 from clipdense.data.datasets.layouts import DatasetDicts
 from clipdense.data.datasets.registration import register_once
 from clipdense.data.json_files import load_json
+from clipdense.data.validation.report import DataError
 
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -68,16 +69,25 @@ def _load_folder(folder: str) -> DatasetDicts:
 
 
 def _load_list(json_file: str, image_root: str) -> DatasetDicts:
-    try:
-        images = load_json(json_file)["images"]
-        records = [
-            {"file_name": os.path.join(image_root, i["file_name"]), "image_id": i["id"]} for i in images
-        ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{json_file}: no list of images with id and file_name ({error!r})") from error
+    content = load_json(json_file)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise DataError(f'{json_file}: no list of images; expected an object with "images", as in COCO files')
+    records: dict[int | str, dict[str, Any]] = {}
+    for index, image in enumerate(images):
+        entry = image if isinstance(image, dict) else {}
+        identity, name = entry.get("id"), entry.get("file_name")
+        if isinstance(identity, bool) or not isinstance(identity, int | str) or not isinstance(name, str):
+            raise DataError(f"{json_file}: images[{index}] has no id and file_name: {str(image)[:60]}")
+        if identity in records:
+            raise DataError(
+                f"{json_file}: two images with id {identity!r}: {records[identity]['file_name']} and {name}; "
+                "give each an id of its own"
+            )
+        records[identity] = {"file_name": os.path.join(image_root, name), "image_id": identity}
     if not records:
-        raise ValueError(f"no images in {json_file}")
-    return records
+        raise DataError(f"no images in {json_file}")
+    return list(records.values())
 
 
 def _load_shards(shards: list[str]) -> DatasetDicts:
@@ -91,7 +101,7 @@ def _load_shards(shards: list[str]) -> DatasetDicts:
                     for member in file
                     if member.isfile() and member.name.lower().endswith(EXTENSIONS)
                 ]
-        except tarfile.TarError as error:
+        except (tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(f"{shard}: not an uncompressed tar file ({error})") from error
     return _records(names, ", ".join(shards))
 

@@ -194,4 +194,4 @@ def _register(
         return load()
 
     DatasetCatalog.register(name, draw_and_load)
-    MetadataCatalog.get(name).set(**metadata)
+    MetadataCatalog.get(name).set(made_at_first_use=True, **metadata)

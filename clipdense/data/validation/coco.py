@@ -35,6 +35,7 @@ def read_coco(
     image_root: str | Path | None = None,
     *,
     image_names_required: bool = True,
+    image_list_required: bool = True,
 ) -> tuple[dict[str, list[Row]], Report]:
     """Read an annotation file in COCO's layout, check all of it and repair what is unambiguous.
 
@@ -43,6 +44,7 @@ def read_coco(
         kind: "instances" (COCO), "lvis", "captions" or "panoptic".
         image_root: folder from whose images a missing height and width are read; None: they must be there.
         image_names_required: whether an image without a file name is an error; evaluators do not need it.
+        image_list_required: whether "images" must be there; panoptic annotations can be used without.
 
     Returns:
         ``images``, ``annotations`` and ``categories`` (empty for captions), without null fields, and what was
@@ -63,7 +65,12 @@ def read_coco(
         )
         return {"images": [], "annotations": [], "categories": []}, report
     categories = [] if kind in _CLASS_FREE else _categories(content, report)
-    images = _images(content, kind, image_root, report, image_names_required)
+    unlisted = not image_list_required and kind == "panoptic" and "images" not in content
+    if unlisted:
+        rows = content.get("annotations")
+        ids = [row.get("image_id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        content["images"] = [{"id": i, "height": 1, "width": 1} for i in dict.fromkeys(filter(_is_id, ids))]
+    images = _images(content, kind, image_root, report, image_names_required and not unlisted)
     required = kind in ("captions", "panoptic")
     annotations = _annotations(content, kind, images, {c["id"] for c in categories}, required, report)
     if kind in ("instances", "lvis"):
@@ -410,6 +417,10 @@ def _without_short_polygons(row: Row, label: str, report: Report) -> Row:
             "repaired", "polygons of fewer than three points", label, "Left out: their masks have others."
         )
     return row | {"segmentation": kept}
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _is_keypoints(value: Any) -> bool:

@@ -11,16 +11,17 @@ from typing import Any
 
 from clipdense.data.validation.coco import CocoKind, read_coco
 from clipdense.data.validation.images import check_image_files, check_label_maps
-from clipdense.data.validation.report import Report
+from clipdense.data.validation.report import DataError, Report
 from clipdense.files import cache_dir, write_text
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 __all__ = ["check_dataset", "check_datasets"]
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Of the checks: a change makes cached reports void."""
 _JSON_KINDS: dict[str, CocoKind] = {
     "coco": "instances",
@@ -30,20 +31,74 @@ _JSON_KINDS: dict[str, CocoKind] = {
 }
 
 
-def check_datasets(names: Iterable[str], *, thorough: bool = False) -> None:
-    """Check registered datasets before a run, and log what was repaired or noticed, once for each.
+def check_datasets(
+    names: Iterable[str],
+    *,
+    training: Iterable[str] = (),
+    masks: bool = False,
+    objects_required: bool = True,
+    thorough: bool = False,
+) -> list[str]:
+    """Check the registered datasets of a run before it costs anything.
+
+    Args:
+        names: datasets to evaluate on.
+        training: datasets to train on.
+        masks: whether masks are trained (MODEL.MASK_ON).
+        objects_required: whether training needs objects (DATALOADER.FILTER_EMPTY_ANNOTATIONS).
+        thorough: open every image and label map; else some hundreds, evenly chosen.
+
+    Returns:
+        Messages about what was repaired or noticed, one for each dataset, for the log.
 
     Raises:
         DataError: If one would train or score wrongly; names file, place and remedy.
-        FileNotFoundError, ValueError: If an annotation file is missing or is not JSON.
+        FileNotFoundError, ValueError: If an annotation file or a folder is missing, or a file is not JSON.
     """
-    for name in dict.fromkeys(names):
+    trained = set(training)
+    messages = []
+    for name in dict.fromkeys([*names, *training]):
+        _check_presence(name)
         report = check_dataset(name, thorough=thorough)
         if report is None:
             continue
         report.raise_errors()
+        if name in trained:
+            _check_training(report, masks, objects_required)
         if report.findings:
-            logger.warning("Dataset %s: %s", name, "\n".join(report.lines()))
+            messages.append(f"Dataset {name}: " + "\n".join(report.lines()))
+    return messages
+
+
+def _check_training(report: Report, masks: bool, objects_required: bool) -> None:
+    objects = report.counts.get("annotations")
+    if objects == 0 and objects_required:
+        raise DataError(
+            f"{report.source}: no annotations, so there is nothing to train on. Choose another dataset for "
+            "DATASETS.TRAIN."
+        )
+    if masks and objects and report.without_mask == objects:
+        raise DataError(
+            f"{report.source}: no object has a mask, which MODEL.MASK_ON True needs. Set MODEL.MASK_ON False "
+            "to train on boxes alone, or choose another dataset for DATASETS.TRAIN."
+        )
+
+
+def _check_presence(name: str) -> None:
+    """Raise an error for a missing annotation file or image folder, unless it is made at the first use."""
+    if name not in DatasetCatalog.list():
+        return
+    metadata = MetadataCatalog.get(name).as_dict()
+    kind = _JSON_KINDS.get(metadata.get("evaluator_type", ""))
+    if kind is None or metadata.get("made_at_first_use"):
+        return
+    for key in ("panoptic_json" if kind == "panoptic" else "json_file", "image_root"):
+        if metadata.get(key) and not PathManager.exists(metadata[key]):
+            root = os.environ.get("DETECTRON2_DATASETS", "datasets (DETECTRON2_DATASETS is not set)")
+            raise FileNotFoundError(
+                f"dataset {name}: {metadata[key]} does not exist. Datasets are read from {root}; "
+                "datasets/README.md describes the layout."
+            )
 
 
 def check_dataset(name: str, *, thorough: bool = False, use_cache: bool = True) -> Report | None:
@@ -56,8 +111,11 @@ def check_dataset(name: str, *, thorough: bool = False, use_cache: bool = True) 
             kept).
 
     Returns:
-        What was found; None for a dataset whose files are drawn or prepared at its first use.
+        What was found; None for a dataset whose files are drawn or prepared at its first use, or that has
+        none to check.
     """
+    if name not in DatasetCatalog.list():
+        return None
     metadata = MetadataCatalog.get(name).as_dict()
     kind = _JSON_KINDS.get(metadata.get("evaluator_type", ""))
     files = _files(metadata, kind)
@@ -80,6 +138,8 @@ def check_dataset(name: str, *, thorough: bool = False, use_cache: bool = True) 
 
 def _files(metadata: Mapping[str, Any], kind: CocoKind | None) -> list[str]:
     """The files and folders on which a report depends."""
+    if own := metadata.get("images") or metadata.get("mask_pairs"):
+        return [path for path in str(own).split(":") if Path(path).exists()]
     keys = ("panoptic_json", "panoptic_root") if kind == "panoptic" else ("json_file",)
     return [
         str(metadata[key]) for key in (*keys, "image_root", "sem_seg_root", "label_root") if metadata.get(key)
@@ -96,8 +156,10 @@ def _check(name: str, metadata: Mapping[str, Any], kind: CocoKind | None, thorou
     every = -1 if thorough else 500
     root = metadata.get("image_root")
     if kind is None:
-        report = Report(str(metadata.get("sem_seg_root") or root or name))
-        records = DatasetCatalog.get(name)
+        own = metadata.get("images") or metadata.get("mask_pairs")
+        report = Report(str(own or metadata.get("sem_seg_root") or root or name))
+        records = list({record["file_name"]: record for record in DatasetCatalog.get(name)}.values())
+        records = [record for record in records if "://" not in record["file_name"]]
         report.counts = {"images": len(records)}
     else:
         content, report = read_coco(

@@ -56,12 +56,15 @@ def captioned_images(
 
 def _load_lines(path: Path, root: str) -> list[dict[str, Any]]:
     records = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                name, captions = str(record["file_name"]), list(map(str, record["captions"]))
-            except (ValueError, KeyError, TypeError) as error:
+                name, captions = record["file_name"], record["captions"]
+                if not isinstance(name, str) or not isinstance(captions, list):
+                    raise TypeError("file_name is not text, or captions are not a list")
+                captions = list(map(str, captions))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: no file_name and captions ({error!r})") from error
             image_id = record.get("image_id", name)
             records.append(

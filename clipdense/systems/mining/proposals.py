@@ -20,6 +20,7 @@ from torch import Tensor
 from clipdense.data.image import read_labels
 from clipdense.data.json_files import load_json
 from clipdense.data.mask_pairs import labelled_segments
+from clipdense.data.validation import DataError, rle_fault
 
 __all__ = ["RLE", "FileProposals", "GroundTruthProposals", "encode_mask", "ground_truth_masks"]
 
@@ -58,18 +59,27 @@ class FileProposals:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not such a list.
+        DataError: If the file is not such a list, or a mask is damaged; names file and row.
+        ValueError: If the file is not JSON.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._masks: dict[Any, list[RLE]] = defaultdict(list)
-        try:
-            for item in load_json(path):
-                self._masks[item["image_id"]].append(_compress(item["segmentation"], None))
-        except (TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path}: not a JSON list of image_id and segmentation (COCO RLE) ({error!r})"
-            ) from error
+        rows = load_json(path)
+        for index, row in enumerate(rows if isinstance(rows, list) else [rows]):
+            if (
+                not isinstance(row, dict)
+                or not isinstance(row.get("image_id"), int | str)
+                or not isinstance(row.get("segmentation"), dict)
+            ):
+                polygons = isinstance(row, dict) and isinstance(row.get("segmentation"), list)
+                found = "polygons instead of run lengths" if polygons else str(row)[:60]
+                raise DataError(
+                    f"{path}: not a JSON list of image_id and segmentation (COCO RLE); row {index}: {found}"
+                )
+            if fault := rle_fault(row["segmentation"]):
+                raise DataError(f"{path}, row {index} (image {row['image_id']!r}): {fault}")
+            self._masks[row["image_id"]].append(_compress(row["segmentation"], None))
 
     def propose_masks(self, sample: Mapping[str, Any]) -> Tensor:
         """Return the masks (Q, H, W) bool of an image; none if the file does not contain it.
