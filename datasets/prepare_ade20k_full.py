@@ -13,6 +13,7 @@ from clipdense.clip.vocabulary import near
 from clipdense.data.datasets.open_semantic import ADE20K_FULL, WIDE_IGNORE
 from clipdense.data.preparation.ade20k import ade20k_full, read_object_names
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:
@@ -31,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors("interrupted; the same command continues"):
+        main()

@@ -8,6 +8,7 @@ ade20k_instance_{train,val}.json beside them.
 from clipdense.data.datasets.standard import ADE20K_CLASSES, ADE20K_THINGS
 from clipdense.data.preparation.ade20k import ade20k_panoptic
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:
@@ -18,4 +19,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors("interrupted; the same command continues"):
+        main()

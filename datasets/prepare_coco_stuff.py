@@ -10,6 +10,7 @@ import numpy as np
 from clipdense.data.datasets.open_semantic import COCO_STUFF, COCO_STUFF_BASE, COCO_STUFF_VALUES
 from clipdense.data.preparation.labels import convert_labels
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.run.boundary import tool_errors
 
 SPLITS = ("train2017", "val2017", "train2017_base")
 
@@ -29,4 +30,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors("interrupted; the same command continues"):
+        main()

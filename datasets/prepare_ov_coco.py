@@ -8,6 +8,7 @@ instances_val2017_all_2.json. Images without an annotation of these classes are 
 from clipdense.data.datasets.open_vocabulary import OV_COCO, OV_COCO_BASE
 from clipdense.data.preparation.categories import select_categories
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:
@@ -24,4 +25,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors("interrupted; the same command continues"):
+        main()

@@ -7,6 +7,7 @@ categories. Validation uses lvis/lvis_v1_val.json unchanged.
 from clipdense.data.datasets.open_vocabulary import LVIS_RARE, OV_LVIS_FILES
 from clipdense.data.preparation.categories import select_categories
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:
@@ -18,4 +19,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors("interrupted; the same command continues"):
+        main()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clipdense.data.preparation.labels import panoptic_to_semantic
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:
@@ -37,4 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors("interrupted; the same command continues"):
+        main()

@@ -11,6 +11,7 @@ import numpy as np
 from clipdense.data.datasets.open_semantic import PASCAL_CONTEXT_59, PASCAL_CONTEXT_459, WIDE_IGNORE
 from clipdense.data.preparation.labels import convert_labels, read_matlab_labels
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:
@@ -45,4 +46,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors("interrupted; the same command continues"):
+        main()

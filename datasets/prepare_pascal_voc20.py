@@ -8,6 +8,7 @@ import numpy as np
 
 from clipdense.data.preparation.labels import convert_labels
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:
@@ -26,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors("interrupted; the same command continues"):
+        main()

@@ -23,6 +23,7 @@ from benchmarks import Row, load_suite, suites, table
 
 import clipdense
 from clipdense.files import write_text
+from clipdense.run.boundary import tool_errors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,4 +75,5 @@ def machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tool_errors("interrupted; rows that were written stay in the --json file"):
+        sys.exit(main())

@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from clipdense.run.boundary import tool_errors
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -63,4 +65,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tool_errors():
+        sys.exit(main())

@@ -10,15 +10,13 @@ python tools/convert_checkpoint.py eva_vitb16_coco_clipself_proposals.pt clipsel
 """
 
 import argparse
-import sys
 from typing import Any
 
 import yaml
 
-from clipdense.checkpoint import CheckpointError
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.options import ConfigError
-from clipdense.files import WriteError
+from clipdense.run.boundary import tool_errors
 from clipdense.run.conversion import convert_weights
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -89,7 +87,5 @@ def option(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with tool_errors("interrupted; nothing was written"):
         main()
-    except (CheckpointError, ConfigError, WriteError, FileNotFoundError) as e:
-        sys.exit(f"error: {e}")

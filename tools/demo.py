@@ -43,12 +43,11 @@ import torch
 from PIL import Image
 
 import clipdense
-from clipdense.checkpoint import CheckpointError
 from clipdense.clip.vocabulary import near
 from clipdense.data.image import read_image
-from clipdense.engine.options import ConfigError
 from clipdense.evaluation.detections import Detections, encode_masks
 from clipdense.files import write_text
+from clipdense.run.boundary import tool_errors
 from clipdense.visualization.pictures import draw_output, draw_score_map, save_picture
 from clipdense.visualization.segments import KINDS, output_kind, output_segments
 
@@ -279,9 +278,5 @@ class Results:
 
 
 if __name__ == "__main__":
-    try:
+    with tool_errors("interrupted; results so far are kept"):
         sys.exit(main())
-    except (CheckpointError, ConfigError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: results so far are kept")

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 import clipdense  # noqa: F401
-from clipdense.checkpoint import CheckpointError
 from clipdense.clip import load_clip
 from clipdense.data.checks import check_dataset_names
 from clipdense.data.image import read_image
 from clipdense.evaluation import CLIPProbe
+from clipdense.run.boundary import tool_errors
 from clipdense.run.setup import available_device
 from clipdense.visualization.clusters import cluster_map, draw_clusters
 
@@ -72,32 +72,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        files = arguments.input
-        if not files:
-            check_dataset_names([arguments.dataset])
-            files = [r["file_name"] for r in DatasetCatalog.get(arguments.dataset)[: arguments.images]]
-        images = [read_image(file, "RGB") for file in files]
-        maps = {}
-        for title, name in zip(arguments.titles, arguments.model, strict=True):
-            clip = load_clip(name, allow_pickle=arguments.allow_pickle, text=False)
-            clip.to(available_device(arguments.device))
-            probe = CLIPProbe(clip)
-            maps[title] = [
-                cluster_map(
-                    probe.dense_map(image, arguments.mode, arguments.image_size),
-                    image.shape[:2],
-                    arguments.clusters,
-                )
-                for image in tqdm(images, title, unit="image")
-            ]
-        draw_clusters(images, maps, arguments.output)
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    files = arguments.input
+    if not files:
+        check_dataset_names([arguments.dataset])
+        files = [r["file_name"] for r in DatasetCatalog.get(arguments.dataset)[: arguments.images]]
+    images = [read_image(file, "RGB") for file in files]
+    maps = {}
+    for title, name in zip(arguments.titles, arguments.model, strict=True):
+        clip = load_clip(name, allow_pickle=arguments.allow_pickle, text=False)
+        clip.to(available_device(arguments.device))
+        probe = CLIPProbe(clip)
+        maps[title] = [
+            cluster_map(
+                probe.dense_map(image, arguments.mode, arguments.image_size),
+                image.shape[:2],
+                arguments.clusters,
+            )
+            for image in tqdm(images, title, unit="image")
+        ]
+    draw_clusters(images, maps, arguments.output)
     print(arguments.output)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tool_errors():
+        sys.exit(main())

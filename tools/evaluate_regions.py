@@ -22,7 +22,6 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import clipdense  # noqa: F401
-from clipdense.checkpoint import CheckpointError
 from clipdense.clip import ClipModel, load_clip
 from clipdense.clip.attention import get_mode
 from clipdense.data.checks import check_dataset_names
@@ -30,6 +29,7 @@ from clipdense.data.mappers import original_sample
 from clipdense.evaluation import CLIPProbe, DenseRegionEvaluator, DenseView
 from clipdense.evaluation.probes import best_dense_mode
 from clipdense.files import atomic_path, write_text
+from clipdense.run.boundary import tool_errors
 from clipdense.run.setup import available_device
 
 from detectron2.data import DatasetCatalog
@@ -186,28 +186,25 @@ def write_json(content: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     rows: list[Row] = []
-    try:
-        check_dataset_names([arguments.dataset])
-        records = DatasetCatalog.get(arguments.dataset)[: arguments.images]
-        for name in arguments.model:
-            rows += evaluate(name, records, arguments)
-            if arguments.json:  # after every model: a later one may fail
-                write_json(rows, arguments.json)
-        if not rows:
-            raise ValueError(f"{arguments.dataset}: no segment has a box of 8 x 8 to 1024 x 1024 pixels")
-        for kind in ("thing", "stuff"):
-            number = int(rows[0][f"{kind}.n"])
-            print(f"\n{number} {kind} regions of {arguments.dataset}, accuracy in percent")
-            print(region_table(rows, kind))
-        print("\nretrieval between boxes and crops, recall in percent")
-        print(retrieval_table(rows))
-        if arguments.curve:
-            draw_curve(rows, arguments.curve)
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_dataset_names([arguments.dataset])
+    records = DatasetCatalog.get(arguments.dataset)[: arguments.images]
+    for name in arguments.model:
+        rows += evaluate(name, records, arguments)
+        if arguments.json:  # after every model: a later one may fail
+            write_json(rows, arguments.json)
+    if not rows:
+        raise ValueError(f"{arguments.dataset}: no segment has a box of 8 x 8 to 1024 x 1024 pixels")
+    for kind in ("thing", "stuff"):
+        number = int(rows[0][f"{kind}.n"])
+        print(f"\n{number} {kind} regions of {arguments.dataset}, accuracy in percent")
+        print(region_table(rows, kind))
+    print("\nretrieval between boxes and crops, recall in percent")
+    print(retrieval_table(rows))
+    if arguments.curve:
+        draw_curve(rows, arguments.curve)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tool_errors("interrupted; models that are done stay in the --json file"):
+        sys.exit(main())

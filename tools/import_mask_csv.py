@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clipdense.data.mask_pairs import write_pairs
+from clipdense.run.boundary import tool_errors
 from clipdense.systems.mask_adaptation.keyed_crops import read_keyed_csv, read_keyed_pair
 
 
@@ -42,12 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 written += 1
                 yield pair
 
-    try:
-        rows = read_keyed_csv(arguments.csv)
-        write_pairs(arguments.output, pairs(rows))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    rows = read_keyed_csv(arguments.csv)
+    write_pairs(arguments.output, pairs(rows))
     print(
         f"{written} pairs in {arguments.output}; {len(rows) - written} crops without foreground were skipped"
     )
@@ -55,4 +52,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tool_errors("interrupted; nothing was written"):
+        sys.exit(main())

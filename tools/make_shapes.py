@@ -8,13 +8,13 @@ An interrupted run resumes. This tool is optional: each dataset is drawn at its 
 
 import argparse
 import logging
-import sys
 import time
 from pathlib import Path
 
 from clipdense.data.shapes.make import ensure_shapes, shapes_root
 from clipdense.data.shapes.sheet import draw_sheet
 from clipdense.data.shapes.splits import SPLITS
+from clipdense.run.boundary import tool_errors
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,9 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with tool_errors("interrupted; the same command continues"):
         main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")

@@ -15,12 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from clipdense.checkpoint import CheckpointError
 from clipdense.clip import load_clip
 from clipdense.clip.tables import save_table
 from clipdense.clip.templates import TEMPLATE_SETS
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.run.boundary import tool_errors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,21 +55,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.output.suffix != ".safetensors":
         parser.error(f"the table is written as .safetensors, not '{args.output.name}'")
-    try:
-        vocabulary = Vocabulary.parse(args.vocabulary)
-        clip = load_clip(
-            args.model, args.pretrained, allow_pickle=args.allow_pickle, precision=args.precision
-        ).to(args.device)
-        bank = TextBank(
-            clip,
-            args.templates[0] if len(args.templates) == 1 else args.templates,
-            cache_dir=None if args.no_cache else "auto",
-            batch_size=args.batch_size,
-        )
-        save_table(args.output, bank, vocabulary)
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    vocabulary = Vocabulary.parse(args.vocabulary)
+    clip = load_clip(
+        args.model, args.pretrained, allow_pickle=args.allow_pickle, precision=args.precision
+    ).to(args.device)
+    bank = TextBank(
+        clip,
+        args.templates[0] if len(args.templates) == 1 else args.templates,
+        cache_dir=None if args.no_cache else "auto",
+        batch_size=args.batch_size,
+    )
+    save_table(args.output, bank, vocabulary)
     names = sum(map(len, vocabulary.synonyms))
     print(
         f"{args.output}: {names} names of {len(vocabulary)} classes x {clip.embed_dim}, {bank.templates.name}"
@@ -78,4 +74,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tool_errors("interrupted; computed embeddings stay in the cache, and the same command continues"):
+        sys.exit(main())

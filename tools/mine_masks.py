@@ -34,10 +34,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.multiprocessing.spawn import ProcessException
-
 import clipdense  # noqa: F401
-from clipdense.checkpoint import CheckpointError, config_leaves
+from clipdense.checkpoint import config_leaves
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.checks import check_dataset_names
@@ -49,6 +47,7 @@ from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.options import ConfigError
 from clipdense.files import write_text
 from clipdense.open_vocabulary.protocols import Proposals
+from clipdense.run.boundary import tool_errors
 from clipdense.run.setup import available_device, load_config
 from clipdense.systems.mining.captions import captioned_images
 from clipdense.systems.mining.pairs import Filters, MaskMiner, NounEmbedder
@@ -309,13 +308,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     # detectron2 0.6 on today's torch
     warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.meshgrid", UserWarning)
-    try:
-        mine(arguments)
-    except (ValueError, OSError, ImportError, CheckpointError, ProcessException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    mine(arguments)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tool_errors("interrupted; finished shards are kept, and the same command continues"):
+        sys.exit(main())

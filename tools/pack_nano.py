@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clipdense.checkpoint import read_checkpoint, save_checkpoint
 from clipdense.clip.nano import NANO_MODELS, nano_path
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:
@@ -41,4 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors():
+        main()

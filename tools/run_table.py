@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clipdense.files import write_text
+from clipdense.run.boundary import tool_errors
 from clipdense.run.table import TableError, load_table, markdown, run_cells
 
 TRAIN_NET = str(Path(__file__).with_name("train_net.py"))
@@ -53,17 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         except TableError as error:  # a missing metric does not stop the other runs
             tqdm.write(f"warning: {error}", file=sys.stderr)
 
-    try:
-        table = load_table(args.table)
-        failed = []
-        if not args.collect:
-            failed = run_cells(table, args.tool, jobs=args.jobs, retry=args.retry, finished=write_early)
-        write()
-        print(markdown(table, command))
-    except TableError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: finished cells are kept; call again to continue")
+    table = load_table(args.table)
+    failed = []
+    if not args.collect:
+        failed = run_cells(table, args.tool, jobs=args.jobs, retry=args.retry, finished=write_early)
+    write()
+    print(markdown(table, command))
     for cell in failed:
         print(
             f"failed: {cell.name}; its log: {cell.folder / 'run.log'}; --retry runs it again", file=sys.stderr
@@ -72,4 +68,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tool_errors("interrupted; finished cells are kept, and the same command continues"):
+        sys.exit(main())

@@ -7,20 +7,19 @@ torchrun --nproc-per-node 2 tools/train_net.py --config-file ...        # on CPU
 """
 
 import argparse
-import sys
 from dataclasses import replace
 
-from clipdense.checkpoint import CheckpointError
 from clipdense.engine.build import evaluate_weights
 from clipdense.engine.launch import launch
-from clipdense.engine.options import ConfigError
 from clipdense.engine.report import print_results
 from clipdense.engine.run_config import run_config
 from clipdense.engine.trainer import Trainer
-from clipdense.files import WriteError
+from clipdense.run.boundary import tool_errors
 from clipdense.run.setup import setup
 
 from detectron2.engine import default_argument_parser
+
+_INTERRUPTED = "interrupted; --resume continues a training from its last checkpoint"
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -37,16 +36,17 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     return results
 
 
+def process(args: argparse.Namespace) -> None:
+    """Run `main` in a process of the launcher, which prints its own error."""
+    with tool_errors(_INTERRUPTED):
+        main(args)
+
+
+def run() -> None:
+    args = default_argument_parser(__doc__).parse_args()
+    launch(process, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+
+
 if __name__ == "__main__":
-    arguments = default_argument_parser(__doc__).parse_args()
-    try:
-        launch(
-            main,
-            arguments.num_gpus,
-            arguments.num_machines,
-            arguments.machine_rank,
-            arguments.dist_url,
-            args=(arguments,),
-        )
-    except (CheckpointError, ConfigError, WriteError, FileNotFoundError, FloatingPointError) as e:
-        sys.exit(f"error: {e}")
+    with tool_errors(_INTERRUPTED):
+        run()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -373,15 +374,16 @@ def test_score_maps_of_a_model_without(run: Run, photos: Path) -> None:
     ],
 )
 def test_errors_are_said_in_a_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], message: str
 ) -> None:
     image = str(save(tmp_path / "a.png", BLUE))
     words = [image if word == "IMAGE" else word for word in words]
     output = [] if "--output" in words else ["--output", str(tmp_path / "out")]
     command = [str(TOOL), "--config-file", str(write_model(tmp_path, name)), *output, *words]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match="1"):
         runpy.run_path(str(TOOL), run_name="__main__")
+    assert re.search(f"^{message}", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_help_and_usage(demo: Any, capsys: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from clipdense.clip import load_clip
+from clipdense.run.boundary import tool_errors
 
 from detectron2.data import DatasetCatalog
 
@@ -68,11 +69,14 @@ def test_every_mode_once(tool, weights, tmp_path):
 def test_what_is_wrong_is_said_without_traceback(tool, weights, tmp_path, capsys):
     arguments = ["--model", weights, "--images", "1", "--dataset", "shapes_closed_panoptic_val"]
     table = tmp_path / "table.npy"
-    assert tool("evaluate_regions")([*arguments, "--table", str(table)]) == 1
+    with pytest.raises(SystemExit, match="1"), tool_errors():
+        tool("evaluate_regions")([*arguments, "--table", str(table)])
     assert f"error: no text table '{table}'" in capsys.readouterr().err
-    assert tool("evaluate_regions")([*arguments, "--image-size", "100"]) == 1
+    with pytest.raises(SystemExit, match="1"), tool_errors():
+        tool("evaluate_regions")([*arguments, "--image-size", "100"])
     assert "image size 100 is not a multiple of the stride 8" in capsys.readouterr().err
-    assert tool("evaluate_regions")(["--dataset", "shapes_closed_panoptic_vall"]) == 1
+    with pytest.raises(SystemExit, match="1"), tool_errors():
+        tool("evaluate_regions")(["--dataset", "shapes_closed_panoptic_vall"])
     assert "shapes_closed_panoptic_val" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tool("evaluate_regions")([*arguments, "--curve", str(tmp_path / "curve.png")])
@@ -90,7 +94,8 @@ def test_clusters_side_by_side(tool, weights, tmp_path, capsys):
     assert tool("dense_clusters")([*arguments, "--input", record["file_name"], "--image-size", "64"]) == 0
     with Image.open(panel) as picture:
         assert picture.height < height
-    assert tool("dense_clusters")([*arguments, "--input", str(tmp_path / "none.png")]) == 1
+    with pytest.raises(SystemExit, match="1"), tool_errors():
+        tool("dense_clusters")([*arguments, "--input", str(tmp_path / "none.png")])
     assert "none.png" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tool("dense_clusters")([str(panel), "--model", "a", "b", "--titles", "one"])

@@ -9,6 +9,7 @@ from clipdense.clip import load_clip
 from clipdense.clip.tables import TextTable
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.run.boundary import tool_errors
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_text_table.py"
 
@@ -85,8 +86,10 @@ def test_words_and_named_sets(main, weights, tmp_path):
 def test_what_is_wrong_is_said_without_traceback(main, weights, tmp_path, capsys, change, message):
     output = tmp_path / "table.safetensors"
     arguments = [str(output), "--model", str(weights), "--vocabulary", "cat", "--no-cache", *change]
-    assert main(arguments) == 1
-    assert message in capsys.readouterr().err and not output.exists()
+    with pytest.raises(SystemExit, match="1"), tool_errors():
+        main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and not output.exists()
 
 
 def test_help_and_usage(main, capsys):

@@ -17,6 +17,7 @@ from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.data.shapes.make import annotation_file
 from clipdense.engine.options import ConfigError
 from clipdense.systems.mining.pairs import Filters, MaskMiner
+from clipdense.run.boundary import tool_errors
 from tests.helpers.small_models import small_ovseg_config
 
 from detectron2.data import DatasetCatalog
@@ -142,7 +143,8 @@ def test_other_models_are_refused():
 
 def test_what_is_wrong_is_said(arguments, whole, tmp_path, capsys):
     def error(*more: str) -> str:
-        assert main([*arguments, "--output", str(whole), *more]) == 1
+        with pytest.raises(SystemExit, match="1"), tool_errors():
+            main([*arguments, "--output", str(whole), *more])
         return capsys.readouterr().err
 
     bytes_before = (whole / "pairs.jsonl").read_bytes()
@@ -157,7 +159,8 @@ def test_what_is_wrong_is_said(arguments, whole, tmp_path, capsys):
     assert (whole / "pairs.jsonl").read_bytes() == bytes_before
     proposals = arguments.index("--proposals")
     arguments = [*arguments[:proposals], "--output", str(tmp_path)]
-    assert main(arguments) == 1
+    with pytest.raises(SystemExit, match="1"), tool_errors():
+        main(arguments)
     assert "set MODEL.WEIGHTS" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--shard", "3/2"])

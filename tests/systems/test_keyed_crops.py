@@ -13,6 +13,7 @@ from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.regions import CropRule
 from clipdense.systems.mask_adaptation import MaskPairMapper
 from clipdense.systems.mask_adaptation.keyed_crops import BACKGROUND
+from clipdense.run.boundary import tool_errors
 
 from detectron2.data import DatasetCatalog
 
@@ -59,6 +60,7 @@ def test_unusable_crops_are_errors(
         ("filepath,title\ncrops/a.png,kite", "no column filepath and no column title"),
     ):
         (tmp_path / "list.csv").write_text(lines + "\n")
-        assert import_mask_csv.main([str(tmp_path / "list.csv"), str(tmp_path / "pairs.jsonl")]) == 1
+        with pytest.raises(SystemExit, match="1"), tool_errors():
+            import_mask_csv.main([str(tmp_path / "list.csv"), str(tmp_path / "pairs.jsonl")])
         assert message in capsys.readouterr().err
         assert not (tmp_path / "pairs.jsonl").exists()
