@@ -16,8 +16,8 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.data.shapes.make import annotation_file
 from clipdense.engine.options import ConfigError
-from clipdense.systems.mining.pairs import Filters, MaskMiner
 from clipdense.run.boundary import tool_errors
+from clipdense.systems.mining.pairs import Filters, MaskMiner
 from tests.helpers.small_models import small_ovseg_config
 
 from detectron2.data import DatasetCatalog

@@ -79,9 +79,7 @@ def test_what_a_user_can_cause_is_one_line(error, expected, capsys):
     assert status(error, capsys) == (1, expected)
 
 
-@pytest.mark.parametrize(
-    "error", [KeyError("x"), ValueError("by a library"), AssertionError("x")]
-)
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("by a library"), AssertionError("x")])
 def test_other_errors_keep_their_traceback(error, capsys):
     code, text = status(error, capsys)
     assert code == 1 and "Traceback" in text and "Please report it" in text

@@ -11,9 +11,9 @@ from PIL import Image
 from clipdense.data.datasets.mask_pairs import register_mask_pairs
 from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.regions import CropRule
+from clipdense.run.boundary import tool_errors
 from clipdense.systems.mask_adaptation import MaskPairMapper
 from clipdense.systems.mask_adaptation.keyed_crops import BACKGROUND
-from clipdense.run.boundary import tool_errors
 
 from detectron2.data import DatasetCatalog
 
