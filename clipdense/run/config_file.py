@@ -83,6 +83,7 @@ def merge_config_file(cfg: CfgNode, path: str | os.PathLike[str]) -> None:
         KeyError, ValueError, AssertionError: If a key is unknown or a value has the wrong type (yacs).
     """
     content = read_config_file(path)
+    _check_nodes(content, cfg, Path(path))
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder, Path(path).name)
         plain.write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
@@ -132,6 +133,16 @@ def _check_keys(node: Mapping[Any, Any], path: Path, parents: tuple[int, ...]) -
                 raise ConfigError(f"{path}: the value of {key} contains itself")
         if isinstance(value, dict):
             _check_keys(value, path, (*parents, id(node)))
+
+
+def _check_nodes(content: Mapping[str, Any], cfg: CfgNode, path: Path, prefix: str = "") -> None:
+    """Check that the groups of keys of a config stay groups; yacs would replace one by None."""
+    for key, value in content.items():
+        if not isinstance(known := cfg.get(key), CfgNode):
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: {prefix}{key} is a group of keys, but is {value!r} here")
+        _check_nodes(value, known, path, f"{prefix}{key}.")
 
 
 def _merge(new: Mapping[str, Any], into: dict[str, Any], path: Path) -> None:

@@ -26,15 +26,15 @@ def set_options(cfg: CfgNode, options: Mapping[str, Any], source: str) -> None:
         _set(cfg, key, value, source)
 
 
-def config_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+def config_keys(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the full names of all keys of a config.
 
     Args:
-        cfg: a node of the config.
+        cfg: a node of the config, or the nested dicts of a config file.
         prefix: full name of the node, with a full stop at its end.
     """
     for key, value in cfg.items():
-        if isinstance(value, CfgNode):
+        if isinstance(value, Mapping):
             yield from config_keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import clipdense
 from clipdense.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.run_config import RunConfig, run_config
 from clipdense.run.config import add_clipdense_config
+from clipdense.run.config_file import load_yaml, merge_config_file, read_config_file
 from clipdense.run.keys import config_keys, config_value, unknown_key_error
 from clipdense.run.weights import (
     apply_weight_options,
@@ -89,9 +89,8 @@ def read_config(config_file: str, overrides: Iterable[str] = (), weights: str | 
     cfg = get_cfg()
     add_clipdense_config(cfg)
     with _named_errors(cfg, str(path)):
-        cfg.merge_from_file(str(path))
-        from_file = CfgNode(CfgNode.load_yaml_with_base(str(path), allow_unsafe=True))
-    return complete_config(cfg, overrides, config_keys(from_file), weights)
+        merge_config_file(cfg, path)
+    return complete_config(cfg, overrides, config_keys(read_config_file(path)), weights)
 
 
 def complete_config(
@@ -162,11 +161,24 @@ def _named_errors(cfg: CfgNode, source: str) -> Iterator[None]:
     """Turn the errors of yacs into a `ConfigError` that names the source of the keys."""
     try:
         yield
-    except (KeyError, AssertionError, ValueError, yaml.YAMLError) as e:
+    except ConfigError:
+        raise
+    except (KeyError, AssertionError, ValueError) as e:
+        if (
+            mismatch := re.search(r"Type mismatch.*for config key: ([\w.]+)$", str(e), re.DOTALL)
+        ) is not None:
+            raise ConfigError(_type_error(cfg, mismatch[1], source)) from e
         found = re.search(r"Non-existent (?:config )?key: ([\w.]+)|Key ([\w.]+) was renamed", str(e))
         if found is None:
             raise ConfigError(f"{source}: {e}") from e
         raise unknown_key_error(cfg, found[1] or found[2], source) from e
+
+
+def _type_error(cfg: CfgNode, key: str, source: str) -> str:
+    """Describe a value of the wrong type; yacs prints whole nodes of the config."""
+    expected = config_value(cfg, key)
+    kind = "a group of keys" if isinstance(expected, CfgNode) else f"a value like {expected!r}"
+    return f"{source}: {key} has a value of the wrong type; expected {kind} ({type(expected).__name__})"
 
 
 def _merge_overrides(cfg: CfgNode, overrides: list[str]) -> None:
@@ -259,5 +271,11 @@ def _recorded_seed(output_dir: str) -> int | None:
     path = Path(output_dir, "config.yaml")
     if not path.exists():
         return None
-    recorded = yaml.unsafe_load(path.read_text())
-    return recorded.get("SEED", recorded.get("train", {}).get("seed"))
+    recorded = load_yaml(path)
+    if not isinstance(recorded, dict):
+        raise ConfigError(f"{path}: expected the keys of an earlier run; remove the file to ignore it")
+    train = recorded.get("train")
+    seed = recorded.get("SEED", train.get("seed") if isinstance(train, dict) else None)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"{path}: the seed is {seed!r}, expected a whole number")
+    return seed

@@ -53,12 +53,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
+from clipdense.engine.options import ConfigError
 from clipdense.files import write_text
 from clipdense.lock import FolderLock, FolderLockedError
 from clipdense.processes import end_with_parent
+from clipdense.run.config_file import load_yaml
 
 __all__ = ["Cell", "Row", "Table", "TableError", "collect", "load_table", "markdown", "run_cells"]
 
@@ -143,11 +144,9 @@ def load_table(path: str | os.PathLike[str]) -> Table:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise TableError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise TableError(f"{path} is not valid YAML: {error}") from error
+        content = load_yaml(path)
+    except ConfigError as error:
+        raise TableError(str(error)) from error
     top = _checked(content, f"{path}", {"rows": list, "seeds": list, "metrics": dict},
                    {"title": str, "output": str, "overrides": dict, "digits": int})  # fmt: skip
     rows = []

@@ -11,6 +11,7 @@ import torch
 import clipdense  # (1) registers backbones, meta-architectures and datasets
 from clipdense.engine.optimizer import build_optimizer
 from clipdense.evaluation import build_evaluator
+from clipdense.run.config_file import merge_config_file
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -47,7 +48,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     add_pointrend_config(cfg)
     add_panoptic_deeplab_config(cfg)  # and DeepLab's
     clipdense.add_clipdense_config(cfg)  # (2) adds its keys
-    cfg.merge_from_file(args.config_file)
+    merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.freeze()
     default_setup(cfg, args)

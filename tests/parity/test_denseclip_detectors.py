@@ -13,13 +13,14 @@ from clipdense.checkpoint import Checkpoint, config_options, convert_model, mode
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.run.config import add_clipdense_config
+from clipdense.run.config_file import read_config_file
 from clipdense.run.conversion import account_model, convert_weights
 from clipdense.run.keys import config_keys, set_options
 from clipdense.run.setup import load_config
 from clipdense.run.weights import apply_weight_options
 from clipdense.systems.denseclip.loss import box_targets
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
@@ -323,7 +324,7 @@ def test_configs_agree_with_the_published_files(golden, monkeypatch, caplog):
     published = convert_model(Checkpoint(golden.path, state, "torch"))
     detector, trunk = golden.id.split("_")[-2:]
     recipe = RECIPES / f"{detector.replace('maskrcnn', 'mask_rcnn')}_{trunk}.yaml"
-    explicit = set(config_keys(CfgNode(CfgNode.load_yaml_with_base(str(recipe), allow_unsafe=True))))
+    explicit = set(config_keys(read_config_file(recipe)))
     cfg = load_config(str(recipe))
     apply_weight_options(cfg, published, explicit)
     assert not caplog.records

@@ -1,10 +1,14 @@
 """Config files: `_BASE_`, safe tags, and errors that name the file."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
 from clipdense.engine.options import ConfigError
 from clipdense.run.config_file import merge_config_file, read_config_file
+from clipdense.run.setup import load_config
 
 from detectron2.config import get_cfg
 
@@ -89,3 +93,34 @@ def test_a_circle_of_files(write):
 def test_a_node_cannot_become_a_value(write):
     with pytest.raises(ConfigError, match=r"a\.yaml: SOLVER holds keys in the base config, but is 5"):
         read_config_file(write(a="_BASE_: b.yaml\nSOLVER: 5", b="SOLVER: {MAX_ITER: 1}"))
+
+
+@pytest.mark.parametrize("value", ["", " 5", " [1]", " text"])
+def test_a_group_of_keys_stays_one(write, value):
+    with pytest.raises(ConfigError, match=r"a\.yaml: MODEL\.CLIP is a group of keys"):
+        load_config(str(write(a=f"MODEL:\n  CLIP:{value}\n")))
+
+
+def test_wrong_types_are_described_in_a_line(write):
+    for text, key in (
+        ("SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER"),
+        ("MODEL: {MASK_ON: [1]}", "MODEL.MASK_ON"),
+    ):
+        with pytest.raises(ConfigError, match=rf"a\.yaml: {key} has a value of the wrong type") as error:
+            load_config(str(write(a=text)))
+        assert len(str(error.value)) < 250
+    with pytest.raises(ConfigError, match="the command line: MODEL.CLIP has a value of the wrong type"):
+        load_config(str(write(a="SEED: 1")), ["MODEL.CLIP", "5"])
+
+
+def test_no_yaml_file_is_read_unsafely():
+    """LazyConfig files (.py) run code by design; YAML files never do."""
+    unsafe = re.compile(
+        r"unsafe_load|full_load|allow_unsafe=True|FullLoader|UnsafeLoader|merge_from_file\(\w*\.?config_file"
+    )
+    root = Path(__file__).resolve().parents[2]
+    files = [
+        p for folder in ("clipdense", "tools", "datasets", "projects") for p in (root / folder).rglob("*.py")
+    ]
+    assert len(files) > 100
+    assert [str(path) for path in files if unsafe.search(path.read_text())] == []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks import MIN_PAIRS, Row, flops, wall
 from clipdense import add_clipdense_config, config_path
 from clipdense.backbone import CLIPTrunk
+from clipdense.run.config_file import merge_config_file
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
@@ -110,7 +111,7 @@ def _build(cfg: CfgNode) -> Any:
 def _config(clip: str, device: str) -> CfgNode:
     cfg = get_cfg()
     add_clipdense_config(cfg)
-    cfg.merge_from_file(config_path("Base-RCNN-FPN.yaml"))
+    merge_config_file(cfg, config_path("Base-RCNN-FPN.yaml"))
     cfg.MODEL.DEVICE = device
     cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED = clip, "random"
     cfg.MODEL.TRUNK.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0

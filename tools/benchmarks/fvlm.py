@@ -15,6 +15,7 @@ from benchmarks import MIN_PAIRS, Row, flops, peak_memory, wall
 from benchmarks.denseclip import FixedProposals, random_batch, random_proposals
 from clipdense import add_clipdense_config
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.run.config_file import merge_config_file
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -70,7 +71,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 def _model(config_file: str, device: str) -> Any:
     cfg = get_cfg()
     add_clipdense_config(cfg)
-    cfg.merge_from_file(config_file)
+    merge_config_file(cfg, config_file)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.CLIP.PRETRAINED = device, "", "random"
     cfg.DATASETS.TRAIN, cfg.MODEL.FVLM.TEXT_SOURCE, cfg.MODEL.ROI_HEADS.NUM_CLASSES = (), "weights", 65
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.inference import semantic_labels
 from clipdense.maskformer.prediction import MaskPrediction
 from clipdense.regions import cosine_logits, crop_masks
+from clipdense.run.config_file import merge_config_file
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -173,7 +174,7 @@ class FixedMasks(nn.Module):
 def _model(args: argparse.Namespace, device: str) -> Any:
     cfg = get_cfg()
     add_clipdense_config(cfg)
-    cfg.merge_from_file(args.config_file)
+    merge_config_file(cfg, args.config_file)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = device, ""
     cfg.MODEL.CLIP.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED = "random"
     cfg.MODEL.TWO_STAGE.CROP_CLIP.PRETRAINED = "random"
