@@ -16,12 +16,13 @@ Files in the output folder:
     results.json          "images", "categories" and "annotations" as in a COCO file: "bbox" is x, y, width,
                           height in pixels of the upright image, "segmentation" a run-length encoded mask,
                           with "score" and "category" (the class name); "segments": the same for the
-                          segments of the drawn map, without "score"; "failed": unreadable images
+                          segments of the drawn map, without "score"; "failed": images that cannot be
+                          read or do not fit into memory, with the reason
 
 A semantic or panoptic open-vocabulary model (OVSeg) assigns every pixel to some class. Give further classes
 in --background: pixels and segments of these classes are removed.
 
-Unreadable images are listed at the end and make the exit status 1; all others are processed.
+Images that fail are listed at the end and make the exit status 1; all others are processed.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from clipdense.data.image import read_image
 from clipdense.evaluation.detections import Detections, encode_masks
 from clipdense.files import write_text
 from clipdense.run.boundary import tool_errors
+from clipdense.run.memory import is_out_of_memory
 from clipdense.visualization.pictures import draw_output, draw_score_map, save_picture
 from clipdense.visualization.segments import KINDS, output_kind, output_segments
 
@@ -89,7 +91,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--show",
         choices=list(KINDS),
-        help="output to draw and list (default: the first of these that the model predicts)",
+        help="the only output to compute, draw and list (default: all that are configured; the first of "
+        "these is drawn)",
     )
     parser.add_argument("--list-classes", action="store_true", help="print the model's classes and exit")
     parser.add_argument(
@@ -162,23 +165,39 @@ def predict(
         if isinstance(output, Exception):
             results.failed[str(path)] = str(output)
             continue
-        image = read_image(path)
-        cell = int(np.clip(max(image.shape[:2]), MIN_SIDE, MAX_SIDE))
-        picture, kind = names.take(path.stem), output_kind(output, args.show)
-        drawn = draw_output(
-            image, output, predictor.metadata, score_threshold=0, cell=cell, kind=kind, legend=True
-        )
-        save_picture(drawn, picture)
-        results.add(path, image.shape[:2], picture, output, kind)
-        if not args.score_map:
-            continue
-        scores, classes = predictor.score_map(image)
-        low, high = float(scores.min()), float(scores.max())
-        for name in args.score_map:
-            file = names.take(f"{path.stem}_{name}")
-            draw_score_map(
-                image, scores[classes.index(name)], file, title=name, low=low, high=high, cell=cell
-            )
+        try:
+            kind = show(args, predictor, path, output, names, results)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            results.failed[str(path)] = "not enough memory to draw this image: reduce its size"
+    return kind
+
+
+def show(
+    args: argparse.Namespace,
+    predictor: clipdense.Predictor,
+    path: Path,
+    output: dict[str, Any],
+    names: Names,
+    results: Results,
+) -> str:
+    """Draw the pictures of one image and add its results; return the kind of output drawn."""
+    image = read_image(path)
+    cell = int(np.clip(max(image.shape[:2]), MIN_SIDE, MAX_SIDE))
+    picture, kind = names.take(path.stem), output_kind(output, args.show)
+    drawn = draw_output(
+        image, output, predictor.metadata, score_threshold=0, cell=cell, kind=kind, legend=True
+    )
+    save_picture(drawn, picture)
+    results.add(path, image.shape[:2], picture, output, kind)
+    if not args.score_map:
+        return kind
+    scores, classes = predictor.score_map(image)
+    low, high = float(scores.min()), float(scores.max())
+    for name in args.score_map:
+        file = names.take(f"{path.stem}_{name}")
+        draw_score_map(image, scores[classes.index(name)], file, title=name, low=low, high=high, cell=cell)
     return kind
 
 

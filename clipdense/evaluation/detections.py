@@ -22,7 +22,9 @@ def encode_masks(masks: torch.Tensor) -> list[RLE]:
     """Encode masks (N, H, W) as COCO run lengths; values above zero are foreground."""
     if masks.shape[0] == 0:
         return []
-    rles = hotcoco.mask.encode((masks > 0).cpu().numpy().transpose(1, 2, 0))
+    rles: list[Any] = []
+    for part in masks.split(max(1, 2**26 // max(1, masks[0].numel()))):  # copies of 64 MiB at a time
+        rles += hotcoco.mask.encode((part > 0).cpu().numpy().transpose(1, 2, 0))
     return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles]
 
 

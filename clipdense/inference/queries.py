@@ -25,7 +25,8 @@ class MergeSettings:
     Attributes:
         semantic_on: Output semantic segmentation.
         panoptic_on: Output panoptic segmentation.
-        instance_on: Output instances; with `panoptic_on`, of things only.
+        instance_on: Output instances.
+        things_only: Instances: of things only; always with `panoptic_on`.
         proposals_on: Output the mask probabilities of all queries.
         object_mask_threshold: Panoptic: see `panoptic_inference`.
         overlap_threshold: Panoptic: see `panoptic_inference`.
@@ -44,6 +45,7 @@ class MergeSettings:
     semantic_on: bool = True
     panoptic_on: bool = False
     instance_on: bool = False
+    things_only: bool = False
     proposals_on: bool = False
     object_mask_threshold: float = 0.8
     overlap_threshold: float = 0.8
@@ -109,7 +111,7 @@ def merge_queries(
             pixel_threshold=settings.pixel_threshold,
         )
     if settings.instance_on:
-        kept = things if settings.panoptic_on else None
+        kept = things if settings.things_only or settings.panoptic_on else None
         output["instances"] = instance_inference(scores, masks, topk=settings.topk, things=kept)
     return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -124,6 +125,7 @@ class MaskFormer(nn.Module):
                 semantic_on=test.SEMANTIC_ON,
                 panoptic_on=test.PANOPTIC_ON,
                 instance_on=test.INSTANCE_ON,
+                things_only=test.PANOPTIC_ON,
                 proposals_on=test.PROPOSALS_ON,
                 object_mask_threshold=test.OBJECT_MASK_THRESHOLD,
                 overlap_threshold=test.OVERLAP_THRESHOLD,
@@ -156,6 +158,16 @@ class MaskFormer(nn.Module):
         proposals = self.propose(batched_inputs)
         scores = self.classify(proposals, batched_inputs)
         return [self.merge(scores[b], proposals.masks(b), sample) for b, sample in enumerate(batched_inputs)]
+
+    def select_outputs(self, kinds: Collection[str]) -> None:
+        """Compute only these outputs, keys of `output_keys`; they equal those beside other outputs."""
+        self.merging = replace(
+            self.merging,
+            panoptic_on="panoptic" in kinds,
+            instance_on="instances" in kinds,
+            semantic_on="semantic" in kinds,
+            proposals_on=False,
+        )
 
     def losses(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Match predictions to ground-truth masks and compute the losses."""

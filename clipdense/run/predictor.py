@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -26,6 +27,7 @@ from clipdense.engine.run_config import RunConfig, run_config
 from clipdense.open_vocabulary import OpenVocabularyModel, require_open_vocabulary
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.keys import config_keys, config_value
+from clipdense.run.memory import describe_out_of_memory, is_out_of_memory
 from clipdense.run.setup import LoadedConfig, available_device, complete_config, read_config
 from clipdense.run.weights import check_weight_classes
 
@@ -35,6 +37,8 @@ from detectron2.data.catalog import Metadata
 from detectron2.modeling import META_ARCH_REGISTRY
 
 __all__ = ["Predictor", "SwitchableOutputs", "remove_background"]
+
+logger = logging.getLogger(__name__)
 
 _CLASS_LISTS = ("thing_classes", "stuff_classes")
 
@@ -51,6 +55,9 @@ class SwitchableOutputs(Protocol):
     """
 
     output_keys: ClassVar[Mapping[str, str]]
+
+    def select_outputs(self, kinds: Collection[str]) -> None:
+        """Compute only these kinds of output, without a change of their values."""
 
 
 class Predictor:
@@ -77,8 +84,8 @@ class Predictor:
         score_threshold: instances with a lower score are removed, 0..1; None keeps the model's threshold.
         vocabulary: classes to predict, see `set_vocabulary`; None for those of the test dataset.
         background: background classes, see `set_vocabulary`.
-        output: kind of output to switch on ("panoptic", "instances" or "semantic") in a model with
-            `SwitchableOutputs`; None leaves the outputs as configured.
+        output: the only kind of output ("panoptic", "instances" or "semantic") that a model with
+            `SwitchableOutputs` computes, which saves time and memory; None leaves the outputs as configured.
 
     Attributes:
         cfg: the config, with all overrides.
@@ -120,6 +127,8 @@ class Predictor:
         requested = None if vocabulary is None else Vocabulary.parse(vocabulary)
         self._num_classes: int | None = None
         self.model: Any = run.build_model().eval()
+        if isinstance(self.model, SwitchableOutputs) and output in self.model.output_keys:
+            self.model.select_outputs([output])
         if requested is not None or background is not None:
             _require_open_vocabulary(self.model)
         checkpointer = TrainingCheckpointer(self.model, "", options.weights_skip, options.allow_pickle)
@@ -175,7 +184,9 @@ class Predictor:
         """Predict on many images with a progress bar, and yield the outputs in their order.
 
         An image that cannot be read does not stop the others: its error is yielded instead of an output.
-        Images of a batch are padded to one size, which changes their scores slightly.
+        Images of a batch are padded to one size, which changes their scores slightly. If the memory does not
+        suffice for a batch, its images are predicted one by one, and those that do not fit on a GPU on the
+        CPU; an image that does not fit either gets a MemoryError.
 
         Args:
             images: read one batch at a time.
@@ -188,7 +199,7 @@ class Predictor:
         with tqdm(total=total, desc="Predicting", unit="image", disable=None) as bar:
             while part := list(islice(remaining, batch_size)):
                 samples = [self._load_sample_or_error(image) for image in part]
-                outputs = iter(self._predict([s for s in samples if not isinstance(s, Exception)]))
+                outputs = iter(self._predict_each([s for s in samples if not isinstance(s, Exception)]))
                 for sample in samples:
                     yield sample if isinstance(sample, Exception) else next(outputs)
                     bar.update()
@@ -229,8 +240,37 @@ class Predictor:
     def _load_sample_or_error(self, image: ImageSource) -> dict[str, Any] | Exception:
         try:
             return self._load_sample(image)
-        except (OSError, ValueError) as error:
-            return error
+        except Exception as error:
+            if is_out_of_memory(error):
+                return describe_out_of_memory()
+            if isinstance(error, (OSError, ValueError)):
+                return error
+            raise
+
+    def _predict_each(self, samples: list[dict[str, Any]]) -> list[Output | Exception]:
+        """Predict on a batch, in smaller pieces if the memory does not suffice."""
+        outputs = self._predict_if_it_fits(samples)
+        if outputs is not None:
+            return list(outputs)
+        if len(samples) > 1:
+            return [output for sample in samples for output in self._predict_each([sample])]
+        device = next(self.model.parameters()).device
+        if device.type != "cpu":
+            logger.warning("An image does not fit on %s; it is predicted on the CPU.", device)
+            self.model.to("cpu")
+            try:
+                outputs = self._predict_if_it_fits(samples)
+            finally:
+                self.model.to(device)
+        return [describe_out_of_memory(samples[0])] if outputs is None else list(outputs)
+
+    def _predict_if_it_fits(self, samples: list[dict[str, Any]]) -> list[Output] | None:
+        try:
+            return self._predict(samples)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _predict(self, samples: list[dict[str, Any]]) -> list[Output]:
         if not samples:

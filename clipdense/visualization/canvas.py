@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from PIL import ImageFont
+from PIL import Image, ImageDraw
 
 from clipdense.visualization.curves import class_color
+from clipdense.visualization.fonts import drawable_name, load_font
 from clipdense.visualization.segments import panoptic_segments
 
 from detectron2.utils.visualizer import Visualizer
 
-__all__ = ["Canvas", "Color", "Picture", "fitted", "load_font", "resize"]
+__all__ = ["Canvas", "Color", "Picture", "fitted", "resize"]
 
 Picture = npt.NDArray[np.uint8]
 Color = tuple[float, float, float]
@@ -35,13 +34,6 @@ def resize(array: npt.NDArray[Any], size: tuple[int, int], interpolation: int) -
     if array.shape[0] > size[0] and interpolation == cv2.INTER_CUBIC:
         interpolation = cv2.INTER_AREA  # no aliasing
     return np.asarray(cv2.resize(array, size[::-1], interpolation=interpolation))
-
-
-def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font of all pictures at a size in pixels."""
-    return ImageFont.truetype(
-        os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size
-    )
 
 
 class Canvas:
@@ -70,23 +62,26 @@ class Canvas:
 
     def picture(self) -> Picture:
         """Return the drawing, (H', W', 3) uint8 RGB."""
+        page = Image.fromarray(np.ascontiguousarray(self._visualizer.get_output().get_image()))
+        ink = ImageDraw.Draw(page, "RGBA")
+        for (name, color, _), box in zip(self._names, self._place_names(), strict=True):
+            light = tuple(round(255 * (0.45 + 0.55 * c)) for c in color)  # on a dark background
+            ink.rectangle(box, fill=(0, 0, 0, 204))
+            font = load_font(self._font_size, name)
+            ink.text((box[0] + 2, (box[1] + box[3]) / 2), name, fill=light, font=font, anchor="lm")
+        self._names = []
+        return np.asarray(page)
+
+    def _place_names(self) -> list[tuple[float, float, float, float]]:
+        """Place each name where it overlaps those before least: boxes x0, y0, x1, y1."""
         occupied: list[tuple[float, float, float, float]] = []
-        font = load_font(self._font_size)
-        for name, color, places in self._names:
+        for name, _, places in self._names:
+            font = load_font(self._font_size, name)
             width, height = font.getlength(name) + 4, 1.35 * self._font_size
             corners = [self._inside(x, y, width, height) for x, y in places]
             boxes = [(x, y, x + width, y + height) for x, y in corners]
-            best = min(boxes, key=lambda box: sum(_overlap(box, other) for other in occupied))
-            occupied.append(best)
-            self._visualizer.draw_text(
-                name,
-                (best[0] + 2, best[1] + 2),
-                font_size=self._font_size * 72 / self._visualizer.output.fig.dpi,
-                color=tuple(0.45 + 0.55 * c for c in color),  # light, as names have a dark background
-                horizontal_alignment="left",
-            )
-        self._names = []
-        return np.ascontiguousarray(self._visualizer.get_output().get_image())
+            occupied.append(min(boxes, key=lambda box: sum(_overlap(box, other) for other in occupied)))
+        return occupied
 
     def things(
         self,
@@ -171,7 +166,7 @@ class Canvas:
             return [(0, 0)]
         _, parts, stats, _ = cv2.connectedComponentsWithStats(mask)
         rows, columns = np.nonzero(parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
-        x = float(np.median(columns)) - load_font(self._font_size).getlength(name) / 2
+        x = float(np.median(columns)) - load_font(self._font_size, name).getlength(name) / 2
         y, step = float(np.median(rows)), 1.4 * self._font_size
         return [(x, y + k * step) for k in (-0.5, 0.5, -1.5, 1.5, -2.5, 2.5)]
 
@@ -190,5 +185,5 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _label(category: int, names: Sequence[str], score: float | None = None) -> str:
-    name = names[category] if category < len(names) else str(category)
+    name = drawable_name(names[category], category) if category < len(names) else str(category)
     return name if score is None else f"{name} {100 * score:.0f}%"

@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw
 
 from clipdense.data.image import read_labels
 from clipdense.files import atomic_path
-from clipdense.visualization.canvas import Canvas, Picture, fitted, load_font, resize
+from clipdense.visualization.canvas import Canvas, Picture, fitted, resize
 from clipdense.visualization.curves import class_color
+from clipdense.visualization.fonts import drawable_name, drawable_text, load_font
 from clipdense.visualization.segments import class_labels, output_kind, output_segments, to_array
 
 from detectron2.structures import BitMasks, BoxMode, Instances
@@ -88,7 +89,7 @@ def draw_output(
             instances.pred_boxes.tensor.numpy() if instances.has("pred_boxes") else None,
             None
             if masks is None
-            else list(to_array(masks.tensor if isinstance(masks, BitMasks) else masks) > 0),
+            else _binary(to_array(masks.tensor if isinstance(masks, BitMasks) else masks)),
             instances.pred_classes.tolist(),
             metadata,
             instances.scores.tolist(),
@@ -146,10 +147,11 @@ def draw_legend(picture: Picture, rows: Sequence[tuple[str, int | None]]) -> Pic
     if len(rows) > _LEGEND_ENTRIES:
         rows = [*rows[:_LEGEND_ENTRIES], (f"and {len(rows) - _LEGEND_ENTRIES} more", None)]
     size = int(np.clip(picture.shape[1] // 40, 13, 26))
-    font, x, y, width = load_font(size), GAP, GAP, picture.shape[1]
+    x, y, width = GAP, GAP, picture.shape[1]
+    rows = [(drawable_text(text), category) for text, category in rows]
     places = []
     for text, _ in rows:
-        needed = round(1.5 * size + font.getlength(text) + 1.5 * size)
+        needed = round(1.5 * size + load_font(size, text).getlength(text) + 1.5 * size)
         if x > GAP and x + needed > width:
             x, y = GAP, y + round(1.6 * size)
         places.append((x, y))
@@ -159,7 +161,7 @@ def draw_legend(picture: Picture, rows: Sequence[tuple[str, int | None]]) -> Pic
     for (text, category), (x, y) in zip(rows, places, strict=True):
         color = None if category is None else tuple(round(255 * c) for c in class_color(category))
         ink.rectangle((x, y + 2, x + size, y + 2 + size), fill=color, outline=_INK)
-        ink.text((x + 1.5 * size, y), text, fill=_INK, font=font)
+        ink.text((x + 1.5 * size, y), text, fill=_INK, font=load_font(size, text))
     return np.concatenate([picture, np.asarray(page)])
 
 
@@ -260,7 +262,7 @@ def list_contents(
             area[category] += int(segment["mask"].sum())
     rows: list[tuple[str, int | None]] = []
     for category, amount in (area or count).most_common():
-        name = names[category] if category < len(names) else str(category)
+        name = drawable_name(names[category], category) if category < len(names) else str(category)
         number = f"{count[category]} \u00d7 " if count[category] else ""
         rows.append((number + name + (f"  {100 * amount / total:.0f}%" if area else ""), category))
     if kind != "instances" and (rest := total - area.total()):
@@ -270,9 +272,14 @@ def list_contents(
 
 def add_title(picture: Picture, title: str) -> Picture:
     """Add a line of text above a picture."""
-    strip = Image.new("RGB", (picture.shape[1], _TITLE_HEIGHT), _PAPER)
-    ImageDraw.Draw(strip).text((2, 4), title, fill=_INK, font=load_font(15))
+    strip, title = Image.new("RGB", (picture.shape[1], _TITLE_HEIGHT), _PAPER), drawable_text(title)
+    ImageDraw.Draw(strip).text((2, 4), title, fill=_INK, font=load_font(15, title))
     return np.concatenate([np.asarray(strip), picture])
+
+
+def _binary(masks: npt.NDArray[Any]) -> list[npt.NDArray[np.bool_]]:
+    """Convert masks (N, H, W) to N masks (H, W) bool; those of type bool are not copied."""
+    return list(masks if masks.dtype == np.bool_ else masks > 0)
 
 
 def save_picture(picture: Picture, path: str | os.PathLike[str]) -> None:

@@ -93,3 +93,18 @@ def test_maps_larger_than_the_limit_are_labels(queries: tuple[Tensor, LazyMaps])
     output = merge(queries, MergeSettings(max_dense_bytes=limit - 1))
     assert set(output) == {"sem_seg_labels"}
     assert (output["sem_seg_labels"] == maps.argmax(0)).float().mean() > 0.9999
+
+
+def test_outputs_do_not_depend_on_each_other(queries: tuple[Tensor, LazyMaps]) -> None:
+    """Each alone equals the one beside the others, as the Predictor asks for one."""
+    both = merge(queries, replace(ALL, things_only=True))
+    alone = replace(ALL, things_only=True, semantic_on=False, panoptic_on=False, instance_on=False)
+    assert merge(queries, alone) == {}
+    semantic = merge(queries, replace(alone, semantic_on=True))
+    assert set(semantic) == {"sem_seg"}
+    assert torch.equal(semantic["sem_seg"], both["sem_seg"])
+    instances = merge(queries, replace(alone, instance_on=True))["instances"]
+    assert torch.equal(instances.pred_classes, both["instances"].pred_classes)
+    assert torch.equal(instances.pred_masks, both["instances"].pred_masks)
+    panoptic = merge(queries, replace(alone, panoptic_on=True))["panoptic_seg"]
+    assert torch.equal(panoptic[0], both["panoptic_seg"][0])

@@ -180,3 +180,45 @@ def test_score_threshold(config: Path) -> None:
     for threshold, found in ((None, 1), (0.5, 1), (0.9, 0)):
         predictor = Predictor(config, score_threshold=threshold)
         assert len(predictor(dim)["instances"]) == found and len(predictor(bright)["instances"]) == 1
+
+
+def test_a_batch_that_does_not_fit_is_predicted_in_pieces(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one; an image that does not fit alone is an error, and the others are done."""
+    forward, sizes = predictor.model.forward, []
+
+    def limited(samples: list[dict]) -> object:
+        sizes.append(len(samples))
+        if len(samples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if samples[0]["height"] == 60:
+            raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory")
+        return forward(samples)
+
+    monkeypatch.setattr(predictor.model, "forward", limited)
+    images = [np.full((side, 50, 3), 90, np.uint8) for side in (40, 60, 50)]
+    first, failed, last = predictor.batch(images, batch_size=3)
+    assert first["instances"].image_size == (40, 50) and last["instances"].image_size == (50, 50)
+    assert isinstance(failed, MemoryError) and "60 x 50 pixels" in str(failed)
+    assert sizes == [3, 1, 1, 1]
+
+
+def test_an_image_too_large_to_read_is_an_error(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("clipdense.run.predictor.load_image", refuse)
+    (error,) = predictor.batch([np.zeros((4, 4, 3), np.uint8)])
+    assert isinstance(error, MemoryError) and "not enough memory to read" in str(error)
+
+
+def test_other_errors_of_the_model_are_raised(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(predictor.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(predictor.batch([np.zeros((40, 40, 3), np.uint8)]))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdense.visualization.canvas import Canvas, load_font
+from clipdense.visualization.canvas import Canvas
 from clipdense.visualization.curves import class_color, draw_curve, read_metrics
+from clipdense.visualization.fonts import load_font
 from clipdense.visualization.panels import draw_panel
 from clipdense.visualization.pictures import (
     draw_legend,
@@ -171,10 +172,7 @@ def test_names_stay_inside_and_apart() -> None:
     canvas = Canvas(IMAGE, 256)
     boxes = np.array([[50, 0, 64, 10], [50, 1, 64, 11], [0, 60, 6, 64]], float)
     canvas.things(boxes, None, [0, 1, 0], METADATA)
-    placed = []
-    draw_text = canvas._visualizer.draw_text
-    canvas._visualizer.draw_text = lambda text, at, **kw: (placed.append(at), draw_text(text, at, **kw))
-    canvas.picture()
+    placed = [(x + 2, y) for x, y, *_ in canvas._place_names()]
     width = load_font(canvas._font_size).getlength("red star")
     assert all(0 <= x <= 256 - width and 0 <= y <= 256 - canvas._font_size for x, y in placed)
     assert abs(placed[0][1] - placed[1][1]) > canvas._font_size  # the second gave way
