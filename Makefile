@@ -1,12 +1,14 @@
 # make demo    installs everything into .venv, then trains, evaluates and draws a DenseCLIP Mask R-CNN
 # make test    installs everything into .venv, then lint, types, import layers and the tests
+# make test-detectron2    runs the tests that must hold with every detectron2 (tests/both_detectron2.txt)
 #
 # DETECTRON2=<path or git URL> uses another detectron2 (official main; needs a C++ compiler). It is kept until changed.
+# E.g. `make test DETECTRON2=https://github.com/facebookresearch/detectron2`; back: `make test DETECTRON2=pb1-detectron2==0.6`.
 # PYTHON=<interpreter> chooses the Python (3.10 to 3.13) that .venv is made from.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint format lock clean FORCE
+.PHONY: help env demo test test-slow test-detectron2 lint format lock clean FORCE
 
 BIN := .venv/bin
 PB1 := pb1-detectron2==0.6
@@ -41,6 +43,9 @@ test: lint
 
 test-slow: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+test-detectron2: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $$(grep -v '^#' tests/both_detectron2.txt)
 
 lint: env
 	$(BIN)/ruff check

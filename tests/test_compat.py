@@ -320,3 +320,12 @@ def test_visualizer_draws(dataset, tmp_path):
 def test_bitmasks_crop_and_resize():
     masks = BitMasks(torch.as_tensor(_mask()[None], dtype=torch.bool))
     assert masks.crop_and_resize(torch.tensor([BOX]), 7).all()
+
+
+def test_the_list_of_tests_for_every_detectron2_names_tests():
+    """The list is read by `make test-detectron2`; this file is in it."""
+    root = Path(__file__).resolve().parents[1]
+    lines = (root / "tests" / "both_detectron2.txt").read_text().splitlines()
+    listed = [line for line in lines if not line.startswith("#")]
+    assert "tests/test_compat.py" in listed
+    assert [path for path in listed if not (root / path).exists()] == []

@@ -37,11 +37,12 @@ def find_font(text: str) -> str | None:
 def drawable_name(name: str, number: int) -> str:
     """Return a class name, or the number of the class if no installed font has the name's characters.
 
-    The first time that a name is replaced, a warning says which name the number stands for.
+    A warning says so once for each script.
     """
     if find_font(name) is not None:
         return name
-    _warn(name, number)
+    strange = next(c for c in name if find_font(c) != DEFAULT_FONT)
+    _warn(unicodedata.name(strange, "some").split()[0], name, number)
     return f"#{number}"
 
 
@@ -52,14 +53,23 @@ def drawable_text(text: str) -> str:
     return "".join(character if find_font(character) == DEFAULT_FONT else "?" for character in text)
 
 
-@lru_cache(maxsize=4096)
-def _warn(name: str, number: int) -> None:
-    logger.warning(
-        "No installed font has the characters of the class name '%s': pictures show #%d for it. Install a "
-        "font of its script, e.g. Noto Sans CJK or Noto Sans Devanagari.",
-        name,
-        number,
-    )
+def _warn(script: str, name: str, number: int) -> None:
+    if script not in _missing_scripts():
+        _missing_scripts().add(script)
+        logger.warning(
+            "No installed font has the %s characters of class names such as '%s': pictures show the numbers of "
+            "these classes, from #0 in the order of the class names, here #%d. Install a font of the script, "
+            "e.g. Noto Sans CJK or Noto Sans Devanagari.",
+            script,
+            name,
+            number,
+        )
+
+
+@lru_cache(maxsize=1)
+def _missing_scripts() -> set[str]:
+    """Return the scripts that a warning has named."""
+    return set()
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from detectron2.data.catalog import Metadata
 
 IMAGE = np.full((96, 128, 3), 120, np.uint8)
 CAT = "\u732b"
-CACHES = (fonts.find_font, fonts._installed_fonts, fonts._warn)
+CACHES = (fonts.find_font, fonts._installed_fonts, fonts._missing_scripts)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_scripts_of_the_default_font(name: str, installed: list[str]) -> None:
 def test_names_without_a_font_are_numbers(
     name: str, installed: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Chinese, Devanagari, and two scripts; one sentence for each name."""
+    """Chinese, Devanagari, and two scripts; one sentence for each script."""
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(draw([name]), draw(["#0"]))
         draw([name])
