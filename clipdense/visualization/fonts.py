@@ -57,9 +57,9 @@ def _warn(script: str, name: str, number: int) -> None:
     if script not in _missing_scripts():
         _missing_scripts().add(script)
         logger.warning(
-            "No installed font has the %s characters of class names such as '%s': pictures show the numbers of "
-            "these classes, from #0 in the order of the class names, here #%d. Install a font of the script, "
-            "e.g. Noto Sans CJK or Noto Sans Devanagari.",
+            "No installed font has the %s characters of class names such as '%s': pictures show the numbers "
+            "of these classes, from #0 in the order of the class names, here #%d. Install a font of the "
+            "script, e.g. Noto Sans CJK or Noto Sans Devanagari.",
             script,
             name,
             number,
