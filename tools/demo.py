@@ -62,7 +62,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="config of the model (.yaml, .py)"
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="config of the model: .yaml, or .py, which is run as a program",
     )
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="IMAGES", help="files, folders, or quoted globs"

@@ -4,6 +4,8 @@ python tools/train_net.py --config-file configs/shapes/mask_rcnn_clip_rn.yaml SO
 python tools/train_net.py --config-file ... --resume
 python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 torchrun --nproc-per-node 2 tools/train_net.py --config-file ...        # on CPU as well
+
+A config file ending in .py (a LazyConfig) is a program and is run: use only files that you trust.
 """
 
 import argparse

@@ -37,6 +37,7 @@ def evaluate_weights(cfg: Any, resume: bool = False, file: Checkpoint | None = N
 
     Raises:
         CheckpointError: If the weights do not match the model, or lack some of its parameters.
+        ConfigError: If the weights were trained on other classes than those of a test dataset.
     """
     run = run_config(cfg)
     options = run.options()
@@ -47,8 +48,9 @@ def evaluate_weights(cfg: Any, resume: bool = False, file: Checkpoint | None = N
         weights, file = checkpointer.get_checkpoint_file(), None
     if not weights:
         logger.warning("%s is empty: evaluating the model with its initial weights", run.weights_key)
-    checkpointer.load_weights(weights, complete=True, file=file)
-    results = flatten_results_dict(run.evaluate(model))
+    content = checkpointer.load_weights(weights, complete=True, file=file)
+    mappings = run.class_mappings(content.get("metadata", {}), weights or "the config")
+    results = flatten_results_dict(run.evaluate(model, True, mappings))
     if results:
         write_results(results, Path(options.output_dir, "inference"))
     return results

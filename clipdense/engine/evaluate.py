@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from clipdense.backbone.score_map import has_score_map, score_classes, score_map
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import dataset_vocabulary
 from clipdense.data.loader import build_test_loader
+from clipdense.data.trained_classes import map_classes
 from clipdense.evaluation import build_evaluator, model_probes
 from clipdense.open_vocabulary import OpenVocabularyModel
 
@@ -31,7 +32,9 @@ _DRAWN = {"instances", "panoptic_seg", "sem_seg", "sem_seg_labels"}
 logger = logging.getLogger(__name__)
 
 
-def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str, Any]:
+def evaluate_datasets(
+    cfg: CfgNode, model: Any, final: bool = True, mappings: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any]:
     """Evaluate a model on each dataset of ``DATASETS.TEST``.
 
     An `OpenVocabularyModel` gets the classes of each dataset in turn. At the end its previous vocabulary is
@@ -42,6 +45,8 @@ def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str,
         model: left in evaluation mode.
         final: whether to draw ``predictions_<dataset>.png`` as well, and ``scores_<dataset>.png`` for a model
             with a score map.
+        mappings: dataset -> class of the dataset for each class of the model, for datasets that list the
+            model's classes in another order, see `clipdense.data.trained_classes`.
 
     Returns:
         task -> metric -> value, below the dataset's name if there are several; empty except in the main
@@ -58,7 +63,8 @@ def evaluate_datasets(cfg: CfgNode, model: Any, final: bool = True) -> dict[str,
             if name in vocabularies:
                 model.set_vocabulary(vocabularies[name])
             loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, probes=probes)
-            results[name], shown = run_inference(model, loader, evaluator, PANEL_IMAGES if final else 0, name)
+            keep, mapping = PANEL_IMAGES if final else 0, (mappings or {}).get(name)
+            results[name], shown = run_inference(model, loader, evaluator, keep, name, mapping)
             if final and comm.is_main_process():
                 _draw(model, name, shown, cfg.OUTPUT_DIR)
     if not comm.is_main_process():
@@ -117,6 +123,7 @@ def run_inference(
     evaluator: DatasetEvaluator | list[DatasetEvaluator],
     keep: int = 0,
     name: str = "",
+    mapping: Sequence[int] | None = None,
 ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Any]]]:
     """Run a model on a dataset in evaluation mode, with a progress bar.
 
@@ -126,6 +133,7 @@ def run_inference(
         evaluator: one or several evaluators.
         keep: number of (input, output) pairs to return.
         name: name of the dataset, for the progress bar.
+        mapping: class of the dataset for each class of the model; None if they are the same.
 
     Returns:
         The evaluator's metrics (empty except in the main process), and the first pairs.
@@ -142,6 +150,8 @@ def run_inference(
     with torch.no_grad():
         for done, batch in enumerate(bar):
             outputs = model(batch)
+            if mapping is not None:
+                outputs = [map_classes(output, mapping) for output in outputs]
             evaluator.process(batch, outputs)
             pairs += list(zip(batch, outputs, strict=True))[: keep - len(pairs)]
             if bar.disable:  # not a terminal

@@ -4,7 +4,7 @@ import inspect
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from clipdense.data.classes import class_names
 from clipdense.data.datasets import register_from_config
 from clipdense.data.loader import build_train_loader
 from clipdense.data.mappers import build_mapper
+from clipdense.data.trained_classes import class_mapping
 from clipdense.data.validation import check_datasets
 from clipdense.engine.distributed import convert_sync_batchnorm
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
@@ -132,6 +133,21 @@ class RunConfig(ABC):
         """Return the class names that the datasets share; empty if they are not known."""
 
     @abstractmethod
+    def class_mappings(self, metadata: Mapping[str, Any], source: str) -> dict[str, list[int]]:
+        """Compare the classes of a weight file with those of each test dataset.
+
+        Args:
+            metadata: of the weight file, see `clipdense.data.trained_classes`.
+            source: name of the file, for errors.
+
+        Returns:
+            Test dataset -> class of the dataset for each class of the model, if the order differs.
+
+        Raises:
+            ConfigError: If the names differ, or outputs cannot be mapped.
+        """
+
+    @abstractmethod
     def build_model(self) -> nn.Module:
         """Build the model on its device, without loading weights."""
 
@@ -144,12 +160,15 @@ class RunConfig(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, final: bool = True) -> dict[str, Any]:
+    def evaluate(
+        self, model: nn.Module, final: bool = True, mappings: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Any]:
         """Evaluate the model on the test datasets.
 
         Args:
             model: left in evaluation mode.
             final: whether to draw pictures of the predictions as well.
+            mappings: result of `class_mappings`.
 
         Returns:
             Nested dict of metrics; empty except in the main process.
@@ -224,6 +243,17 @@ class YacsRunConfig(RunConfig):
         """See `RunConfig.class_names`."""
         return class_names(self.cfg, self.cfg.MODEL.LANGUAGE.CLASSES_FROM) if self.dataset_names else []
 
+    def class_mappings(self, metadata: Mapping[str, Any], source: str) -> dict[str, list[int]]:
+        """See `RunConfig.class_mappings`."""
+        names = self.cfg.DATASETS.TEST
+        try:
+            mappings = {name: class_mapping(self.cfg, metadata, name, source) for name in names}
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
+        for name in (name for name in names if mappings[name] is not None):
+            logger.info("%s: mapping the classes of %s by name; their order differs", name, source)
+        return {name: mapping for name, mapping in mappings.items() if mapping is not None}
+
     def build_model(self) -> nn.Module:
         """See `RunConfig.build_model`."""
         model = build_model(self.cfg)
@@ -233,9 +263,11 @@ class YacsRunConfig(RunConfig):
         """See `RunConfig.build_test_mapper`."""
         return _check_mapper(f"INPUT.MAPPER {self.cfg.INPUT.MAPPER}", build_mapper(self.cfg, False))
 
-    def evaluate(self, model: nn.Module, final: bool = True) -> dict[str, Any]:
+    def evaluate(
+        self, model: nn.Module, final: bool = True, mappings: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Any]:
         """See `RunConfig.evaluate`."""
-        return evaluate_datasets(self.cfg, model, final)
+        return evaluate_datasets(self.cfg, model, final, mappings)
 
     def options(self) -> TrainerOptions:
         """See `RunConfig.options`."""
@@ -316,6 +348,10 @@ class LazyRunConfig(RunConfig):
         """See `RunConfig.class_names`."""
         return []
 
+    def class_mappings(self, metadata: Mapping[str, Any], source: str) -> dict[str, list[int]]:
+        """Return no mapping: a LazyConfig does not say which heads count classes."""
+        return {}
+
     def build_model(self) -> nn.Module:
         """See `RunConfig.build_model`."""
         model = instantiate(self.cfg.model).to(self.device)
@@ -326,7 +362,9 @@ class LazyRunConfig(RunConfig):
         node = self.cfg.get("dataloader", {}).get("test", {}).get("mapper")
         return _check_mapper("dataloader.test.mapper", None if node is None else instantiate(node))
 
-    def evaluate(self, model: nn.Module, final: bool = True) -> dict[str, Any]:
+    def evaluate(
+        self, model: nn.Module, final: bool = True, mappings: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Any]:
         """See `RunConfig.evaluate`; no pictures are drawn."""
         loader, evaluator = self.cfg.dataloader.test, self.cfg.dataloader.evaluator
         return run_inference(model, instantiate(loader), instantiate(evaluator))[0]

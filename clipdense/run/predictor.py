@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from clipdense.backbone.score_map import score_classes, score_maps
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.heads import head_classes
 from clipdense.data.image import ImageSource, load_image
 from clipdense.data.mappers import map_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
@@ -229,6 +230,7 @@ class Predictor:
         is_open = isinstance(self.model, OpenVocabularyModel)
         self.metadata = _metadata(run, stored, prefer_stored=not is_open)
         if not is_open:
+            _check_head_classes(run, self.metadata, stored)
             return None
         vocabulary = Vocabulary.from_metadata(self.metadata, separator="," if run.split_names else None)
         self.model.set_vocabulary(vocabulary)
@@ -366,6 +368,22 @@ def _require_open_vocabulary(model: Any) -> None:
         require_open_vocabulary(model, ", ".join(kinds))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_head_classes(run: RunConfig, metadata: Metadata, stored: dict[str, Any]) -> None:
+    """Check that a closed-vocabulary head has as many classes as there are names from the dataset."""
+    if not isinstance(run.cfg, CfgNode):
+        return
+    for head in head_classes(run.cfg):
+        names, count = metadata.get(f"{head.kind}_classes"), config_value(run.cfg, head.key)
+        # panoptic metadata list every class as a thing too
+        panoptic = bool(metadata.get("thing_classes") and metadata.get("stuff_classes"))
+        if names and not stored.get(f"{head.kind}_classes") and not panoptic and len(names) != count:
+            raise ConfigError(
+                f"{head.key} = {count}, but the dataset names {len(names)} classes "
+                f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}): name the dataset that the "
+                "model was trained on in DATASETS.TEST"
+            )
 
 
 def _metadata(run: RunConfig, stored: dict[str, Any], prefer_stored: bool) -> Metadata:

@@ -26,6 +26,7 @@ from clipdense.run.weights import (
     check_weight_classes,
     log_weight_options,
     read_weights,
+    use_trained_classes,
 )
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -217,6 +218,8 @@ def setup(args: argparse.Namespace) -> LoadedConfig:
     try:
         run.register_datasets()
         check_weight_classes(run, loaded.weights)
+        if not training and not args.resume:
+            use_trained_classes(run, loaded.weights)
         findings = run.check_datasets(training)
     except (ValueError, FileNotFoundError) as e:
         raise ConfigError(str(e)) from e

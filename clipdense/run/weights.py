@@ -13,13 +13,20 @@ from clipdense.checkpoint import (
     convert_model,
     read_checkpoint,
 )
+from clipdense.data.trained_classes import trained_classes
 from clipdense.engine.options import ConfigError
-from clipdense.engine.run_config import RunConfig
+from clipdense.engine.run_config import RunConfig, YacsRunConfig
 from clipdense.run.keys import config_value, set_options
 
 from detectron2.config import CfgNode
 
-__all__ = ["apply_weight_options", "check_weight_classes", "log_weight_options", "read_weights"]
+__all__ = [
+    "apply_weight_options",
+    "check_weight_classes",
+    "log_weight_options",
+    "read_weights",
+    "use_trained_classes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +116,28 @@ def check_weight_classes(run: RunConfig, weights: Checkpoint | None) -> None:
             + "\nTo train it on these classes, set MODEL.LANGUAGE.CLASSES to their names and list the "
             "parameters that depend on them in MODEL.WEIGHTS_SKIP."
         )
+
+
+def use_trained_classes(run: RunConfig, weights: Checkpoint | None) -> None:
+    """Compare the classes of a weight file with the test datasets, before a model is built for evaluation.
+
+    If a dataset lists the same classes in another order, a language backbone gets the order of training: the
+    head reads its score map by position.
+
+    Args:
+        run: settings of the run, whose datasets are registered.
+        weights: content of ``MODEL.WEIGHTS``, see `read_weights`.
+
+    Raises:
+        ConfigError: If the classes differ.
+    """
+    if weights is None:
+        return
+    metadata = {**weights.metadata, **(weights.extras.get("metadata") or {})}
+    if run.class_mappings(metadata, run.weights) and isinstance(run, YacsRunConfig):
+        kind = run.cfg.MODEL.LANGUAGE.CLASSES_FROM.removesuffix("_classes")
+        if not run.language_classes and (names := trained_classes(metadata, kind)):
+            run.language_classes = names
 
 
 def _same(a: Any, b: Any) -> bool:
