@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import clipdense  # noqa: F401
 from clipdense.clip import load_clip
-from clipdense.data.checks import check_dataset_names
+from clipdense.data.checks import check_named_datasets
 from clipdense.data.image import read_image
 from clipdense.evaluation import CLIPProbe
 from clipdense.run.boundary import tool_errors
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     files = arguments.input
     if not files:
-        check_dataset_names([arguments.dataset])
+        check_named_datasets([arguments.dataset])
         files = [r["file_name"] for r in DatasetCatalog.get(arguments.dataset)[: arguments.images]]
     images = [read_image(file, "RGB") for file in files]
     maps = {}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import clipdense  # noqa: F401
 from clipdense.clip import ClipModel, load_clip
 from clipdense.clip.attention import get_mode
-from clipdense.data.checks import check_dataset_names
+from clipdense.data.checks import check_named_datasets
 from clipdense.data.mappers import original_sample
 from clipdense.evaluation import CLIPProbe, DenseRegionEvaluator, DenseView
 from clipdense.evaluation.probes import best_dense_mode
@@ -186,7 +186,7 @@ def write_json(content: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     rows: list[Row] = []
-    check_dataset_names([arguments.dataset])
+    check_named_datasets([arguments.dataset])
     records = DatasetCatalog.get(arguments.dataset)[: arguments.images]
     for name in arguments.model:
         rows += evaluate(name, records, arguments)

@@ -38,7 +38,7 @@ import clipdense  # noqa: F401
 from clipdense.checkpoint import config_leaves
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.checks import check_dataset_names
+from clipdense.data.checks import check_named_datasets
 from clipdense.data.datasets import register_from_config
 from clipdense.data.mappers import build_mapper
 from clipdense.data.mask_pairs import write_pairs
@@ -157,7 +157,7 @@ def load_proposals(choice: str, images: Sequence[dict[str, Any]]) -> Proposals |
         return None
     if choice.startswith(GROUND_TRUTH):
         name = choice.removeprefix(GROUND_TRUTH)
-        check_dataset_names([name])
+        check_named_datasets([name])
         files = {image["file_name"] for image in images}  # no others: every process gets a copy
         return GroundTruthProposals(
             (r for r in DatasetCatalog.get(name) if os.path.abspath(r["file_name"]) in files),
@@ -232,7 +232,7 @@ def file_digest(path: str) -> str:
 def load_agreement(data: str, truth: str | None) -> ClassAgreement | None:
     """Build the comparison with the dataset ``truth`` (default: the data, if they have classes)."""
     if truth is not None:
-        check_dataset_names([truth])
+        check_named_datasets([truth])
     elif data not in DatasetCatalog.list() or not MetadataCatalog.get(data).get("thing_classes"):
         return None
     name = truth or data
@@ -273,7 +273,7 @@ def mine(arguments: argparse.Namespace) -> None:
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     if arguments.truth is not None:  # before hours of mining, not after
-        check_dataset_names([arguments.truth])
+        check_named_datasets([arguments.truth])
     records = captioned_images(
         arguments.data, arguments.image_root, captions=arguments.captions, images=arguments.images
     )

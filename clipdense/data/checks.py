@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipdense.data.heads import config_value, head_classes
-from clipdense.data.validation import DataError, read_categories
+from clipdense.data.validation import DataError, check_datasets, read_categories
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 __all__ = [
     "check_classes",
     "check_dataset_names",
+    "check_named_datasets",
     "clean_annotations",
     "dataset_classes",
     "drop_objects_without_mask",
@@ -41,6 +42,19 @@ def check_dataset_names(names: Sequence[str]) -> None:
                 "images without annotations in DATASETS.IMAGES (in your own program, then call "
                 "clipdense.data.datasets.register_from_config)."
             )
+
+
+def check_named_datasets(names: Sequence[str]) -> None:
+    """Check the datasets that a tool was given: registered, and with sound files; log what was noticed.
+
+    Raises:
+        ValueError: If there is no name, one is not registered, or a file has a fault that would make results
+            wrong.
+        FileNotFoundError: If an annotation file or an image folder is missing.
+    """
+    check_dataset_names(names)
+    for message in check_datasets(names):
+        logger.warning("%s", message)
 
 
 def check_classes(cfg: CfgNode) -> None:

@@ -159,9 +159,9 @@ class PanopticEvaluator(TaskEvaluator):
         rows = [[k, *(metrics[f"{m}{s}"] for m in ("PQ", "SQ", "RQ"))] for k, s in _ROWS]
         logger.info("%s:\n%s", self._name, tabulate(rows, ["", "PQ", "SQ", "RQ"], "pipe", floatfmt=".2f"))
         if self._per_class:
-            ids = [c["id"] for c in self._categories]
-            names = distinct_names([c["name"] for c in self._categories], ids)
-            values = [(n, panoptic_quality([matches[i]])[0]) for n, i in zip(names, ids, strict=True)]
+            order = [c["id"] for c in self._categories]
+            names = distinct_names([c["name"] for c in self._categories], order)
+            values = [(n, panoptic_quality([matches[i]])[0]) for n, i in zip(names, order, strict=True)]
             logger.info("%s by class:\n%s", self._name, class_table("PQ", values))
             metrics.update({f"PQ-{name}": value for name, value in values})
         return OrderedDict(panoptic_seg=metrics)

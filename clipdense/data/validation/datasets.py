@@ -26,6 +26,7 @@ _VERSION = 2
 _JSON_KINDS: dict[str, CocoKind] = {
     "coco": "instances",
     "lvis": "lvis",
+    "clip_retrieval": "captions",
     "coco_panoptic_seg": "panoptic",
     "ade20k_panoptic_seg": "panoptic",
 }

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clipdense.data.checks import check_dataset_names
+from clipdense.data.checks import check_named_datasets
 from clipdense.data.datasets.layouts import load_captions
 
 from detectron2.data import DatasetCatalog
@@ -40,7 +40,7 @@ def captioned_images(
         root = image_root or str(path.parent)
         records = load_captions(data, root) if path.suffix == ".json" else _load_lines(path, root)
     else:
-        check_dataset_names([data])
+        check_named_datasets([data])
         records = DatasetCatalog.get(data)
     if not records or "captions" not in records[0]:
         raise ValueError(f"{data}: no image has captions")
