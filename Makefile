@@ -1,6 +1,7 @@
 # make demo    installs everything into .venv, then trains, evaluates and draws a DenseCLIP Mask R-CNN
 # make test    installs everything into .venv, then lint, types, import layers and the tests
 # make test-detectron2    runs the tests that must hold with every detectron2 (tests/both_detectron2.txt)
+# make test-reliability    damages inputs, kills jobs, fills disks; writes docs/reliability.md
 #
 # DETECTRON2=<path or git URL> uses another detectron2 (official main; needs a C++ compiler). It is kept until changed.
 # E.g. `make test DETECTRON2=https://github.com/facebookresearch/detectron2`; back: `make test DETECTRON2=pb1-detectron2==0.6`.
@@ -8,7 +9,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-detectron2 lint format lock clean FORCE
+.PHONY: help env demo test test-slow test-detectron2 test-reliability lint format lock clean FORCE
 
 BIN := .venv/bin
 PB1 := pb1-detectron2==0.6
@@ -46,6 +47,10 @@ test-slow: env
 
 test-detectron2: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $$(grep -v '^#' tests/both_detectron2.txt)
+
+# Damages 2,000 inputs and kills 60 jobs (about an hour on two cores); full disks need root.
+test-reliability: env
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.reliability --markdown docs/reliability.md
 
 lint: env
 	$(BIN)/ruff check

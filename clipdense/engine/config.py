@@ -46,6 +46,9 @@ def add_engine_config(cfg: CN) -> None:
     cfg.SOLVER.EMA_DECAY = 0.0
     # Number of periodic checkpoints to keep; 0: all. The final and the best one are always kept.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
+    # Seconds after which a run of several processes ends because one of them is stopped or its machine is
+    # gone; 0: never. Slow steps of a process that is alive do not count.
+    cfg.SOLVER.RANK_TIMEOUT = 20.0
     # Period of log lines and rows of metrics.json, in iterations.
     cfg.SOLVER.LOG_PERIOD = 20
 

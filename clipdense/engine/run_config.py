@@ -80,6 +80,7 @@ class RunConfig(ABC):
         output_dir: folder to which the run writes.
         seed: random seed; negative to draw one.
         language_classes: class names of a language backbone, as the config or the weights list them.
+        rank_timeout: seconds without a sign of life of a process after which the run ends; 0 for never.
         cudnn_benchmark: whether cuDNN chooses its algorithms by timing them.
         split_names: whether commas in class names separate synonyms.
     """
@@ -91,6 +92,7 @@ class RunConfig(ABC):
     output_dir: Any
     seed: Any
     language_classes: Any
+    rank_timeout: Any
     cudnn_benchmark: Any
     split_names: Any
 
@@ -209,6 +211,7 @@ class YacsRunConfig(RunConfig):
     output_dir = _Key("OUTPUT_DIR")
     seed = _Key("SEED")
     language_classes = _Key("MODEL.LANGUAGE.CLASSES")
+    rank_timeout = _Key("SOLVER.RANK_TIMEOUT")
     cudnn_benchmark = _Key("CUDNN_BENCHMARK")
     split_names = _Key("DATASETS.SPLIT_NAMES")
 
@@ -328,6 +331,7 @@ class LazyRunConfig(RunConfig):
     output_dir = _Key("train.output_dir")
     seed = _Key("train.seed", -1)
     language_classes = ()
+    rank_timeout = _Key("train.rank_timeout", 20.0)
     cudnn_benchmark = _Key("train.cudnn_benchmark", False)
     split_names = True
 

@@ -66,8 +66,10 @@ class Trainer(TrainerBase):
     """Trainer for any Detectron2 meta-architecture: ``list[dict]`` in, a dict of scalar losses out.
 
     An iteration is one optimizer step. Several processes on shares of a batch train like one process on the
-    whole batch, provided that the losses are means over images. ``Trainer(cfg)`` builds all arguments from a
-    yacs config or a LazyConfig (see `clipdense.engine.run_config`).
+    whole batch, provided that the losses are means over images. Detectron2's detectors draw anchors and
+    regions at random in each process, and average over the drawn ones: on the same global batch, their losses
+    differ as if by another seed, and are equal if everything is drawn. ``Trainer(cfg)`` builds all arguments
+    from a yacs config or a LazyConfig (see `clipdense.engine.run_config`).
 
     Args:
         model: returns a dict of scalar losses in training mode.

@@ -15,6 +15,7 @@ import torch
 
 import clipdense
 from clipdense.checkpoint import Checkpoint
+from clipdense.engine.liveness import watch_ranks
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.run_config import RunConfig, run_config
@@ -134,7 +135,7 @@ def complete_config(
 def _lift_time_limit(cfg: CfgNode) -> None:
     """Set ``SOLVER.MAX_SECONDS`` to 0: a MAX_ITER of the command line overrides the config file's limit."""
     if cfg.SOLVER.MAX_SECONDS:
-        logger.info(
+        logger.warning(  # the log file is not open yet
             "SOLVER.MAX_SECONDS %g of the config file does not apply, as the command line sets "
             "SOLVER.MAX_ITER. To keep the limit, set SOLVER.MAX_SECONDS as well.",
             cfg.SOLVER.MAX_SECONDS,
@@ -214,6 +215,7 @@ def setup(args: argparse.Namespace) -> LoadedConfig:
     # detectron2 0.6 on current torch versions
     warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.meshgrid", UserWarning)
     loaded = read_config(args.config_file, args.opts)
+    watch_ranks(run_config(loaded.cfg).rank_timeout)
     run, training = run_config(loaded.cfg), not args.eval_only
     try:
         run.register_datasets()

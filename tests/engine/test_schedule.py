@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from fvcore.common.param_scheduler import CosineParamScheduler
@@ -75,3 +77,11 @@ def test_unknown_names_are_errors() -> None:
         build_schedule(config(LR_SCHEDULER_NAME="WarmupCosLR"))
     with pytest.raises(ValueError, match="WARMUP_METHOD must be 'linear' or 'constant', got 'log'"):
         build_schedule(config(WARMUP_METHOD="log"))
+
+
+def test_a_warm_up_without_end_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "clipdense"):
+        build_schedule(config(WARMUP_ITERS=39))
+        assert not caplog.records
+        build_schedule(config(WARMUP_ITERS=40))
+    assert "SOLVER.WARMUP_ITERS 40 is not below SOLVER.MAX_ITER 40" in caplog.text

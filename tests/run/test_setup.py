@@ -100,7 +100,7 @@ def test_an_earlier_run_is_moved_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "inference").mkdir()
     assert prepare_output_dir(str(tmp_path), keep=True) is None
     assert prepare_output_dir(str(tmp_path), keep=False) == tmp_path / "old_1"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.md", "old_1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.md", "old_1", "run.lock"]
     assert (tmp_path / "old_1" / "model_final.pth").read_text() == "model_final.pth"
     assert prepare_output_dir(str(tmp_path), keep=False) is None  # nothing left to move
     (tmp_path / "metrics.json").write_text("second")
@@ -156,6 +156,17 @@ def test_data_sets_are_checked_before_anything_is_written(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="toy_untold has evaluator_type None.*known types are .*coco"):
         setup(arguments(tmp_path, "DATASETS.TEST", "('toy_untold',)"))
     assert not (tmp_path / "out").exists()
+
+
+def test_max_iter_of_the_command_line_lifts_the_time_limit_of_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = config_file(tmp_path, "VERSION: 2\nSOLVER: {MAX_SECONDS: 300.0, MAX_ITER: 5}")
+    assert load_config(file).SOLVER.MAX_SECONDS == 300.0
+    limited = load_config(file, ["SOLVER.MAX_ITER", "9", "SOLVER.MAX_SECONDS", "60.0"])
+    assert limited.SOLVER.MAX_SECONDS == 60.0 and not caplog.records
+    assert load_config(file, ["SOLVER.MAX_ITER", "9"]).SOLVER.MAX_SECONDS == 0.0
+    assert "SOLVER.MAX_SECONDS 300 of the config file does not apply" in caplog.text
 
 
 @pytest.fixture(autouse=True)

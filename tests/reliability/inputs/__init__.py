@@ -1,0 +1,20 @@
+"""Damaged inputs of every kind; each module yields `Case` objects for ever, hand-made ones first."""
+
+from collections.abc import Callable, Iterator
+
+from tests.reliability.inputs import annotations, coco, configs, images, state, tables, weights
+from tests.reliability.outcomes import Case
+from tests.reliability.world import World
+
+__all__ = ["KINDS"]
+
+# Kind of input -> (cases, share of the inputs of a full run).
+KINDS: dict[str, tuple[Callable[[World, int], Iterator[Case]], float]] = {
+    "images": (images.cases, 0.24),
+    "COCO": (coco.cases, 0.2),
+    "LVIS, panoptic, captions, pairs, shards": (annotations.cases, 0.24),
+    "configs": (configs.cases, 0.08),
+    "weights": (weights.cases, 0.12),
+    "tables and vocabularies": (tables.cases, 0.1),
+    "state files": (state.cases, 0.02),
+}
