@@ -61,7 +61,19 @@ class TableIndex:
 
     @classmethod
     def from_content(cls, content: Mapping[str, Sequence[str]]) -> TableIndex:
-        """Create an index from the JSON layout that the module describes."""
+        """Create an index from the JSON layout that the module describes.
+
+        Raises:
+            ValueError: If the content has another layout.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"the index must be a dict with 'classes', found {type(content).__name__}")
+        for key in ("classes", "synonyms", "templates"):
+            names = content.get(key) if key != "classes" else content.get(key, 0)
+            if names is not None and not (
+                isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+            ):
+                raise ValueError(f"'{key}' of the index must be a list of names")
         fields = {k: tuple(v) for k in ("synonyms", "templates") if (v := content.get(k)) is not None}
         return cls(tuple((name,) for name in content["classes"]), **fields)
 
@@ -158,7 +170,10 @@ class TextTable(TextEmbedder):
         if matrix.dim() != 2 or not matrix.is_floating_point():
             raise ValueError(f"{source} holds {matrix.dtype} {shape}, not a matrix of floats")
         if "index" in content:
-            known = TableIndex.from_content(content["index"])
+            try:
+                known = TableIndex.from_content(content["index"])
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from error
             layouts = [(m, known) for m in (matrix, matrix.T) if len(m) == len(known)][:1]
             expected = f"the {len(known)} rows of its index"
         elif names is not None:
@@ -299,7 +314,10 @@ def _read(path: Path) -> tuple[Tensor, dict[str, Any]]:
             sidecar = path.with_name(path.name + ".json")
             index = {"index": json.loads(sidecar.read_text(encoding="utf-8"))} if sidecar.is_file() else {}
             return torch.from_numpy(np.load(path, allow_pickle=False)), index
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        *(OSError, EOFError, ValueError, TypeError, RuntimeError),
+        *(SafetensorError, pickle.UnpicklingError),
+    ) as error:
         raise ValueError(f"cannot read text table '{path}': {error}") from None
     raise ValueError(f"text table '{path}' is not a .safetensors, .pt, .pth or .npy file")
 

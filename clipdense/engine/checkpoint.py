@@ -2,9 +2,10 @@
 
 import fnmatch
 import logging
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from clipdense.open_vocabulary import CheckpointMetadata, LoadHook, move_vocabul
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-__all__ = ["TrainingCheckpointer", "model_metadata"]
+__all__ = ["TrainingCheckpointer", "check_training_state", "model_metadata"]
 
 _PERIODIC = re.compile(r"model_\d+\.pth")
 
@@ -26,6 +27,42 @@ _PERIODIC = re.compile(r"model_\d+\.pth")
 def model_metadata(model: nn.Module) -> dict[str, Any]:
     """Return what a model stores in checkpoints beside its tensors; empty for most models."""
     return model.checkpoint_metadata() if isinstance(model, CheckpointMetadata) else {}
+
+
+# Entries of a training checkpoint that must have a type if they are there.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "optimizer": dict,
+    "iteration": int,
+    "elapsed": (int, float),
+    "history": dict,
+    "scalars": dict,
+    "online": dict,
+    "scaler": dict,
+    "random_states": list,
+}
+
+
+def check_training_state(state: Mapping[str, Any], path: str) -> None:
+    """Check the entries of a checkpoint from which a training is to be resumed.
+
+    Raises:
+        CheckpointError: If an entry is missing or cannot be used; the message names the file and the entry.
+    """
+    wrong = [key for key, kind in _ENTRIES.items() if key in state and not isinstance(state[key], kind)]
+    wrong += [key for key in ("optimizer", "iteration") if key not in state]
+    if not wrong:
+        states = state.get("random_states", [])
+        if not all(isinstance(s, dict) and {"python", "numpy", "torch", "cuda"} <= s.keys() for s in states):
+            wrong.append("random_states")
+        if state["iteration"] < 0:
+            wrong.append("iteration")
+        if not 0 <= state.get("elapsed", 0.0) < math.inf:
+            wrong.append("elapsed")
+    if wrong:
+        raise CheckpointError(
+            f"cannot resume from {path}: its entry {wrong[0]!r} is missing or damaged. Resume from an "
+            "earlier checkpoint (write its name into last_checkpoint), or start from it with MODEL.WEIGHTS."
+        )
 
 
 class TrainingCheckpointer(DetectionCheckpointer):
@@ -105,6 +142,26 @@ class TrainingCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint to ``last_checkpoint``."""
         write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
+
+    def get_checkpoint_file(self) -> str:
+        """Return the path of the last checkpoint; "" if there is none.
+
+        Raises:
+            CheckpointError: If ``last_checkpoint`` does not hold the name of a file.
+        """
+        record = Path(self.save_dir, "last_checkpoint")
+        try:
+            name = record.read_text().strip()
+        except OSError:
+            return ""
+        except UnicodeDecodeError:
+            name = ""
+        if not name.endswith(".pth") or Path(name).name != name or "\0" in name:
+            raise CheckpointError(
+                f"{record} is damaged: it must hold the name of a checkpoint in its folder. "
+                "Write the name of the newest model_*.pth into it."
+            )
+        return str(record.with_name(name))
 
     def remove_leftovers(self) -> None:
         """Delete incomplete files of a killed process."""

@@ -112,11 +112,22 @@ class BestCheckpoint(BestCheckpointer):
         self.metric, self.record = options.best_metric, Path(options.output_dir, "model_best.json")
 
     def before_train(self) -> None:
-        """Read the best value of the resumed run."""
-        if self.trainer.start_iter and self.record.exists():
+        """Read the best value of the resumed run.
+
+        Raises:
+            CheckpointError: If the record cannot be read.
+        """
+        if not self.trainer.start_iter or not self.record.exists():
+            return
+        try:
             record = json.loads(self.record.read_text())
-            if record["metric"] == self.metric:
-                self.best_metric, self.best_iter = record["value"], record["iteration"]
+            metric, value, iteration = record["metric"], float(record["value"]), int(record["iteration"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise CheckpointError(
+                f"{self.record} is damaged ({e!r}). Delete it to start again with the best value so far."
+            ) from e
+        if metric == self.metric:
+            self.best_metric, self.best_iter = value, iteration
 
     def save(self, name: str, **state: Any) -> None:
         """Save the evaluated weights; `BestCheckpointer` calls this method of its checkpointer."""

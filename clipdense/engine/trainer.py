@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdense.checkpoint import Checkpoint, CheckpointError
-from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.checkpoint import TrainingCheckpointer, check_training_state
 from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
 from clipdense.engine.divergence import (
     describe_divergence,
@@ -441,6 +441,7 @@ class Trainer(TrainerBase):
     def _resume(self, path: str) -> None:
         """Restore model, optimizer, loss scale, time, metrics and random state from a checkpoint."""
         state = self.checkpointer.load_weights(path, complete=True)
+        check_training_state(state, path)
         if self.ema is not None:
             self.ema.load(self.model.state_dict())
         self.model.load_state_dict(state.get("online", {}), strict=False)

@@ -157,11 +157,14 @@ def load_table(path: str | os.PathLike[str]) -> Table:
         rows.append(Row(**row))
     if not (rows and top["seeds"] and top["metrics"]):
         raise TableError(f"{path}: a table needs at least one row, one seed and one metric")
+    if not all(type(seed) is int and seed >= 0 for seed in top["seeds"]):
+        raise TableError(f"{path}: seeds are whole numbers from 0, got {top['seeds']}")
+    for row in rows:
+        if _slug(row.name).strip(".") == "":
+            raise TableError(f"{path}: row {row.name!r} names no folder; use letters or digits")
     for what, values in (("row names", [_slug(row.name) for row in rows]), ("seeds", top["seeds"])):
         if len(set(values)) < len(values):
             raise TableError(f"{path}: two {what} are equal, or name the same folder: {values}")
-    if not all(isinstance(seed, int) and seed >= 0 for seed in top["seeds"]):
-        raise TableError(f"{path}: seeds are whole numbers from 0, got {top['seeds']}")
     return Table(
         path,
         top.get("title", path.stem),

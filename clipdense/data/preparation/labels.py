@@ -112,5 +112,10 @@ def read_matlab_labels(path: Path) -> Labels:
     """
     try:
         return np.asarray(loadmat(path)["LabelMap"], np.int64)
-    except (KeyError, ValueError, NotImplementedError, TypeError, MatReadError, zlib.error) as error:
+    except FileNotFoundError:
+        raise
+    except (
+        *(KeyError, ValueError, NotImplementedError, TypeError, MatReadError, zlib.error),
+        *(IndexError, OSError),  # a damaged file
+    ) as error:
         raise ValueError(f"{path}: not a MATLAB file with a LabelMap ({error!r})") from error
