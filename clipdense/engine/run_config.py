@@ -29,7 +29,7 @@ from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 
@@ -259,7 +259,10 @@ class YacsRunConfig(RunConfig):
 
     def build_model(self) -> nn.Module:
         """See `RunConfig.build_model`."""
-        model = build_model(self.cfg)
+        try:
+            model = build_model(self.cfg)
+        except KeyError as error:
+            raise _feature_error(self.cfg, error) from error
         return convert_sync_batchnorm(model) if self.cfg.MODEL.SYNC_BN else model
 
     def build_test_mapper(self) -> Any:
@@ -426,6 +429,19 @@ def _check_mapper(name: str, mapper: Any) -> Any:
         f"{name} has no augmentations or no image format, so images cannot be resized as in evaluation. Use "
         "DetectionMapper, Detectron2's DatasetMapper, or another mapper with both attributes."
     )
+
+
+def _feature_error(cfg: CfgNode, error: KeyError) -> Exception:
+    """Return the error that names the key with an unknown feature map; ``error`` if that is not the cause."""
+    name = error.args[0] if error.args else None
+    for group, node in cfg.MODEL.items():
+        if isinstance(node, CfgNode) and name in node.get("IN_FEATURES", ()):
+            known = ", ".join(build_backbone(cfg).output_shape())
+            return ConfigError(
+                f"MODEL.{group}.IN_FEATURES is {node.IN_FEATURES}, but the backbone has no map {name!r}; it has "
+                f"{known}"
+            )
+    return error
 
 
 def _training_classes(names: Iterable[str]) -> dict[str, Any]:

@@ -84,6 +84,10 @@ def merge_config_file(cfg: CfgNode, path: str | os.PathLike[str]) -> None:
     """
     content = read_config_file(path)
     _check_nodes(content, cfg, Path(path))
+    old = "WEIGHT" in content.get("MODEL", ()) or "AUG_ON" in content.get("TEST", ())  # as Detectron2 guesses
+    version = content.setdefault("VERSION", 1 if old else cfg.VERSION)
+    if version not in (1, cfg.VERSION) or isinstance(version, bool):
+        raise ConfigError(f"{path}: VERSION is {version!r}; expected {cfg.VERSION}")
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder, Path(path).name)
         plain.write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")

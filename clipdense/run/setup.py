@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 import warnings
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 import clipdense
-from clipdense.checkpoint import Checkpoint
+from clipdense.checkpoint import Checkpoint, CheckpointError
 from clipdense.engine.liveness import watch_ranks
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.run_config import RunConfig, run_config
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.config_file import load_yaml, merge_config_file, read_config_file
+from clipdense.run.config_rules import check_config, check_files, config_remarks, expand_paths, expanded
 from clipdense.run.keys import config_keys, config_value, unknown_key_error
 from clipdense.run.weights import (
     apply_weight_options,
@@ -78,7 +80,7 @@ def read_config(config_file: str, overrides: Iterable[str] = (), weights: str | 
 
     Raises:
         ConfigError: If there is no such file, a key is unknown or was renamed (the message names similar keys
-            or the new one), or a value has the wrong type.
+            or the new one), or a value is wrong (`check_config`).
         CheckpointError: If the weight file cannot be read.
     """
     overrides = list(overrides)
@@ -110,7 +112,7 @@ def complete_config(
         The configuration and the weight file.
 
     Raises:
-        ConfigError: If an override names an unknown or renamed key, or a value has the wrong type.
+        ConfigError: If an override names an unknown or renamed key, or a value is wrong (`check_config`).
         CheckpointError: If the weight file cannot be read.
     """
     overrides = list(overrides)
@@ -120,15 +122,21 @@ def complete_config(
         cfg = LazyConfig.apply_overrides(cfg, overrides)
     run = run_config(cfg)
     if weights is not None:
-        run.weights = weights
-    file = read_weights(run.weights, run.allow_pickle)
+        run.weights = os.fspath(weights)
     if not isinstance(cfg, CfgNode):
+        run.weights = expanded(run.weights or "", run.weights_key)
+        run.output_dir = expanded(run.output_dir or "", "train.output_dir")
+        file = _read_weights(run)
         log_weight_options(file)
         return LoadedConfig(cfg, file)
+    expand_paths(cfg)
+    check_config(cfg)
+    file = _read_weights(run)
     known = frozenset([*explicit, *overrides[::2]])
     if "SOLVER.MAX_ITER" in overrides[::2] and "SOLVER.MAX_SECONDS" not in overrides[::2]:
         _lift_time_limit(cfg)
     apply_weight_options(cfg, file, known)
+    check_config(cfg)
     return LoadedConfig(cfg, file, known)
 
 
@@ -143,12 +151,20 @@ def _lift_time_limit(cfg: CfgNode) -> None:
         cfg.SOLVER.MAX_SECONDS = 0.0
 
 
+def _read_weights(run: RunConfig) -> Checkpoint | None:
+    """Read the weight file of a run; an error names its key."""
+    try:
+        return read_weights(run.weights, run.allow_pickle)
+    except CheckpointError as e:
+        raise CheckpointError(f"{run.weights_key}: {e}") from e
+
+
 def _find(config_file: str) -> Path:
     """Return the path of a config file, in the file system or among the configs of the package."""
     if not config_file:
         raise ConfigError("no config file is named; give one with --config-file")
-    if Path(config_file).is_file():
-        return Path(config_file)
+    if Path(config_file).expanduser().is_file():
+        return Path(config_file).expanduser()
     error = ConfigError(f"config file {config_file} does not exist")
     if Path(config_file).is_absolute():
         raise error
@@ -217,6 +233,9 @@ def setup(args: argparse.Namespace) -> LoadedConfig:
     loaded = read_config(args.config_file, args.opts)
     watch_ranks(run_config(loaded.cfg).rank_timeout)
     run, training = run_config(loaded.cfg), not args.eval_only
+    if training and isinstance(loaded.cfg, CfgNode) and not loaded.cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty; name the datasets to train on, or use --eval-only")
+    check_files(run, args.resume and Path(run.output_dir, "last_checkpoint").is_file())
     try:
         run.register_datasets()
         check_weight_classes(run, loaded.weights)
@@ -241,6 +260,9 @@ def setup(args: argparse.Namespace) -> LoadedConfig:
         logger.warning("%s", finding)
     if run.device != requested:
         logger.warning("No GPU is available: running on the CPU")
+    if isinstance(loaded.cfg, CfgNode):
+        for remark in config_remarks(loaded.cfg, loaded.explicit):
+            logger.warning("%s", remark)
     seed_all_rng(run.seed + comm.get_rank())
     return loaded
 

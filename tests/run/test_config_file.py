@@ -48,6 +48,12 @@ def test_configs_of_version_1_are_upgraded(write):
     assert cfg.MODEL.WEIGHTS == "w.pth"
 
 
+def test_an_unknown_version_is_refused(write):
+    for version in ("3", "x", "0", "True"):
+        with pytest.raises(ConfigError, match=r"a\.yaml: VERSION is .*; expected 2"):
+            merge_config_file(get_cfg(), write(a=f"VERSION: {version}"))
+
+
 def test_no_tag_runs_code(write, tmp_path):
     mark = tmp_path / "ran"
     tag = f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {mark}']\n"
