@@ -438,8 +438,8 @@ def _feature_error(cfg: CfgNode, error: KeyError) -> Exception:
         if isinstance(node, CfgNode) and name in node.get("IN_FEATURES", ()):
             known = ", ".join(build_backbone(cfg).output_shape())
             return ConfigError(
-                f"MODEL.{group}.IN_FEATURES is {node.IN_FEATURES}, but the backbone has no map {name!r}; it has "
-                f"{known}"
+                f"MODEL.{group}.IN_FEATURES is {node.IN_FEATURES}, but the backbone has no map {name!r}; "
+                f"it has {known}"
             )
     return error
 
