@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         "--kind", choices=("instances", "lvis", "captions", "panoptic"), default="instances", help="layout"
     )
     parser.add_argument("--dataset", nargs="+", default=[], metavar="NAME", help="registered datasets")
-    parser.add_argument("--config-file", metavar="FILE", help="check DATASETS.TRAIN and DATASETS.TEST")
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="check DATASETS.TRAIN and DATASETS.TEST of a .yaml file"
+    )
     parser.add_argument("--thorough", action="store_true", help="open every image, not some hundreds")
     parser.add_argument("opts", nargs="*", default=[], help="with --config-file: KEY VALUE overrides")
     args = parser.parse_args(argv)

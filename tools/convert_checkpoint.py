@@ -83,7 +83,10 @@ def option(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--option takes KEY=VALUE, not {text!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"--option {key}: {value!r} is not a YAML value") from e
 
 
 if __name__ == "__main__":
