@@ -24,6 +24,7 @@ from clipdense.engine.optimizer import build_optimizer
 from clipdense.engine.options import ConfigError, TrainerOptions
 from clipdense.engine.schedule import build_schedule
 from clipdense.evaluation import EVALUATOR_REGISTRY
+from clipdense.files import write_text
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
@@ -302,7 +303,7 @@ class YacsRunConfig(RunConfig):
 
     def save(self, path: Path) -> None:
         """See `RunConfig.save`."""
-        path.write_text(self.cfg.dump())
+        write_text(path, self.cfg.dump())
 
     def freeze(self) -> None:
         """See `RunConfig.freeze`."""

@@ -20,6 +20,7 @@ from clipdense.engine.liveness import watch_ranks
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.run_config import RunConfig, run_config
+from clipdense.files import write_text
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.config_file import load_yaml, merge_config_file, read_config_file
 from clipdense.run.config_rules import check_config, check_files, config_remarks, expand_paths, expanded
@@ -290,7 +291,7 @@ def _start_logs(run: RunConfig, moved: Path | None, training: bool) -> None:
         logger.info("Moved an earlier run to %s (--resume would have continued it)", moved)
     if training:
         run.save(Path(run.output_dir, "config.yaml"))
-        Path(run.output_dir, "environment.txt").write_text(collect_env_info())
+        write_text(Path(run.output_dir, "environment.txt"), collect_env_info())
 
 
 def _recorded_seed(output_dir: str) -> int | None:
