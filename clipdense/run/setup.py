@@ -120,7 +120,7 @@ def complete_config(
     if isinstance(cfg, CfgNode):
         _merge_overrides(cfg, overrides)
     else:
-        cfg = LazyConfig.apply_overrides(cfg, overrides)
+        cfg = _apply_lazy_overrides(cfg, overrides)
     run = run_config(cfg)
     if weights is not None:
         run.weights = os.fspath(weights)
@@ -150,6 +150,18 @@ def _lift_time_limit(cfg: CfgNode) -> None:
             cfg.SOLVER.MAX_SECONDS,
         )
         cfg.SOLVER.MAX_SECONDS = 0.0
+
+
+def _apply_lazy_overrides(cfg: Any, overrides: list[str]) -> Any:
+    """Apply ``key=value`` words to a LazyConfig; Hydra's errors become one line."""
+    try:
+        return LazyConfig.apply_overrides(cfg, overrides)
+    except Exception as e:  # of hydra, omegaconf or Detectron2
+        reason = str(e).strip().partition("\n")[0]
+        raise ConfigError(
+            f"the command line: {' '.join(overrides)}: {reason}; a .py config takes key=value, with text in "
+            "quotes if it has special characters: \"train.output_dir='~/run'\""
+        ) from e
 
 
 def _read_weights(run: RunConfig) -> Checkpoint | None:

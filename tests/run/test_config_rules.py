@@ -107,7 +107,7 @@ def test_a_weight_file_that_is_none_names_the_key(tmp_path):
 
 def test_a_map_that_the_backbone_lacks_is_named():
     cfg = load_config(CONFIG, ["MODEL.RPN.IN_FEATURES", "['p9']", "MODEL.DEVICE", "cpu"])
-    with pytest.raises(ConfigError, match=r"MODEL.RPN.IN_FEATURES is \['p9'\].*no map 'p9'; it has p2"):
+    with pytest.raises(ConfigError, match=r"MODEL.RPN.IN_FEATURES is \['p9'\].*no map 'p9'; it has p3"):
         run_config(cfg).build_model()
 
 
@@ -150,9 +150,16 @@ def test_paths_of_a_config_file_are_expanded(tmp_path, monkeypatch):
 
 def test_paths_of_a_lazy_config_are_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    words = ["train.output_dir=~/out", "train.init_checkpoint=~/none.pth"]
+    words = ["train.output_dir='~/out'", "train.init_checkpoint='~/none.pth'"]
     train = load_config(str(ROOT / "tests/helpers/lazy_toy.py"), words).train
     assert (train.output_dir, train.init_checkpoint) == (str(tmp_path / "out"), str(tmp_path / "none.pth"))
+
+
+@pytest.mark.parametrize("word", ["train.output_dir=~/out", "train.max_iter", "=3", "nowhere.deep=3"])
+def test_words_that_a_lazy_config_cannot_take_are_described(word):
+    with pytest.raises(ConfigError, match="the command line: .*a .py config takes key=value") as error:
+        load_config(str(ROOT / "tests/helpers/lazy_toy.py"), [word])
+    assert len(str(error.value).splitlines()) == 1
 
 
 # ---- files
