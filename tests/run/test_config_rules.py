@@ -155,7 +155,7 @@ def test_paths_of_a_lazy_config_are_expanded(tmp_path, monkeypatch):
     assert (train.output_dir, train.init_checkpoint) == (str(tmp_path / "out"), str(tmp_path / "none.pth"))
 
 
-@pytest.mark.parametrize("word", ["train.output_dir=~/out", "train.max_iter", "=3", "nowhere.deep=3"])
+@pytest.mark.parametrize("word", ["train.output_dir=~/out", "train.max_iter"])
 def test_words_that_a_lazy_config_cannot_take_are_described(word):
     with pytest.raises(ConfigError, match="the command line: .*a .py config takes key=value") as error:
         load_config(str(ROOT / "tests/helpers/lazy_toy.py"), [word])
