@@ -128,7 +128,7 @@ class Predictor:
         requested = None if vocabulary is None else Vocabulary.parse(vocabulary)
         self._num_classes: int | None = None
         self.model: Any = run.build_model().eval()
-        if isinstance(self.model, SwitchableOutputs) and output in self.model.output_keys:
+        if output and isinstance(self.model, SwitchableOutputs) and output in self.model.output_keys:
             self.model.select_outputs([output])
         if requested is not None or background is not None:
             _require_open_vocabulary(self.model)

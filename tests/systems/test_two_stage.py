@@ -182,6 +182,33 @@ def test_every_output(model: OVSeg) -> None:
 
 
 @torch.no_grad()
+def test_only_selected_outputs_are_computed(model: OVSeg) -> None:
+    every = model(batch())[1]
+    for kind, key in (("semantic", "sem_seg"), ("panoptic", "panoptic_seg"), ("instances", "instances")):
+        model.select_outputs([kind])
+        (output,) = {frozenset(output) for output in model(batch())}
+        assert output == {key}
+    model.select_outputs(["semantic"])
+    assert torch.equal(model(batch())[1]["sem_seg"], every["sem_seg"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded_logits", [False, True])
+def test_masks_of_large_images_are_cropped_a_few_at_a_time(
+    model: OVSeg, padded_logits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One mask at a time, and bands of one row: the same segmentation."""
+    threshold = 0.0 if padded_logits else 0.4
+    model.encoder.rule = replace(model.encoder.rule, threshold=threshold, padded_logits=padded_logits)
+    whole = model(batch())
+    monkeypatch.setattr("clipdense.regions.lazy_maps.WHOLE", 1)
+    monkeypatch.setattr("clipdense.regions.lazy_maps.BAND", 1)
+    monkeypatch.setattr("clipdense.regions.encoder._PART", 1)
+    for ours, theirs in zip(model(batch()), whole, strict=True):
+        torch.testing.assert_close(ours["sem_seg"], theirs["sem_seg"], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_only_the_best_mask_of_each_class(model: OVSeg) -> None:
     """Where no class has its best mask, there is nothing."""
     model.merging = replace(model.merging, proposals_on=True, best_masks=True)
