@@ -1,9 +1,9 @@
 """Put a pre-trained nano CLIP into the package, from where load_clip takes it.
 
+python tools/train_net.py --config-file configs/shapes/clip_text.yaml OUTPUT_DIR output/clip_text
+python tools/pack_nano.py output/clip_text/export.safetensors --text
 python tools/train_net.py --config-file configs/shapes/clip_rn.yaml OUTPUT_DIR output/clip_rn
-python tools/pack_nano.py output/clip_rn/export.safetensors --with-text
-python tools/train_net.py --config-file configs/shapes/clip_vit.yaml OUTPUT_DIR output/clip_vit
-python tools/pack_nano.py output/clip_vit/export.safetensors
+python tools/pack_nano.py output/clip_rn/export.safetensors
 """
 
 import argparse
@@ -20,25 +20,20 @@ def main() -> None:
     )
     parser.add_argument("export", type=Path, help="export.safetensors of a ContrastiveCLIP training")
     parser.add_argument(
-        "--with-text",
+        "--text",
         action="store_true",
-        help="also replace the text tower that all nano CLIPs share; the others must then be trained again",
+        help="replace the text tower that all nano CLIPs share instead of the image tower; all image towers "
+        "must then be trained again",
     )
     arguments = parser.parse_args()
     checkpoint = read_checkpoint(arguments.export)
     name = checkpoint.metadata.get("options", {}).get("name")
     if name not in NANO_MODELS:
         parser.error(f"{arguments.export} holds {name!r}, not one of {', '.join(NANO_MODELS)}")
-    text = {key: value for key, value in checkpoint.state.items() if key.startswith("text.")}
-    image = {key: value for key, value in checkpoint.state.items() if key not in text}
-    metadata = {"layout": "open_clip", "options": {"name": name}}
-    save_checkpoint(nano_path(name), image, metadata)
-    written = [nano_path(name)]
-    if arguments.with_text:
-        save_checkpoint(nano_path("shapes-text"), text, metadata)
-        written.append(nano_path("shapes-text"))
-    for path in written:
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    path = nano_path("shapes-text" if arguments.text else name)
+    state = {k: v for k, v in checkpoint.state.items() if k.startswith("text.") == arguments.text}
+    save_checkpoint(path, state, {"layout": "open_clip", "options": {"name": name}})
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -150,8 +150,20 @@ class Block(ABC):
             y = _attend_in_windows(q, k, v, stream.grid, stream.window, self.dropout)
         else:
             bias = None if stream.bias is None else stream.bias.to(q.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, bias, self.dropout, is_causal=stream.causal)
+            y = _softmax_attention(q, k, v, bias, self.dropout, stream.causal)
         return y.transpose(1, 2).flatten(2)
+
+
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, causal: bool
+) -> Tensor:
+    """Compute torch's attention; under autocast on a CPU in float32, as its bfloat16 backward is slow."""
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            bias = None if bias is None else bias.float()
+            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias, dropout, causal)
+        return y.to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal)
 
 
 def _rotate_patches(x: Tensor, stream: TokenStream) -> Tensor:

@@ -6,16 +6,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import clipdense
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
+from clipdense.clip.nano import nano_path
+from clipdense.clip.position import resize_table
 from clipdense.data.shapes import world
 from clipdense.data.shapes.captions import SYNONYMS
 from clipdense.data.shapes.draw import Rng
 from clipdense.data.shapes.pretraining import ContrastiveCLIP, CropCaptionMapper, CropRetrievalEvaluator
 from clipdense.data.shapes.pretraining.crops import CONTENT_SIZE, AnnotatedThing, CropSampler
-from clipdense.data.shapes.pretraining.meta_arch import contrastive_loss, positive_pairs
+from clipdense.data.shapes.pretraining.mapper import CropView
+from clipdense.data.shapes.pretraining.meta_arch import (
+    centring_loss,
+    contrastive_loss,
+    localize_pool,
+    positive_pairs,
+)
+from clipdense.engine.options import ConfigError
 
 from detectron2.config import get_cfg
 
@@ -54,7 +64,8 @@ def test_crops_say_what_they_show():
         for category in np.flatnonzero(things):
             color, shape = world.CLASSES[category].split()
             for name in (color, shape):
-                assert any(w in crop.caption for w, n in words.items() if n == name), (name, crop.caption)
+                for caption in (crop.caption, crop.paraphrase):
+                    assert any(w in caption for w, n in words.items() if n == name), (name, caption)
         kinds.add(min(int(things.sum()), 2))
     assert kinds == {0, 1, 2}
 
@@ -87,6 +98,7 @@ def batch(n=4):
         {
             "crops": torch.from_numpy(c.image.transpose(2, 0, 1).copy())[None],
             "captions": [c.caption],
+            "paraphrases": [c.paraphrase],
             "contents": torch.from_numpy(c.content)[None],
         }
         for c in crops
@@ -102,6 +114,66 @@ def test_locked_text_gets_no_gradient(locked):
     assert all(text) != locked and any(text) != locked
     assert all(p.grad is not None for p in model.clip.visual.parameters())
     assert model.clip.logit_scale.grad is not None
+
+
+def test_text_alone_learns_from_paraphrases():
+    torch.manual_seed(0)
+    model = ContrastiveCLIP(clip=load_clip("shapes-vit", "random"), text_only=True).train()
+    model(batch())["loss_contrastive"].backward()
+    assert all(p.grad is not None for p in model.clip.text.parameters())
+    assert not any(p.requires_grad for p in model.clip.visual.parameters())
+    with pytest.raises(ValueError, match=r"nothing would be trained: set .*TEXT_ONLY False"):
+        ContrastiveCLIP(clip=load_clip("shapes-vit", "random"), text_only=True, locked_text=True)
+
+
+def test_locked_text_is_the_shared_one():
+    cfg = get_cfg()
+    clipdense.add_clipdense_config(cfg)
+    cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED = "shapes-eva", "random"
+    cfg.MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT = "shapes-text"
+    text = ContrastiveCLIP(**ContrastiveCLIP.from_config(cfg)).clip.text
+    shipped = load_file(nano_path("shapes-text"))
+    assert all(torch.equal(v.half(), shipped[f"text.{k}"]) for k, v in text.state_dict().items())
+
+
+def test_centring_measures_the_mean_embedding():
+    u = torch.eye(4)
+    assert centring_loss(u).item() == pytest.approx(1 / 4)
+    assert centring_loss(torch.cat([u, -u])).item() == 0
+    assert centring_loss(u[:1].repeat(5, 1)).item() == 1
+    model = ContrastiveCLIP(clip=load_clip("shapes-vit", "random"), centring_weight=0.5).train()
+    losses = model(batch())
+    assert set(losses) == {"loss_contrastive", "loss_centring"} and 0 < losses["loss_centring"] <= 1
+
+
+def test_crops_of_several_sizes_keep_their_order():
+    model = ContrastiveCLIP(clip=load_clip("shapes-vit", "random")).eval()
+    crops = [
+        torch.randint(256, (n, 3, size, size), dtype=torch.uint8) for n, size in ((2, 64), (1, 128), (1, 64))
+    ]
+    together = model.encode_crops(crops)
+    apart = torch.cat([model.encode_crops([part]) for part in crops])
+    assert together.shape == (4, 128)
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_a_local_pool_attends_to_the_neighbourhood():
+    torch.manual_seed(0)
+    tower = load_clip("shapes-rn", "random").visual
+    localize_pool(tower)
+    pool, features = tower.attnpool, 0.6 * torch.randn(1, 768, 8, 8).abs()
+    positions = resize_table(pool.positional_embedding, tower.grid, (8, 8), "bicubic")
+    tokens = features.flatten(2).transpose(1, 2)
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + positions
+    q, k = (p(tokens).view(1, 65, pool.num_heads, -1).transpose(1, 2) for p in (pool.q_proj, pool.k_proj))
+    attention = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)[0].mean(0)
+    rows, columns = torch.arange(64) // 8, torch.arange(64) % 8
+    distance = torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
+    assert (attention[1:, 1:] * (distance <= 1)).sum(1).min() > 0.4  # 4 to 9 of 64 positions
+    assert attention[0].max() < 0.1  # the mean token attends to the whole map
+    torch.testing.assert_close(pool.v_proj(positions[1:]), pool.v_proj(0 * positions[1:]), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="LOCAL_POOL is for ResNets"):
+        ContrastiveCLIP(clip=load_clip("shapes-vit", "random"), local_pool=True)
 
 
 def test_short_token_rows_change_nothing():
@@ -157,6 +229,8 @@ def test_mapper_reads_scenes_from_disk(tmp_path):
     }
     cfg = get_cfg()
     clipdense.add_clipdense_config(cfg)
+    whole = {"SIZE": 128, "PER_IMAGE": 1, "SHARE": 1.0, "OBJECTS": 0.0, "WINDOWS": 1.0}
+    cfg.INPUT.CROP_CAPTION.VIEWS.append(whole)
     test = CropCaptionMapper(cfg, is_train=False)
     first, again = test(record), test(record)
     assert first["crops"].shape == (4, 3, 64, 64) and first["contents"].shape == (4, CONTENT_SIZE)
@@ -164,7 +238,11 @@ def test_mapper_reads_scenes_from_disk(tmp_path):
     model = ContrastiveCLIP(clip=load_clip("shapes-vit", "random")).train()
     assert model([first])["loss_contrastive"].isfinite()
     train = CropCaptionMapper(cfg, is_train=True)
-    assert not torch.equal(train(record)["crops"], train(record)["crops"])
+    drawn = [train(record)["crops"] for _ in range(40)]
+    assert {tuple(crops.shape) for crops in drawn} == {(4, 3, 64, 64), (1, 3, 128, 128)}
+    assert len({crops.sum().item() for crops in drawn}) > 20
+    with pytest.raises(ConfigError, match=r"CROP_CAPTION.VIEWS: .* must have the keys OBJECTS, PER_IMAGE"):
+        CropView.parse({"SIZE": 64})
     del record["sem_seg_file_name"]
     with pytest.raises(KeyError, match=r"0\.png.*shapes_clip"):
         test(record)

@@ -19,10 +19,14 @@ _MAX_NAMED = 4
 
 @dataclass(frozen=True)
 class CaptionedCrop:
-    """A crop (S, S, 3) uint8 RGB, its caption, and its content vector (`CONTENT_SIZE`,) uint8."""
+    """A crop (S, S, 3) uint8 RGB, its caption, and its content vector (`CONTENT_SIZE`,) uint8.
+
+    ``paraphrase`` is a second caption of the same content: other words, and things in another order.
+    """
 
     image: npt.NDArray[np.uint8]
     caption: str
+    paraphrase: str
     content: npt.NDArray[np.uint8]
 
 
@@ -41,7 +45,8 @@ class CropSampler:
     Args:
         size: side of a crop in pixels.
         object_share: share of crops around one thing, with context or letterboxed in black.
-        window_share: share of windows on several things; the rest shows ground alone where there is room.
+        window_share: share of windows on several things, one to two times as wide as a crop and at most as
+            the scene; the rest shows ground alone where there is room.
     """
 
     def __init__(self, size: int, object_share: float, window_share: float) -> None:
@@ -84,7 +89,8 @@ class CropSampler:
         things: list[AnnotatedThing],
         rng: Rng,
     ) -> CaptionedCrop:
-        side = rng.uniform(0.3, 1.0) * min(image.shape[:2])
+        whole = min(image.shape[:2])
+        side = rng.uniform(min(self.size, whole), min(2 * self.size, whole))
         # a window at a thing, not anywhere: most of the scene is ground
         anchor = things[rng.integer(0, len(things) - 1)].box if things else (0.0, 0.0, *image.shape[1::-1])
         cx = (anchor[0] + anchor[2]) / 2 + rng.uniform(-0.4, 0.4) * side
@@ -138,7 +144,8 @@ class CropSampler:
         crop = _resize_letterboxed(image[y0:y1, x0:x1], self.size)
         if rng.uniform(0, 1) < 0.5:
             crop = np.ascontiguousarray(crop[:, ::-1])
-        return CaptionedCrop(crop, phrase(rng, named, told), content)
+        caption, order = phrase(rng, named, told), rng.permutation(len(named))
+        return CaptionedCrop(crop, caption, phrase(rng, [named[i] for i in order], told), content)
 
 
 def _clip_window(

@@ -1,5 +1,7 @@
 """Captioned crops from datasets of the `shapes` world."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,45 @@ from clipdense.data.image import read_image, read_labels
 from clipdense.data.mappers import MAPPER_REGISTRY
 from clipdense.data.shapes.draw import Rng
 from clipdense.data.shapes.pretraining.crops import AnnotatedThing, CropSampler
-from clipdense.data.shapes.world import CLASSES
+from clipdense.data.shapes.world import CLASSES, GROUNDS
+from clipdense.engine.options import ConfigError
 
 from detectron2.config import CfgNode, configurable
+
+_GROUND_OF_LABEL = np.full(256, 255, np.uint8)
+_GROUND_OF_LABEL[len(CLASSES) : len(CLASSES) + len(GROUNDS)] = np.arange(len(GROUNDS))
+
+
+@dataclass(frozen=True)
+class CropView:
+    """A kind of view of a scene.
+
+    Attributes:
+        sampler: draws a crop.
+        per_image: crops an image.
+        share: share of the images that give this view, relative to the other views' shares.
+    """
+
+    sampler: CropSampler
+    per_image: int
+    share: float
+
+    @classmethod
+    def parse(cls, view: dict[str, Any]) -> "CropView":
+        """From an entry of ``INPUT.CROP_CAPTION.VIEWS``.
+
+        Raises:
+            ConfigError: a key that is missing or unknown.
+        """
+        if set(view) != _VIEW_KEYS:
+            raise ConfigError(
+                f"INPUT.CROP_CAPTION.VIEWS: {view} must have the keys {', '.join(sorted(_VIEW_KEYS))}"
+            )
+        sampler = CropSampler(view["SIZE"], view["OBJECTS"], view["WINDOWS"])
+        return cls(sampler, view["PER_IMAGE"], view["SHARE"])
+
+
+_VIEW_KEYS = {"SIZE", "PER_IMAGE", "SHARE", "OBJECTS", "WINDOWS"}
 
 
 @MAPPER_REGISTRY.register()
@@ -19,24 +57,20 @@ class CropCaptionMapper:
     """Turns an annotated scene into captioned crops.
 
     Args:
-        sampler: draws a crop.
-        per_image: crops an image.
-        is_train: draw other crops every time; in evaluation an image always gives the same ones.
+        views: kinds of views; every image draws one.
+        is_train: draw a view and other crops every time; in evaluation an image always gives the same crops
+            of the first view.
     """
 
     @configurable
-    def __init__(self, *, sampler: CropSampler, per_image: int, is_train: bool) -> None:
-        self.sampler, self.per_image, self.is_train = sampler, per_image, is_train
+    def __init__(self, *, views: Sequence[CropView], is_train: bool) -> None:
+        self.views, self.is_train = list(views), is_train
+        self._shares = torch.tensor([view.share for view in self.views])
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Constructor arguments from ``INPUT.CROP_CAPTION``."""
-        keys = cfg.INPUT.CROP_CAPTION
-        return {
-            "sampler": CropSampler(keys.SIZE, keys.OBJECT_SHARE, keys.WINDOW_SHARE),
-            "per_image": keys.PER_IMAGE,
-            "is_train": is_train,
-        }
+        return {"views": [CropView.parse(v) for v in cfg.INPUT.CROP_CAPTION.VIEWS], "is_train": is_train}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Crops of one image.
@@ -46,8 +80,8 @@ class CropCaptionMapper:
                 grounds from 80), ``annotations`` with ``visible``.
 
         Returns:
-            ``file_name``, ``image_id``, ``crops`` (n, 3, S, S) uint8 RGB, ``captions`` (n strings) and
-            ``contents`` (n, 96) uint8 (see `crops.CONTENT_SIZE`).
+            ``file_name``, ``image_id``, ``crops`` (n, 3, S, S) uint8 RGB, ``captions`` and ``paraphrases``
+            (n strings each) and ``contents`` (n, 96) uint8 (see `crops.CONTENT_SIZE`).
 
         Raises:
             KeyError: If a record comes from another kind of dataset.
@@ -58,9 +92,7 @@ class CropCaptionMapper:
                     f"{dataset_dict.get('file_name')}: no {key!r}; CropCaptionMapper needs shapes_clip_* data"
                 )
         image = read_image(dataset_dict["file_name"], "RGB")
-        labels = read_labels(dataset_dict["sem_seg_file_name"])
-        is_ground = (labels >= len(CLASSES)) & (labels < 255)
-        ground = np.where(is_ground, labels - len(CLASSES), 255).astype(np.uint8)
+        ground = _GROUND_OF_LABEL[read_labels(dataset_dict["sem_seg_file_name"])]
         things = []
         for annotation in dataset_dict["annotations"]:
             x, y, w, h = annotation["bbox"]
@@ -69,11 +101,13 @@ class CropCaptionMapper:
             )
         seed = int(torch.randint(2**31, ())) if self.is_train else 0
         rng = Rng(seed, int(dataset_dict["image_id"]))
-        crops = [self.sampler(image, ground, things, rng) for _ in range(self.per_image)]
+        view = self.views[int(torch.multinomial(self._shares, 1)) if self.is_train else 0]
+        crops = [view.sampler(image, ground, things, rng) for _ in range(view.per_image)]
         return {
             "file_name": dataset_dict["file_name"],
             "image_id": dataset_dict["image_id"],
             "crops": torch.from_numpy(np.stack([c.image for c in crops]).transpose(0, 3, 1, 2).copy()),
             "captions": [c.caption for c in crops],
+            "paraphrases": [c.paraphrase for c in crops],
             "contents": torch.from_numpy(np.stack([c.content for c in crops])),
         }

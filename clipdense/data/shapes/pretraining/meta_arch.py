@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from fvcore.nn.distributed import differentiable_all_gather
 from torch import Tensor, nn
 
+from clipdense.checkpoint import read_checkpoint
 from clipdense.clip import ClipModel, load_clip
+from clipdense.clip.nano import nano_path
+from clipdense.clip.towers import Tower
 from clipdense.data.shapes.world import CLASSES, GROUNDS
 
 from detectron2.config import CfgNode, configurable
@@ -26,9 +29,12 @@ class ContrastiveCLIP(nn.Module):
 
     Args:
         clip: the model to train.
+        text_only: train the text tower alone; paraphrases of the captions take the place of the crops.
         locked_text: whether the text tower stays as it is (LiT).
+        centring_weight: weight of ``loss_centring``, see `centring_loss`.
         init_logit_scale: temperature s at the start; 0 leaves the one of ``clip``.
         max_logit_scale: upper bound of the temperature s.
+        local_pool: start the image tower's attention pool as `localize_pool` does.
     """
 
     pixel_mean: Tensor
@@ -39,19 +45,31 @@ class ContrastiveCLIP(nn.Module):
         self,
         *,
         clip: ClipModel,
+        text_only: bool = False,
         locked_text: bool = False,
+        centring_weight: float = 0.0,
         init_logit_scale: float = 0.0,
         max_logit_scale: float = 100.0,
+        local_pool: bool = False,
     ) -> None:
         super().__init__()
         if clip.text is None:
             raise ValueError(f"contrastive training needs a text tower; {clip.name} was loaded without one")
+        if text_only and locked_text:
+            raise ValueError(
+                "nothing would be trained: set MODEL.CONTRASTIVE_CLIP.TEXT_ONLY False or LOCKED_TEXT ''"
+            )
         self.clip = clip
-        self.locked_text = locked_text
+        self.text_only, self.locked_text = text_only, locked_text
+        self.centring_weight = centring_weight
         self.max_logit_scale = math.log(max_logit_scale)
         if init_logit_scale:
             torch.nn.init.constant_(clip.logit_scale, math.log(init_logit_scale))
+        if local_pool:
+            localize_pool(clip.visual)
         clip.text.requires_grad_(not locked_text)
+        clip.visual.requires_grad_(not text_only)
+        clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.register_buffer(
             "pixel_mean", torch.tensor(clip.pixel_mean).view(3, 1, 1) * 255, persistent=False
         )
@@ -62,16 +80,16 @@ class ContrastiveCLIP(nn.Module):
         """Constructor arguments from ``MODEL.CLIP`` and ``MODEL.CONTRASTIVE_CLIP``."""
         clip = load_clip(cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         teacher = cfg.MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT
-        if teacher:
-            text = load_clip(teacher, allow_pickle=cfg.MODEL.ALLOW_PICKLE).text
-            if text is None or clip.text is None:
-                raise ValueError(f"MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT: {teacher} has no text tower")
-            clip.text.load_state_dict(text.state_dict())
+        if teacher and clip.text is not None:
+            clip.text.load_state_dict(_text_state(teacher, cfg.MODEL.ALLOW_PICKLE))
         return {
             "clip": clip,
+            "text_only": cfg.MODEL.CONTRASTIVE_CLIP.TEXT_ONLY,
             "locked_text": bool(teacher),
+            "centring_weight": cfg.MODEL.CONTRASTIVE_CLIP.CENTRING_WEIGHT,
             "init_logit_scale": cfg.MODEL.CONTRASTIVE_CLIP.INIT_LOGIT_SCALE,
             "max_logit_scale": cfg.MODEL.CONTRASTIVE_CLIP.MAX_LOGIT_SCALE,
+            "local_pool": cfg.MODEL.CONTRASTIVE_CLIP.LOCAL_POOL,
         }
 
     @property
@@ -83,16 +101,22 @@ class ContrastiveCLIP(nn.Module):
         """Loss of a batch, or embeddings in evaluation.
 
         Args:
-            batched_inputs: dicts with ``crops`` (n, 3, S, S) uint8 RGB, ``captions`` (n strings) and
-                ``contents`` (n, 96) uint8 (see `crops.CONTENT_SIZE`).
+            batched_inputs: dicts with ``crops`` (n, 3, S, S) uint8 RGB, ``captions`` (n strings), with
+                ``text_only`` also ``paraphrases`` (n strings), and ``contents`` (n, 96) uint8 (see
+                `crops.CONTENT_SIZE`). Inputs may differ in n and S.
 
         Returns:
-            In training ``{"loss_contrastive"}``; else one dict an input with ``image_embeddings`` and
-            ``text_embeddings`` (n, D), L2-normalised.
+            In training ``{"loss_contrastive", "loss_centring"}``; else one dict an input with
+            ``image_embeddings`` (of the paraphrases, with ``text_only``) and ``text_embeddings`` (n, D),
+            L2-normalised.
         """
-        crops = torch.cat([x["crops"] for x in batched_inputs]).to(self.device, non_blocking=True)
-        u = F.normalize(self.clip.encode_image((crops.float() - self.pixel_mean) / self.pixel_std), dim=-1)
-        v = F.normalize(self.encode_captions([c for x in batched_inputs for c in x["captions"]]), dim=-1)
+        if self.text_only:
+            u = self.encode_captions([p for x in batched_inputs for p in x["paraphrases"]])
+        else:
+            u = self.encode_crops([x["crops"] for x in batched_inputs])
+        u = F.normalize(u.float(), dim=-1)
+        v = self.encode_captions([c for x in batched_inputs for c in x["captions"]])
+        v = F.normalize(v.float(), dim=-1)
         if not self.training:
             sizes = [len(x["captions"]) for x in batched_inputs]
             return [
@@ -101,7 +125,23 @@ class ContrastiveCLIP(nn.Module):
             ]
         content = torch.cat([x["contents"] for x in batched_inputs]).to(self.device)
         scale = self.clip.logit_scale.clamp(max=self.max_logit_scale).exp()
-        return {"loss_contrastive": contrastive_loss(u, v, content, scale)}
+        losses = {"loss_contrastive": contrastive_loss(u, v, content, scale)}
+        if self.centring_weight:
+            losses["loss_centring"] = self.centring_weight * (centring_loss(u) + centring_loss(v))
+        return losses
+
+    def encode_crops(self, crops: list[Tensor]) -> Tensor:
+        """Embeddings (sum n_i, D) of crops (n_i, 3, S_i, S_i) uint8, not normalised; one forward a size."""
+        by_size: dict[int, list[int]] = {}
+        for i, part in enumerate(crops):
+            by_size.setdefault(part.shape[-1], []).append(i)
+        embeddings: dict[int, Tensor] = {}
+        for members in by_size.values():
+            pixels = torch.cat([crops[i] for i in members]).to(self.device, non_blocking=True).float()
+            embedded = self.clip.encode_image((pixels - self.pixel_mean) / self.pixel_std)
+            parts = embedded.split([len(crops[i]) for i in members])
+            embeddings |= dict(zip(members, parts, strict=True))
+        return torch.cat([embeddings[i] for i in range(len(crops))])
 
     def encode_captions(self, captions: list[str]) -> Tensor:
         """Embeddings (n, D) of captions, not normalised; padding beyond the longest one is not computed."""
@@ -112,8 +152,58 @@ class ContrastiveCLIP(nn.Module):
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The CLIP alone, in half precision: what `load_clip(file)` takes."""
-        state = {k: v.half() if v.is_floating_point() else v for k, v in self.clip.state_dict().items()}
+        state = {
+            k: (v.half() if v.is_floating_point() else v).contiguous()
+            for k, v in self.clip.state_dict().items()
+        }
         return state, self.clip.file_metadata()
+
+
+def _text_state(name: str, allow_pickle: bool) -> dict[str, Tensor]:
+    """The text tower's state of a CLIP, or of "shapes-text".
+
+    Raises:
+        ValueError: the CLIP has no text tower.
+    """
+    if name == "shapes-text":
+        state = read_checkpoint(nano_path(name)).state
+        return {key.removeprefix("text."): value for key, value in state.items()}
+    text = load_clip(name, allow_pickle=allow_pickle).text
+    if text is None:
+        raise ValueError(f"MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT: {name} has no text tower")
+    return text.state_dict()
+
+
+@torch.no_grad()
+def localize_pool(visual: Tower, gain: float = 0.5, position_std: float = 1.5) -> None:
+    """Start a ResNet's attention pool so that a position attends to its neighbourhood, the mean token to all.
+
+    Image-text training alone never trains the queries of single positions, so their attention, and with it
+    the dense map in "plain" mode, stays as it starts. Equal query and key projections make an attention logit
+    the inner product of two projected positions; a wide position table lets place decide it rather than
+    content. Value projections start blind to the table.
+
+    Args:
+        visual: a ResNet tower with an attention pool; changed in place.
+        gain: factor of the projections' weights.
+        position_std: of the position table's entries; 0 in the row of the mean token.
+
+    Raises:
+        ValueError: If the tower has no attention pool.
+    """
+    pool = getattr(visual, "attnpool", None)
+    if pool is None:
+        raise ValueError(
+            f"MODEL.CONTRASTIVE_CLIP.LOCAL_POOL is for ResNets with an attention pool, not for a "
+            f"{type(visual).__name__}; set it to False"
+        )
+    pool.q_proj.weight.mul_(gain)
+    pool.k_proj.load_state_dict(pool.q_proj.state_dict())
+    table = pool.positional_embedding
+    table.normal_(std=position_std)
+    table[0] = 0
+    basis = torch.linalg.qr(table[1:].T).Q  # (C, h * w), orthonormal columns
+    pool.v_proj.weight.sub_(pool.v_proj.weight @ basis @ basis.T)
 
 
 def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Tensor:
@@ -131,6 +221,12 @@ def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Te
     to_text = _soft_cross_entropy(scale * u @ all_v.T, positive_pairs(content, all_content))
     to_image = _soft_cross_entropy(scale * v @ all_u.T, positive_pairs(all_content, content).T)
     return 0.5 * (to_text + to_image)
+
+
+def centring_loss(embeddings: Tensor) -> Tensor:
+    """Squared length of the mean of unit embeddings (B, D) over all processes: 0 if centred, 1 if all are
+    equal."""
+    return torch.cat(differentiable_all_gather(embeddings)).mean(0).square().sum()
 
 
 def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
