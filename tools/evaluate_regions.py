@@ -141,6 +141,15 @@ def region_table(rows: Sequence[Row], kind: str) -> str:
     return str(tabulate(list(lines.values()), headers="keys", tablefmt="github", floatfmt=".1f"))
 
 
+def pixel_table(rows: Sequence[Row]) -> str:
+    """Format the accuracy over pixels, which does not depend on masks or antialiasing."""
+    shown = {(r["model"], r["mode"], r["image_size"]): r for r in rows}
+    cells = [
+        [*view[:2], view[2] or "native", r.get("pixels.thing"), r["pixels.all"]] for view, r in shown.items()
+    ]
+    return str(tabulate(cells, ["model", "mode", "image_size", "things", "all"], "github", floatfmt=".1f"))
+
+
 def retrieval_table(rows: Sequence[Row]) -> str:
     """Format the retrieval between boxes and crops, which does not depend on masks or antialiasing."""
     shown = {(r["model"], r["mode"], r["image_size"]): r for r in rows}
@@ -198,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = int(rows[0][f"{kind}.n"])
         print(f"\n{number} {kind} regions of {arguments.dataset}, accuracy in percent")
         print(region_table(rows, kind))
+    print("\npixels that the dense map classifies correctly, in percent")
+    print(pixel_table(rows))
     print("\nretrieval between boxes and crops, recall in percent")
     print(retrieval_table(rows))
     if arguments.curve:

@@ -35,7 +35,7 @@ from clipdense.regions import pool_boxes, pool_masks, resize_masks
 
 from detectron2.data import MetadataCatalog
 
-__all__ = ["DenseRegionEvaluator", "DenseView", "pool_regions"]
+__all__ = ["DenseRegionEvaluator", "DenseView", "pixel_hits", "pool_regions"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,30 @@ def pool_regions(dense: Tensor, regions: Regions, antialias: bool = False) -> tu
         pool_boxes(dense, [regions.boxes.to(dense.device)], scale=scale, pooling="clipself"),
         pool_masks(dense, [masks], pooling="clipself"),
     )
+
+
+def pixel_hits(dense: Tensor, text: Tensor, regions: Regions) -> Tensor:
+    """Count the pixels that the dense map of an image classifies correctly.
+
+    Cosines of map positions and classes are resized bilinearly to the image; the highest one decides
+    (MaskCLIP, Zhou et al., ECCV 2022).
+
+    Args:
+        dense: (1, D, g, g) map of the letterboxed image.
+        text: (K, D) unit class embeddings.
+        regions: the segments of the image; pixels outside of them do not count.
+
+    Returns:
+        (4,) int64: correct pixels and all pixels of things, then of all segments.
+    """
+    height, width = regions.image.shape[:2]
+    scores = torch.einsum("kd,bdhw->bkhw", text.to(dense.device), F.normalize(dense, dim=1))
+    scores = F.interpolate(scores, (max(height, width),) * 2, mode="bilinear", align_corners=False)
+    predicted = scores[0, :, :height, :width].argmax(0).cpu()
+    correct = regions.masks & (predicted == regions.labels[:, None, None])
+    hits, sizes = correct.sum((1, 2)), regions.masks.sum((1, 2))
+    things = regions.things
+    return torch.stack([hits[things].sum(), sizes[things].sum(), hits.sum(), sizes.sum()])
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,8 @@ class DenseRegionEvaluator(TaskEvaluator):
 
     - ``rois.thing.macc1`` etc.: features of boxes; ``maskpool.*``: features of masks; ``crops.*``: image
       embeddings of crops, the upper bound, which also shows whether image classification still works;
+    - ``pixels.thing``, ``pixels.all``: share of the pixels inside things, and inside all segments, that the
+      dense map classifies correctly (see `pixel_hits`);
     - ``dense_to_crop_R@1``, ``crop_to_dense_R@1`` and ``@5``: share of box features whose own crop is among
       the nearest of all crops of the dataset, and the reverse;
     - ``thing.n``, ``stuff.n``: numbers of regions.
@@ -198,6 +224,9 @@ class DenseRegionEvaluator(TaskEvaluator):
         pooled = [pool_regions(maps[v.mode, v.image_size], regions, v.antialias) for v in self.views]
         crops = self._probe.embed_crops(crop_regions(regions, self._probe.crop_size))
         return {
+            "pixels": torch.stack(
+                [pixel_hits(maps[v.mode, v.image_size], self._text, regions) for v in self.views]
+            )[None],
             "labels": regions.labels,
             "things": regions.things,
             "crops": F.normalize(crops.float(), dim=1).cpu(),
@@ -220,6 +249,10 @@ class DenseRegionEvaluator(TaskEvaluator):
             rois, masks = merged["rois"][:, i], merged["maskpool"][:, i]
             metrics = shared | self._accuracies("rois", rois, merged["labels"], things)
             metrics |= self._accuracies("maskpool", masks, merged["labels"], things)
+            hits = merged["pixels"][:, i].sum(0).double()
+            if hits[1]:
+                metrics["pixels.thing"] = 100 * float(hits[0] / hits[1])
+            metrics["pixels.all"] = 100 * float(hits[2] / hits[3])
             for k in (1, 5):
                 metrics[f"dense_to_crop_R@{k}"] = recall(rois, crops, k)
                 metrics[f"crop_to_dense_R@{k}"] = recall(crops, rois, k)

@@ -53,6 +53,8 @@ def test_regions_over_sizes(tool, weights, tmp_path, capsys):
     for kind in ("thing", "stuff"):
         assert f"{int(content[0][f'{kind}.n'])} {kind} regions of shapes_ov_panoptic_val" in printed
     assert printed.count("| crops ") == 4  # two models, two kinds: not once a view
+    assert "pixels that the dense map classifies correctly" in printed
+    assert f"{content[0]['pixels.thing']:.1f}" in printed
     assert f"{content[0]['crops.thing.macc1']:.1f}" in printed and "top1-color" in printed
     with Image.open(curve) as picture:
         assert picture.format == "PNG" and min(picture.size) > 300

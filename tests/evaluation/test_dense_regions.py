@@ -16,7 +16,7 @@ from clipdense.data.image import read_labels
 from clipdense.data.mappers import original_sample
 from clipdense.evaluation import CLIPProbe, DenseRegionEvaluator, DenseView, Probes, build_evaluator
 from clipdense.evaluation.accuracy import recall, region_accuracy
-from clipdense.evaluation.dense_regions import pool_regions
+from clipdense.evaluation.dense_regions import pixel_hits, pool_regions
 from clipdense.evaluation.probes import best_dense_mode
 from clipdense.evaluation.regions import Regions, crop_regions, find_regions
 
@@ -130,6 +130,21 @@ def test_features_by_hand(clip, probe, scene):
     assert (boxes.norm(dim=1) - 1).abs().max() < 1e-5 and not torch.allclose(boxes[1], masks[1], atol=1e-3)
 
 
+def test_pixels_by_hand(scene):
+    """A map of 12 x 12 cells of 8 px over 96 px: rows below 60 px are padding and must not count."""
+    regions = find_regions(*scene, CLASSES)
+    text = torch.eye(3)
+    dense = text[2].view(1, 3, 1, 1).repeat(1, 1, 12, 12)  # grass everywhere
+    thing, ground = int(regions.masks[1].sum()), int(regions.masks[0].sum())
+    assert pixel_hits(dense, text, regions).tolist() == [0, thing, ground, thing + ground]
+    dense[:, :, 8:] = -dense[:, :, 8:]  # whatever the padding says
+    assert pixel_hits(dense, text, regions).tolist() == [0, thing, ground, thing + ground]
+    dense[0, :, :5, :6] = text[1].view(3, 1, 1)  # blue ring on the top left 40 x 48 px, up to the resizing
+    hits = pixel_hits(dense, text, regions).tolist()
+    assert hits[:2] == [thing, thing]
+    assert abs((hits[2] - hits[0]) - (ground - (40 * 48 - thing))) < 2 * (40 + 48)
+
+
 def test_sizes_and_modes(clip, probe, scene):
     image = scene[0]
     assert probe.dense_map(image).shape[-2:] == (12, 12)
@@ -192,6 +207,7 @@ def test_every_view_of_a_dataset(clip, probe, dataset, tmp_path):
         f"rois.thing.{metric}" for metric in ("top1", "macc1", "macc5", "top1-color")
     }
     assert "rois.stuff.top1-color" not in first
+    assert 0 <= first["pixels.thing"] <= 100 and 0 <= first["pixels.all"] <= 100
     same = [k for k in first if not k.startswith("maskpool")]
     assert {k: first[k] for k in same} == {k: smooth[k] for k in same}
     crops = [k for k in first if k.startswith("crops")]
