@@ -18,6 +18,8 @@ import platformdirs
 __all__ = ["WriteError", "atomic_path", "cache_dir", "write_atomically", "write_error", "write_text"]
 
 _LOW_SPACE = 2**30
+# Errors of the disk itself; when they come from a write, they do not name the file.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
 class WriteError(OSError):
@@ -35,6 +37,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: file to write.
+
+    Raises:
+        WriteError: If the disk is full or fails within the block.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +49,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with suppress(OSError):  # file systems without locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield partial
+        try:
+            yield partial
+        except OSError as error:
+            if error.errno in _DISK_ERRORS and error.filename in (None, name):
+                raise write_error(path, error) from error
+            raise
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -81,6 +91,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     try:
         with atomic_path(path) as partial, partial.open("wb") as file:
             write(file)
+    except WriteError:
+        raise
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
         raise write_error(path, error) from error
 

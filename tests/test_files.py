@@ -110,3 +110,13 @@ def test_files_of_living_writers_stay(tmp_path):
         write_atomically(tmp_path / "a.bin", lambda file: file.write(b"second"))
         assert first.read_bytes() == b"first"
     assert (tmp_path / "a.bin").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_failing_disk_is_named_with_the_file(tmp_path, number):
+    """Such errors come from a write, which does not know the name."""
+    with pytest.raises(WriteError, match=r"cannot write .*table\.bin: "), atomic_path(tmp_path / "table.bin"):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "table.bin"):
+        (tmp_path / "other").read_text()
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from clipdense.data.shapes.captions import captions
 from clipdense.data.shapes.draw import Rng
 from clipdense.data.shapes.splits import find_split
 from clipdense.data.shapes.world import BASE, CLASSES, Scene, render
+from clipdense.files import write_error
 
 __all__ = [
     "IGNORE",
@@ -139,4 +140,7 @@ def _write_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
     done, data = cv2.imencode(".png", pixels)
     if not done:
         raise OSError(f"{path}: could not encode the image")
-    path.write_bytes(data.tobytes())
+    try:
+        path.write_bytes(data.tobytes())
+    except OSError as error:
+        raise write_error(path, error) from error
