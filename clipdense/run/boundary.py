@@ -67,6 +67,7 @@ def tool_errors(interrupted: str = "interrupted") -> Iterator[None]:
         return
     finally:
         logging.raiseExceptions, threading.excepthook = before
+        _close_failed_logs()
     _discard_closed_output()
     raise SystemExit(code)
 
@@ -192,6 +193,20 @@ def _discard_closed_output() -> None:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, number)
                 os.close(null)
+
+
+def _close_failed_logs() -> None:
+    """Close the log files that cannot be written: closing them at exit would print a traceback."""
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    for handler in [handler for logger in (logging.root, *loggers) for handler in logger.handlers]:
+        stream = getattr(handler, "stream", None)
+        if stream is None or stream in (sys.stdout, sys.stderr):
+            continue
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                stream.close()
 
 
 def _thread_error(args: Any) -> None:

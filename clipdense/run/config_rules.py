@@ -102,11 +102,6 @@ def config_remarks(cfg: CfgNode, explicit: Collection[str] = ()) -> list[str]:
     """
     remarks = []
     s = cfg.SOLVER
-    if s.WARMUP_ITERS >= s.MAX_ITER:
-        remarks.append(
-            f"SOLVER.WARMUP_ITERS ({s.WARMUP_ITERS}) is not below SOLVER.MAX_ITER ({s.MAX_ITER}): the "
-            "learning rate never reaches SOLVER.BASE_LR"
-        )
     beyond = [step for step in s.STEPS if step >= s.MAX_ITER]
     if "SOLVER.STEPS" in explicit and beyond and s.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         remarks.append(f"SOLVER.STEPS {beyond} have no effect: SOLVER.MAX_ITER is {s.MAX_ITER}")

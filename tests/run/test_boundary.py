@@ -167,6 +167,25 @@ def test_full_standard_output_is_one_line():
     assert text.startswith("error: ") and "No space left" in text and len(text.splitlines()) == 1
 
 
+LOG = """
+import atexit, logging
+from clipdense.run.boundary import tool_errors
+with tool_errors():
+    stream = open("/dev/full", "w")
+    atexit.register(stream.close)  # as Detectron2 does
+    logging.getLogger("clipdense").addHandler(logging.StreamHandler(stream))
+    logging.getLogger("clipdense").warning("a line")
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_below_the_log_is_no_traceback():
+    process = run_light(LOG)
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) == 0
+
+
 def test_a_folder_that_cannot_be_written_names_the_file(tmp_path, capsys):
     (tmp_path / "file").touch()
     code, text = status(caught(write_text, tmp_path / "file" / "a.json", "x"), capsys)

@@ -195,7 +195,6 @@ def test_weights_that_a_checkpoint_replaces_are_not_needed(tmp_path):
 @pytest.mark.parametrize(
     ("words", "remark"),
     [
-        (["SOLVER.WARMUP_ITERS", "10", "SOLVER.MAX_ITER", "10"], "SOLVER.WARMUP_ITERS .10. is not below"),
         (["SOLVER.STEPS", "(5, 20)", "SOLVER.MAX_ITER", "20"], r"SOLVER.STEPS \[20\] have no effect"),
         (["MODEL.CLIPSELF.ALPHA", "0.7"], "MODEL.CLIPSELF.ALPHA has no effect: MODEL.META_ARCHITECTURE is"),
         (["SOLVER.AMP.DTYPE", "bfloat16"], "SOLVER.AMP.DTYPE has no effect: SOLVER.AMP.ENABLED is False"),
