@@ -26,6 +26,7 @@ from clipdense.data.datasets.open_semantic import (
 from clipdense.data.image import read_labels
 from clipdense.data.loader import build_test_loader, build_train_loader
 from clipdense.data.preparation.ade20k import ade20k_full, read_object_names
+from clipdense.data.preparation.categories import select_categories
 from clipdense.data.preparation.labels import convert_labels, read_matlab_labels
 
 from detectron2.config import CfgNode
@@ -224,3 +225,34 @@ def test_labels_and_files_that_are_wrong(tmp_path: Path) -> None:
         read_matlab_labels(tmp_path / "b.mat")
     with pytest.raises(FileNotFoundError, match=r"no label maps \(\*\.mat\)"):
         convert_labels(tmp_path / "out", tmp_path, lambda labels: labels, suffix=".mat")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damaged_matlab_files_are_named(tmp_path, compressed):
+    savemat(tmp_path / "a.mat", {"LabelMap": np.arange(600).reshape(20, 30)}, do_compression=compressed)
+    assert np.array_equal(read_matlab_labels(tmp_path / "a.mat"), np.arange(600).reshape(20, 30))
+    data = (tmp_path / "a.mat").read_bytes()
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.3, 0.6, 0.95):
+        (tmp_path / "cut.mat").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(ValueError, match=r"cut\.mat: not a MATLAB file with a LabelMap"):
+            read_matlab_labels(tmp_path / "cut.mat")
+    for _ in range(40):
+        damaged = bytearray(data)
+        for place in rng.integers(0, min(300, len(data)), 4):
+            damaged[place] = rng.integers(0, 256)
+        (tmp_path / "bits.mat").write_bytes(damaged)
+        try:
+            assert read_matlab_labels(tmp_path / "bits.mat").ndim == 2
+        except ValueError as error:
+            assert "bits.mat" in str(error)
+    savemat(tmp_path / "deep.mat", {"LabelMap": np.zeros((2, 3, 4))})
+    with pytest.raises(ValueError, match=r"deep\.mat: not a MATLAB file with a LabelMap.*\(2, 3, 4\)"):
+        read_matlab_labels(tmp_path / "deep.mat")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"images": [], "annotations": {}, "categories": []}'])
+def test_selection_from_files_of_another_structure(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: no list of"):
+        select_categories(tmp_path / "a.json", tmp_path / "b.json", [1])

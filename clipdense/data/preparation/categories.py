@@ -32,17 +32,21 @@ def select_categories(
 
     Raises:
         FileNotFoundError: If the source does not exist.
-        ValueError: If it lacks one of the categories.
+        ValueError: If it has another structure, or lacks one of the categories.
     """
     if target.is_file():
         return None
     content = load_json(source)
-    if missing := {*annotated, *(listed or ())} - {c["id"] for c in content["categories"]}:
+    for key in ("images", "annotations", "categories"):
+        rows = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f'{source}: no list of "{key}" in COCO\'s layout; is it the original file?')
+    if missing := {*annotated, *(listed or ())} - {c.get("id") for c in content["categories"]}:
         raise ValueError(f"{source}: no categories {sorted(missing)}; is it the original file?")
-    annotations = [a for a in content["annotations"] if a["category_id"] in annotated]
-    used = {a["image_id"] for a in annotations}
-    images = [i for i in content["images"] if all_images or i["id"] in used]
-    categories = [c for c in content["categories"] if listed is None or c["id"] in listed]
+    annotations = [a for a in content["annotations"] if a.get("category_id") in annotated]
+    used = {a.get("image_id") for a in annotations}
+    images = [i for i in content["images"] if all_images or i.get("id") in used]
+    categories = [c for c in content["categories"] if listed is None or c.get("id") in listed]
     write_text(
         target, json.dumps(content | {"images": images, "annotations": annotations, "categories": categories})
     )

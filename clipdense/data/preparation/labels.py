@@ -1,19 +1,17 @@
 """Conversion of semantic and panoptic label maps."""
 
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 from tqdm import tqdm
 
 from clipdense.data.image import read_labels
 from clipdense.data.json_files import load_json
 from clipdense.data.preparation.files import map_in_threads, save_image
+from clipdense.data.preparation.matlab import read_matrix
 
 __all__ = ["convert_labels", "panoptic_to_semantic", "read_matlab_labels"]
 
@@ -110,12 +108,4 @@ def read_matlab_labels(path: Path) -> Labels:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not a MATLAB file, or has no ``LabelMap``.
     """
-    try:
-        return np.asarray(loadmat(path)["LabelMap"], np.int64)
-    except FileNotFoundError:
-        raise
-    except (
-        *(KeyError, ValueError, NotImplementedError, TypeError, MatReadError, zlib.error),
-        *(IndexError, OSError),  # a damaged file
-    ) as error:
-        raise ValueError(f"{path}: not a MATLAB file with a LabelMap ({error!r})") from error
+    return read_matrix(path, "LabelMap").astype(np.int64)
