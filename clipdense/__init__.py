@@ -1,15 +1,15 @@
 """CLIP per pixel and per region, for Detectron2.
 
 Importing clipdense registers its backbones, meta-architectures, mappers, evaluators and datasets with
-Detectron2. Without Detectron2, `clipdense.clip`, `clipdense.regions`, `clipdense.checkpoint` and
-`clipdense.data.shapes` work all the same.
+Detectron2 (`clipdense.registration` describes when each is imported). Without Detectron2, `clipdense.clip`,
+`clipdense.regions`, `clipdense.checkpoint` and `clipdense.data.shapes` work as well.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clipdense import compat
+from clipdense import registration
 from clipdense.paths import config_path
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "add_clipdense_config", "config_path"]
 
-compat.apply()
+registration.install()
 
 
 def add_clipdense_config(cfg: CfgNode) -> None:
@@ -36,8 +36,3 @@ def __getattr__(name: str) -> Any:
 
         return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-if compat.has_detectron2():
-    from clipdense import backbone, data, engine, evaluation, maskformer, systems  # noqa: F401
-    from clipdense.data.shapes import pretraining  # noqa: F401

@@ -68,11 +68,6 @@ def apply() -> list[str]:
     return supplied
 
 
-def has_detectron2() -> bool:
-    """Return whether detectron2 is installed, without importing it."""
-    return _package_root("detectron2") is not None
-
-
 def _package_root(name: str) -> Path | None:
     """Return the folder of a package without importing it; None if it is not installed."""
     try:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import platformdirs
 
-__all__ = ["WriteError", "atomic_path", "cache_dir", "write_atomically", "write_error", "write_text"]
+__all__ = [
+    "WriteError",
+    "atomic_path",
+    "cache_dir",
+    "json_text",
+    "write_atomically",
+    "write_error",
+    "write_text",
+]
 
 _LOW_SPACE = 2**30
 # Errors of the disk itself; when they come from a write, they do not name the file.
@@ -104,6 +114,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         WriteError: If the file cannot be written; the old file is unchanged.
     """
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Format JSON-ready content as JSON that every parser reads: NaN and infinite numbers become null.
+
+    Args:
+        content: dicts, lists, strings, numbers, booleans and None.
+        indent: spaces per level; None for a single line.
+    """
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return content
 
 
 def write_error(path: str | os.PathLike[str], error: BaseException) -> WriteError:

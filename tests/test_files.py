@@ -1,6 +1,8 @@
 """Atomic writing, the error of a full disk, and the cache folder."""
 
 import errno
+import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdense.files import WriteError, atomic_path, cache_dir, write_atomically, write_text
+from clipdense.files import WriteError, atomic_path, cache_dir, json_text, write_atomically, write_text
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
@@ -83,6 +85,12 @@ def test_file_in_place_of_the_folder_is_a_write_error(tmp_path):
 def test_text_is_utf8(tmp_path):
     write_text(tmp_path / "x.txt", "naïve")
     assert (tmp_path / "x.txt").read_bytes() == "naïve".encode()
+
+
+def test_json_has_no_nan():
+    content = {"AP": math.nan, "list": [1.5, -math.inf, ("a", math.inf)], "n": 3, "none": None, "on": True}
+    expected = {"AP": None, "list": [1.5, None, ["a", None]], "n": 3, "none": None, "on": True}
+    assert json.loads(json_text(content, indent=1)) == expected
 
 
 def test_cache_folder(monkeypatch):

@@ -11,43 +11,56 @@ JSON file. FLOPs are exact. A row "x the cost" is ours / other, a row "x as fast
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from benchmarks import Row, load_suite, suites, table
-
-import clipdense
-from clipdense.files import write_text
-from clipdense.run.boundary import tool_errors
+SUITES = sorted(path.stem for path in Path(__file__).with_name("benchmarks").glob("[!_]*.py"))
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", nargs="?", help=f"one of: {', '.join(suites())}")
+    parser.add_argument("suite", nargs="?", help=f"one of: {', '.join(SUITES)}")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write rows, raw times and the machine there"
     )
     parser.add_argument("--list", action="store_true", help="name the suites")
-    # a suite adds its own options, so its name is looked up first
-    name = next((word for word in arguments if word in suites()), None)
-    suite = load_suite(name) if name else None
-    if suite and hasattr(suite, "add_arguments"):
-        suite.add_arguments(parser)
+    # A suite adds options of its own, and takes seconds to import: only if it is named.
+    name = next((word for word in arguments if word in SUITES), None)
+    if name:
+        suite = import_module(f"benchmarks.{name}")
+        if hasattr(suite, "add_arguments"):
+            suite.add_arguments(parser)
     args = parser.parse_args(arguments)
+    if not args.list and args.suite not in SUITES:
+        parser.error(f"name a suite: {', '.join(SUITES)}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+import torch
+from benchmarks import Row, load_suite, table
+
+import clipdense
+from clipdense.files import json_text, write_text
+from clipdense.run.boundary import tool_errors
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     if args.list:
-        for each in suites():
+        for each in SUITES:
             print(f"{each:16}{(load_suite(each).__doc__ or '').strip().splitlines()[0]}")
         return 0
-    if suite is None:
-        parser.error(f"name a suite: {', '.join(suites())}")
+    suite = load_suite(args.suite)
     rows = []
     for row in suite.rows(args):
         rows.append(row)
@@ -59,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(path: Path, suite: str, rows: list[Row]) -> None:
     content = {"suite": suite, "machine": machine(), "rows": [row.to_json() for row in rows]}
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json_text(content, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         reports.append(report)
     names = list(args.dataset)
     if args.config_file:
-        from clipdense.data.datasets import register_from_config
+        from clipdense.data.datasets.own import register_from_config
         from clipdense.run.setup import load_config
 
         cfg = load_config(args.config_file, args.opts)

@@ -12,15 +12,6 @@ python tools/convert_checkpoint.py eva_vitb16_coco_clipself_proposals.pt clipsel
 import argparse
 from typing import Any
 
-import yaml
-
-from clipdense.clip.vocabulary import Vocabulary
-from clipdense.engine.options import ConfigError
-from clipdense.run.boundary import tool_errors
-from clipdense.run.conversion import convert_weights
-
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -48,6 +39,19 @@ def parse_arguments() -> argparse.Namespace:
         help="open a pickle; it can run code, so use trusted sources only",
     )
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+import yaml
+
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.engine.options import ConfigError
+from clipdense.run.boundary import tool_errors
+from clipdense.run.conversion import convert_weights
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
 def main() -> None:

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import re
 import sys
 import time
@@ -37,24 +36,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pycocotools.mask as mask_util
-import torch
-from PIL import Image
-
-import clipdense
-from clipdense.clip.vocabulary import near
-from clipdense.data.image import read_image
-from clipdense.evaluation.detections import Detections, encode_masks
-from clipdense.files import write_text
-from clipdense.run.boundary import tool_errors
-from clipdense.run.memory import is_out_of_memory
-from clipdense.visualization.pictures import draw_output, draw_score_map, save_picture
-from clipdense.visualization.segments import KINDS, output_kind, output_segments
-
-# Range of the longer side of a picture, in pixels: small images are enlarged, so that names stay legible.
-MIN_SIDE, MAX_SIDE = 512, 2048
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -93,7 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--show",
-        choices=list(KINDS),
+        choices=["panoptic", "instances", "semantic"],
         help="the only output to compute, draw and list (default: all that are configured; the first of "
         "these is drawn)",
     )
@@ -118,6 +99,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not arguments.input and not arguments.list_classes:
         parser.error("--input is missing: files, folders, or quoted globs")
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from PIL import Image
+
+import clipdense
+from clipdense.clip.vocabulary import near
+from clipdense.data.image import read_image
+from clipdense.evaluation.detections import Detections, encode_masks
+from clipdense.files import json_text, write_text
+from clipdense.run.boundary import tool_errors
+from clipdense.run.memory import is_out_of_memory
+from clipdense.visualization.pictures import draw_output, draw_score_map, save_picture
+from clipdense.visualization.segments import output_kind, output_segments
+
+# Range of the longer side of a picture, in pixels: small images are enlarged, so that names stay legible.
+MIN_SIDE, MAX_SIDE = 512, 2048
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,7 +299,7 @@ class Results:
             "segments": self.segments,
             "failed": [{"file_name": name, "reason": why} for name, why in self.failed.items()],
         }
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        write_text(path, json_text(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

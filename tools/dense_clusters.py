@@ -12,22 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
 
-import clipdense  # noqa: F401
-from clipdense.clip import load_clip
-from clipdense.data.checks import check_named_datasets
-from clipdense.data.image import read_image
-from clipdense.evaluation import CLIPProbe
-from clipdense.run.boundary import tool_errors
-from clipdense.run.setup import available_device
-from clipdense.visualization.clusters import cluster_map, draw_clusters
-
-from detectron2.data import DatasetCatalog
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,6 +53,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if len(set(arguments.titles)) < len(arguments.titles):
         parser.error("--titles: titles must differ")
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+import torch
+from tqdm import tqdm
+
+import clipdense  # noqa: F401
+from clipdense.clip import load_clip
+from clipdense.data.checks import check_named_datasets
+from clipdense.data.image import read_image
+from clipdense.evaluation import CLIPProbe
+from clipdense.run.boundary import tool_errors
+from clipdense.run.setup import available_device
+from clipdense.visualization.clusters import cluster_map, draw_clusters
+
+from detectron2.data import DatasetCatalog
 
 
 @torch.inference_mode()

@@ -11,34 +11,15 @@ the dense map of the letterboxed image; image embeddings of crops ("crops") are 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tabulate import tabulate
-from tqdm import tqdm
-
-import clipdense  # noqa: F401
-from clipdense.clip import ClipModel, load_clip
-from clipdense.clip.attention import get_mode
-from clipdense.data.checks import check_named_datasets
-from clipdense.data.mappers import original_sample
-from clipdense.evaluation import CLIPProbe, DenseRegionEvaluator, DenseView
-from clipdense.evaluation.probes import best_dense_mode
-from clipdense.files import atomic_path, write_text
-from clipdense.run.boundary import tool_errors
-from clipdense.run.setup import available_device
-
-from detectron2.data import DatasetCatalog
-
-Row = dict[str, Any]
 ANTIALIAS = {"off": [False], "on": [True], "both": [False, True]}
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,6 +47,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="sides in pixels of letterboxed images, multiples of the stride (default: the image's own)",
     )
     parser.add_argument(
+        "--window",
+        type=int,
+        default=0,
+        metavar="SIZE",
+        help="side in pixels of windows for dense maps, e.g. the native size (default: whole images)",
+    )
+    parser.add_argument(
         "--antialias",
         choices=list(ANTIALIAS),
         default="off",
@@ -87,6 +75,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+import clipdense  # noqa: F401
+from clipdense.clip import ClipModel, load_clip
+from clipdense.clip.attention import get_mode
+from clipdense.data.checks import check_named_datasets
+from clipdense.data.mappers import original_sample
+from clipdense.evaluation import CLIPProbe, DenseRegionEvaluator, DenseView
+from clipdense.evaluation.probes import best_dense_mode
+from clipdense.files import atomic_path, json_text, write_text
+from clipdense.run.boundary import tool_errors
+from clipdense.run.setup import available_device
+
+from detectron2.data import DatasetCatalog
+
+Row = dict[str, Any]
+
+
 def dense_views(clip: ClipModel, arguments: argparse.Namespace) -> list[DenseView]:
     modes = arguments.modes or [best_dense_mode(clip.visual)]
     if modes == ["all"]:  # methods share modes: keep one name of each
@@ -106,7 +117,7 @@ def evaluate(name: str, records: Iterable[dict[str, Any]], arguments: argparse.N
     clip.to(available_device(arguments.device))
     evaluator = DenseRegionEvaluator(
         arguments.dataset,
-        CLIPProbe(clip),
+        CLIPProbe(clip, window=arguments.window),
         views=dense_views(clip, arguments),
         templates=arguments.templates,
         table=arguments.table,
@@ -189,7 +200,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
 
 
 def write_json(content: Sequence[Mapping[str, Any]], path: Path) -> None:
-    write_text(path, json.dumps(content, indent=1))
+    write_text(path, json_text(content, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,14 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 
-from clipdense.data.mask_pairs import write_pairs
-from clipdense.run.boundary import tool_errors
-from clipdense.systems.mask_adaptation.keyed_crops import read_keyed_csv, read_keyed_pair
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,7 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--image-root", type=Path, help="folder of the crops (default: the folder of the list)"
     )
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+from tqdm import tqdm
+
+from clipdense.data.mask_pairs import write_pairs
+from clipdense.run.boundary import tool_errors
+from clipdense.systems.mask_adaptation.keyed_crops import read_keyed_csv, read_keyed_pair
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
     root = arguments.csv.parent if arguments.image_root is None else arguments.image_root
     written = 0
 

@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 
 from clipdense.data.shapes.make import ensure_shapes, shapes_root
-from clipdense.data.shapes.sheet import draw_sheet
 from clipdense.data.shapes.splits import SPLITS
-from clipdense.run.boundary import tool_errors
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,6 +32,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--sheet", type=Path, metavar="FILE", help="draw a contact sheet with annotations, PNG"
     )
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+from clipdense.data.shapes.sheet import draw_sheet
+from clipdense.run.boundary import tool_errors
 
 
 def main() -> None:

@@ -15,15 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from clipdense.clip import load_clip
-from clipdense.clip.tables import save_table
 from clipdense.clip.templates import TEMPLATE_SETS
-from clipdense.clip.text import TextBank
-from clipdense.clip.vocabulary import Vocabulary
-from clipdense.run.boundary import tool_errors
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sets = "\n".join(f"  {s.name:14}{len(s):3}  {s.source}" for s in TEMPLATE_SETS.values())
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -55,6 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.output.suffix != ".safetensors":
         parser.error(f"the table is written as .safetensors, not '{args.output.name}'")
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+from clipdense.clip import load_clip
+from clipdense.clip.tables import save_table
+from clipdense.clip.text import TextBank
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.run.boundary import tool_errors
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     vocabulary = Vocabulary.parse(args.vocabulary)
     clip = load_clip(
         args.model, args.pretrained, allow_pickle=args.allow_pickle, precision=args.precision

@@ -34,42 +34,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import clipdense  # noqa: F401
-from clipdense.checkpoint import config_leaves
-from clipdense.clip.text import TextBank
-from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.checks import check_named_datasets
-from clipdense.data.datasets import register_from_config
-from clipdense.data.mappers import build_mapper
-from clipdense.data.mask_pairs import write_pairs
-from clipdense.data.nouns import noun_model
-from clipdense.engine.checkpoint import TrainingCheckpointer
-from clipdense.engine.options import ConfigError
-from clipdense.files import write_text
-from clipdense.open_vocabulary.protocols import Proposals
-from clipdense.run.boundary import tool_errors
-from clipdense.run.setup import available_device, load_config
-from clipdense.systems.mining.captions import captioned_images
-from clipdense.systems.mining.pairs import Filters, MaskMiner, NounEmbedder
-from clipdense.systems.mining.proposals import FileProposals, GroundTruthProposals
-from clipdense.systems.mining.report import (
-    ClassAgreement,
-    MiningStatistics,
-    draw_pairs,
-    statistics_table,
-)
-from clipdense.systems.mining.run import MiningRun
-from clipdense.systems.two_stage.meta_arch import OVSeg
 
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
-
-GROUND_TRUTH = "ground_truth:"
-SHEET = 64  # pairs on the contact sheet
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,6 +115,44 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--shard must be I/N, from 1/N to N/N, not {arguments.shard}")
     arguments.part = index - 1, count
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+import clipdense  # noqa: F401
+from clipdense.checkpoint import config_leaves
+from clipdense.clip.text import TextBank
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.checks import check_named_datasets
+from clipdense.data.datasets.own import register_from_config
+from clipdense.data.mappers import build_mapper
+from clipdense.data.mask_pairs import write_pairs
+from clipdense.data.nouns import noun_model
+from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.options import ConfigError
+from clipdense.files import json_text, write_text
+from clipdense.open_vocabulary.protocols import Proposals
+from clipdense.run.boundary import tool_errors
+from clipdense.run.setup import available_device, load_config
+from clipdense.systems.mining.captions import captioned_images
+from clipdense.systems.mining.pairs import Filters, MaskMiner, NounEmbedder
+from clipdense.systems.mining.proposals import FileProposals, GroundTruthProposals
+from clipdense.systems.mining.report import (
+    ClassAgreement,
+    MiningStatistics,
+    draw_pairs,
+    statistics_table,
+)
+from clipdense.systems.mining.run import MiningRun
+from clipdense.systems.two_stage.meta_arch import OVSeg
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+GROUND_TRUTH = "ground_truth:"
+SHEET = 64  # pairs on the contact sheet
 
 
 def load_proposals(choice: str, images: Sequence[dict[str, Any]]) -> Proposals | None:
@@ -254,7 +258,7 @@ def finish(run: MiningRun, arguments: argparse.Namespace) -> None:
     path = run.folder / f"pairs.{arguments.format}"
     write_pairs(path, pairs())
     numbers = statistics.result()
-    write_text(run.folder / "stats.json", json.dumps(numbers, indent=1))
+    write_text(run.folder / "stats.json", json_text(numbers, indent=1))
     step = max(1, numbers["pairs"] // SHEET)
     seen = 0
     for shard in run.shards():

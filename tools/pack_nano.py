@@ -9,12 +9,8 @@ python tools/pack_nano.py output/clip_rn/export.safetensors
 import argparse
 from pathlib import Path
 
-from clipdense.checkpoint import read_checkpoint, save_checkpoint
-from clipdense.clip.nano import NANO_MODELS, nano_path
-from clipdense.run.boundary import tool_errors
 
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,11 +21,23 @@ def main() -> None:
         help="replace the text tower that all nano CLIPs share instead of the image tower; all image towers "
         "must then be trained again",
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+from clipdense.checkpoint import read_checkpoint, save_checkpoint
+from clipdense.clip.nano import NANO_MODELS, nano_path
+from clipdense.run.boundary import tool_errors
+
+
+def main() -> None:
+    arguments = parse_arguments()
     checkpoint = read_checkpoint(arguments.export)
     name = checkpoint.metadata.get("options", {}).get("name")
     if name not in NANO_MODELS:
-        parser.error(f"{arguments.export} holds {name!r}, not one of {', '.join(NANO_MODELS)}")
+        raise ValueError(f"{arguments.export} holds {name!r}, not one of {', '.join(NANO_MODELS)}")
     path = nano_path("shapes-text" if arguments.text else name)
     state = {k: v for k, v in checkpoint.state.items() if k.startswith("text.") == arguments.text}
     save_checkpoint(path, state, {"layout": "open_clip", "options": {"name": name}})

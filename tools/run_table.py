@@ -14,16 +14,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
-from clipdense.files import write_text
-from clipdense.run.boundary import tool_errors
-from clipdense.run.table import TableError, load_table, markdown, run_cells
-
 TRAIN_NET = str(Path(__file__).with_name("train_net.py"))
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,6 +36,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
+
+from tqdm import tqdm
+
+from clipdense.files import write_text
+from clipdense.run.boundary import tool_errors
+from clipdense.run.table import TableError, load_table, markdown, run_cells
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     command = shlex.join(["python", "tools/run_table.py", args.table])
 
     def write() -> None:

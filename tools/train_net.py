@@ -9,7 +9,43 @@ A config file ending in .py (a LazyConfig) is a program and is run: use only fil
 """
 
 import argparse
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments of Detectron2's ``default_argument_parser``, without importing Detectron2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="config of the model (.yaml, .py)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint in the output folder"
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each machine (default: 1)")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines (default: 1)")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
+    port = 2**15 + 2**14 + hash(os.getuid() if sys.platform != "win32" else 1) % 2**14
+    parser.add_argument(
+        "--dist-url",
+        default=f"tcp://127.0.0.1:{port}",
+        help="address at which the processes meet, or auto (default: %(default)s)",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides after all options: KEY VALUE pairs, or key=value for a .py config",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
 
 from clipdense.engine.build import evaluate_weights
 from clipdense.engine.launch import launch
@@ -18,8 +54,6 @@ from clipdense.engine.run_config import run_config
 from clipdense.engine.trainer import Trainer
 from clipdense.run.boundary import tool_errors
 from clipdense.run.setup import setup
-
-from detectron2.engine import default_argument_parser
 
 _INTERRUPTED = "interrupted; --resume continues a training from its last checkpoint"
 
@@ -45,7 +79,7 @@ def process(args: argparse.Namespace) -> None:
 
 
 def run() -> None:
-    args = default_argument_parser(__doc__).parse_args()
+    args = parse_arguments()
     launch(process, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
 
 

@@ -30,18 +30,27 @@ class ClassText(nn.Module):
     """
 
     def __init__(
-        self, clip: ClipModel, classes: Sequence[str], *, n_ctx: int = 8, trainable: bool = False
+        self,
+        clip: ClipModel,
+        classes: Sequence[str],
+        *,
+        n_ctx: int = 8,
+        context_std: float = 1.0,
+        context_words: str = "",
+        trainable: bool = False,
     ) -> None:
         """
         Args:
             clip: a CLIP with text tower and tokenizer.
             classes: K class names.
             n_ctx: number of learned vectors between the start token and a name; 0: the name alone.
+            context_std: standard deviation of the initial contexts. Published: 1; CoOp: 0.02.
+            context_words: words whose token embeddings the last contexts start from, e.g. "a photo of a".
             trainable: whether the text tower is trained. The contexts always are.
 
         Raises:
-            ValueError: If the CLIP has no text tower, if there are no classes, or if names are too long for
-                the text tower; lists them.
+            ValueError: If the CLIP has no text tower, if there are no classes, if names are too long for the
+                text tower (lists them), or if there are more context words than contexts.
         """
         super().__init__()
         if clip.text is None:
@@ -51,7 +60,9 @@ class ClassText(nn.Module):
         self.classes = tuple(classes)
         self.tower = clip.text.requires_grad_(trainable)
         self.embed_dim = clip.embed_dim
-        self.prompts = ContextPrompts(n_ctx, clip.text.width) if n_ctx else None
+        self.prompts = ContextPrompts(n_ctx, clip.text.width, context_std) if n_ctx else None
+        if context_words:
+            self._start_from_words(clip, context_words)
         with torch.device("cpu"):  # a model on the meta device needs the lengths too
             tokens = clip.tokenize(self.classes, clip.text.context_length)
         longest = int(clip.text.end(tokens).max()) + 1
@@ -84,6 +95,22 @@ class ClassText(nn.Module):
         table = ClassTable(self.classes, self.embed_dim)
         table.table.copy_(embeddings)
         return table.to(embeddings.device)
+
+    def _start_from_words(self, clip: ClipModel, words: str) -> None:
+        assert clip.text is not None
+        with torch.device("cpu"):
+            tokens = clip.tokenize([words], clip.text.context_length)
+        ids = tokens[0, 1 : int(clip.text.end(tokens)[0])]
+        count = 0 if self.prompts is None else self.prompts.length
+        if len(ids) > count:
+            raise ValueError(
+                f"MODEL.LANGUAGE.CONTEXT_WORDS {words!r} has {len(ids)} tokens, but there are {count} "
+                "contexts: raise MODEL.LANGUAGE.N_CONTEXTS"
+            )
+        if self.prompts is not None:
+            with torch.no_grad():
+                embeddings = clip.text.token_embedding(ids.to(self.prompts.contexts.device))
+                self.prompts.contexts[0, count - len(ids) :] = embeddings
 
     def _encode(self) -> Tensor:
         tokens: Any = self.tokens

@@ -45,6 +45,7 @@ class CLIPTrunk(Trunk):
         global_blocks: Collection[int] = (),
         joint: bool = False,
         pixels: PixelConversion | None = None,
+        dense: str = "plain",
     ) -> None:
         """
         Args:
@@ -58,10 +59,11 @@ class CLIPTrunk(Trunk):
             joint: whether :meth:`forward_joint` is used. The projection into the joint space then belongs to
                 the last stage and is trained with it.
             pixels: see :class:`Trunk`.
+            dense: mode of the dense map of :meth:`forward_joint`, one of the tower's ``dense_modes``.
 
         Raises:
             ValueError: If the tower lacks one of the maps or blocks, if windows are set for a tower that is
-                not a ViT, or if ``joint`` is set for a tower without a dense map.
+                not a ViT, or if ``joint`` is set and the tower does not have the dense mode.
         """
         tower = tower.visual if isinstance(tower, ClipModel) else tower
         is_vit = isinstance(tower, TransformerTower)
@@ -90,10 +92,11 @@ class CLIPTrunk(Trunk):
         self.tower = tower
         self.window_size = window_size
         self.global_blocks = frozenset(global_blocks)
-        self.joint = joint
+        self.joint, self.dense = joint, dense
         self._request = TowerRequest(taps=tuple(chosen.values()))
-        if joint and "plain" not in tower.dense_modes:
-            raise tower.cannot("a dense map in the joint space", tower.why_no_dense)
+        if joint and dense not in tower.dense_modes:
+            why = tower.why_no_dense or f"its modes are {', '.join(tower.dense_modes)}"
+            raise tower.cannot(f"a dense map of mode {dense!r} in the joint space", why)
         self._freeze(freeze_at, norm)
 
     @classmethod
@@ -133,18 +136,22 @@ class CLIPTrunk(Trunk):
     def features(self, images: Tensor) -> dict[str, Tensor]:
         return self._maps(self._run(images, self._request))
 
-    def forward_joint(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def forward_joint(
+        self, images: Tensor, pooled: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
         """Compute the maps and, in the joint space, a global and a dense feature.
 
         Args:
             images: normalised images (B, 3, H, W).
+            pooled: whether to compute the image embedding.
 
         Returns:
-            Maps by name, the image embedding (B, D) and the dense map (B, D, h, w), not L2-normalised.
+            Maps by name, the image embedding (B, D) or None, and the dense map (B, D, h, w), not
+            L2-normalised.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            out = self._run(self.pixels(images), replace(self._request, pooled=True, dense="plain"))
-        return self._maps(out), out.pooled, out.dense
+            out = self._run(self.pixels(images), replace(self._request, pooled=pooled, dense=self.dense))
+        return self._maps(out), out.pooled if pooled else None, out.dense
 
     def _run(self, images: Tensor, request: TowerRequest) -> TowerOutput:
         hook = {"hook": self._window} if self.window_size else {}

@@ -91,6 +91,9 @@ def _add_language_keys(cfg: CN) -> None:
     # The trunk that is scored: any entry of the backbone registry. CLIPTrunk has a projection to the text's
     # embedding space; other trunks get an attention pool with random weights.
     cfg.MODEL.LANGUAGE.TRUNK = "CLIPTrunk"
+    # Mode of the dense map z: "plain", every position is a query of the attention (published), or another
+    # mode of the tower, such as "value", without attention. Other trunks than CLIPTrunk: plain or value.
+    cfg.MODEL.LANGUAGE.DENSE = "plain"
     # Class names; empty: those of the datasets.
     cfg.MODEL.LANGUAGE.CLASSES = []
     # If CLASSES is empty: the metadata entry with the class names, "thing_classes" or "stuff_classes".
@@ -102,6 +105,11 @@ def _add_language_keys(cfg: CN) -> None:
     cfg.MODEL.LANGUAGE.TABLE_DIM = 0
     # Number of learned context vectors before every class name; 0: none.
     cfg.MODEL.LANGUAGE.N_CONTEXTS = 8
+    # Standard deviation of the initial context vectors. Published: 1. CoOp: 0.02, which starts near the class
+    # names alone; with 1, the class embeddings depend on the random seed and may collapse.
+    cfg.MODEL.LANGUAGE.CONTEXT_STD = 1.0
+    # Words whose token embeddings the last context vectors start from, such as "a photo of a"; "": none.
+    cfg.MODEL.LANGUAGE.CONTEXT_WORDS = ""
     # False also trains the text tower, with the learning rate that SOLVER.PARAM_GROUPS sets for it.
     cfg.MODEL.LANGUAGE.FREEZE_TEXT = True
     # The decoder that adapts class embeddings to the image: t + gamma * decoder(t, image).
@@ -120,7 +128,8 @@ def _add_language_keys(cfg: CN) -> None:
     cfg.MODEL.LANGUAGE.GAMMA = 1.0e-4
     # Temperature of the score map, which is the cosine divided by TAU. Not learned.
     cfg.MODEL.LANGUAGE.TAU = 0.07
-    # What is concatenated to the trunk's map: "scaled" (the score map) or "cosine" (published segmentors).
+    # What is concatenated to the trunk's map: "scaled" (the score map, published detectors), "cosine"
+    # (published segmentors) or "centred" (the cosine minus its mean over the classes).
     cfg.MODEL.LANGUAGE.SCORE = "scaled"
     # The map that it is concatenated to: "trunk", or "dense" (the dense map in the joint space instead).
     cfg.MODEL.LANGUAGE.LAST_MAP = "trunk"

@@ -14,9 +14,11 @@ from clipdense.backbone.class_text import ClassTable, ClassText
 from clipdense.backbone.clip_trunk import CLIPTrunk, clip_from_config
 from clipdense.backbone.context_decoder import ContextDecoder
 from clipdense.backbone.trunk import SCORE
+from clipdense.clip.finetune import freeze_unused
 from clipdense.clip.position import resize_table
+from clipdense.clip.towers import TowerRequest
 from clipdense.clip.towers.base import to_map
-from clipdense.clip.towers.resnet import attention_pool
+from clipdense.clip.towers.resnet import attention_pool, value_map
 from clipdense.data.classes import class_names
 
 from detectron2.config import CfgNode as CN
@@ -54,6 +56,7 @@ class LanguageTrunk(Backbone):
         tau: float = 0.07,
         concatenate: str = "scaled",
         last_map: str = "trunk",
+        pool_dense: str = "plain",
     ) -> None:
         """
         Args:
@@ -63,18 +66,20 @@ class LanguageTrunk(Backbone):
             context_decoder: decoder of the text's dimension; None: class embeddings ignore the image.
             gamma: initial value of every entry of the learned vector gamma.
             tau: temperature, not learned.
-            concatenate: what is appended: "scaled", s (published detectors), or "cosine", s * tau (published
-                segmentors).
+            concatenate: what is appended: "scaled", s (published detectors); "cosine", s * tau (published
+                segmentors); or "centred", the cosines minus their mean over the classes at each position.
             last_map: what it is appended to: "trunk", the trunk's map of the stride of z, or "dense", z
                 instead of that map (att_level3 of the published code).
+            pool_dense: mode of z of the attention pool of a trunk that is not CLIP's, see `DensePool`. A
+                `CLIPTrunk` has its own.
 
         Raises:
             ValueError: If the dimensions of text and trunk differ, if the trunk has no map of the stride of
                 z, or if a choice is unknown.
         """
         super().__init__()
-        if concatenate not in ("scaled", "cosine"):
-            raise ValueError(f"MODEL.LANGUAGE.SCORE must be scaled or cosine, not {concatenate!r}")
+        if concatenate not in ("scaled", "cosine", "centred"):
+            raise ValueError(f"MODEL.LANGUAGE.SCORE must be scaled, cosine or centred, not {concatenate!r}")
         if last_map not in ("trunk", "dense"):
             raise ValueError(f"MODEL.LANGUAGE.LAST_MAP must be trunk or dense, not {last_map!r}")
         shapes = dict(trunk.output_shape())
@@ -84,7 +89,7 @@ class LanguageTrunk(Backbone):
             dim, stride = trunk.tower.embed_dim, trunk.tower.stride
         else:
             last = list(shapes.values())[-1]
-            self.pool = DensePool(last.channels, text.embed_dim)
+            self.pool = DensePool(last.channels, text.embed_dim, dense=pool_dense)
             dim, stride = text.embed_dim, last.stride
         if dim != text.embed_dim:
             raise ValueError(
@@ -102,17 +107,19 @@ class LanguageTrunk(Backbone):
         self.context_decoder = context_decoder
         self.gamma = nn.Parameter(torch.full((dim,), gamma)) if context_decoder is not None else None
         self.tau = tau
-        self.scaled, self.dense_last = concatenate == "scaled", last_map == "dense"
+        self.concatenate, self.dense_last = concatenate, last_map == "dense"
         classes = len(text.classes)
         channels = (dim if self.dense_last else shapes[self.scored].channels) + classes
         shapes[self.scored] = ShapeSpec(channels=channels, stride=stride)
         self._shapes = shapes | {SCORE: ShapeSpec(channels=classes, stride=stride)}
+        if context_decoder is None:
+            self._freeze_global_feature()
 
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
         keys = cfg.MODEL.LANGUAGE
         trunk_class = BACKBONE_REGISTRY.get(keys.TRUNK)
-        joint = {"joint": True} if trunk_class is CLIPTrunk else {}
+        joint = {"joint": True, "dense": keys.DENSE} if trunk_class is CLIPTrunk else {}
         decoder = keys.CONTEXT_DECODER
         text = build_class_text(cfg)
         return {
@@ -131,6 +138,7 @@ class LanguageTrunk(Backbone):
             "tau": keys.TAU,
             "concatenate": keys.SCORE,
             "last_map": keys.LAST_MAP,
+            "pool_dense": keys.DENSE,
         }
 
     @property
@@ -159,28 +167,48 @@ class LanguageTrunk(Backbone):
         maps, g, z = self._joint(images)
         score = self.score(g, z)
         last = z if self.dense_last else maps[self.scored]
-        maps[self.scored] = torch.cat([last, score if self.scaled else score * self.tau], dim=1)
+        maps[self.scored] = torch.cat([last, self._appended(score)], dim=1)
         return {**maps, SCORE: score}
 
-    def score(self, g: Tensor, z: Tensor) -> Tensor:
-        """Compute s (B, K, h, w) from global features g (B, D) and dense maps z (B, D, h, w)."""
+    def _appended(self, score: Tensor) -> Tensor:
+        """Convert s (B, K, h, w) to the channels that are appended to the last map."""
+        if self.concatenate == "scaled":
+            return score
+        cosine = score * self.tau
+        return cosine - cosine.mean(1, keepdim=True) if self.concatenate == "centred" else cosine
+
+    def score(self, g: Tensor | None, z: Tensor) -> Tensor:
+        """Compute s (B, K, h, w) from global features g (B, D) and dense maps z (B, D, h, w).
+
+        Without a context decoder, g is not used.
+        """
         t = self.refine(self.text().expand(len(z), -1, -1), g, z)
         return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2)) / self.tau
 
-    def refine(self, t: Tensor, g: Tensor, z: Tensor) -> Tensor:
+    def refine(self, t: Tensor, g: Tensor | None, z: Tensor) -> Tensor:
         """Compute t' (B, K, D) from t (B, K, D), global features g (B, D) and dense maps z (B, D, h, w)."""
         if self.context_decoder is None or self.gamma is None:
             return t
+        assert g is not None
         memory = torch.cat([g[:, None], z.flatten(2).transpose(1, 2)], dim=1)
         refined: Tensor = t + self.gamma * self.context_decoder(t, memory)
         return refined
 
-    def _joint(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def _joint(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
         if isinstance(self.trunk, CLIPTrunk):
-            return self.trunk.forward_joint(images)
+            return self.trunk.forward_joint(images, pooled=self.context_decoder is not None)
         assert self.pool is not None
         maps: dict[str, Tensor] = dict(self.trunk(images))
         return maps, *self.pool(maps[self.scored])
+
+    def _freeze_global_feature(self) -> None:
+        """Freeze what only the global feature depends on: no loss reaches it without a context decoder."""
+        if self.pool is not None:
+            self.pool.freeze_global_feature()
+        elif isinstance(self.trunk, CLIPTrunk) and self.trunk.dense != "plain":
+            tower = self.trunk.tower
+            if any(p.requires_grad for p in tower.parameters()):
+                freeze_unused(tower, TowerRequest(dense=self.trunk.dense))
 
 
 class DensePool(nn.Module):
@@ -189,14 +217,24 @@ class DensePool(nn.Module):
     Source: Rao et al., DenseCLIP, CVPR 2022, section 4.3 ("any backbone").
     """
 
-    def __init__(self, channels: int, dim: int, grid: int = 7) -> None:
+    def __init__(self, channels: int, dim: int, grid: int = 7, dense: str = "plain") -> None:
         """
         Args:
             channels: C, of the trunk's last map.
             dim: D, of the text embeddings.
             grid: side of the position table, which is resized bilinearly to every map.
+            dense: "plain", every position is a query of the attention; or "value", the projected values
+                without attention.
+
+        Raises:
+            ValueError: If the mode is unknown.
         """
         super().__init__()
+        if dense not in ("plain", "value"):
+            raise ValueError(
+                f"MODEL.LANGUAGE.DENSE must be plain or value for a trunk that is not CLIP's, not {dense!r}"
+            )
+        self.dense = dense
         heads = max(h for h in range(1, max(channels // 64, 1) + 1) if channels % h == 0)
         self.grid = (grid, grid)
         self.attnpool = AttentionPool2d(grid, channels, heads, dim)
@@ -205,8 +243,18 @@ class DensePool(nn.Module):
         """Map (B, C, h, w) to g (B, D) and z (B, D, h, w)."""
         grid = (features.shape[2], features.shape[3])
         positions = resize_table(self.attnpool.positional_embedding, self.grid, grid, "bilinear")
+        if self.dense == "value":
+            g = attention_pool(self.attnpool, features, positions)[:, 0]
+            return g, value_map(self.attnpool, features)
         tokens = attention_pool(self.attnpool, features, positions, every_query=True)
         return tokens[:, 0], to_map(tokens[:, 1:], grid)
+
+    def freeze_global_feature(self) -> None:
+        """Freeze the parameters that z does not depend on."""
+        if self.dense == "value":
+            for module in (self.attnpool.q_proj, self.attnpool.k_proj):
+                module.requires_grad_(False)
+            self.attnpool.positional_embedding.requires_grad_(False)
 
 
 def build_class_text(cfg: CN) -> ClassText | ClassTable:
@@ -221,4 +269,11 @@ def build_class_text(cfg: CN) -> ClassText | ClassTable:
         return ClassTable(classes, keys.TABLE_DIM)
     if keys.TEXT != "tower":
         raise ValueError(f"MODEL.LANGUAGE.TEXT must be tower or table, not {keys.TEXT!r}")
-    return ClassText(clip_from_config(cfg), classes, n_ctx=keys.N_CONTEXTS, trainable=not keys.FREEZE_TEXT)
+    return ClassText(
+        clip_from_config(cfg),
+        classes,
+        n_ctx=keys.N_CONTEXTS,
+        context_std=keys.CONTEXT_STD,
+        context_words=keys.CONTEXT_WORDS,
+        trainable=not keys.FREEZE_TEXT,
+    )

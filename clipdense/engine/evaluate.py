@@ -15,6 +15,7 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import dataset_vocabulary
 from clipdense.data.loader import build_test_loader
 from clipdense.data.trained_classes import map_classes
+from clipdense.engine.denormals import flush_denormals
 from clipdense.evaluation import build_evaluator, model_probes
 from clipdense.open_vocabulary import OpenVocabularyModel
 
@@ -58,7 +59,7 @@ def evaluate_datasets(
     results = {}
     model.eval()
     probes = model_probes(model)
-    with _vocabularies(cfg, model) as vocabularies:
+    with flush_denormals(), _vocabularies(cfg, model) as vocabularies:
         for name in cfg.DATASETS.TEST:
             if name in vocabularies:
                 model.set_vocabulary(vocabularies[name])
@@ -106,6 +107,7 @@ def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], 
         draw_score_panel,
     )
 
+    logger.info("Drawing the predictions for %d images of %s", len(drawable), name)
     records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
     shown = [{**records[sample["image_id"]], "output": output} for sample, output in drawable]
     try:

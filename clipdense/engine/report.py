@@ -1,6 +1,5 @@
 """Report of a finished run: exported model, training curve and table of metrics."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import nn
 
 from clipdense.checkpoint import save_checkpoint
 from clipdense.engine.checkpoint import model_metadata
-from clipdense.files import write_text
+from clipdense.files import json_text, write_text
 
 __all__ = ["export", "print_results", "results_table", "write_report", "write_results"]
 
@@ -29,6 +28,7 @@ def write_report(model: nn.Module, output_dir: str, results: dict[str, float], e
     """
     from clipdense.visualization.curves import draw_curve  # matplotlib takes a second to import
 
+    logger.info("Writing the exported model and the training curve to %s", output_dir)
     export(model, Path(output_dir, "export.safetensors"))
     draw_curve(Path(output_dir, "metrics.json"), Path(output_dir, "curve.png"))
     write_results({**results, "ended_by": ended_by}, Path(output_dir))
@@ -40,8 +40,8 @@ def write_report(model: nn.Module, output_dir: str, results: dict[str, float], e
 
 
 def write_results(results: Mapping[str, float | str], folder: Path) -> None:
-    """Write flattened metrics to ``results.json`` in a folder, which is created if necessary."""
-    write_text(folder / "results.json", json.dumps(results, indent=1))
+    """Write flattened metrics to ``results.json`` in a folder; undefined ones (NaN) become null."""
+    write_text(folder / "results.json", json_text(results, indent=1))
 
 
 def print_results(results: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from clipdense.data.checks import check_classes
 from clipdense.data.classes import class_names
-from clipdense.data.datasets import register_from_config
+from clipdense.data.datasets.own import register_from_config
 from clipdense.data.loader import build_train_loader
 from clipdense.data.mappers import build_mapper
 from clipdense.data.trained_classes import class_mapping

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import inspect
-import json
 import logging
 import math
 import signal
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipdense.checkpoint import Checkpoint, CheckpointError
 from clipdense.engine.checkpoint import TrainingCheckpointer, check_training_state
+from clipdense.engine.denormals import flush_denormals
 from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
 from clipdense.engine.divergence import (
     describe_divergence,
@@ -40,7 +40,7 @@ from clipdense.engine.options import TrainerOptions
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.report import write_report
 from clipdense.engine.run_config import run_config
-from clipdense.files import WriteError, write_text
+from clipdense.files import WriteError, json_text, write_text
 from clipdense.lock import FolderLock
 from clipdense.open_vocabulary import TrainingStart
 
@@ -147,7 +147,8 @@ class Trainer(TrainerBase):
         with EventStorage(self.start_iter) as self.storage:
             restore_metrics(self.storage, self._history, self._scalars)
             try:
-                with self._interrupt:  # before the loader starts its workers, which Ctrl-C reaches as well
+                # interrupts before the loader starts its workers, which Ctrl-C reaches as well
+                with flush_denormals(), self._interrupt:
                     self.before_train()
                     self._prepare()
                     if self._scalars:
@@ -404,7 +405,7 @@ class Trainer(TrainerBase):
         with self._averaged_weights():
             self.checkpointer.save(name, tag=False, iteration=self._done - 1, metadata=self.options.metadata)
         record = {"metric": metric, "value": self.results[metric], "iteration": self._done - 1}
-        write_text(Path(self.options.output_dir, f"{name}.json"), json.dumps(record))
+        write_text(Path(self.options.output_dir, f"{name}.json"), json_text(record))
 
     def resume_or_load(self, resume: bool = True, weights: Checkpoint | None = None) -> None:
         """Continue from the last checkpoint in the output folder, or start from ``MODEL.WEIGHTS``.

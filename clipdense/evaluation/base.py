@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 from collections import Counter, OrderedDict
@@ -13,7 +12,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor
 
-from clipdense.files import write_text
+from clipdense.files import json_text, write_text
 
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
@@ -154,7 +153,7 @@ def sample_image(sample: Mapping[str, Any], size: tuple[int, ...]) -> Tensor:
 
 def save_json(path: str, content: Any) -> None:
     """Write a JSON file atomically: a full disk leaves the old file as it was."""
-    write_text(path, json.dumps(content))
+    write_text(path, json_text(content))
 
 
 def distinct_names(names: Iterable[str], ids: Iterable[int | str]) -> list[str]:

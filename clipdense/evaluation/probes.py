@@ -18,10 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clipdense.clip import ClipModel, TowerRequest
+from clipdense.clip import ClipModel
 from clipdense.clip.text import TextBank
 from clipdense.clip.towers import Tower
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.clip.windows import dense_map
 from clipdense.data.letterbox import letterbox
 from clipdense.regions import RegionEncoder
 
@@ -132,11 +133,13 @@ class CLIPProbe:
     Args:
         clip: in evaluation mode; its text tower is needed for `embed_classes` only.
         batch_size: crops in one forward.
+        window: side in pixels of the windows of the dense map, see `clipdense.clip.windows.dense_map`; 0:
+            the whole image.
     """
 
-    def __init__(self, clip: ClipModel, batch_size: int = 64) -> None:
+    def __init__(self, clip: ClipModel, batch_size: int = 64, window: int = 0) -> None:
         self.clip = clip
-        self.batch_size = batch_size
+        self.batch_size, self.window = batch_size, window
 
     @property
     def crop_size(self) -> int:
@@ -162,8 +165,7 @@ class CLIPProbe:
                 f"image size {size} is not a multiple of the stride {tower.stride} of '{self.clip.name}'"
             )
         pixels = self._normalize(letterbox(image, size)[0][None])
-        dense: Tensor = tower(pixels, TowerRequest(dense=mode or best_dense_mode(tower))).dense
-        return dense.float()
+        return dense_map(tower, pixels, mode or best_dense_mode(tower), self.window).float()
 
     @torch.no_grad()
     def embed_crops(self, crops: Uint8) -> Tensor:

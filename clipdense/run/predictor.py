@@ -23,6 +23,7 @@ from clipdense.data.heads import head_classes
 from clipdense.data.image import ImageSource, load_image
 from clipdense.data.mappers import map_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.denormals import flush_denormals
 from clipdense.engine.options import ConfigError
 from clipdense.engine.run_config import RunConfig, run_config
 from clipdense.open_vocabulary import OpenVocabularyModel, require_open_vocabulary
@@ -278,7 +279,7 @@ class Predictor:
         if not samples:
             return []
         # not inference_mode: callers may want to change the outputs in place
-        with torch.no_grad():
+        with torch.no_grad(), flush_denormals():
             outputs: list[Output] = self.model(samples)
             if self._num_classes is not None:
                 outputs = [remove_background(output, self._num_classes) for output in outputs]

@@ -349,7 +349,9 @@ def _at(content: Any, path: str) -> Iterator[float]:
     if not isinstance(content, dict):
         return
     for key, value in content.items():
-        if key == path and isinstance(value, (int, float)):
+        if key == path and value is None:  # an undefined metric; JSON has no NaN
+            yield math.nan
+        elif key == path and isinstance(value, (int, float)):
             yield float(value)
         elif path.startswith(f"{key}/"):
             yield from _at(value, path[len(key) + 1 :])

@@ -81,6 +81,9 @@ def draw_score_panel(
 ) -> None:
     """Draw each image and the score maps of its largest ground-truth classes in a row, as a PNG.
 
+    A map shows how far the score of its class exceeds the mean score of all classes at a position; the maps
+    of an image share one colour scale.
+
     Args:
         records: Detectron2 dataset dicts; without ``annotations``, the classes with the highest scores are
             shown.
@@ -101,7 +104,13 @@ def draw_score_panel(
         rows = sorted(record.get("annotations", ()), key=lambda row: -row["bbox"][2] * row["bbox"][3])
         best = np.argsort(-score.max(axis=(1, 2)))
         chosen = list(dict.fromkeys([*(row["category_id"] for row in rows), *best]))[:shown]
-        tiles += [draw_score_map(image, score[k], title=classes[k], cell=cell) for k in chosen]
+        # Classes differ by less than positions do: their common part is removed, and all share one scale.
+        relative = score - score.mean(axis=0)
+        low, high = float(relative.min()), float(relative.max())
+        tiles += [
+            draw_score_map(image, relative[k], title=classes[k], low=low, high=high, cell=cell)
+            for k in chosen
+        ]
     save_picture(_grid(tiles, 1 + shown), path)
 
 

@@ -11,7 +11,7 @@ from clipdense.backbone import SCORE, CLIPTrunk, ContextDecoder, LanguageTrunk, 
 from clipdense.backbone.class_text import ClassTable, ClassText
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.checkpoint import CheckpointError
-from clipdense.clip import ClipModel, load_clip
+from clipdense.clip import ClipModel, TowerRequest, load_clip
 from clipdense.run.config import add_clipdense_config
 
 from detectron2.config import CfgNode, get_cfg
@@ -276,3 +276,77 @@ def test_an_architecture_without_a_name() -> None:
     cfg.MODEL.CLIP.PRETRAINED = "openai"
     with pytest.raises(ValueError, match="MODEL.WEIGHTS"):
         clip_from_config(cfg)
+
+
+# ---- options beyond the paper
+
+
+@pytest.mark.parametrize("name", list(FRAME))
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_dense_map_may_be_any_mode_of_the_tower(name: str, decoder: bool) -> None:
+    model = clip(name)
+    text = ClassText(model, CLASSES, n_ctx=0)
+    refiner = ContextDecoder(model.embed_dim, width=32, heads=2, layers=1) if decoder else None
+    trunk = LanguageTrunk(CLIPTrunk(model.visual, joint=True, dense="value"), text, context_decoder=refiner)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        _, g, z = trunk.eval().trunk.forward_joint(images, pooled=decoder)
+        expected = model.visual(images, TowerRequest(dense="value")).dense
+    torch.testing.assert_close(z, expected)
+    assert (g is not None) == decoder
+    # Every trained parameter gets a gradient, so that distributed training needs no search for unused ones.
+    sum(x.square().mean() for x in trunk.train()(images).values()).backward()
+    without = {n for n, p in trunk.named_parameters() if p.requires_grad and p.grad is None}
+    assert without == set()
+    with pytest.raises(ValueError, match="its modes are plain, value"):
+        CLIPTrunk(clip(name).visual, joint=True, dense="nothing")
+
+
+def test_the_dense_mode_comes_from_the_config() -> None:
+    cfg = config(MODEL__LANGUAGE__DENSE="value", MODEL__BACKBONE__NAME="LanguageTrunk")
+    assert build_backbone(cfg).trunk.dense == "value"
+    keys = {"MODEL__LANGUAGE__TRUNK": "TimmTrunk", "MODEL__TIMM__PRETRAINED": "random"}
+    cfg = config(**keys, MODEL__TIMM__NAME="resnet18", MODEL__LANGUAGE__DENSE="value")
+    cfg.MODEL.BACKBONE.NAME = "LanguageTrunk"
+    cfg.MODEL.LANGUAGE.CONTEXT_DECODER.ENABLED = False
+    model = build_backbone(cfg).train()
+    sum(x.square().mean() for x in model(torch.randn(2, 3, 64, 64)).values()).backward()
+    assert all(p.grad is not None for p in model.pool.parameters() if p.requires_grad)
+    assert not model.pool.attnpool.q_proj.weight.requires_grad
+    features = torch.randn(1, 512, 2, 3)
+    z = model.pool(features)[1]
+    torch.testing.assert_close(z[..., :1, :1], model.pool(features[..., :1, :1])[1])  # no attention
+    cfg.MODEL.LANGUAGE.DENSE = "catseg"
+    with pytest.raises(ValueError, match=r"MODEL\.LANGUAGE\.DENSE"):
+        build_backbone(cfg)
+
+
+def test_centred_scores_have_no_mean_over_the_classes() -> None:
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        centred = language(concatenate="centred").eval()(images)
+    cosine = 0.07 * centred[SCORE]
+    torch.testing.assert_close(centred["res5"][:, -3:], cosine - cosine.mean(1, keepdim=True))
+
+
+def test_contexts_start_from_a_small_normal_or_from_words() -> None:
+    model = clip()
+    spread = [float(ClassText(model, CLASSES, context_std=s).prompts.contexts.std()) for s in (1.0, 0.02)]
+    assert spread[0] > 0.5 and 0.01 < spread[1] < 0.03
+    text = ClassText(model, CLASSES, n_ctx=6, context_std=0.0, context_words="a photo of a")
+    ids = model.tokenize(["a photo of a"])[0, 1:5]
+    torch.testing.assert_close(text.prompts.contexts[0, 2:], model.text.token_embedding(ids))
+    assert not text.prompts.contexts[0, :2].any()
+    # With the words as the only contexts, the result is CLIP's embedding of the sentence.
+    sentence = ClassText(model, ["star"], n_ctx=4, context_words="a photo of a")
+    with torch.no_grad():
+        torch.testing.assert_close(sentence(), model.encode_text(model.tokenize(["a photo of a star"])))
+    with pytest.raises(ValueError, match=r"has 4 tokens, but there are 3 contexts"):
+        ClassText(model, CLASSES, n_ctx=3, context_words="a photo of a")
+
+
+def test_context_keys_reach_the_text() -> None:
+    cfg = config(MODEL__LANGUAGE__CONTEXT_STD=0.0, MODEL__LANGUAGE__CONTEXT_WORDS="a")
+    cfg.MODEL.BACKBONE.NAME = "LanguageTrunk"
+    contexts = build_backbone(cfg).text.prompts.contexts
+    assert contexts[0, -1].any() and not contexts[0, :-1].any()

@@ -9,7 +9,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from clipdense.data.datasets import register_from_config
+from clipdense.data.datasets.own import register_from_config
 from clipdense.data.image import BadImageError, read_image
 from clipdense.data.loader import build_train_loader, load_dataset_dicts
 

@@ -13,7 +13,7 @@ import torch
 
 from clipdense.data.checks import check_classes, check_dataset_names, clean_annotations
 from clipdense.data.classes import class_names
-from clipdense.data.datasets import register_from_config
+from clipdense.data.datasets.own import register_from_config
 from clipdense.data.image import BadImageError
 from clipdense.data.loader import build_test_loader, build_train_loader, keyed_randomness
 from clipdense.data.samplers import ResumableTrainingSampler

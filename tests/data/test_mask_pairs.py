@@ -9,8 +9,8 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from clipdense.data.datasets import register_from_config
 from clipdense.data.datasets.mask_pairs import register_mask_pairs
+from clipdense.data.datasets.own import register_from_config
 from clipdense.data.loader import load_dataset_dicts
 from clipdense.data.mask_pairs import (
     ground_truth_pairs,

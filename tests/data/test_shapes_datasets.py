@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdense.data.datasets import register_from_config
+from clipdense.data.datasets.own import register_from_config
 from clipdense.data.loader import build_test_loader, build_train_loader, load_dataset_dicts
 from clipdense.data.shapes import splits
 from clipdense.data.shapes.datasets import register_shapes

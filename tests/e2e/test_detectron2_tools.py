@@ -62,7 +62,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> T
 
 def test_analyze_model(tool: Tool) -> None:
     words = ["--tasks", "flop", "activation", "parameter", "structure", "--num-inputs", "2"]
-    words += ["--config-file", str(ROOT / "configs/shapes/denseclip_mask_rcnn_rn.yaml")]
+    words += ["--config-file", str(ROOT / "configs/shapes/denseclip_mask_rcnn_rn_published.yaml")]
     output = tool("analyze_model", *words, "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64")
     assert float(re.search(r"Total GFlops: (\d+\.\d)", output)[1]) > 0
     assert "Total (Million) Activations" in output

@@ -50,11 +50,12 @@ def test_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"iteration": i, "total_loss": 1.0 / (1 + i), "lr": 0.1} for i in range(5)]
     (tmp_path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level("INFO", "clipdense"):
-        write_report(Exported(2, 3), str(tmp_path), {"bbox/AP": 12.3}, "SOLVER.MAX_ITER")
+        metrics = {"bbox/AP": 12.3, "bbox/APs": float("nan")}
+        write_report(Exported(2, 3), str(tmp_path), metrics, "SOLVER.MAX_ITER")
     assert "12.30" in caplog.text
     assert "curve.png, export.safetensors, metrics.json, results.json" in caplog.text
     assert (tmp_path / "curve.png").stat().st_size > 1000
-    written = {"bbox/AP": 12.3, "ended_by": "SOLVER.MAX_ITER"}
+    written = {"bbox/AP": 12.3, "bbox/APs": None, "ended_by": "SOLVER.MAX_ITER"}
     assert json.loads((tmp_path / "results.json").read_text()) == written
 
 

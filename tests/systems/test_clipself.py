@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import ClipModel, TowerRequest, load_clip
+from clipdense.clip.windows import dense_map
 from clipdense.evaluation import CLIPProbe, model_probes
 from clipdense.run.setup import load_config
 from clipdense.systems.clipself import CLIPSelf, RegionCLIPBaseline
@@ -308,3 +309,39 @@ def test_keys_of_the_other_method(cfg: CN) -> None:
     cfg.MODEL.CLIPSELF.CONCEPTS = "nouns.npy"
     with pytest.raises(ValueError, match="set MODEL.META_ARCHITECTURE to RegionCLIPBaseline"):
         CLIPSelf(cfg)
+
+
+# ---- windowed students (not in the paper)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_windows_are_images_of_their_own(name: str) -> None:
+    clip = nano(name)
+    images, side = torch.randn(2, 3, 96, 128), 64
+    with torch.no_grad():
+        found = dense_map(clip.visual, images, "value", window=side)
+        padded = F.pad(images, (0, 0, 0, 32))
+        rows = []
+        for y in (0, 64):
+            parts = [padded[..., y : y + side, x : x + side] for x in (0, 64)]
+            rows.append(torch.cat([dense_map(clip.visual, part, "value") for part in parts], dim=3))
+        expected = torch.cat(rows, dim=2)[:, :, : 96 // clip.visual.stride]
+        whole = dense_map(clip.visual, images, "value")
+    torch.testing.assert_close(found, expected)
+    assert found.shape == whole.shape
+    assert not torch.allclose(found, whole, atol=1e-3)
+
+
+def test_a_windowed_student_trains_and_is_measured_in_windows() -> None:
+    whole, windowed = (CLIPSelf(clip=nano("shapes-vit"), window=window) for window in (0, 64))
+    inputs = batch(side=128)
+    losses = [float(model(inputs)["loss_distillation"].detach()) for model in (whole, windowed)]
+    assert losses[0] != pytest.approx(losses[1], abs=1e-4)
+    windowed(inputs)["loss_distillation"].backward()
+    assert trained(windowed) == {n for n, p in windowed.named_parameters() if p.grad is not None}
+    image = inputs[0]["image"].permute(1, 2, 0).numpy()
+    maps = [model.dense_probe().dense_map(image) for model in (whole, windowed)]
+    torch.testing.assert_close(maps[1][..., :8, :8], whole.dense_probe().dense_map(image[:64, :64]))
+    assert not torch.allclose(maps[0], maps[1], atol=1e-3)
+    with pytest.raises(ValueError, match="WINDOW 60 is not a multiple of the stride 8"):
+        CLIPSelf(clip=nano("shapes-vit"), window=60)

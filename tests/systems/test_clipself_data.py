@@ -222,3 +222,34 @@ def test_a_run_on_concepts(tmp_path: Path, config: Callable[..., Path], catalogs
     )
     line = json.loads((tmp_path / "out" / "metrics.json").read_text().splitlines()[-1])
     assert line["total_loss"] > 0
+
+
+# ---- jitter (not in the paper)
+
+
+def test_jittered_copies_follow_the_regions(record: dict) -> None:
+    plain, jittered = (mapper(REGIONS="proposals", JITTER=n) for n in (0, 2))
+    random.seed(0)
+    first = plain.draw(record, SIZE)
+    random.seed(0)
+    found = jittered.draw(record, SIZE)
+    n, valid = len(first.boxes), int(first.valid.sum())
+    np.testing.assert_array_equal(found.boxes[:n], first.boxes)
+    np.testing.assert_array_equal(found.crops[:n], first.crops)
+    assert found.boxes.shape == found.crops.shape == (n + 2 * valid, 4) and found.valid[n:].all()
+    sources = first.boxes[first.valid].repeat(2, axis=0)
+    copies = found.boxes[n:]
+    assert (copies != sources).any(1).all()
+    assert (copies[:, :2] >= 0).all() and (copies[:, 2:] <= [SIZE[1], SIZE[0]]).all()
+    sides, old = copies[:, 2:] - copies[:, :2], sources[:, 2:] - sources[:, :2]
+    assert (sides > 0).all() and (sides <= old * 4 / 3 + 1e-9).all()
+    centres = (copies[:, 2:] + copies[:, :2] - sources[:, 2:] - sources[:, :2]) / 2
+    clipped = (copies[:, :2] == 0).any(1) | (copies[:, 2:] == [SIZE[1], SIZE[0]]).any(1)
+    assert (abs(centres) <= old / 4 + 1e-9)[~clipped].all()
+
+
+def test_jittered_samples_have_a_crop_for_each_box(record: dict) -> None:
+    random.seed(0)
+    sample = mapper(REGIONS="patches", JITTER=1, MAX_SPLIT=2)(record)
+    assert sample is not None and len(sample["boxes"]) == len(sample["crops"]) >= 2
+    assert len(sample["boxes"]) % 2 == 0 and (sample["boxes"] >= 0).all() and (sample["boxes"] <= 1).all()

@@ -247,3 +247,70 @@ def test_keys_of_an_export_win_over_the_config_that_a_run_wrote(tmp_path: Path) 
     weights = ["MODEL.WEIGHTS", str(tmp_path / "export.safetensors")]
     cfg = load_config(str(tmp_path / "config.yaml"), weights)
     assert (cfg.MODEL.LANGUAGE.TEXT, cfg.MODEL.LANGUAGE.TABLE_DIM) == ("table", 128)
+
+
+# ---- losses beyond the paper
+
+
+def two_masks() -> Instances:
+    """Two overlapping masks of classes 0 and 2, inside larger boxes."""
+    image = instances((64, 64), [[0, 0, 40, 40], [16, 16, 60, 60]], [0, 2])
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, 4:32, 4:32], masks[1, 24:56, 24:56] = True, True
+    image.gt_masks = BitMasks(masks)
+    return image
+
+
+def test_softmax_loss_is_that_of_the_pixels_with_a_class() -> None:
+    score, image = torch.randn(1, 3, 2, 2), two_masks()
+    loss = PixelTextLoss("masks", weight=0.4, loss="ce")(score, [{"instances": image}], (64, 64))
+    logits = F.interpolate(score, (16, 16), mode="bilinear")[0].permute(1, 2, 0)
+    masks = image.gt_masks.tensor[:, 2::4, 2::4]
+    terms = []
+    for y, x in masks.any(0).nonzero().tolist():
+        present = [c for c, mask in zip((0, 2), masks, strict=True) if mask[y, x]]
+        terms.append(-logits[y, x].log_softmax(0)[present].mean())
+    torch.testing.assert_close(loss, 0.4 * torch.stack(terms).mean())
+    empty = instances((64, 64), [], [])
+    assert PixelTextLoss("boxes", loss="ce")(score, [{"instances": empty}], (64, 64)) == 0
+
+
+def test_focal_loss_by_hand() -> None:
+    score, image = torch.randn(1, 3, 2, 2), two_masks()
+    loss = PixelTextLoss("masks", loss="focal", bias=-1.0)(score, [{"instances": image}], (64, 64))
+    target, inside = mask_targets([image], 3, (64, 64), CPU)
+    p = (F.interpolate(score, (16, 16), mode="bilinear") - 1.0).sigmoid()
+    terms = torch.where(target, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log())
+    torch.testing.assert_close(loss, (terms * inside).sum() / target.sum())
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_bias_shifts_the_logits_inside_the_loss_only(learn: bool) -> None:
+    score, batch = torch.randn(1, 3, 2, 2), [{"instances": two_masks()}]
+    biased = PixelTextLoss("masks", bias=-8.0, learn_bias=learn)
+    loss = biased(score, batch, (64, 64))
+    torch.testing.assert_close(loss, PixelTextLoss("masks")(score - 8.0, batch, (64, 64)))
+    assert [name for name, _ in biased.named_parameters()] == (["bias"] if learn else [])
+    if learn:
+        loss.backward()
+        assert biased.bias.grad is not None and biased.bias.grad != 0
+
+
+def test_wrong_losses_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"PIXEL_TEXT\.LOSS must be one of bce, focal, ce"):
+        PixelTextLoss(loss="mse")
+    with pytest.raises(ValueError, match="no effect on softmax"):
+        PixelTextLoss("masks", loss="ce", bias=-8.0)
+    with pytest.raises(ValueError, match="no effect on softmax"):
+        PixelTextLoss("sem_seg", learn_bias=True)
+
+
+def test_a_learned_bias_is_exported_and_loaded(tmp_path: Path) -> None:
+    keys = ["MODEL.PIXEL_TEXT.LOSS", "bce", "MODEL.PIXEL_TEXT.BIAS", "-8.0"]
+    model = detector(*keys, "MODEL.PIXEL_TEXT.LEARN_BIAS", "True")
+    state, metadata = model.export_state()
+    assert state["pixel_text_loss.bias"] == -8
+    assert metadata["options"]["config"]["MODEL.PIXEL_TEXT.LEARN_BIAS"] is True
+    wrapped = PixelTextSupervised(Toy(Scored()), PixelTextLoss(bias=-8.0, learn_bias=True))
+    wrapped.load_state_dict({"backbone.scale": torch.tensor(2.0), "pixel_text_loss.bias": torch.tensor(-3.0)})
+    assert wrapped.pixel_text_loss.bias == -3 and wrapped.backbone.scale == 2

@@ -71,7 +71,7 @@ class ResNetTower(Tower):
         if request.keys:
             out.keys = _pointwise(x, self.attnpool.k_proj)
         if request.dense in ("value", "maskclip"):
-            out.dense = _pointwise(_pointwise(x, self.attnpool.v_proj), self.attnpool.c_proj)
+            out.dense = value_map(self.attnpool, x)
         every = request.dense == "plain"
         if every or request.pooled:
             tokens = attention_pool(self.attnpool, x, self._positions(x), every_query=every)
@@ -152,6 +152,11 @@ def attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, every_qu
     k, v = _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens))
     y = F.scaled_dot_product_attention(_heads(pool, pool.q_proj(queries)), k, v)
     return _linear(pool.c_proj, y.transpose(1, 2).flatten(2))
+
+
+def value_map(pool: AttentionPool2d, x: Tensor) -> Tensor:
+    """Compute c_proj(v_proj(x)) at every position, without attention: (B, C, h, w) to (B, D, h, w)."""
+    return _pointwise(_pointwise(x, pool.v_proj), pool.c_proj)
 
 
 def masked_attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:

@@ -1,14 +1,6 @@
-"""Datasets; importing this package registers them with Detectron2."""
+"""Datasets. `standard`, `open_semantic`, `open_vocabulary` and `clipdense.data.shapes.datasets` register
+theirs with Detectron2 when they are imported, which `clipdense.registration` does together with
+``detectron2.data``; `own` registers the datasets that a config names.
+"""
 
-from clipdense.data.datasets.open_semantic import register_open_semantic
-from clipdense.data.datasets.open_vocabulary import register_open_vocabulary
-from clipdense.data.datasets.own import register_from_config
-from clipdense.data.datasets.standard import register_standard
-from clipdense.data.shapes.datasets import register_shapes
-
-__all__ = ["register_from_config"]
-
-register_standard()
-register_open_semantic()
-register_open_vocabulary()
-register_shapes()
+import detectron2.data  # noqa: F401  (registers the datasets, before a module of this package is imported)

@@ -101,3 +101,6 @@ def _register(
         sem_seg_root=str(labels),
         **({"novel_classes": novel} if novel else {}),
     )
+
+
+register_open_semantic()

@@ -128,3 +128,6 @@ def _set_metadata(
         json_file=str(json_file),
         image_root=str(images),
     )
+
+
+register_open_vocabulary()

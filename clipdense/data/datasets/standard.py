@@ -184,3 +184,6 @@ def _replace_lvis_readers() -> None:
 def _load_registered_lvis(name: str) -> DatasetDicts:
     metadata = MetadataCatalog.get(name)
     return load_lvis(metadata.json_file, metadata.image_root)
+
+
+register_standard()

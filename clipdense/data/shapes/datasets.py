@@ -15,7 +15,7 @@ from clipdense.data.datasets.layouts import (
 from clipdense.data.shapes.layouts import CATEGORIES, class_synonyms, novel_kind
 from clipdense.data.shapes.make import annotation_file, ensure_shapes, shapes_root
 from clipdense.data.shapes.records import IGNORE, png_folders
-from clipdense.data.shapes.splits import FREQUENCY, MINI
+from clipdense.data.shapes.splits import FREQUENCY, MINI, TINY
 from clipdense.data.shapes.world import BASE, CLASSES, GROUNDS
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -43,7 +43,8 @@ def register_shapes(root: Path | None = None) -> None:
     | shapes_clip_{train,val} | five captions an image, instances and semantic maps | clip_retrieval |
 
     ``shapes_closed_mini_train`` and the like (closed and ov, every task) are the first 800 training and 200
-    validation images of the same files. Metadata of ov and shift sets: ``novel_classes`` (names) and
+    validation images of the same files, ``shapes_closed_tiny_train`` and the like the first 100 training
+    images. Metadata of ov and shift sets: ``novel_classes`` (names) and
     ``novel_kinds`` (kind -> names); of instance and panoptic sets also ``class_attributes`` (colour and
     shape of each thing class).
     """
@@ -52,6 +53,9 @@ def register_shapes(root: Path | None = None) -> None:
         for images, part in ((None, ""), (MINI[split], "mini_")):
             _register_views(root, "closed", part + split, split, images)
             _register_views(root, "ov", part + split, split, images)
+        if split == "train":
+            _register_views(root, "closed", "tiny_train", split, TINY)
+            _register_views(root, "ov", "tiny_train", split, TINY)
         _register_lvis(root, split)
         _register_clip(root, split)
     _register_views(root, "shift", "val", "shift_val", None)
@@ -195,3 +199,6 @@ def _register(
 
     DatasetCatalog.register(name, draw_and_load)
     MetadataCatalog.get(name).set(made_at_first_use=True, **metadata)
+
+
+register_shapes()

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 from clipdense.data.shapes.world import CLASSES
 
-__all__ = ["FREQUENCY", "LVIS_COUNTS", "MINI", "SPLITS", "Split", "find_split"]
+__all__ = ["FREQUENCY", "LVIS_COUNTS", "MINI", "SPLITS", "TINY", "Split", "find_split"]
 
 MINI = {"train": 800, "val": 200}
 """Number of images of the `_mini` datasets: the first ones of the same files."""
+
+TINY = MINI["train"] // 8
+"""Number of images of the `_tiny_train` datasets: an eighth of the mini ones, the first of the same files."""
 
 _COMMON_STEPS, _FREQUENT_STEPS, _RARE_STEPS = 31, 32, 17
 

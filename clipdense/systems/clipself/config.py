@@ -21,6 +21,10 @@ def add_clipself_config(cfg: CN) -> None:
     # Sides in pixels; each training batch is resized to one of them at random. Empty: no resizing from
     # INPUT.CLIPSELF.IMAGE_SIZE.
     cfg.MODEL.CLIPSELF.MULTISCALE = ()
+    # Side in pixels of windows in which the student computes its dense map, a multiple of the stride, such as
+    # the native image size: tokens attend within windows, and keep the positions of the pre-training. Not
+    # published; 0: the whole image. The exported CLIP does not know its window.
+    cfg.MODEL.CLIPSELF.WINDOW = 0
     # CLIPSelf: weight of 1 - cosine between the student's and the teacher's image embeddings of the crops.
     # It preserves zero-shot classification, at the cost of a forward and a backward pass of the student on
     # the crops. Not published; 0: off.
@@ -41,6 +45,9 @@ def add_clipself_config(cfg: CN) -> None:
     cfg.INPUT.CLIPSELF.CROP_SIZE = 224
     # Maximum number of regions of an image.
     cfg.INPUT.CLIPSELF.MAX_BOXES = 20
+    # Number of jittered copies of each region, with crops of their own: the centre moves by up to a quarter
+    # of the sides, which become 0.75 to 1.33 times as long. Not published; 0: none.
+    cfg.INPUT.CLIPSELF.JITTER = 0
     # Patches: maximum number of rows and of columns of a grid.
     cfg.INPUT.CLIPSELF.MAX_SPLIT = 6
     # Factor by which regions are enlarged around their centres for the teacher's crops. 0: as published,

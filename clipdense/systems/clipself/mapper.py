@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipdense.data.letterbox import Uint8, crop_box, letterbox
 from clipdense.data.mappers import MAPPER_REGISTRY, original_sample, read_image_or_skip
-from clipdense.systems.clipself.regions import Regions, draw_patches, draw_proposals
+from clipdense.systems.clipself.regions import Regions, add_jittered, draw_patches, draw_proposals
 
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import BoxMode
@@ -34,6 +34,7 @@ class CLIPSelfMapper:
         max_split: maximum number of rows and of columns of a grid of patches.
         crop_scale: factor by which regions are enlarged for their crops; None: as published, 1 for patches
             and 1.5 for proposals.
+        jitter: number of jittered copies of each region, see `add_jittered`.
         skip_bad_images: whether a damaged image file gives None, with a warning, instead of an error.
 
     Raises:
@@ -51,6 +52,7 @@ class CLIPSelfMapper:
         max_boxes: int = 20,
         max_split: int = 6,
         crop_scale: float | None = None,
+        jitter: int = 0,
         skip_bad_images: bool = False,
     ) -> None:
         if regions not in _CROP_SCALES:
@@ -58,6 +60,7 @@ class CLIPSelfMapper:
         self.regions, self.image_size, self.crop_size = regions, image_size, crop_size
         self.max_boxes, self.max_split = max_boxes, max_split
         self.crop_scale = _CROP_SCALES[regions] if crop_scale is None else crop_scale
+        self.jitter = jitter
         self.is_train, self.skip_bad_images = is_train, skip_bad_images
 
     @classmethod
@@ -72,6 +75,7 @@ class CLIPSelfMapper:
             "max_boxes": keys.MAX_BOXES,
             "max_split": keys.MAX_SPLIT,
             "crop_scale": keys.CROP_SCALE or None,
+            "jitter": keys.JITTER,
             "skip_bad_images": cfg.INPUT.SKIP_BAD_IMAGES,
         }
 
@@ -107,8 +111,14 @@ class CLIPSelfMapper:
         return sample
 
     def draw(self, record: dict[str, Any], image_size: tuple[int, int]) -> Regions:
-        """Draw the patches or proposals of an image of (H, W) pixels."""
+        """Draw the patches or proposals of an image of (H, W) pixels, and their jittered copies."""
         rng = random.Random(random.getrandbits(64))
+        regions = self._draw(record, image_size, rng)
+        if not self.jitter:
+            return regions
+        return add_jittered(regions, image_size, rng, copies=self.jitter, crop_scale=self.crop_scale)
+
+    def _draw(self, record: dict[str, Any], image_size: tuple[int, int], rng: random.Random) -> Regions:
         if self.regions == "patches":
             return draw_patches(
                 image_size,

@@ -43,12 +43,13 @@ class CLIPSelf(DenseStudent):
         weight: float = 1.0,
         embedding_weight: float = 0.0,
         multiscale: Sequence[int] = (),
+        window: int = 0,
     ) -> None:
         """
         Args:
             clip: the model to train.
             mode: last-block mode of the dense map.
-            unlocked_groups, alpha, weight, multiscale: see `DenseStudent`.
+            unlocked_groups, alpha, weight, multiscale, window: see `DenseStudent`.
             embedding_weight: weight of 1 - cosine between student's and teacher's embeddings of the crops.
 
         Raises:
@@ -61,6 +62,7 @@ class CLIPSelf(DenseStudent):
             alpha=alpha,
             weight=weight,
             multiscale=multiscale,
+            window=window,
         )
         self.embedding_weight = embedding_weight
 
@@ -132,6 +134,7 @@ class RegionCLIPBaseline(DenseStudent):
         alpha: float = 1.0,
         weight: float = 1.0,
         multiscale: Sequence[int] = (),
+        window: int = 0,
     ) -> None:
         """
         Args:
@@ -139,7 +142,7 @@ class RegionCLIPBaseline(DenseStudent):
             concepts: (K, D) concept embeddings, of any length.
             num_concepts: number of concepts that each batch is compared with, see `sample_concepts`.
             mode: last-block mode of the dense map.
-            unlocked_groups, alpha, weight, multiscale: see `DenseStudent`.
+            unlocked_groups, alpha, weight, multiscale, window: see `DenseStudent`.
 
         Raises:
             ValueError: See `DenseStudent`.
@@ -151,6 +154,7 @@ class RegionCLIPBaseline(DenseStudent):
             alpha=alpha,
             weight=weight,
             multiscale=multiscale,
+            window=window,
         )
         self.num_concepts = num_concepts
         self.register_buffer("concepts", F.normalize(concepts, dim=1), persistent=False)

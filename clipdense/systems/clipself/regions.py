@@ -1,5 +1,6 @@
 """Regions of an image for training (Wu et al., CLIPSelf, ICLR 2024, Sec. 3; values of the released code)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ __all__ = [
     "MAX_AREA",
     "MIN_AREA",
     "Regions",
+    "add_jittered",
     "draw_patches",
     "draw_proposals",
     "grid_boxes",
@@ -135,6 +137,42 @@ def proposal_regions(
     corner, crop = np.zeros((max(1, len(boxes)), 4)), np.zeros((max(1, len(boxes)), 4))
     corner[0, 2:], crop[0, 2:] = (width / 4, height / 4), (width // 4, height // 4)
     return Regions(corner, crop, np.arange(len(corner)) == 0)
+
+
+def add_jittered(
+    regions: Regions, image_size: tuple[int, int], rng: Random, *, copies: int, crop_scale: float = 1.0
+) -> Regions:
+    """Add jittered copies of the valid regions. Not in the paper.
+
+    The centre moves by up to a quarter of the box's width and height; both are multiplied by one factor,
+    log-uniform between 3/4 and 4/3. Copies are clipped to the image.
+
+    Args:
+        regions: regions of an image.
+        image_size: (H, W).
+        rng: source of the random numbers.
+        copies: number of copies of each region.
+        crop_scale: factor by which a copy is enlarged around its centre, and clipped to the image, for its
+            crop.
+
+    Returns:
+        The regions, followed by the copies, all of them valid.
+    """
+    height, width = image_size
+    rows = []
+    for x0, y0, x1, y1 in regions.boxes[regions.valid].repeat(copies, axis=0).tolist():
+        factor = math.exp(rng.uniform(-1, 1) * math.log(4 / 3)) / 2
+        x = (x0 + x1) / 2 + rng.uniform(-0.25, 0.25) * (x1 - x0)
+        y = (y0 + y1) / 2 + rng.uniform(-0.25, 0.25) * (y1 - y0)
+        dx, dy = factor * (x1 - x0), factor * (y1 - y0)
+        rows.append((max(x - dx, 0), max(y - dy, 0), min(x + dx, width), min(y + dy, height)))
+    boxes = np.array(rows, float).reshape(-1, 4)
+    added = _regions(boxes, np.ones(len(boxes), bool), image_size, crop_scale)
+    return Regions(
+        np.concatenate([regions.boxes, added.boxes]),
+        np.concatenate([regions.crops, added.crops]),
+        np.concatenate([regions.valid, added.valid]),
+    )
 
 
 def _regions(

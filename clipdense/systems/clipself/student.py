@@ -16,6 +16,7 @@ from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip import ClipModel, TowerRequest
 from clipdense.clip.finetune import apply_rule, freeze_unused, top_rule
 from clipdense.clip.towers import Tower
+from clipdense.clip.windows import dense_map
 from clipdense.evaluation.probes import CLIPProbe
 from clipdense.regions import pool_boxes
 
@@ -52,6 +53,7 @@ class DenseStudent(nn.Module):
         alpha: float = 1.0,
         weight: float = 1.0,
         multiscale: Sequence[int] = (),
+        window: int = 0,
     ) -> None:
         """
         Args:
@@ -61,12 +63,16 @@ class DenseStudent(nn.Module):
             alpha: weight of the student in the ensemble; 1 or more: the student alone.
             weight: weight of the loss.
             multiscale: sides in pixels; each batch is resized to one of them at random. Empty: no resizing.
+            window: side in pixels of the windows of the dense map, see `dense_map`; 0: the whole image.
 
         Raises:
-            ValueError: If the tower's stride does not divide a side of ``multiscale``; see also `unlock`.
+            ValueError: If the tower's stride does not divide the window or a side of ``multiscale``; see also
+                `unlock`.
         """
         super().__init__()
         stride = clip.visual.stride
+        if window % stride:
+            raise ValueError(f"MODEL.CLIPSELF.WINDOW {window} is not a multiple of the stride {stride}")
         if invalid := [side for side in multiscale if side % stride]:
             raise ValueError(f"MODEL.CLIPSELF.MULTISCALE: {invalid} are not multiples of the stride {stride}")
         self.teacher = ClipModel(
@@ -79,8 +85,9 @@ class DenseStudent(nn.Module):
         ).requires_grad_(False)
         self.student = clip.requires_grad_(False)
         unlock(clip.visual, unlocked_groups, request)
+        assert request.dense is not None
         self.mode, self.alpha, self.weight = request.dense, alpha, weight
-        self.multiscale = tuple(multiscale)
+        self.multiscale, self.window = tuple(multiscale), window
         self.train()
 
     @classmethod
@@ -101,6 +108,7 @@ class DenseStudent(nn.Module):
             "alpha": keys.ALPHA,
             "weight": keys.WEIGHT,
             "multiscale": tuple(keys.MULTISCALE),
+            "window": keys.WINDOW,
         }
 
     @property
@@ -141,7 +149,7 @@ class DenseStudent(nn.Module):
                 f"INPUT.CLIPSELF.IMAGE_SIZE {x.shape[-1]} is not a multiple of the stride "
                 f"{self.student.visual.stride} of {self.student.name}"
             )
-        dense = self.student.visual(x, TowerRequest(dense=self.mode)).dense  # (B, D, h, w)
+        dense = dense_map(self.student.visual, x, self.mode, self.window)  # (B, D, h, w)
         boxes = [sample["boxes"].to(self.device) for sample in batched_inputs]
         return pool_boxes(dense, boxes, scale=(dense.shape[3], dense.shape[2]), pooling=pooling)
 
@@ -164,7 +172,7 @@ class DenseStudent(nn.Module):
 
     def dense_probe(self) -> CLIPProbe:
         """Provide the features of the ensemble for evaluators."""
-        return CLIPProbe(self.ensemble())
+        return CLIPProbe(self.ensemble(), window=self.window)
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the ensemble as tensors and metadata of a file that `load_clip` reads."""

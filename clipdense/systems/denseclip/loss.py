@@ -7,17 +7,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
-__all__ = ["STRIDE", "PixelTextLoss", "binary_loss", "box_targets", "mask_targets"]
+__all__ = [
+    "STRIDE",
+    "PixelTextLoss",
+    "binary_loss",
+    "box_targets",
+    "focal_loss",
+    "mask_targets",
+    "softmax_loss",
+]
 
 STRIDE = 4
 """Stride, in pixels, of the targets that are computed from boxes and masks."""
 
 SOURCES = ("boxes", "masks", "sem_seg")
+
+
+LOSSES = ("bce", "focal", "ce")
 
 
 class PixelTextLoss(nn.Module):
@@ -26,30 +38,61 @@ class PixelTextLoss(nn.Module):
     With boxes (as published) or instance masks: binary cross-entropy of sigmoid(s) over the K classes, at the
     pixels inside any box. A pixel belongs to every class whose box, or mask, covers it. With a semantic map:
     cross-entropy of softmax(s).
+
+    Not published: softmax cross-entropy or a focal loss for boxes and masks, and a bias, s + b, inside the
+    loss. CLIP's cosines lie in a narrow cone around a positive value, so that s / tau starts far above the
+    logit of rare positives; the bias takes that offset instead of the trunk.
+
+    Attributes:
+        bias: b; a parameter if it is learned.
     """
 
     @configurable
-    def __init__(self, source: str = "boxes", weight: float = 1.0, ignore_label: int = 255) -> None:
+    def __init__(
+        self,
+        source: str = "boxes",
+        weight: float = 1.0,
+        ignore_label: int = 255,
+        loss: str = "bce",
+        bias: float = 0.0,
+        learn_bias: bool = False,
+    ) -> None:
         """
         Args:
             source: what the targets are computed from: "boxes", "masks" or "sem_seg".
             weight: factor of the loss.
             ignore_label: label of semantic maps that is left out.
+            loss: "bce", "focal" or "ce", for boxes and masks.
+            bias: initial b, for bce and focal.
+            learn_bias: whether b is learned.
 
         Raises:
-            ValueError: If the source is unknown.
+            ValueError: If the source or the loss is unknown, or a bias is set for a softmax, which it does
+                not change.
         """
         super().__init__()
         if source not in SOURCES:
             raise ValueError(f"MODEL.PIXEL_TEXT.SOURCE must be one of {', '.join(SOURCES)}, not {source!r}")
-        self.source, self.weight, self.ignore_label = source, weight, ignore_label
+        if loss not in LOSSES:
+            raise ValueError(f"MODEL.PIXEL_TEXT.LOSS must be one of {', '.join(LOSSES)}, not {loss!r}")
+        if (bias or learn_bias) and (loss == "ce" or source == "sem_seg"):
+            raise ValueError(
+                "MODEL.PIXEL_TEXT.BIAS and LEARN_BIAS have no effect on softmax cross-entropy: set BIAS 0 "
+                "and LEARN_BIAS False, or LOSS bce or focal"
+            )
+        self.source, self.weight, self.ignore_label, self.loss = source, weight, ignore_label, loss
+        self.bias = nn.Parameter(torch.tensor(float(bias))) if learn_bias else float(bias)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        keys = cfg.MODEL.PIXEL_TEXT
         return {
-            "source": cfg.MODEL.PIXEL_TEXT.SOURCE,
-            "weight": cfg.MODEL.PIXEL_TEXT.WEIGHT,
+            "source": keys.SOURCE,
+            "weight": keys.WEIGHT,
             "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            "loss": keys.LOSS,
+            "bias": keys.BIAS,
+            "learn_bias": keys.LEARN_BIAS,
         }
 
     def forward(
@@ -81,7 +124,10 @@ class PixelTextLoss(nn.Module):
         instances = [x["instances"] for x in inputs]
         targets, inside = make_targets(instances, score.shape[1], padded_size, score.device)
         score = F.interpolate(score, size=targets.shape[-2:], mode="bilinear", align_corners=False)
-        return self.weight * binary_loss(score, targets, inside)
+        if self.loss == "ce":
+            return self.weight * softmax_loss(score, targets)
+        pixel_loss = binary_loss if self.loss == "bce" else focal_loss
+        return self.weight * pixel_loss(score + self.bias, targets, inside)
 
     def _semantic_loss(self, score: Tensor, labels: Sequence[Tensor], padded_size: tuple[int, int]) -> Tensor:
         """Compute the mean cross-entropy over the labelled pixels of maps (H_i, W_i), padded to one size."""
@@ -112,6 +158,36 @@ def binary_loss(score: Tensor, targets: Tensor, inside: Tensor) -> Tensor:
     """
     loss = F.binary_cross_entropy_with_logits(score.float(), targets.float(), reduction="none")
     return (loss * inside).sum() / (inside.sum() * score.shape[1]).clamp(min=1)
+
+
+def focal_loss(score: Tensor, targets: Tensor, inside: Tensor) -> Tensor:
+    """Compute the sigmoid focal loss (Lin et al., ICCV 2017; alpha 0.25, gamma 2) over the inside pixels.
+
+    Arguments as of `binary_loss`.
+
+    Returns:
+        The sum, divided by the number of positive pairs of pixel and class, at least 1.
+    """
+    loss = sigmoid_focal_loss(score.float(), targets.float(), alpha=0.25, gamma=2.0)
+    return (loss * inside).sum() / (targets & inside).sum().clamp(min=1)
+
+
+def softmax_loss(score: Tensor, targets: Tensor) -> Tensor:
+    """Compute the mean softmax cross-entropy over the pixels that have a class.
+
+    A pixel of several classes has each of them with equal probability.
+
+    Args:
+        score: logits (B, K, h, w).
+        targets: (B, K, h, w) bool.
+
+    Returns:
+        A scalar; 0 if no pixel has a class.
+    """
+    probability = targets.float()
+    number = probability.sum(1)
+    loss = -(probability * score.float().log_softmax(1)).sum(1) / number.clamp(min=1)
+    return loss.sum() / (number > 0).sum().clamp(min=1)
 
 
 def box_targets(

@@ -192,6 +192,8 @@ def export_without_text_tower(model: nn.Module) -> Export:
                 "MODEL.LANGUAGE.TABLE_DIM": module.embed_dim,
                 "MODEL.LANGUAGE.CLASSES": list(module.classes),
             }
+    if "pixel_text_loss.bias" in state:
+        options["MODEL.PIXEL_TEXT.LEARN_BIAS"] = True
     return state, {"layout": "clipdense", "options": {"config": options}}
 
 
@@ -205,8 +207,9 @@ def _check_score_map(model: nn.Module) -> None:
 
 
 def _add_base_prefix(state: dict[str, Tensor], prefix: str) -> None:
-    """Rename the keys below ``prefix`` that lack "base." (in place); `PixelTextSupervised` has no others."""
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(f"{prefix}base.")]:
+    """Rename the keys below ``prefix`` that are not those of `PixelTextSupervised` (in place)."""
+    own = (f"{prefix}base.", f"{prefix}pixel_text_loss.")
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
         state[f"{prefix}base.{key.removeprefix(prefix)}"] = state.pop(key)
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from clipdense.data.checks import check_named_datasets, drop_objects_without_mask
-from clipdense.data.datasets import register_from_config
 from clipdense.data.datasets.layouts import load_captions, load_instances, load_lvis, load_panoptic
+from clipdense.data.datasets.own import register_from_config
 from clipdense.data.loader import build_train_loader, load_dataset_dicts
 from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.data.validation import DataError, check_dataset, check_datasets
