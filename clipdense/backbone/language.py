@@ -208,7 +208,11 @@ class LanguageTrunk(Backbone):
         elif isinstance(self.trunk, CLIPTrunk) and self.trunk.dense != "plain":
             tower = self.trunk.tower
             if any(p.requires_grad for p in tower.parameters()):
+                modes = {module: module.training for module in tower.modules()}
+                tower.eval()  # the pass below must not change running statistics
                 freeze_unused(tower, TowerRequest(dense=self.trunk.dense))
+                for module, training in modes.items():
+                    module.training = training
 
 
 class DensePool(nn.Module):

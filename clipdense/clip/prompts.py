@@ -72,8 +72,9 @@ class ContextPrompts(LearnedPrompts):
         """
         super().__init__()
         self.length = n_ctx
-        self.contexts = nn.Parameter(torch.empty(1, n_ctx, width))
-        nn.init.trunc_normal_(self.contexts, std=std)
+        self.contexts = nn.Parameter(torch.zeros(1, n_ctx, width))
+        if std:  # the truncated normal distribution is undefined for 0
+            nn.init.trunc_normal_(self.contexts, std=std)
 
     def forward(self, clip: ClipModel, tokens: Tensor) -> Tensor:
         """Embed token ids (n, L) with the contexts as (n, D), not L2-normalised.

@@ -77,11 +77,14 @@ def ranked_first(model: nn.Module, batch: list[dict[str, Any]]) -> float:
 
 
 def test_the_score_map_of_a_trained_detector_ranks_the_right_class_first() -> None:
-    """The whole detector, 30 iterations; images of the validation split."""
+    """The whole detector, 30 iterations as in the demo; images of the validation split."""
     train = [sample(draw_scene("train", i)) for i in range(40)]
     val = [sample(draw_scene("val", i)) for i in range(8)]
-    model = build().train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model = build("MODEL.BACKBONE.FREEZE_AT", "4").train()
+    trunk = {id(p) for p in model.backbone.bottom_up.parameters()}
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad and id(p) not in trunk]}]
+    groups += [{"params": [p for p in model.parameters() if p.requires_grad and id(p) in trunk], "lr": 3e-4}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
     with flush_denormals(), EventStorage():
         for i in range(30):
             optimizer.zero_grad()
