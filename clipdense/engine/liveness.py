@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -90,7 +91,8 @@ class _Watcher:
                 if rank != self.rank and self._is_lost(rank, now):
                     self._end(rank)
         with suppress(RuntimeError):  # the store may have ended, too
-            dist.TCPStore(*self.address, is_master=False).add(f"{self.key}/ended/{self.rank}", 1)
+            store = dist.TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=5))
+            store.add(f"{self.key}/ended/{self.rank}", 1)
 
     def _is_lost(self, rank: int, now: float) -> bool:
         """Return whether a process that has been alive and has not ended gives no sign of life."""
