@@ -45,7 +45,7 @@ def test_config_objects_are_left_alone(config: Path, folder: Path) -> None:
 def test_gpu_configs_run_without_one(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert Predictor(config, opts=("MODEL.DEVICE", "cuda")).cfg.MODEL.DEVICE == "cpu"
-    asked = Predictor(config, opts=("MODEL.DEVICE", "none"), device="cpu")
+    asked = Predictor(config, opts=("MODEL.DEVICE", "cuda:7"), device="cpu")
     assert asked.cfg.MODEL.DEVICE == "cpu"
 
 
