@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from clipdense.processes import end_with_launcher
+from clipdense.engine.processes import end_with_launcher
 
 from detectron2.utils import comm
 

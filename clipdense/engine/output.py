@@ -4,8 +4,8 @@ import itertools
 import shutil
 from pathlib import Path
 
+from clipdense.engine.lock import FolderLock, FolderLockedError
 from clipdense.engine.options import ConfigError
-from clipdense.lock import FolderLock, FolderLockedError
 
 __all__ = ["prepare_output_dir"]
 
@@ -31,7 +31,7 @@ _OWN_FILES = (
 def prepare_output_dir(output_dir: str, keep: bool, weights: str = "") -> Path | None:
     """Create and lock the folder; move the files of an earlier run to its subfolder ``old_1``, ``old_2``, ...
 
-    The lock (see `clipdense.lock.FolderLock`) ends with the process or with `Trainer.train`.
+    The lock (see `clipdense.engine.lock.FolderLock`) ends with the process or with `Trainer.train`.
 
     Args:
         output_dir: path of the folder.

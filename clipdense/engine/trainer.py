@@ -28,6 +28,7 @@ from clipdense.engine.divergence import (
 from clipdense.engine.ema import ModelEMA
 from clipdense.engine.hooks import default_hooks, repeat_after_step
 from clipdense.engine.interrupt import Interrupt
+from clipdense.engine.lock import FolderLock
 from clipdense.engine.metrics import (
     current_scalars,
     drop_rows_from,
@@ -41,7 +42,6 @@ from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.report import write_report
 from clipdense.engine.run_config import run_config
 from clipdense.files import WriteError, json_text, write_text
-from clipdense.lock import FolderLock
 from clipdense.open_vocabulary import TrainingStart
 
 from detectron2.config import configurable

@@ -55,10 +55,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clipdense.engine.lock import FolderLock, FolderLockedError
 from clipdense.engine.options import ConfigError
+from clipdense.engine.processes import end_with_parent
 from clipdense.files import write_text
-from clipdense.lock import FolderLock, FolderLockedError
-from clipdense.processes import end_with_parent
 from clipdense.run.config_file import load_yaml
 
 __all__ = ["Cell", "Row", "Table", "TableError", "collect", "load_table", "markdown", "run_cells"]

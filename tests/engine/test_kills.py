@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from clipdense.engine.divergence import last_good_checkpoint
+from clipdense.engine.lock import FolderLock, FolderLockedError
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.trainer import Trainer
-from clipdense.lock import FolderLock, FolderLockedError
 
 Build = Callable[..., Trainer]
 

@@ -46,16 +46,16 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[int, l
         port = probe.getsockname()[1]
     launcher = os.fork()
     if launcher == 0:
-        for rank in range(2):
-            process = os.fork()
-            if process == 0:
-                try:
+        try:
+            for rank in range(2):
+                process = os.fork()
+                if process == 0:
                     run_rank(rank, port, tmp_path, request.param)
-                finally:
-                    os._exit(1)
-            (tmp_path / f"process_{rank}").write_text(f"{process} ")
-        while True:
-            os.wait()
+                (tmp_path / f"process_{rank}").write_text(f"{process} ")
+            while True:
+                os.wait()
+        finally:
+            os._exit(1)  # a forked process never returns to pytest
     assert wait_until(lambda: all((tmp_path / f"alive_{rank}").exists() for rank in range(2)), 60)
     ranks = [int((tmp_path / f"process_{rank}").read_text()) for rank in range(2)]
     time.sleep(1.5)  # each has been seen alive
