@@ -20,6 +20,9 @@ __all__ = ["watch_ranks"]
 
 _INTERVAL = 1.0
 
+# Seconds after which a watcher whose process has ended is ended by the system.
+_LAST_CALL = 5
+
 # A pause of the watcher itself (Ctrl-Z, a sleeping computer) restarts all waiting times.
 _PAUSE = 5.0
 
@@ -90,7 +93,8 @@ class _Watcher:
             for rank in range(self.size):
                 if rank != self.rank and self._is_lost(rank, now):
                     self._end(rank)
-        with suppress(RuntimeError):  # the store may have ended, too
+        signal.alarm(_LAST_CALL)  # the store may have ended too, and its calls block beyond their time limit
+        with suppress(RuntimeError):
             store = dist.TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=5))
             store.add(f"{self.key}/ended/{self.rank}", 1)
 

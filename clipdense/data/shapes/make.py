@@ -31,6 +31,7 @@ from clipdense.data.shapes.layouts import coco_captions, coco_instances, coco_pa
 from clipdense.data.shapes.records import png_folders, scene_record, write_scene
 from clipdense.data.shapes.splits import find_split
 from clipdense.data.shapes.world import BASE, render
+from clipdense.engine.processes import end_with_launcher
 from clipdense.files import cache_dir, write_text
 
 __all__ = ["annotation_file", "ensure_shapes", "shapes_root"]
@@ -132,15 +133,16 @@ def _map(draw: Any, tasks: list[tuple[int, int]], workers: int) -> Iterator[int]
         "fork" if "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin" else "spawn"
     )
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_default_signals) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         try:
             yield from (future.result() for future in as_completed([pool.submit(draw, t) for t in tasks]))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _default_signals() -> None:
-    """Forked processes inherit a trainer's handlers, under which SIGTERM would not end them."""
+def _start_worker() -> None:
+    """End a worker with its parent, and drop a trainer's handlers, under which SIGTERM would not end it."""
+    end_with_launcher()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
