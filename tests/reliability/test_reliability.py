@@ -25,7 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
-        ("images", 30),
+        ("images", 60),
         ("LVIS, panoptic, captions, pairs, shards", 20),
         ("tables and vocabularies", 30),
         ("state files", 4),
