@@ -50,6 +50,7 @@ def test_names():
         for m in ("", "mini_")
         for s in ("train", "val")
     }
+    expected |= {f"shapes_{f}_{k}tiny_train" for f in ("closed", "ov") for k in kinds}
     expected |= {f"shapes_shift_{k}val" for k in kinds}
     expected |= {f"shapes_{f}_{s}" for f in ("lvis", "clip") for s in ("train", "val")}
     assert set(_CATALOG) == expected
