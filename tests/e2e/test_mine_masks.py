@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import mine_masks
@@ -127,7 +128,7 @@ def test_the_models_masks_are_those_that_it_classifies(tmp_path):
     miner.encoder = embed_masks
     miner({"file_name": "/a.png", "image_id": 1}, image, {"red star": "a red star"})
     model.set_vocabulary(Vocabulary.from_names(["red star", "grass"]))
-    model.proposals_on, model.semantic_on = True, False
+    model.merging = replace(model.merging, proposals_on=True, semantic_on=False)
     with torch.no_grad():
         inputs = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
         expected = model([{"image": inputs}])[0]["proposal_masks"] > model.encoder.rule.threshold
