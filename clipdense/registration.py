@@ -124,7 +124,7 @@ class _ActingLoader(Loader):
 def _look_up_lazily(module: Any) -> None:
     """Replace the class ``Registry`` of a module by a subclass that registers the models at a lookup."""
 
-    class Registry(module.Registry):  # type: ignore[misc]
+    class Registry(module.Registry):
         """Registry of Detectron2 that also knows the models of clipdense."""
 
         def get(self, name: str) -> Any:

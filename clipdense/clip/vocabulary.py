@@ -224,6 +224,8 @@ class Vocabulary:
             return source
         if isinstance(source, str | Path) and (path := class_list_path(source)) is not None:
             return cls.from_file(path)
+        if isinstance(source, Path):
+            raise ValueError(f"{source}: not a class-list file")
         if isinstance(source, str):
             names = [name for name in source.split(",") if name.strip()]
             return cls.from_names(names, separator="|")

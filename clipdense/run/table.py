@@ -152,9 +152,9 @@ def load_table(path: str | os.PathLike[str]) -> Table:
     rows = []
     for i, entry in enumerate(top["rows"], 1):
         where = f"{path}, row {i}"
-        row = _checked(entry, where, {"name": str, "config": str}, {"overrides": dict, "arguments": list})
-        row["arguments"] = [str(word) for word in row.get("arguments", ())]
-        rows.append(Row(**row))
+        fields = _checked(entry, where, {"name": str, "config": str}, {"overrides": dict, "arguments": list})
+        fields["arguments"] = [str(word) for word in fields.get("arguments", ())]
+        rows.append(Row(**fields))
     if not (rows and top["seeds"] and top["metrics"]):
         raise TableError(f"{path}: a table needs at least one row, one seed and one metric")
     if not all(type(seed) is int and seed >= 0 for seed in top["seeds"]):

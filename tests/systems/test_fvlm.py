@@ -189,7 +189,7 @@ def test_clip_has_no_score_for_a_learned_background(config) -> None:
     assert (clip[:, -1] == 0).all()
     torch.testing.assert_close(clip.sum(1), torch.ones(3))
     assert len(detect(model)[0]) == 5
-    with pytest.raises(ValueError, match=r"FVLM\.BACKGROUND must be text or learned, not 'none'"):
+    with pytest.raises(ValueError, match=r"FVLM\.BACKGROUND is 'none'; expected one of text, learned"):
         build_model(config("rn", "MODEL.FVLM.BACKGROUND", "none"))
 
 

@@ -69,6 +69,7 @@ class DensePooledTrunk(Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) -> maps. A zero from the pool makes its backward pass run too."""
         maps, g, z = self.trunk.forward_joint(images)
+        assert g is not None
         last = list(maps)[-1]
         return {**maps, last: maps[last] + 0.0 * (g.mean() + z.mean())}
 
