@@ -224,8 +224,7 @@ class Vocabulary:
             return source
         if isinstance(source, str | Path) and (path := class_list_path(source)) is not None:
             return cls.from_file(path)
-        if isinstance(source, Path):
-            raise ValueError(f"{source}: not a class-list file")
+        assert not isinstance(source, Path)  # a path object always names a list
         if isinstance(source, str):
             names = [name for name in source.split(",") if name.strip()]
             return cls.from_names(names, separator="|")

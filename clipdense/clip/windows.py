@@ -40,5 +40,5 @@ def dense_map(tower: Tower, images: Tensor, mode: str, window: int = 0) -> Tenso
     x = F.pad(images, (0, columns * window - width, 0, rows * window - height))
     x = x.reshape(batch, 3, rows, window, columns, window).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
     z: Tensor = tower(x, request).dense  # (B * rows * columns, D, g, g)
-    z = z.unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    z = z.view(batch, rows, columns, *z.shape[1:]).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     return z[..., : height // tower.stride, : width // tower.stride]
