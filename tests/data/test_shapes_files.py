@@ -286,7 +286,7 @@ def test_more_images_later(tmp_path: Path):
 def test_bad_requests(tmp_path: Path):
     with pytest.raises(ValueError, match="no split 'test'.*train, val"):
         ensure_shapes("test", 1, tmp_path)
-    with pytest.raises(ValueError, match="0 images"):
+    with pytest.raises(ValueError, match="images is 0, expected at least 1"):
         ensure_shapes("val", 0, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):

@@ -1,4 +1,4 @@
-"""Words for scenes of the `shapes` world: names, synonyms and captions."""
+"""Captions of scenes of the `shapes` world, and synonyms of its class names."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "snow": ("snow",),
     "tiles": ("tiles", "tiled floor"),
 }
-"""Every word of the world and what captions may say instead; the first is the class name's own."""
+"""Synonyms of every colour, shape and ground. The first one is the word of the class name."""
 
 _OPENINGS = ("", "", "a photo of ", "a picture of ", "an image of ", "there is ", "we see ")
 _JOINTS = (" on ", " on ", " on the ", " over ", " against ")
@@ -50,15 +50,18 @@ def _noun(rng: Rng, category: int) -> str:
 
 
 def phrase(rng: Rng, categories: Sequence[int], grounds: Sequence[int] = ()) -> str:
-    """A caption that names the given things in the given order, then the grounds.
+    """Compose a caption that names the given things in the given order, then the grounds.
 
     Args:
-        rng: source of synonyms and wording.
+        rng: random numbers that choose synonyms and wording.
         categories: thing class ids; may be empty if ``grounds`` is not.
         grounds: ground ids.
 
+    Returns:
+        The caption, without a full stop.
+
     Raises:
-        ValueError: nothing to name.
+        ValueError: If ``categories`` and ``grounds`` are both empty.
     """
     if not categories and not grounds:
         raise ValueError("a caption must name at least one thing or one ground")
@@ -74,7 +77,18 @@ def phrase(rng: Rng, categories: Sequence[int], grounds: Sequence[int] = ()) -> 
 
 
 def captions(scene: Scene, rng: Rng, n: int = 5) -> list[str]:
-    """``n`` captions of a scene; each may leave out things and grounds, none invents any."""
+    """Compose captions of a scene.
+
+    A caption may leave out things and grounds. It never names one that the scene does not contain.
+
+    Args:
+        scene: scene to describe.
+        rng: random numbers that choose content and wording.
+        n: number of captions.
+
+    Returns:
+        ``n`` captions.
+    """
     areas = sorted(scene.things, key=lambda t: -int(t.mask.sum()))
     shares = [(g, float((scene.ground == g).mean())) for g in range(len(GROUNDS))]
     seen_grounds = [g for g, share in sorted(shares, key=lambda p: -p[1]) if share > 0.05]

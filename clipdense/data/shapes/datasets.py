@@ -1,4 +1,4 @@
-"""Registration of the datasets of the `shapes` world; each is drawn at its first use."""
+"""Registration of the datasets of the `shapes` world; each is generated at its first use."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ _NOVEL_KINDS = {
 
 
 def register_shapes(root: Path | None = None) -> None:
-    """Register every `shapes_*` dataset; nothing is drawn yet.
+    """Register every `shapes_*` dataset without generating it.
 
     | name | annotations | evaluator |
     | --- | --- | --- |
@@ -38,15 +38,20 @@ def register_shapes(root: Path | None = None) -> None:
     | shapes_ov_{train,val} | instances; train labels the 60 base classes, val all 80 | coco |
     | shapes_{closed,ov}_panoptic_{train,val} | all three kinds; 88 classes | coco_panoptic_seg |
     | shapes_{closed,ov}_sem_seg_{train,val} | semantic; 88 classes (ov train: 68) | sem_seg |
-    | shapes_shift_[panoptic_|sem_seg_]val | other light, grounds and sizes, all classes | as above |
+    | shapes_shift_[panoptic_|sem_seg_]val | shifted light, grounds and sizes; all classes | as above |
     | shapes_lvis_{train,val} | long-tailed, federated | lvis |
-    | shapes_clip_{train,val} | five captions an image, instances and semantic maps | clip_retrieval |
+    | shapes_clip_{train,val} | five captions per image, instances and semantic maps | clip_retrieval |
 
-    ``shapes_closed_mini_train`` and the like (closed and ov, every task) are the first 800 training and 200
-    validation images of the same files, ``shapes_closed_tiny_train`` and the like the first 100 training
-    images. Metadata of ov and shift sets: ``novel_classes`` (names) and
-    ``novel_kinds`` (kind -> names); of instance and panoptic sets also ``class_attributes`` (colour and
-    shape of each thing class).
+    Every closed and ov dataset also has smaller versions. ``mini_train`` and ``mini_val``, for example
+    ``shapes_closed_mini_train``, are the first 800 training and 200 validation images. ``tiny_train`` is the
+    first 100 training images.
+
+    The metadata of ov and shift datasets contain ``novel_classes`` (names) and ``novel_kinds`` (kind ->
+    names). Those of instance and panoptic datasets contain ``class_attributes`` (colour and shape of each
+    thing class).
+
+    Args:
+        root: dataset folder (default: `make.shapes_root`).
     """
     root = shapes_root() if root is None else root
     for split in ("train", "val"):
@@ -104,8 +109,8 @@ def _register_views(root: Path, family: str, suffix: str, split: str, images: in
         partial(_load_everything, load_segments, load_detection),
         ensure,
         **{**objects, **maps, **novel, "evaluator_type": "coco_panoptic_seg"},
-        # as in Detectron2's standard COCO panoptic: both lists name every class, the id maps separate things
-        # from stuff
+        # As in Detectron2's COCO panoptic datasets, both lists name every class. The id maps separate things
+        # from stuff.
         thing_classes=everything,
         stuff_classes=everything,
         stuff_dataset_id_to_contiguous_id=stuff,
@@ -125,19 +130,19 @@ def _register_views(root: Path, family: str, suffix: str, split: str, images: in
 def _load_everything(
     load_segments: Callable[[], DatasetDicts], load_detection: Callable[[], DatasetDicts]
 ) -> DatasetDicts:
-    """Load panoptic records with the instances' annotations."""
+    """Load panoptic records and add the instance annotations."""
     annotations = {d["image_id"]: d["annotations"] for d in load_detection()}
     return [d | {"annotations": annotations[d["image_id"]]} for d in load_segments()]
 
 
 def _load_semantic(load_segments: Callable[[], DatasetDicts]) -> DatasetDicts:
-    """Load records with semantic label maps only."""
+    """Load records that contain only the semantic label maps."""
     kept = ("file_name", "image_id", "height", "width", "sem_seg_file_name")
     return [{key: d[key] for key in kept} for d in load_segments()]
 
 
 def _novel_metadata(names: list[str]) -> dict[str, Any]:
-    """Metadata about the novel classes among ``names``."""
+    """Return the metadata about the novel classes among ``names``."""
     novel = [n for n in _NOVEL if n in names]
     return {"novel_classes": novel, "novel_kinds": _NOVEL_KINDS if novel else {}}
 

@@ -1,4 +1,4 @@
-"""Brushes of the `shapes` world: random numbers, noise, grounds and signed distance fields of shapes."""
+"""Drawing primitives of the `shapes` world: random numbers, noise, grounds and signed distance fields."""
 
 import math
 from collections.abc import Callable
@@ -14,45 +14,64 @@ _TURN = [(round(math.cos(math.radians(a)), 6), round(math.sin(math.radians(a)), 
 
 
 class Rng:
-    """Random numbers keyed by (seed, index), all made from raw uniforms, whose stream NumPy keeps stable."""
+    """Random numbers that depend only on (seed, index).
+
+    All of them are computed from raw uniforms, because NumPy keeps that stream stable across versions.
+
+    Args:
+        seed: seed of the world, >= 0.
+        index: number of the stream, >= 0.
+    """
 
     def __init__(self, seed: int, index: int) -> None:
         self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
 
     def uniform(self, low: float, high: float) -> float:
-        """A float in [low, high)."""
+        """Draw a float in [low, high)."""
         return low + (high - low) * float(self._generator.random())
 
     def integer(self, low: int, high: int) -> int:
-        """An integer in [low, high], both included."""
+        """Draw an integer in [low, high], both ends included."""
         return min(low + int(self._generator.random() * (high - low + 1)), high)
 
     def array(self, *shape: int) -> Array:
-        """Uniforms in [0, 1)."""
+        """Draw a float32 array of the given shape, uniform in [0, 1)."""
         return self._generator.random(shape).astype(np.float32)
 
     def permutation(self, n: int) -> list[int]:
-        """The numbers 0..n-1 in random order."""
+        """Draw a random order of the numbers 0..n-1."""
         return [int(i) for i in np.argsort(self._generator.random(n), kind="stable")]
 
     def rotation(self, max_turn: int) -> tuple[float, float]:
-        """(cos, sin) of a whole number of degrees in [-max_turn, max_turn]."""
+        """Draw a whole number of degrees in [-max_turn, max_turn] and return its (cos, sin)."""
         return _TURN[self.integer(-max_turn, max_turn) % 360]
 
     def direction(self) -> tuple[float, float]:
-        """A unit vector."""
+        """Draw a unit vector."""
         return self.rotation(180)
 
 
 def wave(t: npt.NDArray[np.floating[Any]]) -> Array:
-    """A smooth periodic function of period 1 with values in 0..1 (a cosine without the library call)."""
+    """Evaluate a smooth function of period 1 with values in 0..1.
+
+    It replaces the cosine, whose last bits differ between machines.
+    """
     tent: Array = np.abs((t - np.floor(t)) * np.float32(2) - 1)
     smooth: Array = tent * tent * (3 - 2 * tent)
     return smooth
 
 
 def value_noise(rng: Rng, height: int, width: int, cell_x: float, cell_y: float | None = None) -> Array:
-    """(height, width) smooth noise in 0..1 with the given cell size in pixels."""
+    """Draw smooth noise.
+
+    Args:
+        rng: random numbers.
+        height, width: size of the noise in pixels.
+        cell_x, cell_y: distance of the random knots in pixels (default of ``cell_y``: ``cell_x``).
+
+    Returns:
+        (height, width) float32 in 0..1.
+    """
     rows, wy = _lattice(height, cell_y or cell_x)
     columns, wx = _lattice(width, cell_x)
     knots = rng.array(int(rows[-1]) + 2, int(columns[-1]) + 2)
@@ -69,7 +88,7 @@ def _lattice(size: int, cell: float) -> tuple[npt.NDArray[np.int64], Array]:
 
 
 def hsv_to_rgb(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
-    """Hue in degrees (any), saturation and value in 0..1, to RGB in 0..1."""
+    """Convert hue in degrees (any value), saturation and value in 0..1 to RGB in 0..1."""
     sector = (hue / 60.0) % 6.0
 
     def channel(offset: float) -> float:
@@ -91,7 +110,7 @@ COLOR_HUES = {
 }
 
 
-# ---- grounds: (rng, x (1, W), y (H, 1)) -> (H, W, 3) ----
+# ---- ground textures: (rng, x (1, W), y (H, 1)) -> (H, W, 3) ----
 
 
 def _shaded(tone: tuple[float, float, float], light: Array) -> Array:
@@ -192,7 +211,7 @@ def _moon(x: Array, y: Array) -> Array:
 
 
 def _polygon(points: list[tuple[float, float]], rounding: float = 0.04) -> Field:
-    """Exact signed distance to a closed polygon, corners rounded by ``rounding``."""
+    """Return the exact signed distance field of a closed polygon with corners rounded by ``rounding``."""
 
     def field(x: Array, y: Array) -> Array:
         shape = np.broadcast_shapes(x.shape, y.shape)
@@ -256,4 +275,4 @@ SHAPE_FIELDS: dict[str, tuple[Field, int]] = {
     "arrow": (_polygon(_ARROW), 180),
     "hourglass": (_polygon(_HOURGLASS), 180),
 }
-"""Name -> (field, largest rotation in degrees that keeps the class itself)."""
+"""Name -> (field, largest rotation in degrees that does not change the class)."""

@@ -26,14 +26,21 @@ _LVIS_SKIP, _LVIS_PARTIAL, _LVIS_NEGATIVES = 0.1, 0.25, 8
 
 
 def novel_kind(category: int) -> str | None:
-    """ "novel_shape", "novel_combination", or None for a base class."""
+    """Return the kind of a novel class.
+
+    Args:
+        category: thing class id, 0..79.
+
+    Returns:
+        "novel_shape", "novel_combination", or None for a base class.
+    """
     if category not in NOVEL:
         return None
     return "novel_shape" if SHAPES[category % len(SHAPES)] in NOVEL_SHAPES else "novel_combination"
 
 
 def class_synonyms(category: int) -> list[str]:
-    """Every way in which captions may name a class, its own name first."""
+    """List all names that captions may use for a thing class (id 0..79), its class name first."""
     words = product(SYNONYMS[COLORS[category // len(SHAPES)]], SYNONYMS[SHAPES[category % len(SHAPES)]])
     return [" ".join(pair) for pair in words]
 
@@ -45,14 +52,20 @@ CATEGORIES: list[dict[str, Any]] = [
     {"id": len(CLASSES) + g + 1, "name": name, "supercategory": "ground", "isthing": 0}
     for g, name in enumerate(GROUNDS)
 ]
-"""The 80 things (ids 1..80) and 8 grounds (ids 81..88)."""
+"""COCO categories: the 80 things (ids 1..80) and 8 grounds (ids 81..88)."""
 
 
 def coco_instances(records: Iterable[Record], categories: Sequence[int] | None = None) -> dict[str, Any]:
-    """COCO instances of all classes, or of the given ones; then images that have none of them are left out.
+    """Convert records to COCO instances.
 
-    Each annotation carries ``visible``, the visible share of the whole object (0..1), besides COCO's own
-    fields.
+    Args:
+        records: see `records.scene_record`.
+        categories: thing class ids, 0..79. Images without any of them are left out. By default all classes
+            and all images are kept.
+
+    Returns:
+        The content of a COCO instances file. Each annotation has one more field, ``visible``, the visible
+        share of the whole object (0..1).
     """
     kept = set(range(len(CLASSES)) if categories is None else categories)
     images, annotations = [], []
@@ -69,10 +82,16 @@ def coco_instances(records: Iterable[Record], categories: Sequence[int] | None =
 
 
 def coco_panoptic(records: Iterable[Record], categories: Sequence[int] | None = None) -> dict[str, Any]:
-    """COCO panoptic segments of all things, or of the given thing classes, and of all grounds.
+    """Convert records to COCO panoptic segments of things and of all grounds.
 
-    A segment of another class keeps its pixels in the PNG and has no entry, so that it is void. Images are
-    left out as in `coco_instances`.
+    Args:
+        records: see `records.scene_record`.
+        categories: thing class ids, 0..79. Images without any of them are left out. A segment of another
+            class keeps its pixels in the PNG but has no entry, so it is void. By default all classes and all
+            images are kept.
+
+    Returns:
+        The content of a COCO panoptic file.
     """
     kept = set(range(len(CLASSES)) if categories is None else categories)
     images, annotations = [], []
@@ -93,7 +112,7 @@ def coco_panoptic(records: Iterable[Record], categories: Sequence[int] | None = 
 
 
 def coco_captions(records: Iterable[Record]) -> dict[str, Any]:
-    """COCO captions, five an image."""
+    """Convert records (see `records.scene_record`) to COCO captions, five per image."""
     images, annotations = [], []
     for record in records:
         images.append(_image(record))
@@ -105,14 +124,23 @@ def coco_captions(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def lvis_instances(records: Iterable[Record], split: str) -> dict[str, Any]:
-    """LVIS v1 federated annotations.
+    """Convert records to LVIS v1 federated annotations.
 
-    As in LVIS, an image is labelled for some classes only. Of the classes that a scene shows, each frequent
-    or common one is left out with probability 0.1 (it is then neither positive nor negative there); of a
-    class with several instances one is left unlabelled with probability 0.25 and the class listed in
-    ``not_exhaustive_category_ids``; 8 classes that the scene does not show are listed in
-    ``neg_category_ids``. Masks are RLE. ``frequency`` is the group of `splits.FREQUENCY`; ``image_count``
-    and ``instance_count`` count this very file.
+    As in LVIS, an image is labelled for some classes only:
+
+    - Each frequent or common class of a scene is left out with probability 0.1. It is then neither positive
+      nor negative in that image.
+    - If a class has several instances, one of them is left unlabelled with probability 0.25. The class is
+      then listed in ``not_exhaustive_category_ids``.
+    - Eight classes that the scene does not contain are listed in ``neg_category_ids``.
+
+    Args:
+        records: see `records.scene_record`.
+        split: name of the split, see `splits.SPLITS`.
+
+    Returns:
+        The content of an LVIS file with RLE masks. ``frequency`` is the group in `splits.FREQUENCY`.
+        ``image_count`` and ``instance_count`` are the numbers in this file.
     """
     images, annotations = [], []
     image_count, instance_count = [0] * len(CLASSES), [0] * len(CLASSES)
@@ -135,7 +163,7 @@ def lvis_instances(records: Iterable[Record], split: str) -> dict[str, Any]:
         absent = [k for k in range(len(CLASSES)) if k not in by_class]
         negative = [absent[i] + 1 for i in rng.permutation(len(absent))[:_LVIS_NEGATIVES]]
         image = _image(record) | {
-            # where LVIS readers take the folder and the file name from
+            # LVIS readers take the folder and the file name from this URL.
             "coco_url": f"shapes/{split}/{file_name(record['id'])}",
             "neg_category_ids": sorted(negative),
             "not_exhaustive_category_ids": partial,

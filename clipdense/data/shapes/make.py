@@ -1,13 +1,14 @@
-"""Making splits of the `shapes` world on disk: in several processes, resumable, once for all users of a
-folder.
+"""Generation of the splits of the `shapes` world on disk.
+
+Several processes draw the images. An interrupted run can be resumed. All users of a folder share its files.
 
 ```
 <root>/<split>/000000.png ...            images
 <root>/panoptic_<split>/, semantic_<split>/, semantic_ov_<split>/     label maps
 <root>/annotations/instances_closed_<split>.json, panoptic_closed_<split>.json, captions_<split>.json, ...
-<root>/parts/<split>/                    records of finished images: what a killed run continues from
+<root>/parts/<split>/                    records of finished images; an interrupted run resumes from them
 ```
-Annotation files of the full split have plain names; those of its first N images carry the suffix ``_N``.
+Annotation files of the first N images of a split have the suffix ``_N``; those of the full split have none.
 """
 
 import hashlib
@@ -39,12 +40,17 @@ __all__ = ["annotation_file", "ensure_shapes", "shapes_root"]
 logger = logging.getLogger(__name__)
 
 _PART = 25
-"""Images whose records share a file; at most these are drawn again after a kill."""
+"""Number of images per record file. After an interruption, each worker redraws at most this many images."""
 
 
 def shapes_root() -> Path:
-    """Folder of the world: ``$DETECTRON2_DATASETS/shapes`` if that variable is set and the folder is there
-    or can be written, else ``$CLIPDENSE_CACHE/shapes``, else ``shapes`` in the user's cache folder."""
+    """Return the default dataset folder.
+
+    Returns:
+        ``$DETECTRON2_DATASETS/shapes`` if the variable is set and this folder exists or its parent is
+        writable; else ``$CLIPDENSE_CACHE/shapes`` if that variable is set; else ``shapes`` in the user's
+        cache folder.
+    """
     if datasets := os.environ.get("DETECTRON2_DATASETS"):
         root = Path(datasets).expanduser() / "shapes"
         if root.is_dir() or os.access(root.parent, os.W_OK):
@@ -53,13 +59,19 @@ def shapes_root() -> Path:
 
 
 def annotation_file(root: Path, kind: str, split: str, images: int | None = None) -> Path:
-    """Path of an annotation file.
+    """Return the path of an annotation file.
 
     Args:
-        root: folder of the world.
+        root: dataset folder.
         kind: instances_closed, instances_ov, panoptic_closed, panoptic_ov, captions, or lvis.
         split: name of a split.
-        images: the file of the first ``images`` images; None: of all.
+        images: number of images in the file, counted from the first (default: the full split).
+
+    Returns:
+        The path. The file need not exist.
+
+    Raises:
+        ValueError: If there is no split of that name.
     """
     full = images is None or images == find_split(split).images
     return root / "annotations" / f"{kind}_{split}{'' if full else f'_{images}'}.json"
@@ -73,27 +85,30 @@ def ensure_shapes(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Make what is missing of a split, and return its folder.
+    """Generate the missing files of a split.
 
-    Safe to call from several processes: one makes, the others wait. A run that was killed is continued;
-    files that another version of the world made are made again.
+    Several processes may call this at once: one generates the files and the others wait. An interrupted run
+    is resumed. Files that another version of the world generated are generated again.
 
     Args:
         split: name of a split, see `splits.SPLITS`.
-        images: how many images, from the first on (default: the whole split). More than its usual size is
-            fine.
-        root: folder (default: `shapes_root`).
-        workers: processes (default: the number of usable cores, at most 8).
-        progress: whether to show a progress bar.
+        images: number of images, counted from the first (default: the full split). It may exceed the size
+            of the split.
+        root: dataset folder (default: `shapes_root`).
+        workers: number of processes (default: the number of usable cores, at most 8).
+        progress: show a progress bar.
+
+    Returns:
+        The dataset folder.
 
     Raises:
-        ValueError: no such split, or a number of images below 1.
-        OSError: the folder cannot be written (the message names the file).
+        ValueError: If there is no split of that name, or ``images`` is below 1.
+        OSError: If the folder is not writable. The message names the file.
     """
     settings = find_split(split)
     images = settings.images if images is None else images
     if images < 1:
-        raise ValueError(f"shapes {split}: cannot make {images} images")
+        raise ValueError(f"shapes {split}: images is {images}, expected at least 1")
     folder = shapes_root() if root is None else Path(root)
     done = folder / "parts" / split / f"{images}.done"
     if _read(done) == _fingerprint():
@@ -127,8 +142,8 @@ def _map(draw: Any, tasks: list[tuple[int, int]], workers: int) -> Iterator[int]
     if workers <= 1 or multiprocessing.current_process().daemon:
         yield from map(draw, tasks)
         return
-    # fork where there is one, as torch's loaders do: a fresh interpreter would import for seconds and need a
-    # main guard
+    # Fork where it is available, as torch's data loaders do. A new interpreter would spend seconds on imports
+    # and need a main guard.
     method = (
         "fork" if "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin" else "spawn"
     )
@@ -141,14 +156,20 @@ def _map(draw: Any, tasks: list[tuple[int, int]], workers: int) -> Iterator[int]
 
 
 def _start_worker() -> None:
-    """End a worker with its parent, and drop a trainer's handlers, under which SIGTERM would not end it."""
+    """End this worker with its parent, and restore the default signal handlers.
+
+    With the handlers of a trainer, SIGTERM would not end the worker.
+    """
     end_with_launcher()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _draw_part(root: Path, split: str, span: tuple[int, int]) -> int:
-    """Draw images start..stop; their records are written last, so that a part that can be read is whole."""
+    """Draw the images of a part and return their number.
+
+    The records are written last, so a part with readable records is complete.
+    """
     records = [write_scene(root, split, index) for index in range(*span)]
     write_text(_part_file(root, split, span[0]), json.dumps({"world": _fingerprint(), "records": records}))
     return len(records)
@@ -159,7 +180,7 @@ def _part_file(root: Path, split: str, start: int) -> Path:
 
 
 def _read_part(root: Path, split: str, start: int) -> list[dict[str, Any]]:
-    """Records of a finished part; empty when it is not there or another version of the world made it."""
+    """Read the records of a part; empty if it is missing or from another version of the world."""
     text = _read(_part_file(root, split, start))
     part = json.loads(text) if text else {}
     return part["records"] if part.get("world") == _fingerprint() else []
@@ -182,8 +203,7 @@ def _write_annotations(root: Path, split: str, images: int) -> None:
 
 @lru_cache
 def _fingerprint() -> str:
-    """What the installed code draws, in a few letters: equal for equal worlds, whatever the version number
-    says."""
+    """Hash sample scenes of the installed code, to detect a change of the world without a version number."""
     digest = hashlib.sha256()
     for shift, weights in ((False, None), (True, None), (False, [*range(1, 81)])):
         scene = render(0, 0, shift=shift, class_weights=weights)

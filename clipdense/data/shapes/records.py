@@ -1,5 +1,4 @@
-"""One scene of the `shapes` world as files: its PNGs, and a record from which the annotation files are
-made."""
+"""Files of one scene of the `shapes` world: its PNGs, and the record for the annotation files."""
 
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,10 @@ __all__ = [
 ]
 
 IGNORE = 255
-"""Label of pixels that belong to no class (novel things in base-class training)."""
+"""Label of ignored pixels (novel things in base-class training)."""
 
 _STUFF_SEGMENT = 100
-"""Panoptic segment ids: 1, 2, ... for things from bottom to top, 100 + ground for stuff."""
+"""Offset of the segment ids of stuff: 100 + ground. Things have ids 1, 2, ... from bottom to top."""
 
 _BASE_LABELS = np.full(256, IGNORE, np.uint8)
 _BASE_LABELS[list(BASE)] = np.arange(len(BASE))
@@ -38,13 +37,24 @@ _BASE_LABELS[len(CLASSES) : len(CLASSES) + 8] = len(BASE) + np.arange(8)
 
 
 def file_name(index: int) -> str:
-    """File name of image ``index``; its image id is ``index`` too."""
+    """Return the file name of image ``index``, which is also its image id."""
     return f"{index:06d}.png"
 
 
 def png_folders(root: Path, split: str) -> dict[str, Path]:
-    """Where a split's PNGs lie: images, and label maps (panoptic, semantic; semantic_ov of training
-    splits)."""
+    """Return the folders of a split's PNGs.
+
+    Args:
+        root: dataset folder.
+        split: name of a split.
+
+    Returns:
+        Folders of "image", "panoptic", "semantic" and, for training splits, "semantic_ov" (label maps that
+        ignore novel classes).
+
+    Raises:
+        ValueError: If there is no split of that name.
+    """
     folders = {
         "image": root / split,
         "panoptic": root / f"panoptic_{split}",
@@ -56,13 +66,17 @@ def png_folders(root: Path, split: str) -> dict[str, Path]:
 
 
 def draw_scene(split: str, index: int) -> Scene:
-    """Scene ``index`` of a split."""
+    """Draw scene ``index`` of a split.
+
+    Raises:
+        ValueError: If there is no split of that name.
+    """
     settings = find_split(split)
     return render(settings.seed, index, shift=settings.shift, class_weights=settings.class_weights)
 
 
 def semantic_map(scene: Scene) -> npt.NDArray[np.uint8]:
-    """(H, W) contiguous class ids: things 0..79, grounds from 80."""
+    """Return the contiguous class id of each pixel (H, W): things 0..79, grounds from 80."""
     labels = scene.ground + np.uint8(len(CLASSES))
     for thing in scene.things:
         labels[thing.mask] = thing.category
@@ -70,7 +84,7 @@ def semantic_map(scene: Scene) -> npt.NDArray[np.uint8]:
 
 
 def panoptic_map(scene: Scene) -> npt.NDArray[np.uint8]:
-    """(H, W) segment ids, below 256."""
+    """Return the segment id of each pixel (H, W): 1, 2, ... for things from bottom to top, 100 + ground."""
     segments = scene.ground + np.uint8(_STUFF_SEGMENT)
     for number, thing in enumerate(scene.things, start=1):
         segments[thing.mask] = number
@@ -78,7 +92,12 @@ def panoptic_map(scene: Scene) -> npt.NDArray[np.uint8]:
 
 
 def scene_record(scene: Scene, split: str, index: int) -> dict[str, Any]:
-    """What the annotation files say of one image, as JSON-ready values.
+    """Collect the annotations of one image as JSON-ready values.
+
+    Args:
+        scene: the drawn scene.
+        split: name of its split, which seeds the captions.
+        index: number of the scene.
 
     Returns:
         ``id``, ``width``, ``height``; ``things``: list of ``category`` (0..79), ``bbox`` (x, y, w, h),
@@ -103,7 +122,7 @@ def scene_record(scene: Scene, split: str, index: int) -> dict[str, Any]:
         rle = mask_util.encode(np.asfortranarray(segments == _STUFF_SEGMENT + ground, np.uint8))
         if area := int(mask_util.area(rle)):
             stuff.append({"ground": int(ground), "bbox": mask_util.toBbox(rle).tolist(), "area": area})
-    # a stream of its own: the words do not depend on how many numbers the drawing used
+    # A separate stream, so that captions do not depend on how many random numbers the drawing used.
     words = Rng(1000 + find_split(split).seed, index)
     return {
         "id": index,
@@ -116,7 +135,20 @@ def scene_record(scene: Scene, split: str, index: int) -> dict[str, Any]:
 
 
 def write_scene(root: Path, split: str, index: int) -> dict[str, Any]:
-    """Draw a scene, write its PNGs below ``root`` and return its record."""
+    """Draw a scene and write its PNGs.
+
+    Args:
+        root: dataset folder; the folders of `png_folders` must exist.
+        split: name of a split.
+        index: number of the scene.
+
+    Returns:
+        The record of the scene, see `scene_record`.
+
+    Raises:
+        ValueError: If there is no split of that name.
+        OSError: If a file is not writable. The message names the file.
+    """
     scene = draw_scene(split, index)
     semantic = semantic_map(scene)
     panoptic = np.zeros((*scene.ground.shape, 3), np.uint8)
@@ -133,10 +165,11 @@ def write_scene(root: Path, split: str, index: int) -> dict[str, Any]:
 
 
 def _write_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
-    """Lossless, written fast rather than small."""
+    """Write a PNG, optimised for speed rather than file size."""
     if pixels.ndim == 3:
-        pixels = pixels[..., ::-1]  # cv2 wants BGR
-    # OpenCV's default, run lengths at the lowest level: a third faster than its level 1, a fifth larger
+        pixels = pixels[..., ::-1]  # cv2 expects BGR
+    # OpenCV's default (run-length encoding) is a third faster than compression level 1, and files are a fifth
+    # larger.
     done, data = cv2.imencode(".png", pixels)
     if not done:
         raise OSError(f"{path}: could not encode the image")

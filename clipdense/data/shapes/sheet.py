@@ -18,18 +18,22 @@ _MARGIN, _CAPTION = 8, 34
 def draw_sheet(
     root: Path, split: str, path: Path, *, images: int | None = None, count: int = 24, columns: int = 6
 ) -> None:
-    """Draw the first images of a split that has been made, as one PNG.
+    """Draw the first images of a generated split as one PNG.
 
-    Masks are outlined and tinted, boxes labelled with class name and visible share, one caption stands below
-    each image.
+    Masks are outlined and tinted. Boxes are labelled with class name and visible share. One caption stands
+    below each image.
 
     Args:
-        root: folder of the world.
+        root: dataset folder.
         split: name of a split.
-        path: PNG to write; its folder is made.
-        images: which annotation files: those of the first ``images`` images (default: of the whole split).
-        count: images on the sheet, at most.
-        columns: images in a row.
+        path: PNG to write; its folder is created.
+        images: number of images in the annotation files to read (default: the full split).
+        count: maximum number of images on the sheet.
+        columns: number of images in a row.
+
+    Raises:
+        ValueError: If there is no split of that name.
+        FileNotFoundError: If the split has not been generated.
     """
     instances = json.loads(annotation_file(root, "instances_closed", split, images).read_text("utf-8"))
     captions = json.loads(annotation_file(root, "captions", split, images).read_text("utf-8"))
@@ -73,7 +77,7 @@ def _annotated(pixels: np.ndarray, annotations: list[dict], names: dict[int, str
 
 
 def _write(sheet: Image.Image, at: tuple[int, int], text: str, width: int) -> None:
-    """Words in lines of the given width in pixels."""
+    """Write text in at most two lines of the given width in pixels."""
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     lines = [""]
     for word in text.split():

@@ -1,12 +1,12 @@
-"""The `shapes` world: procedural scenes with exact ground truth.
+"""Procedural scenes with exact ground truth: the `shapes` world.
 
-A scene is drawn from ``(seed, index)`` alone. Only operations that IEEE 754 rounds exactly (+ - * /
-sqrt, comparisons) touch pixels, angles come from a rounded table, and random numbers are raw 53-bit
-uniforms, so that every machine draws the same scene.
+A scene depends only on ``(seed, index)``, and every machine draws the same scene. To this end, pixels are
+computed only by operations that IEEE 754 rounds exactly (+ - * / sqrt, comparisons), angles come from a
+rounded table, and random numbers are raw 53-bit uniforms.
 
-Things are coloured shapes (8 colours x 10 shapes = 80 classes), stuff is one of 8 textured grounds. Two
-whole shapes and four combinations of known parts are *novel*: captions name them, base-class detection
-labels do not.
+Things are coloured shapes (8 colours x 10 shapes = 80 classes). Stuff is one of 8 textured grounds. Two
+shapes in all colours and four combinations of a known colour and a known shape are *novel*: captions name
+them, base-class detection labels do not.
 """
 
 import math
@@ -44,7 +44,7 @@ BASE: tuple[int, ...] = tuple(i for i in range(len(CLASSES)) if i not in NOVEL)
 
 MIN_DIAMETER, MAX_DIAMETER = 20.0, 120.0
 MIN_VISIBLE_PIXELS = 24
-"""A thing with fewer visible pixels is not annotated (and is not drawn)."""
+"""Minimum number of visible pixels. A thing with fewer is neither drawn nor annotated."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Thing:
     Attributes:
         category: class id, 0..79.
         mask: (H, W) bool, the visible part.
-        visible: visible pixels over the pixels of the whole shape (occluded and cut-off parts included),
+        visible: visible pixels divided by the pixels of the whole shape (with occluded and cut-off parts),
             0..1.
     """
 
@@ -85,7 +85,7 @@ class Scene:
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        ground: (H, W) uint8, index into `GROUNDS` of the ground at each pixel, below the things too.
+        ground: (H, W) uint8, index into `GROUNDS` of the ground at each pixel, also below things.
         things: objects, bottom to top.
     """
 
@@ -105,15 +105,15 @@ def render(
     """Draw scene ``index`` of world ``seed``.
 
     Args:
-        seed: world seed; splits use different ones.
+        seed: seed of the world; each split has its own.
         index: scene number, >= 0.
         size: side of the square scene in pixels. Objects keep their size in pixels.
-        shift: another distribution of the same classes: stronger light, other ground colours, smaller
-            and larger things.
+        shift: draw the same classes from a shifted distribution, with a wider range of light, ground colours
+            and thing sizes.
         class_weights: relative frequency of each of the 80 classes (default: equal).
 
     Returns:
-        The scene; 2 to 8 things were placed, some may be cut off by the border or partly covered.
+        The scene, with at most 8 things. Things may be cut off by the border or partly covered.
     """
     rng = Rng(seed, index)
     ground, canvas = _draw_grounds(rng, size, shift)
@@ -147,7 +147,7 @@ class _Placed:
 
 
 def _draw_grounds(rng: Rng, size: int, shift: bool) -> tuple[npt.NDArray[np.uint8], Array]:
-    """One to three regions with curved borders, each of another ground."""
+    """Draw one to three regions with curved borders, each with a different ground."""
     kinds = rng.permutation(len(GROUNDS))[: rng.integer(1, 3)]
     ground = np.full((size, size), kinds[0], np.uint8)
     y, x = _grid(size)
@@ -173,7 +173,7 @@ def _draw_grounds(rng: Rng, size: int, shift: bool) -> tuple[npt.NDArray[np.uint
 
 
 def _draw_clutter(rng: Rng, canvas: Array) -> None:
-    """A thin arc in a dull colour: an edge that belongs to nothing."""
+    """Draw a thin arc in a dull colour: an edge that belongs to no thing."""
     size = canvas.shape[0]
     y, x = _grid(size)
     cx, cy = rng.uniform(-0.5, 1.5) * size, rng.uniform(-0.5, 1.5) * size
@@ -188,7 +188,7 @@ def _draw_clutter(rng: Rng, canvas: Array) -> None:
 def _place_thing(
     rng: Rng, canvas: Array, things: list[_Placed], category: int, light: tuple[float, float], shift: bool
 ) -> None:
-    """Draw a thing where it hides no other thing for the most part; give up after a few tries."""
+    """Draw a thing where every other thing stays sufficiently visible; give up after eight tries."""
     size = canvas.shape[0]
     diameter = (_SHIFTED_DIAMETERS if shift else _DIAMETERS)[rng.integer(0, 255)]
     field = _thing_field(rng, SHAPES[category % len(SHAPES)], diameter)
@@ -224,7 +224,7 @@ def _place_thing(
 
 
 def _thing_field(rng: Rng, shape: str, diameter: float) -> Array:
-    """Signed distance in pixels (negative inside) on a square patch around a turned, stretched shape."""
+    """Compute signed distances (pixels, negative inside) to a rotated, stretched shape on a square patch."""
     sdf, max_turn = SHAPE_FIELDS[shape]
     half = int(diameter * 0.68) + 8
     y, x = _grid(2 * half + 1)
@@ -237,7 +237,7 @@ def _thing_field(rng: Rng, shape: str, diameter: float) -> Array:
 
 
 def _thing_paint(rng: Rng, color: str, field: Array, diameter: float, light: tuple[float, float]) -> Array:
-    """(P, P, 3) colour of a thing: hue within about three degrees, shading, bevel, one of four textures."""
+    """Paint a thing (P, P, 3) with a slightly random hue, shading, a bevel and one of four textures."""
     hue = COLOR_HUES[color] + (rng.uniform(-3, 3) + rng.uniform(-3, 3)) * 0.75
     rgb = np.array(hsv_to_rgb(hue, rng.uniform(0.72, 0.95), rng.uniform(0.78, 0.98)), np.float32)
     patch = field.shape[0]
@@ -259,20 +259,20 @@ def _thing_paint(rng: Rng, color: str, field: Array, diameter: float, light: tup
 
 
 def _overlap(top: int, left: int, patch: int, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Slices of a square canvas and of a square patch laid at (top, left) where the two meet."""
+    """Return the slices of a canvas and of a patch placed at (top, left), both square, where they overlap."""
     y0, y1, x0, x1 = max(top, 0), min(top + patch, size), max(left, 0), min(left + patch, size)
     y1, x1 = max(y0, y1), max(x0, x1)
     return (slice(y0, y1), slice(x0, x1)), (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
 
 
 def _grid(size: int) -> tuple[Array, Array]:
-    """Row coordinates (size, 1) and column coordinates (1, size)."""
+    """Return row coordinates (size, 1) and column coordinates (1, size)."""
     line = np.arange(size, dtype=np.float32)
     return line[:, None], line[None, :]
 
 
 def _log_uniform(low: float, high: float) -> list[float]:
-    """256 steps from low to high, rounded so that no machine's exp() shows."""
+    """Compute 256 log-uniform steps from low to high, rounded so that exp() gives equal values everywhere."""
     return [round(low * math.exp(math.log(high / low) * (i + 0.5) / 256), 4) for i in range(256)]
 
 

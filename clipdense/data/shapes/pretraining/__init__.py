@@ -1,4 +1,7 @@
-"""Contrastive pre-training of a CLIP (Radford et al., 2021), with locked text if asked (LiT, Zhai et al.)."""
+"""Contrastive pre-training of a CLIP (Radford et al., 2021).
+
+The text tower can be locked (LiT, Zhai et al., 2022).
+"""
 
 from clipdense.data.shapes.pretraining.config import add_shapes_pretraining_config
 from clipdense.data.shapes.pretraining.evaluator import CropRetrievalEvaluator

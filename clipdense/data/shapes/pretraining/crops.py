@@ -1,4 +1,4 @@
-"""Crops of annotated scenes, each with a caption and with what a caption could have said."""
+"""Captioned crops of annotated scenes."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from clipdense.data.shapes.draw import Rng
 from clipdense.data.shapes.world import CLASSES, GROUNDS
 
 CONTENT_SIZE = len(CLASSES) + 2 * len(GROUNDS)
-"""A content vector: how often each class is named | which grounds are named | which grounds are seen."""
+"""Length of a content vector: count of each named class | named grounds (0/1) | visible grounds (0/1)."""
 
 _MIN_VISIBLE = 0.4
 _MAX_NAMED = 4
@@ -19,9 +19,13 @@ _MAX_NAMED = 4
 
 @dataclass(frozen=True)
 class CaptionedCrop:
-    """A crop (S, S, 3) uint8 RGB, its caption, and its content vector (`CONTENT_SIZE`,) uint8.
+    """A crop with its captions and their content.
 
-    ``paraphrase`` is a second caption of the same content: other words, and things in another order.
+    Attributes:
+        image: (S, S, 3) uint8 RGB.
+        caption: caption of the crop.
+        paraphrase: second caption of the same content, with its own choice of words and order of things.
+        content: (`CONTENT_SIZE`,) uint8 content vector.
     """
 
     image: npt.NDArray[np.uint8]
@@ -32,7 +36,13 @@ class CaptionedCrop:
 
 @dataclass(frozen=True)
 class AnnotatedThing:
-    """A thing to crop: class id, tight box (x0, y0, x1, y1) in pixels, visible share 0..1."""
+    """A thing of a scene.
+
+    Attributes:
+        category: class id, 0..79.
+        box: tight box (x0, y0, x1, y1) in pixels.
+        visible: visible share of the whole object, 0..1.
+    """
 
     category: int
     box: tuple[float, float, float, float]
@@ -40,13 +50,13 @@ class AnnotatedThing:
 
 
 class CropSampler:
-    """Draws captioned crops from annotated scenes.
+    """Sampler of captioned crops from annotated scenes.
 
     Args:
         size: side of a crop in pixels.
         object_share: share of crops around one thing, with context or letterboxed in black.
-        window_share: share of windows on several things, one to two times as wide as a crop and at most as
-            the scene; the rest shows ground alone where there is room.
+        window_share: share of windows with several things. A window is one to two times as wide as a crop,
+            and at most as wide as the scene. All other crops contain only ground, if there is room.
     """
 
     def __init__(self, size: int, object_share: float, window_share: float) -> None:
@@ -59,7 +69,17 @@ class CropSampler:
         things: list[AnnotatedThing],
         rng: Rng,
     ) -> CaptionedCrop:
-        """One crop of a scene: ``image`` (H, W, 3) RGB, ``ground`` (H, W) ground ids, 255 where covered."""
+        """Draw one crop of a scene.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            ground: (H, W) uint8 ground ids; 255 at pixels of things.
+            things: things of the scene.
+            rng: random numbers.
+
+        Returns:
+            The crop, flipped horizontally with probability 0.5.
+        """
         kind = rng.uniform(0, 1)
         clear = [t for t in things if t.visible >= _MIN_VISIBLE]
         if kind < self.object_share and clear:
@@ -91,7 +111,7 @@ class CropSampler:
     ) -> CaptionedCrop:
         whole = min(image.shape[:2])
         side = rng.uniform(min(self.size, whole), min(2 * self.size, whole))
-        # a window at a thing, not anywhere: most of the scene is ground
+        # Centre the window near a thing, because most of the scene is ground.
         anchor = things[rng.integer(0, len(things) - 1)].box if things else (0.0, 0.0, *image.shape[1::-1])
         cx = (anchor[0] + anchor[2]) / 2 + rng.uniform(-0.4, 0.4) * side
         cy = (anchor[1] + anchor[3]) / 2 + rng.uniform(-0.4, 0.4) * side
@@ -135,7 +155,7 @@ class CropSampler:
         counts = np.bincount(ground[y0:y1, x0:x1].ravel(), minlength=256)[: len(GROUNDS)]
         seen = [int(g) for g in np.argsort(-counts, kind="stable") if counts[g] > 0.1 * max(1, counts.sum())]
         told = [g for g in seen if not named or rng.uniform(0, 1) < 0.35]
-        if not named and not told:  # a window filled by one thing too covered to name
+        if not named and not told:  # one hardly visible thing fills the window
             told = [int(counts.argmax())]
         content = np.zeros(CONTENT_SIZE, np.uint8)
         np.add.at(content, named, 1)
@@ -151,7 +171,7 @@ class CropSampler:
 def _clip_window(
     cx: float, cy: float, width: float, height: float, shape: tuple[int, ...], shrink: bool
 ) -> tuple[int, int, int, int]:
-    """Whole-pixel window around a centre: shifted into the image, or cut at its border if ``shrink``."""
+    """Return a whole-pixel window, shifted into the image, or cut at its border if ``shrink``."""
     image_height, image_width = shape[:2]
     w, h = max(4, min(int(width + 0.5), image_width)), max(4, min(int(height + 0.5), image_height))
     x0, y0 = int(cx - w / 2 + 0.5), int(cy - h / 2 + 0.5)
@@ -163,7 +183,7 @@ def _clip_window(
 
 
 def _resize_letterboxed(image: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """Longest side to ``size``, centred on black."""
+    """Resize the longest side to ``size`` and centre the image on a black square."""
     height, width = image.shape[:2]
     scale = size / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))

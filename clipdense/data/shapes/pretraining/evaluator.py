@@ -1,4 +1,4 @@
-"""Retrieval between captioned crops and captions: the learning curve of a pre-training."""
+"""Evaluation of pre-training: retrieval between crops and captions."""
 
 from typing import Any
 
@@ -17,18 +17,18 @@ from detectron2.evaluation import DatasetEvaluator
 class CropRetrievalEvaluator(TaskEvaluator):
     """Recall at 1 and 5 between all crops and all captions of a dataset, in percent.
 
-    A caption counts as found for a crop if any caption with content that the crop shows is among the first k,
-    and the other way round (see `positive_pairs`).
+    A crop counts as correct if at least one of its k most similar captions describes it. A caption counts as
+    correct if it describes at least one of its k most similar crops. See `positive_pairs`.
     """
 
     outputs = ("image_embeddings",)
 
     def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings and contents of one image's crops."""
+        """Return the image embeddings, text embeddings and content vectors of one image's crops."""
         return output["image_embeddings"].cpu(), output["text_embeddings"].cpu(), sample["contents"]
 
     def score(self, records: list[Any]) -> Results:
-        """Recalls over the whole set."""
+        """Compute the recalls over the whole dataset."""
         images, texts, contents = (torch.cat(parts) for parts in zip(*records, strict=True))
         positives = positive_pairs(contents, contents) > 0
         similarity = images @ texts.T
@@ -50,5 +50,5 @@ def _recall(scores: Tensor, hits: Tensor, k: int) -> float:
 
 @EVALUATOR_REGISTRY.register()
 def clip_retrieval(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
-    """Crops and captions of `CropCaptionMapper`."""
+    """Build the evaluator of crops and captions from `CropCaptionMapper`."""
     return CropRetrievalEvaluator(output_dir)

@@ -25,9 +25,9 @@ class CropView:
     """A kind of view of a scene.
 
     Attributes:
-        sampler: draws a crop.
-        per_image: crops an image.
-        share: share of the images that give this view, relative to the other views' shares.
+        sampler: sampler of the crops.
+        per_image: number of crops per image.
+        share: share of the images that use this view, relative to the shares of the other views.
     """
 
     sampler: CropSampler
@@ -36,10 +36,16 @@ class CropView:
 
     @classmethod
     def parse(cls, view: dict[str, Any]) -> "CropView":
-        """From an entry of ``INPUT.CROP_CAPTION.VIEWS``.
+        """Build a view from an entry of ``INPUT.CROP_CAPTION.VIEWS``.
+
+        Args:
+            view: entry with the keys SIZE, PER_IMAGE, SHARE, OBJECTS and WINDOWS.
+
+        Returns:
+            The view.
 
         Raises:
-            ConfigError: a key that is missing or unknown.
+            ConfigError: If a key is missing or unknown.
         """
         if set(view) != _VIEW_KEYS:
             raise ConfigError(
@@ -54,12 +60,12 @@ _VIEW_KEYS = {"SIZE", "PER_IMAGE", "SHARE", "OBJECTS", "WINDOWS"}
 
 @MAPPER_REGISTRY.register()
 class CropCaptionMapper:
-    """Turns an annotated scene into captioned crops.
+    """Mapper from an annotated scene to captioned crops.
 
     Args:
-        views: kinds of views; every image draws one.
-        is_train: draw a view and other crops every time; in evaluation an image always gives the same crops
-            of the first view.
+        views: kinds of views; each image uses one of them.
+        is_train: choose a random view and new crops at each call. In evaluation, an image always gives the
+            same crops of the first view.
     """
 
     @configurable
@@ -69,11 +75,11 @@ class CropCaptionMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Constructor arguments from ``INPUT.CROP_CAPTION``."""
+        """Return the constructor arguments from ``INPUT.CROP_CAPTION``."""
         return {"views": [CropView.parse(v) for v in cfg.INPUT.CROP_CAPTION.VIEWS], "is_train": is_train}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Crops of one image.
+        """Draw the crops of one image.
 
         Args:
             dataset_dict: a record of ``shapes_clip_*``: ``file_name``, ``sem_seg_file_name`` (things 0..79,
@@ -84,7 +90,7 @@ class CropCaptionMapper:
             (n strings each) and ``contents`` (n, 96) uint8 (see `crops.CONTENT_SIZE`).
 
         Raises:
-            KeyError: If a record comes from another kind of dataset.
+            KeyError: If the record comes from another kind of dataset.
         """
         for key in ("sem_seg_file_name", "annotations"):
             if key not in dataset_dict:

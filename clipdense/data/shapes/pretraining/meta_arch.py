@@ -1,4 +1,4 @@
-"""`ContrastiveCLIP`: a CLIP trained on captioned crops."""
+"""Meta architecture of contrastive pre-training on captioned crops."""
 
 import math
 from typing import Any
@@ -20,21 +20,25 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 @META_ARCH_REGISTRY.register()
 class ContrastiveCLIP(nn.Module):
-    """Image-text contrast in which every pair with equal content counts as positive.
+    """CLIP trained with an image-text contrastive loss in which a crop may have several positive captions.
 
-    With unit embeddings u_i of crops and v_j of captions, temperature s and the positives P_i of crop i, the
+    With unit embeddings u_i of crops and v_j of captions, logit scale s and the positives P_i of crop i, the
     loss is the cross-entropy of softmax_j(s u_i.v_j) against the uniform distribution over P_i, averaged with
     its transpose. A caption is a positive of a crop if it names the same things and only grounds that the
     crop shows.
 
     Args:
         clip: the model to train.
-        text_only: train the text tower alone; paraphrases of the captions take the place of the crops.
-        locked_text: whether the text tower stays as it is (LiT).
+        text_only: train only the text tower; paraphrases of the captions replace the crops.
+        locked_text: freeze the text tower (LiT).
         centring_weight: weight of ``loss_centring``, see `centring_loss`.
-        init_logit_scale: temperature s at the start; 0 leaves the one of ``clip``.
-        max_logit_scale: upper bound of the temperature s.
-        local_pool: start the image tower's attention pool as `localize_pool` does.
+        init_logit_scale: initial logit scale s (inverse temperature); 0 keeps the one of ``clip``.
+        max_logit_scale: upper bound of the logit scale s.
+        local_pool: initialise the image tower's attention pool with `localize_pool`.
+
+    Raises:
+        ValueError: If ``clip`` has no text tower, if ``text_only`` and ``locked_text`` are both set, or if
+            ``local_pool`` is set and the image tower has no attention pool.
     """
 
     pixel_mean: Tensor
@@ -69,7 +73,7 @@ class ContrastiveCLIP(nn.Module):
             localize_pool(clip.visual)
         clip.text.requires_grad_(not locked_text)
         clip.visual.requires_grad_(not text_only)
-        clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
+        clip.visual.to(memory_format=torch.channels_last)  # faster convolutions
         self.register_buffer(
             "pixel_mean", torch.tensor(clip.pixel_mean).view(3, 1, 1) * 255, persistent=False
         )
@@ -77,7 +81,7 @@ class ContrastiveCLIP(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Constructor arguments from ``MODEL.CLIP`` and ``MODEL.CONTRASTIVE_CLIP``."""
+        """Return the constructor arguments from ``MODEL.CLIP`` and ``MODEL.CONTRASTIVE_CLIP``."""
         clip = load_clip(cfg.MODEL.CLIP.NAME, cfg.MODEL.CLIP.PRETRAINED, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         teacher = cfg.MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT
         if teacher and clip.text is not None:
@@ -94,11 +98,11 @@ class ContrastiveCLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are moved to."""
+        """Device of the model and its inputs."""
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Loss of a batch, or embeddings in evaluation.
+        """Compute the losses of a batch in training, or its embeddings in evaluation.
 
         Args:
             batched_inputs: dicts with ``crops`` (n, 3, S, S) uint8 RGB, ``captions`` (n strings), with
@@ -106,9 +110,9 @@ class ContrastiveCLIP(nn.Module):
                 `crops.CONTENT_SIZE`). Inputs may differ in n and S.
 
         Returns:
-            In training ``{"loss_contrastive", "loss_centring"}``; else one dict an input with
-            ``image_embeddings`` (of the paraphrases, with ``text_only``) and ``text_embeddings`` (n, D),
-            L2-normalised.
+            In training ``loss_contrastive`` and, if its weight is not 0, ``loss_centring``. In
+            evaluation, one dict per input with ``image_embeddings`` (of the paraphrases, with ``text_only``)
+            and ``text_embeddings`` (n, D), L2-normalised.
         """
         if self.text_only:
             u = self.encode_captions([p for x in batched_inputs for p in x["paraphrases"]])
@@ -131,7 +135,14 @@ class ContrastiveCLIP(nn.Module):
         return losses
 
     def encode_crops(self, crops: list[Tensor]) -> Tensor:
-        """Embeddings (sum n_i, D) of crops (n_i, 3, S_i, S_i) uint8, not normalised; one forward a size."""
+        """Embed crops, with one forward pass per crop size.
+
+        Args:
+            crops: (n_i, 3, S_i, S_i) uint8 RGB.
+
+        Returns:
+            (sum n_i, D) embeddings in the order of ``crops``, not normalised.
+        """
         by_size: dict[int, list[int]] = {}
         for i, part in enumerate(crops):
             by_size.setdefault(part.shape[-1], []).append(i)
@@ -144,14 +155,25 @@ class ContrastiveCLIP(nn.Module):
         return torch.cat([embeddings[i] for i in range(len(crops))])
 
     def encode_captions(self, captions: list[str]) -> Tensor:
-        """Embeddings (n, D) of captions, not normalised; padding beyond the longest one is not computed."""
+        """Embed captions, without the padding beyond the longest one.
+
+        Args:
+            captions: n strings.
+
+        Returns:
+            (n, D) embeddings, not normalised.
+        """
         tokens = self.clip.tokenizer(captions)
         tokens = tokens[:, : int((tokens != 0).sum(1).max())].to(self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked_text):
             return self.clip.encode_text(tokens)
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The CLIP alone, in half precision: what `load_clip(file)` takes."""
+        """Export the CLIP in the format of `load_clip`.
+
+        Returns:
+            Its state in half precision, and the metadata of the file.
+        """
         state = {
             k: (v.half() if v.is_floating_point() else v).contiguous()
             for k, v in self.clip.state_dict().items()
@@ -160,33 +182,38 @@ class ContrastiveCLIP(nn.Module):
 
 
 def _text_state(name: str, allow_pickle: bool) -> dict[str, Tensor]:
-    """The text tower's state of a CLIP, or of "shapes-text".
+    """Return the state of the text tower of a CLIP, or of "shapes-text".
 
     Raises:
-        ValueError: the CLIP has no text tower.
+        ValueError: If the CLIP has no text tower.
     """
     if name == "shapes-text":
         state = read_checkpoint(nano_path(name)).state
         return {key.removeprefix("text."): value for key, value in state.items()}
     text = load_clip(name, allow_pickle=allow_pickle).text
     if text is None:
-        raise ValueError(f"MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT: {name} has no text tower")
+        raise ValueError(
+            f"MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT: {name} has no text tower; name a CLIP with one"
+        )
     return text.state_dict()
 
 
 @torch.no_grad()
 def localize_pool(visual: Tower, gain: float = 0.5, position_std: float = 1.5) -> None:
-    """Start a ResNet's attention pool so that a position attends to its neighbourhood, the mean token to all.
+    """Initialise a ResNet's attention pool with local attention.
 
-    Image-text training alone never trains the queries of single positions, so their attention, and with it
-    the dense map in "plain" mode, stays as it starts. Equal query and key projections make an attention logit
-    the inner product of two projected positions; a wide position table lets place decide it rather than
-    content. Value projections start blind to the table.
+    Each position attends to its neighbourhood, and the mean token attends to all positions. Image-text
+    training does not train the queries of single positions. Their attention, and therefore the dense map in
+    "plain" mode, keeps its initial state.
+
+    With equal query and key projections, an attention logit is the inner product of two projected positions.
+    Large entries of the position table make it depend on location rather than content. The initial value
+    projection removes the position table.
 
     Args:
         visual: a ResNet tower with an attention pool; changed in place.
-        gain: factor of the projections' weights.
-        position_std: of the position table's entries; 0 in the row of the mean token.
+        gain: factor of the weights of the query and key projections.
+        position_std: standard deviation of the entries of the position table. The row of the mean token is 0.
 
     Raises:
         ValueError: If the tower has no attention pool.
@@ -207,15 +234,15 @@ def localize_pool(visual: Tower, gain: float = 0.5, position_std: float = 1.5) -
 
 
 def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric multi-positive contrastive loss over all processes.
+    """Compute the symmetric contrastive loss with several positives, over all processes.
 
     Args:
         u, v: (B, D) unit embeddings of this process's crops and captions.
         content: (B, 96) uint8 content vectors.
-        scale: temperature s > 0.
+        scale: logit scale s > 0.
 
     Returns:
-        Scalar; averaged over processes it is the loss of the global batch (equal B on every process).
+        Scalar. Its mean over processes is the loss of the global batch, if B is equal on every process.
     """
     all_u, all_v, all_content = (torch.cat(differentiable_all_gather(x)) for x in (u, v, content))
     to_text = _soft_cross_entropy(scale * u @ all_v.T, positive_pairs(content, all_content))
@@ -224,22 +251,37 @@ def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Te
 
 
 def centring_loss(embeddings: Tensor) -> Tensor:
-    """Squared length of the mean of unit embeddings (B, D) over all processes: 0 if centred, 1 if all are
-    equal."""
+    """Compute the squared length of the mean embedding over all processes.
+
+    Args:
+        embeddings: (B, D) unit embeddings of this process.
+
+    Returns:
+        Scalar: 0 if the embeddings are centred, 1 if they are all equal.
+    """
     return torch.cat(differentiable_all_gather(embeddings)).mean(0).square().sum()
 
 
 def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    """Mean cross-entropy of rows of logits (N, M) against uniform distributions over their positives."""
+    """Compute the mean cross-entropy of rows of logits (N, M) with uniform distributions over positives."""
     return -(positives / positives.sum(1, keepdim=True) * F.log_softmax(logits, dim=1)).sum(1).mean()
 
 
 def positive_pairs(image: Tensor, caption: Tensor) -> Tensor:
-    """(N, M) zeros and ones: whether caption j (content row) says no more and no other than crop i shows."""
+    """Match captions to crops by content.
+
+    Args:
+        image: (N, `CONTENT_SIZE`) content vectors of crops.
+        caption: (M, `CONTENT_SIZE`) content vectors of captions.
+
+    Returns:
+        (N, M) float: 1 if the caption names the same things as the crop's own caption and only grounds that
+        are visible in the crop, else 0.
+    """
     (things, _, seen), (told, named, _) = (
         x.float().split([len(CLASSES), len(GROUNDS), len(GROUNDS)], 1) for x in (image, caption)
     )
-    # counts are small integers: squared distances through products are exact
+    # Counts are small integers, so squared distances computed from inner products are exact.
     distance = (things * things).sum(1)[:, None] + (told * told).sum(1)[None] - 2 * things @ told.T
     unseen = (1 - seen) @ named.T
     return ((distance == 0) & (unseen == 0)).float()
