@@ -251,9 +251,9 @@ def test_backbone_controls(golden, build):
     trunk = model.backbone.bottom_up
     results, levels = language_outputs(model, golden)
     if trunk.tau != 1:
-        trunk.scaled = False
+        trunk.concatenate = "cosine"
         assert golden.differs("fpn.0", language_outputs(model, golden)[0]["fpn.0"])
-        trunk.scaled = True
+        trunk.concatenate = "scaled"
     tower = trunk.trunk.tower
     if results["dense"].shape[-2:] != tower.grid:
         tower.position_rule = "bilinear"

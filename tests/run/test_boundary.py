@@ -196,5 +196,5 @@ def test_a_folder_that_cannot_be_written_names_the_file(tmp_path, capsys):
     "path", sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "datasets").glob("*.py")]), ids=lambda p: p.name
 )
 def test_every_tool_uses_the_boundary(path):
-    main = path.read_text().partition('if __name__ == "__main__":\n')[2]
+    main = path.read_text().rpartition('if __name__ == "__main__":\n')[2]
     assert main.startswith("    with tool_errors(")
