@@ -1,4 +1,4 @@
-"""What checkpoints say about the classes of training."""
+"""Classes of training in the metadata of checkpoints."""
 
 from __future__ import annotations
 

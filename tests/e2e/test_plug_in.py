@@ -30,7 +30,7 @@ BASES = {
     "deeplab": "SemanticSegmentor",
     "panoptic_deeplab": "PanopticDeepLab",
 }
-# 80 is no multiple of 32, so that images are padded.
+# 80 is not a multiple of 32, so that images are padded.
 SMALL = """
 INPUT: {MIN_SIZE_TRAIN: [80], MAX_SIZE_TRAIN: 80, MIN_SIZE_TEST: 80, MAX_SIZE_TEST: 80}
 SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 2, WARMUP_ITERS: 0}
