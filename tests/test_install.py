@@ -67,7 +67,7 @@ def test_config_path(checkout, wheel, installed, tmp_path, run_python):
 
 
 def test_config_path_names_what_there_is(checkout, monkeypatch):
-    monkeypatch.setattr(clipdense, "__file__", str(checkout / "clipdense/__init__.py"))
+    monkeypatch.setattr("clipdense.paths._PACKAGE", checkout / "clipdense")
     with pytest.raises(FileNotFoundError, match=re.escape(CONFIG)):
         clipdense.config_path(CONFIG.replace("deep", "high"))
     with pytest.raises(FileNotFoundError, match="does not exist"):

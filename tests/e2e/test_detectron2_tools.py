@@ -29,7 +29,7 @@ from detectron2.utils.analysis import activation_count_operators, parameter_coun
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "projects" / "PlugIn" / "with_clipdense.py"
 TOOLS = Path(detectron2.__file__).parents[1] / "tools"
-CONFIGS = ["mask_rcnn_clip_rn", "denseclip_mask_rcnn_rn"]
+CONFIGS = ["mask_rcnn_clip_rn", "denseclip_mask_rcnn_rn_published"]
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
