@@ -201,8 +201,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
             if source is not None:  # a published model is there whole, or is not that model
                 self._complete, self._optional = True, source.optional
             stored = file.extras.get("metadata")
-            noted = stored if isinstance(stored, dict) else {}  # of a training checkpoint
-            state, metadata = move_vocabulary_buffer(file.state, {**file.metadata, **noted})
+            stored_metadata = stored if isinstance(stored, dict) else {}  # of a training checkpoint
+            state, metadata = move_vocabulary_buffer(file.state, {**file.metadata, **stored_metadata})
             return {"model": state, **file.extras, "metadata": metadata}
         if not self.allow_pickle:  # the layouts of Detectron2's model zoo
             raise CheckpointError(

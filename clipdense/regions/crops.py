@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -68,6 +68,10 @@ class CropRule:
     def from_config(cls, node: Mapping[str, Any]) -> CropRule:
         """Build the rule from a config node whose keys are this class's attributes in capitals."""
         return cls(**{key.lower(): value for key, value in node.items()})
+
+    def config_keys(self) -> dict[str, Any]:
+        """Return the keys and values of a config node that `from_config` reads."""
+        return {field.name.upper(): getattr(self, field.name) for field in fields(self)}
 
     def __post_init__(self) -> None:
         for name, choices in (("sampling", Sampling), ("fill", Fill)):

@@ -94,9 +94,9 @@ def captions(scene: Scene, rng: Rng, n: int = 5) -> list[str]:
     seen_grounds = [g for g, share in sorted(shares, key=lambda p: -p[1]) if share > 0.05]
     result = []
     for _ in range(n):
-        told = [t.category for i, t in enumerate(areas) if rng.uniform(0, 1) < (0.9 if i < 3 else 0.5)]
+        named = [t.category for i, t in enumerate(areas) if rng.uniform(0, 1) < (0.9 if i < 3 else 0.5)]
         floors = [g for g in seen_grounds if rng.uniform(0, 1) < 0.6]
-        if not told and not floors:
-            told, floors = [t.category for t in areas[:1]], seen_grounds[:1]
-        result.append(phrase(rng, [told[i] for i in rng.permutation(len(told))], floors))
+        if not named and not floors:
+            named, floors = [t.category for t in areas[:1]], seen_grounds[:1]
+        result.append(phrase(rng, [named[i] for i in rng.permutation(len(named))], floors))
     return result

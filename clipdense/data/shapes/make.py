@@ -125,8 +125,8 @@ def ensure_shapes(
 def _draw_missing(root: Path, split: str, images: int, workers: int, progress: bool) -> None:
     for folder in (*png_folders(root, split).values(), root / "annotations"):
         folder.mkdir(parents=True, exist_ok=True)
-    wanted = [(start, min(start + _PART, images)) for start in range(0, images, _PART)]
-    missing = [(start, stop) for start, stop in wanted if len(_read_part(root, split, start)) < stop - start]
+    parts = [(start, min(start + _PART, images)) for start in range(0, images, _PART)]
+    missing = [(start, stop) for start, stop in parts if len(_read_part(root, split, start)) < stop - start]
     if not missing:
         return
     logger.info("Drawing images of shapes %s in %s with %d processes", split, root, workers)

@@ -25,19 +25,15 @@ LOSS = "loss_pixel_text"
 Export = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-@META_ARCH_REGISTRY.register()
-class DenseCLIPRCNN(GeneralizedRCNN):
-    """Detectron2's Mask R-CNN on a language backbone, with the auxiliary pixel-text loss.
-
-    Source: Rao et al., DenseCLIP, CVPR 2022, section 3.4.
-    """
+class _PixelTextDetector(nn.Module):
+    """What DenseCLIP's detectors add to Detectron2's meta-architectures, which follow it among their bases."""
 
     @configurable
     def __init__(self, *, pixel_text_loss: PixelTextLoss, **kwargs: Any) -> None:
         """
         Args:
             pixel_text_loss: the auxiliary loss.
-            kwargs: arguments of `GeneralizedRCNN`; the backbone must have a score map.
+            kwargs: arguments of the detector; its backbone must have a score map.
 
         Raises:
             ValueError: If the backbone has no score map.
@@ -48,8 +44,20 @@ class DenseCLIPRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        arguments: dict[str, Any] = super().from_config(cfg)
+        arguments: dict[str, Any] = super().from_config(cfg)  # type: ignore[misc]
         return arguments | {"pixel_text_loss": PixelTextLoss(cfg)}
+
+    def export_state(self) -> Export:
+        """See `export_without_text_tower`."""
+        return export_without_text_tower(self)
+
+
+@META_ARCH_REGISTRY.register()
+class DenseCLIPRCNN(_PixelTextDetector, GeneralizedRCNN):
+    """Detectron2's Mask R-CNN on a language backbone, with the auxiliary pixel-text loss.
+
+    Source: Rao et al., DenseCLIP, CVPR 2022, section 3.4.
+    """
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Return Detectron2's losses and "loss_pixel_text" in training, its detections in evaluation."""
@@ -70,35 +78,13 @@ class DenseCLIPRCNN(GeneralizedRCNN):
         auxiliary = self.pixel_text_loss(score, batched_inputs, images.tensor.shape[-2:])
         return {**head_losses, **proposal_losses, LOSS: auxiliary}
 
-    def export_state(self) -> Export:
-        """See `export_without_text_tower`."""
-        return export_without_text_tower(self)
-
 
 @META_ARCH_REGISTRY.register()
-class DenseCLIPRetinaNet(MMDetRetinaNet):
+class DenseCLIPRetinaNet(_PixelTextDetector, MMDetRetinaNet):
     """RetinaNet under mmdetection's or Detectron2's rules on a language backbone, with the auxiliary loss.
 
     Source: Rao et al., DenseCLIP, CVPR 2022, section 3.4.
     """
-
-    @configurable
-    def __init__(self, *, pixel_text_loss: PixelTextLoss, **kwargs: Any) -> None:
-        """
-        Args:
-            pixel_text_loss: the auxiliary loss.
-            kwargs: arguments of `MMDetRetinaNet`; the backbone must have a score map.
-
-        Raises:
-            ValueError: If the backbone has no score map.
-        """
-        super().__init__(**kwargs)
-        _check_score_map(self)
-        self.pixel_text_loss = pixel_text_loss
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        return super().from_config(cfg) | {"pixel_text_loss": PixelTextLoss(cfg)}
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Return RetinaNet's losses and "loss_pixel_text" in training, its detections in evaluation."""
@@ -112,10 +98,6 @@ class DenseCLIPRetinaNet(MMDetRetinaNet):
         losses = self.forward_training(images, features, self.head(features), instances)
         auxiliary = self.pixel_text_loss(maps[SCORE], batched_inputs, images.tensor.shape[-2:])
         return {**losses, LOSS: auxiliary}
-
-    def export_state(self) -> Export:
-        """See `export_without_text_tower`."""
-        return export_without_text_tower(self)
 
 
 @META_ARCH_REGISTRY.register()

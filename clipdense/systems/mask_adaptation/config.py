@@ -1,5 +1,7 @@
 """Configuration keys of CLIP's adaptation to masked crops."""
 
+from clipdense.regions import CropRule
+
 from detectron2.config import CfgNode as CN
 
 
@@ -24,15 +26,7 @@ def add_adaptation_config(cfg: CN) -> None:
     cfg.MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.ENABLED = True
     # How a mask becomes a crop: the attributes of clipdense.regions.CropRule. Use the values of
     # MODEL.TWO_STAGE.CROP in the OVSeg model that will use the adapted CLIP.
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP = CN()
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.THRESHOLD = 0.4
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.SAMPLING = "bicubic"
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.MASKED = True
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.FILL = "mean"
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.EXPAND = 1.0
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.SOFT = False
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.KEEP_EMPTY = False
-    cfg.MODEL.MASK_ADAPTED_CLIP.CROP.PADDED_LOGITS = False
+    cfg.MODEL.MASK_ADAPTED_CLIP.CROP = CN(CropRule(threshold=0.4).config_keys())
     # Crops in one forward of CLIP, in evaluation.
     cfg.MODEL.MASK_ADAPTED_CLIP.CROP_BATCH_SIZE = 64
 

@@ -1,5 +1,7 @@
 """Configuration keys of two-stage systems; the mask proposals are configured by MODEL.MASK_FORMER."""
 
+from clipdense.regions import CropRule
+
 from detectron2.config import CfgNode as CN
 
 _RENAMED = {
@@ -51,15 +53,7 @@ def add_two_stage_config(cfg: CN) -> None:
     # Crops for CLIP: the attributes of clipdense.regions.CropRule. Published thresholds: OVSeg 0.4 (Swin-B)
     # and 0.5 (R101c), zsseg 0.5 and 0.4. ZegFormer: THRESHOLD 0, SAMPLING "roi_align", KEEP_EMPTY,
     # PADDED_LOGITS.
-    cfg.MODEL.TWO_STAGE.CROP = CN()
-    cfg.MODEL.TWO_STAGE.CROP.THRESHOLD = 0.4
-    cfg.MODEL.TWO_STAGE.CROP.SAMPLING = "bicubic"
-    cfg.MODEL.TWO_STAGE.CROP.MASKED = True
-    cfg.MODEL.TWO_STAGE.CROP.FILL = "mean"
-    cfg.MODEL.TWO_STAGE.CROP.EXPAND = 1.0
-    cfg.MODEL.TWO_STAGE.CROP.SOFT = False
-    cfg.MODEL.TWO_STAGE.CROP.KEEP_EMPTY = False
-    cfg.MODEL.TWO_STAGE.CROP.PADDED_LOGITS = False
+    cfg.MODEL.TWO_STAGE.CROP = CN(CropRule(threshold=0.4).config_keys())
     # Crops per CLIP forward.
     cfg.MODEL.TWO_STAGE.CROP_BATCH_SIZE = 64
     # Autocast dtype of CLIP's forwards in evaluation ("fp32": no autocast, "fp16", "bf16"), and

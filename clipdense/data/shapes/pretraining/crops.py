@@ -154,18 +154,18 @@ class CropSampler:
         x0, y0, x1, y1 = window
         counts = np.bincount(ground[y0:y1, x0:x1].ravel(), minlength=256)[: len(GROUNDS)]
         seen = [int(g) for g in np.argsort(-counts, kind="stable") if counts[g] > 0.1 * max(1, counts.sum())]
-        told = [g for g in seen if not named or rng.uniform(0, 1) < 0.35]
-        if not named and not told:  # one hardly visible thing fills the window
-            told = [int(counts.argmax())]
+        grounds = [g for g in seen if not named or rng.uniform(0, 1) < 0.35]
+        if not named and not grounds:  # one hardly visible thing fills the window
+            grounds = [int(counts.argmax())]
         content = np.zeros(CONTENT_SIZE, np.uint8)
         np.add.at(content, named, 1)
-        content[[len(CLASSES) + g for g in told]] = 1
-        content[[len(CLASSES) + len(GROUNDS) + g for g in {*seen, *told}]] = 1
+        content[[len(CLASSES) + g for g in grounds]] = 1
+        content[[len(CLASSES) + len(GROUNDS) + g for g in {*seen, *grounds}]] = 1
         crop = _resize_letterboxed(image[y0:y1, x0:x1], self.size)
         if rng.uniform(0, 1) < 0.5:
             crop = np.ascontiguousarray(crop[:, ::-1])
-        caption, order = phrase(rng, named, told), rng.permutation(len(named))
-        return CaptionedCrop(crop, caption, phrase(rng, [named[i] for i in order], told), content)
+        caption, order = phrase(rng, named, grounds), rng.permutation(len(named))
+        return CaptionedCrop(crop, caption, phrase(rng, [named[i] for i in order], grounds), content)
 
 
 def _clip_window(

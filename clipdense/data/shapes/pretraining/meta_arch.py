@@ -278,10 +278,11 @@ def positive_pairs(image: Tensor, caption: Tensor) -> Tensor:
         (N, M) float: 1 if the caption names the same things as the crop's own caption and only grounds that
         are visible in the crop, else 0.
     """
-    (things, _, seen), (told, named, _) = (
+    (things, _, seen), (named_things, named_grounds, _) = (
         x.float().split([len(CLASSES), len(GROUNDS), len(GROUNDS)], 1) for x in (image, caption)
     )
     # Counts are small integers, so squared distances computed from inner products are exact.
-    distance = (things * things).sum(1)[:, None] + (told * told).sum(1)[None] - 2 * things @ told.T
-    unseen = (1 - seen) @ named.T
+    lengths = (things * things).sum(1)[:, None] + (named_things * named_things).sum(1)[None]
+    distance = lengths - 2 * things @ named_things.T
+    unseen = (1 - seen) @ named_grounds.T
     return ((distance == 0) & (unseen == 0)).float()
