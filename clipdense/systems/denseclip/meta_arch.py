@@ -26,7 +26,7 @@ Export = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class _PixelTextDetector(nn.Module):
-    """What DenseCLIP's detectors add to Detectron2's meta-architectures, which follow it among their bases."""
+    """What DenseCLIP's detectors add to Detectron2's meta-architectures, their next base."""
 
     @configurable
     def __init__(self, *, pixel_text_loss: PixelTextLoss, **kwargs: Any) -> None:
