@@ -1,7 +1,6 @@
 """Detectron2 backbones: CLIP towers and timm models as trunks, below an FPN or a simple feature pyramid."""
 
 from clipdense.backbone.clip_trunk import CLIPTrunk
-from clipdense.backbone.context_decoder import ContextDecoder
 from clipdense.backbone.fpn import FPN, build_trunk_fpn_backbone
 from clipdense.backbone.frozen_clip import FrozenCLIPTrunk
 from clipdense.backbone.interpolated import InterpolatedTrunk
@@ -11,6 +10,7 @@ from clipdense.backbone.simple_pyramid import SimpleFeaturePyramid, build_trunk_
 from clipdense.backbone.swin import SwinTrunk
 from clipdense.backbone.timm_trunk import TimmTrunk
 from clipdense.backbone.trunk import JOINT, SCORE, PixelConversion, Trunk
+from clipdense.clip.context_decoder import ContextDecoder
 
 from detectron2.projects import deeplab as deeplab  # registers build_resnet_deeplab_backbone
 

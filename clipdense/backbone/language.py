@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from clipdense.backbone.class_text import ClassTable, ClassText
 from clipdense.backbone.clip_trunk import CLIPTrunk, clip_from_config
-from clipdense.backbone.context_decoder import ContextDecoder
 from clipdense.backbone.trunk import SCORE
+from clipdense.clip.context_decoder import ContextDecoder
 from clipdense.clip.finetune import freeze_unused
 from clipdense.clip.position import resize_table
 from clipdense.clip.towers import TowerRequest

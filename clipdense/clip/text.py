@@ -99,13 +99,39 @@ class LearnedPrompts(nn.Module):
 
     Attributes:
         length: number of tokens by which the context shortens the longest text.
+        template: the template whose filled texts the context was learned with; "": the caller's templates.
+        image_dependent: whether the embeddings depend on the image, so that a vocabulary has none of its own.
+        classes: class names that a class-specific context knows; empty: any.
     """
 
     length: int = 0
+    template: str = ""
+    image_dependent: bool = False
+    classes: tuple[str, ...] = ()
 
-    def forward(self, clip: ClipModel, tokens: Tensor) -> Tensor:
-        """Embed token ids (n, L) of filled templates as (n, D), not L2-normalised."""
+    def forward(self, clip: ClipModel, tokens: Tensor, names: Sequence[str] = ()) -> Tensor:
+        """Embed token ids (n, L) of filled templates as (n, D), not L2-normalised.
+
+        Args:
+            clip: model with the text tower.
+            tokens: the ids.
+            names: class name of each row; given only to a context with `classes`.
+        """
         return clip.encode_text(tokens)
+
+    def require_fixed(self) -> None:
+        """Check that the embeddings do not depend on the image.
+
+        Raises:
+            ValueError: If they do.
+        """
+        if self.image_dependent:
+            raise ValueError(
+                f"with {type(self).__name__}, class embeddings depend on the image, so that they can be "
+                "neither cached nor stored in a text table: use a system that encodes texts for each image "
+                "(MODEL.META_ARCHITECTURE PromptedCLIP, MODEL.TRUNK.NAME LanguageTrunk), or contexts that do "
+                "not depend on the image (MODEL.PROMPT.METHOD contexts)"
+            )
 
 
 class TextBank(TextEmbedder):
@@ -123,15 +149,17 @@ class TextBank(TextEmbedder):
         synonyms: "mean" or "first", see `TextEmbedder`.
         cache_dir: folder of cached rows; "auto" is ``text`` in `clipdense.files.cache_dir`, None does not
             cache on disk.
-        prompts: learned context. Rows are cached in memory only while it, or the text tower, is in training
-            mode with trainable weights.
+        prompts: learned context; the template that it was learned with, if it has one, replaces
+            ``templates``. Rows are cached in memory only while it, or the text tower, is in training mode
+            with trainable weights.
         batch_size: number of prompts per forward.
         memory: number of rows cached in memory; the least recently used are dropped first.
         progress: show a progress bar for steps longer than a second.
 
     Raises:
-        ValueError: If the model has no text tower, names are too long for it (the message lists all of them;
-            open_clip would truncate them without a warning), or embeddings are not finite.
+        ValueError: If the model has no text tower, the learned context depends on the image, names are too
+            long for the tower (the message lists all of them; open_clip would truncate them without a
+            warning), or embeddings are not finite.
     """
 
     def __init__(
@@ -151,8 +179,10 @@ class TextBank(TextEmbedder):
             raise ValueError(
                 f"'{clip.name}' has no text tower: use a precomputed text table (tools/make_text_table.py)"
             )
+        if prompts is not None:
+            prompts.require_fixed()
         self.clip = clip
-        self.templates = template_sets.get(templates)
+        self.templates = template_sets.get((prompts.template if prompts is not None else "") or templates)
         self.prompts = prompts
         self.batch_size = batch_size
         self.progress = progress
@@ -256,23 +286,33 @@ class TextBank(TextEmbedder):
             ) as bar,
         ):
             for block, prompts in zip(blocks, tokenized, strict=True):
-                embedded = self._forward(prompts, bar)[prompts.inverse]
+                owners = [name for name in block for _ in range(count)]
+                embedded = self._forward(prompts, owners, bar)[prompts.inverse]
                 means = embedded.reshape(len(block), count, -1).double().mean(1).float()
                 yield {name: row.clone() for name, row in zip(block, means, strict=True)}
 
-    def _forward(self, prompts: _Prompts, bar: Any) -> Tensor:
+    def _forward(self, prompts: _Prompts, owners: list[str], bar: Any) -> Tensor:
         """Return L2-normalised embeddings (n, D) of distinct prompts, float32 on the CPU.
 
         Prompts are sorted by length, because the tower runs a batch at the length of its longest prompt.
+
+        Args:
+            prompts: the tokens.
+            owners: class name of each given prompt, repetitions included.
+            bar: progress bar, updated by prompts.
         """
+        names = dict(zip(prompts.inverse.tolist(), owners, strict=True))
         device, out = self.device, []
         order = prompts.lengths.argsort()
         for chunk in torch.split(order, self.batch_size):
             tokens = prompts.tokens[chunk].to(device, torch.long)
             with torch.autocast(device.type, enabled=False):
-                features = (
-                    self.clip.encode_text(tokens) if self.prompts is None else self.prompts(self.clip, tokens)
-                )
+                if self.prompts is None:
+                    features = self.clip.encode_text(tokens)
+                elif self.prompts.classes:
+                    features = self.prompts(self.clip, tokens, [names[i] for i in chunk.tolist()])
+                else:
+                    features = self.prompts(self.clip, tokens)
             out.append(F.normalize(features.float(), dim=-1))
             bar.update(len(chunk))
         rows = torch.cat(out).cpu()

@@ -1,4 +1,4 @@
-"""DenseCLIP's context decoder, which adapts class embeddings to the image (post-model prompting)."""
+"""DenseCLIP's context decoder, of post-model and pre-model prompting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ __all__ = ["ContextDecoder"]
 
 
 class ContextDecoder(nn.Module):
-    """Transformer decoder from text embeddings t and visual tokens m to a change of the embeddings.
+    """Transformer decoder from queries and visual tokens m to a vector for each query.
+
+    In post-model prompting, queries are text embeddings t and the result is a change of them. In pre-model
+    prompting, queries are learned and the results are the contexts of the class names.
 
     q = Linear(LN(t)), m' = LN(Linear(LN(m))). Every layer applies self-attention of q, cross-attention to m'
     and an MLP, pre-norm. delta = Linear(LN(q)). There are no position embeddings, as the dense map has its
@@ -19,7 +22,14 @@ class ContextDecoder(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, width: int = 256, heads: int = 4, layers: int = 3, dropout: float = 0.1
+        self,
+        dim: int,
+        *,
+        width: int = 256,
+        heads: int = 4,
+        layers: int = 3,
+        dropout: float = 0.1,
+        out_dim: int = 0,
     ) -> None:
         """
         Args:
@@ -28,6 +38,7 @@ class ContextDecoder(nn.Module):
             heads: number of heads of each attention.
             layers: number of decoder layers.
             dropout: dropout rate after attentions and in the MLPs.
+            out_dim: dimension of the results; 0: D.
 
         Raises:
             ValueError: If ``width`` is not a multiple of ``heads``.
@@ -35,12 +46,14 @@ class ContextDecoder(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(
-                f"MODEL.LANGUAGE.CONTEXT_DECODER.WIDTH {width} is not a multiple of HEADS {heads}"
+                f"the context decoder's WIDTH {width} is not a multiple of its HEADS {heads} "
+                "(MODEL.LANGUAGE.CONTEXT_DECODER, MODEL.PROMPT.PRE_MODEL)"
             )
+        self.heads = heads
         self.memory_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.LayerNorm(width))
         self.text_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
         self.decoder = nn.ModuleList(_DecoderLayer(width, heads, dropout) for _ in range(layers))
-        self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
+        self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out_dim or dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -48,7 +61,7 @@ class ContextDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, text: Tensor, memory: Tensor) -> Tensor:
-        """Map text embeddings (B, K, D) and visual tokens (B, N, D) to delta (B, K, D)."""
+        """Map queries (B, K, D) and visual tokens (B, N, D) to delta (B, K, out_dim)."""
         queries, memory = self.text_proj(text), self.memory_proj(memory)
         for layer in self.decoder:
             queries = layer(queries, memory)
