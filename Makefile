@@ -22,7 +22,7 @@ PYTHON ?= $(shell for python in python3 python python3.12 python3.11 python3.10 
 
 # uv: the one at hand, else the one installed into .venv.
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/python -m uv)
-PIP = $(UV) pip install --quiet --python $(BIN)/python --constraint requirements/lock.txt --override requirements/overrides.txt
+PIP = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements/lock.txt --override requirements/overrides.txt
 
 # pb1-detectron2 ships detectron2 0.6 as source; its C++ extension is skipped (clipdense/compat.py stands in for it).
 SKIP_EXTENSION := --config-settings-package pb1-detectron2:--global-option=build_py \

@@ -23,9 +23,10 @@ def small_shapes(small_shapes_root: Path) -> Iterator[None]:
     """Every `shapes` dataset with four training and two validation images, while the module runs."""
     before = dict(DatasetCatalog.data), copy.deepcopy(MetadataCatalog.data)
     with pytest.MonkeyPatch.context() as patch:
-        for split, images in (("train", 4), ("val", 2)):
-            patch.setitem(splits.SPLITS, split, replace(splits.SPLITS[split], images=images))
-            patch.setitem(splits.MINI, split, images)
+        for name, split in list(splits.SPLITS.items()):
+            patch.setitem(splits.SPLITS, name, replace(split, images=4 if split.training else 2))
+        for name in splits.MINI:
+            patch.setitem(splits.MINI, name, splits.SPLITS[name].images)
         for name in [name for name in DatasetCatalog.list() if name.startswith("shapes_")]:
             DatasetCatalog.pop(name)
             MetadataCatalog.pop(name)

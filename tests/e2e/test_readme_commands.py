@@ -1,0 +1,122 @@
+"""The commands that the READMEs print: run in short as they stand, or held to what can be checked without their data."""
+
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipdense.run.setup import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("projects/*/README.md"))]
+
+# Why a command is not run here: the first pattern that a command matches.
+NOT_RUN = {
+    r"^make test": "it is what runs this test",
+    r"with_clipdense\.py|projects/PlugIn/": "tests/e2e/test_plug_in.py and test_detectron2_tools.py run it",
+    r"birds/": "tests/e2e/test_own_json.py runs it on data of that layout",
+    r"projects/\w+/configs|configs/coco|<": "needs full-size datasets or weights",
+    r"convert_checkpoint|EVA02": "needs published weights; tests/e2e/test_convert_checkpoint.py runs the tool",
+    r"run_table\.py": "takes hours; tests/e2e/test_run_table.py runs the tool",
+    r"benchmark\.py": "takes minutes; tests/e2e/test_benchmark.py runs the tool",
+    r"^torchrun": "starts further processes; tests/engine/test_processes.py does so",
+    r"pack_nano": "replaces the weights of the package; tests/clip/test_nano.py packs into another folder",
+    r"\$": "is part of a loop over seeds",
+}
+# Options that change nothing but the time that a command takes.
+SHORT = {
+    "train_net.py": "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 SOLVER.WARMUP_ITERS 0 TEST.EVAL_PERIOD 0",
+    "evaluate_regions.py": "--images 2",
+    "dense_clusters.py": "--images 2",
+    "make_shapes.py": "--images 2",
+}
+
+pytestmark = pytest.mark.usefixtures("small_shapes")
+
+
+@dataclass(frozen=True)
+class Command:
+    readme: str
+    text: str
+
+    @property
+    def reason(self) -> str | None:
+        return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, self.text)), None)
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text, comments=True)
+
+
+def commands(readme: str) -> list[Command]:
+    """The commands in a README's fenced blocks, with continued lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / readme).read_text(), re.M | re.S)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    start = re.compile(r"(\w+=\S+ )*(python|torchrun|make) ")
+    return [Command(readme, line) for line in lines if start.match(line)]
+
+
+EVERY = [command for readme in READMES for command in commands(readme)]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout without outputs, with two photos, as the current folder."""
+    for name in ("configs", "projects", "tools", "clipdense"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 64, 80, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run ``python TOOL ...`` in this process, in short."""
+    if words[0] == "make":
+        recipe = re.search(rf"^{words[1]}:.*\n\t.*python (.*)$", (ROOT / "Makefile").read_text(), re.M)
+        assert recipe is not None
+        words = ["python", *shlex.split(recipe[1])]
+    tool = words[1]
+    monkeypatch.setattr(sys, "argv", [*words[1:], *SHORT.get(Path(tool).name, "").split()])
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, f"{shlex.join(words)} ended with {end.code}"
+
+
+@pytest.mark.slow
+def test_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a command may need what earlier ones have written."""
+    for command in EVERY:
+        if command.reason is None:
+            run(command.words, monkeypatch)
+    models = {path.parent.name for path in workplace.rglob("model_final.pth")}
+    assert {"demo", "clipself_vit_proposals", "fvlm_rn", "fvlm_vit"} <= models
+
+
+@pytest.mark.parametrize("command", [c for c in EVERY if c.reason], ids=lambda c: f"{c.readme}: {c.text[:70]}")
+def test_files_and_keys_exist(command: Command) -> None:
+    """Of a command that is not run: the files of this repository that it names, and the keys that it sets."""
+    words = [word for word in command.words if "$" not in word]
+    named = [w for w in words if re.match(r"(configs|projects|tools)/.*\.\w+$", w)]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    configs = [name for name in named if name.endswith(".yaml") and "/configs/" in f"/{name}"]
+    keys = [i for i, word in enumerate(words) if re.fullmatch(r"[A-Z][A-Z_]+(\.[A-Z0-9_]+)+", word)]
+    files = re.compile(r"\.(WEIGHTS|PRETRAINED|ADAPTED_CLIP|COCO_JSON)$")
+    overrides = [w for i in keys if not files.search(words[i]) for w in words[i : i + 2]]
+    for config in configs:
+        if "PlugIn" not in config:
+            load_config(str(ROOT / config), overrides)
+
+
+def test_every_reason_is_needed() -> None:
+    unused = [p for p in NOT_RUN if not any(re.search(p, command.text) for command in EVERY)]
+    assert unused == []
