@@ -1,4 +1,4 @@
-"""The commands that the READMEs print: run in short as they stand, or held to what can be checked without their data."""
+"""The commands that the READMEs print: run in short, or checked as far as their missing data allow."""
 
 import re
 import runpy
@@ -22,7 +22,7 @@ NOT_RUN = {
     r"with_clipdense\.py|projects/PlugIn/": "tests/e2e/test_plug_in.py and test_detectron2_tools.py run it",
     r"birds/": "tests/e2e/test_own_json.py runs it on data of that layout",
     r"projects/\w+/configs|configs/coco|<": "needs full-size datasets or weights",
-    r"convert_checkpoint|EVA02": "needs published weights; tests/e2e/test_convert_checkpoint.py runs the tool",
+    r"convert_checkpoint|EVA02": "needs published weights; test_convert_checkpoint.py runs the tool",
     r"run_table\.py": "takes hours; tests/e2e/test_run_table.py runs the tool",
     r"benchmark\.py": "takes minutes; tests/e2e/test_benchmark.py runs the tool",
     r"^torchrun": "starts further processes; tests/engine/test_processes.py does so",
@@ -102,7 +102,9 @@ def test_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"demo", "clipself_vit_proposals", "fvlm_rn", "fvlm_vit"} <= models
 
 
-@pytest.mark.parametrize("command", [c for c in EVERY if c.reason], ids=lambda c: f"{c.readme}: {c.text[:70]}")
+@pytest.mark.parametrize(
+    "command", [c for c in EVERY if c.reason], ids=lambda c: f"{c.readme}: {c.text[:70]}"
+)
 def test_files_and_keys_exist(command: Command) -> None:
     """Of a command that is not run: the files of this repository that it names, and the keys that it sets."""
     words = [word for word in command.words if "$" not in word]
