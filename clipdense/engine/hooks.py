@@ -8,6 +8,7 @@ import datetime
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,17 +184,19 @@ class MetricWriter(EventWriter):
             path = str(Path(self.output_dir, "metrics.json"))
             self._writers = [JSONWriter(path), TensorboardXWriter(self.output_dir)]
         for writer in self._writers:
-            try:
-                writer.write()
-            except OSError as e:
-                logger.error(
-                    "cannot write metrics to %s: %s. Training continues.", self.output_dir, e.strerror
-                )
+            self._attempt(writer.write)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, which writes what they have buffered."""
         for writer in self._writers:
-            writer.close()
+            self._attempt(writer.close)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Call a function that writes; log an error of the disk instead of raising it."""
+        try:
+            action()
+        except OSError as e:
+            logger.error("cannot write metrics to %s: %s. Training continues.", self.output_dir, e.strerror)
 
 
 class Progress(HookBase):

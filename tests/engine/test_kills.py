@@ -15,6 +15,7 @@ from clipdense.engine.lock import FolderLock, FolderLockedError
 from clipdense.engine.options import ConfigError
 from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.trainer import Trainer
+from clipdense.files import WriteError
 
 Build = Callable[..., Trainer]
 
@@ -225,3 +226,17 @@ def test_the_setting_that_ended_a_training_is_recorded(
     longer.train()
     results = json.loads(Path(trainer.options.output_dir, "results.json").read_text())
     assert longer.iter == 3 and results["ended_by"] == "SOLVER.MAX_ITER"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_metrics_on_a_full_disk_neither_end_a_training_nor_hide_its_error(
+    build_trainer: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer("SOLVER.MAX_ITER", 2)
+    Path(trainer.options.output_dir, "metrics.json").symlink_to("/dev/full")
+    trainer.save = lambda *args, **kwargs: (_ for _ in ()).throw(  # type: ignore[method-assign]
+        WriteError("cannot write model_final.pth")
+    )
+    with pytest.raises(WriteError, match="model_final.pth"):
+        trainer.train()
+    assert "cannot write metrics" in caplog.text and "No space left" in caplog.text

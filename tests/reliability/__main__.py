@@ -1,5 +1,8 @@
 """Damage inputs, kill jobs, fill disks; print a table of what happened, and fail if anything went wrong.
 
+Each result is written at once. A run that was ended goes on where it was when it is called again with the
+same sources and options; a complete one, or other sources, begin anew.
+
 python -m tests.reliability                                  # all: 2,000 inputs, 60 kills
 python -m tests.reliability --only 'images;COCO' --inputs 200
 python -m tests.reliability --only training --kills 10 --seed 3
@@ -7,20 +10,27 @@ python -m tests.reliability --markdown docs/reliability.md   # write the figures
 """
 
 import argparse
+import hashlib
+import json
+import math
 import os
 import random
+import re
+import shlex
+import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from tests.conftest import ROOT
 from tests.reliability.inputs import KINDS
 from tests.reliability.interruptions import EVENTS
 from tests.reliability.kills import JOBS
 from tests.reliability.outcomes import VERDICTS, run_cases
 from tests.reliability.processes import warm_up
+from tests.reliability.records import Records, digest_sources
 from tests.reliability.world import World
 
 TEXT = """# Reliability
@@ -36,31 +46,38 @@ processes, and writes this page. Its harness is `tests/reliability/`; `make test
   of a job that nobody killed: something lost, doubled or left behind.
 
 {tables}
-Seed {seed}. Made by `{command}`.
+Made by `{command}`.
 """
 
 
-def main() -> int:
-    args = _arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the harness; return the exit status, 1 if there are faults."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
     chosen = args.only.split(";") if args.only else [*KINDS, *JOBS, *EVENTS]
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="clipdense-reliability-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["CLIPDENSE_CACHE"] = str(folder / "cache")
+    if unknown := set(chosen) - {*KINDS, *JOBS, *EVENTS}:
+        parser.error(f"--only: unknown {', '.join(sorted(unknown))}")
+    world, complete = _folder(args)
+    os.environ["CLIPDENSE_CACHE"] = str(world.folder / "cache")
     warm_up()
-    world, figures = World(folder), Figures()
+    figures = Figures()
     damage_inputs(world, figures, [name for name in KINDS if name in chosen], args.inputs, args.seed)
     kill_jobs(world, figures, [name for name in JOBS if name in chosen], args.kills, args.seed)
     cause_events(world, figures, [name for name in EVENTS if name in chosen])
+    complete.touch()
     if args.markdown:
-        only = f" -m tests.reliability --only '{args.only}'"
-        command = f"python{only}" if args.only else "make test-reliability"
-        tables = "\n".join(figures.lines) + "\n"
-        args.markdown.write_text(TEXT.format(tables=tables, seed=args.seed, command=command))
-    print(f"{figures.faults} faults; logs in {folder}")
+        changed = [
+            f"--{name} {shlex.quote(str(getattr(args, name)))}"
+            for name in ("only", "inputs", "kills", "seed")
+            if getattr(args, name) != parser.get_default(name)
+        ]
+        command = " ".join(["python -m tests.reliability", *changed]) if changed else "make test-reliability"
+        args.markdown.write_text(TEXT.format(tables="\n".join(figures.lines) + "\n", command=command))
+    print(f"{figures.faults} faults; inputs and logs in {world.folder}")
     return 1 if figures.faults else 0
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,9 +86,26 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--inputs", type=int, default=2000, help="number of damaged inputs (default 2000)")
     parser.add_argument("--kills", type=int, default=60, help="number of kills (default 60)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="working folder to reuse (default: a temporary one)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "output/reliability",
+        help="working folder, with a subfolder per state of the sources (default output/reliability)",
+    )
     parser.add_argument("--markdown", type=Path, help="write the figures to this file")
-    return parser.parse_args()
+    return parser
+
+
+def _folder(args: argparse.Namespace) -> tuple[World, Path]:
+    """Return the world of these sources and options, and the file that marks a complete run."""
+    options = json.dumps([args.only, args.inputs, args.kills, args.seed])
+    name = f"{digest_sources()}-{hashlib.sha256(options.encode()).hexdigest()[:6]}"
+    folder = args.folder.resolve() / name
+    complete = folder / "complete"
+    if complete.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return World(folder), complete
 
 
 class Figures:
@@ -106,8 +140,8 @@ def damage_inputs(world: World, figures: Figures, kinds: list[str], number: int,
     weights = sum(KINDS[kind][1] for kind in kinds)
     for kind in kinds:
         cases, weight = KINDS[kind]
-        part = islice(cases(world, seed), round(number * weight / weights))
-        counts, failed = run_cases(kind.split(",")[0].replace(" ", "_"), part, world.folder)
+        part = islice(cases(world, seed), math.ceil(number * weight / weights))
+        counts, failed = run_cases(part, _records(world, kind), world.folder / "input.log")
         figures.add(
             kind,
             counts.total(),
@@ -124,12 +158,15 @@ def kill_jobs(world: World, figures: Figures, jobs: list[str], number: int, seed
     weights = sum(JOBS[job][1] for job in jobs)
     for job in jobs:
         kill, weight = JOBS[job]
-        start = time.monotonic()
-        ends = list(kill(world, max(1, round(number * weight / weights)), random.Random(seed)))
-        different = ["; ".join(notes) for _, notes in ends if notes]
-        seconds = round(time.monotonic() - start)
-        kills = sum(n for n, _ in ends)
-        figures.add(job, kills, len(different), seconds, faults=len(different), details=different)
+        records = _records(world, job)  # rows: kills, differences, seconds
+        done = sum(row[0] for row in records.rows)
+        left, start = math.ceil(number * weight / weights) - done, time.monotonic()
+        for kills, notes in kill(world, left, random.Random(f"{seed} {done}")) if left > 0 else ():
+            records.add([kills, notes, time.monotonic() - start])
+            start = time.monotonic()
+        different = ["; ".join(row[1]) for row in records.rows if row[1]]
+        kills, seconds = (sum(row[i] for row in records.rows) for i in (0, 2))
+        figures.add(job, kills, len(different), round(seconds), faults=len(different), details=different)
 
 
 def cause_events(world: World, figures: Figures, events: list[str]) -> None:
@@ -137,9 +174,16 @@ def cause_events(world: World, figures: Figures, events: list[str]) -> None:
     if events:
         figures.head("event", "case", "result")
     for event in events:
-        for case, notes in EVENTS[event](world):
+        records = _records(world, event)
+        if not records.rows:
+            records.add(*EVENTS[event](world))
+        for case, notes in records.rows:
             result = ", ".join(notes) or "ended in time, with a sentence"
             figures.add(event, case, result, faults=bool(notes))
+
+
+def _records(world: World, name: str) -> Records:
+    return Records(world.folder / f"{re.sub('[^a-zA-Z-]+', '_', name)}.jsonl")
 
 
 def _row(*cells: object) -> str:

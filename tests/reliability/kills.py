@@ -197,7 +197,8 @@ def kill_conversions(world: World, kills: int, rng: random.Random) -> Iterator[t
         assert ended.code == 0, ended.text
         seconds.write_text(str(ended.seconds))
     output, span = world.folder / "converted_found/rn50.safetensors", float(seconds.read_text())
-    for _ in range(kills):
+    done = 0
+    while done < kills:
         shutil.rmtree(output.parent, ignore_errors=True)
         output.parent.mkdir()
         old = b"old file" if rng.random() < 0.5 else None
@@ -205,9 +206,10 @@ def kill_conversions(world: World, kills: int, rng: random.Random) -> Iterator[t
             output.write_bytes(old)
         tool, *arguments = _with_output(words, output)
         job = Job([ROOT / "tools" / tool, *arguments], world.log)
-        time.sleep(rng.uniform(0.05, span))
+        time.sleep(rng.uniform(0.05, 0.9 * span))
         job.send(signal.SIGKILL)
-        job.wait()
+        killed = job.wait().code == -signal.SIGKILL
+        done += killed
         whole = output.exists() and filecmp.cmp(output, expected, shallow=False)
         state = output.read_bytes() if output.exists() and output.stat().st_size < 100 else None
         notes = [] if whole or state == old else ["the output is torn"]
@@ -215,7 +217,7 @@ def kill_conversions(world: World, kills: int, rng: random.Random) -> Iterator[t
         if ended.code or not filecmp.cmp(output, expected, shallow=False):
             notes.append(f"the next call: exit status {ended.code}, another result")
         notes += [f"left behind: {path.name}" for path in output.parent.iterdir() if path != output]
-        yield 1, notes
+        yield int(killed), notes
 
 
 def _with_output(words: list[Any], output: Path) -> list[Any]:
@@ -237,7 +239,7 @@ def kill_tables(world: World, kills: int, rng: random.Random) -> Iterator[tuple[
     runs.mkdir(parents=True)
     (folder / "steps.py").write_text(STEPS)
     rows = [{"name": "a", "config": "c.yaml"}]
-    seeds = list(range(1, 2 + kills))
+    seeds = list(range(1, 3 + 2 * kills))  # more cells than can be done between the kills
     content = {"output": str(runs), "seeds": seeds, "metrics": {"AP": "bbox/AP"}, "rows": rows}
     (folder / "table.yaml").write_text(yaml.safe_dump(content))
     words = [ROOT / "tools/run_table.py", folder / "table.yaml", "--tool", folder / "steps.py", "--jobs", "2"]
@@ -245,19 +247,20 @@ def kill_tables(world: World, kills: int, rng: random.Random) -> Iterator[tuple[
     def starts() -> int:
         return events.read_text().count('"start"') if events.exists() else 0
 
-    for _ in range(kills):
+    done = 0
+    while done < kills:
         before, job = starts(), Job(words, world.log)
         while not job.has_ended() and starts() <= before:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1.0))
         job.send(signal.SIGKILL)
-        job.wait()
+        assert job.wait().code == -signal.SIGKILL, f"not killed: {job.text}"
+        done += 1
         time.sleep(0.1)
-        yield 1, []
     ended = Job(words, world.log).wait()
     cells = [json.loads(path.read_text())["status"] for path in sorted(runs.glob("*/*/cell.json"))]
     notes = [] if cells == ["done"] * len(seeds) else [f"cells {cells}, exit status {ended.code}"]
-    yield 0, notes + _doubled(events)
+    yield done, notes + _doubled(events)
 
 
 def _doubled(events: Path) -> list[str]:

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clipdense.run.boundary import describe_error
 from tests.reliability.processes import Job
+from tests.reliability.records import Records
 
 __all__ = ["FAULTS", "VERDICTS", "Case", "WrongResultError", "run_case", "run_cases"]
 
@@ -32,14 +32,14 @@ class Case:
         name: name for the report.
         action: uses the input as the product does; raises `WrongResultError` if the result is wrong.
         names: texts of which an error message must contain one: the file, or the config key.
-        limit: seconds after which it counts as hanging.
+        limit: seconds after which it counts as hanging; far more than it takes on a busy machine.
         witness: file that exists afterwards if the input ran code.
     """
 
     name: str
     action: Callable[[], object]
     names: tuple[str, ...]
-    limit: float = 40.0
+    limit: float = 120.0
     witness: Path | None = None
 
 
@@ -57,7 +57,7 @@ def run_case(case: Case, log: Path) -> Outcome:
 
     The verdicts: accepted; refused (an error that the tools print without a traceback, and which names the
     input); unnamed (such an error without the name); traceback (an error that the tools do not expect); hang;
-    crash (ended by a signal); wrong (see `WrongResultError`).
+    crash (ended by a signal); wrong (see `WrongResultError`). Processes that it leaves are a hang, too.
     """
     read, write = os.pipe()
 
@@ -79,13 +79,16 @@ def run_case(case: Case, log: Path) -> Outcome:
         job.send(signal.SIGKILL)
         job.wait()
         return Outcome(case.name, "hang", f"no result after {case.limit:g} s")
-    ended = job.wait(timeout=30.0)
+    ended, left = job.wait(timeout=30.0), job.remaining()
+    job.send(signal.SIGKILL)
     if case.witness is not None and case.witness.exists():
         case.witness.unlink()
         return Outcome(case.name, "wrong", "the input ran code")
     if not data:
         return Outcome(case.name, "crash", f"status {ended.code}: {ended.text[-300:]}")
     verdict, message = json.loads(data)
+    if left:
+        verdict, message = "hang", f"{len(left)} processes are left, after: {message}"
     return Outcome(case.name, verdict, message)
 
 
@@ -117,25 +120,23 @@ def _place(error: BaseException) -> str:
     return place
 
 
-def run_cases(kind: str, cases: Iterable[Case], folder: Path) -> tuple[Counter[str], list[Outcome]]:
-    """Run cases one after the other.
+def run_cases(cases: Iterable[Case], records: Records, log: Path) -> tuple[Counter[str], list[Outcome]]:
+    """Run cases one after the other, except those whose outcome is recorded.
 
     Args:
-        kind: name of the kind of input, for the log.
-        cases: the cases.
-        folder: working folder; ``<kind>.jsonl`` in it gets a line per case.
+        cases: the cases, in the order of the records.
+        records: gets a row per case.
+        log: file for the output of a case.
 
     Returns:
         Number of cases per verdict, and the outcomes that are faults.
     """
-    counts: Counter[str] = Counter()
-    faults: list[Outcome] = []
-    with open(folder / f"{kind}.jsonl", "w") as lines:
-        for case in cases:
-            outcome: Any = run_case(case, folder / f"{kind}.log")
-            counts[outcome.verdict] += 1
-            lines.write(json.dumps(vars(outcome)) + "\n")
-            lines.flush()
-            if outcome.verdict in FAULTS:
-                faults.append(outcome)
-    return counts, faults
+    outcomes = []
+    for number, case in enumerate(cases):
+        if number < len(records.rows):
+            outcomes.append(Outcome(**records.rows[number]))
+            assert outcomes[-1].name == case.name, f"{records.path} belongs to other cases; delete it"
+            continue
+        outcomes.append(run_case(case, log))
+        records.add(vars(outcomes[-1]))
+    return Counter(o.verdict for o in outcomes), [o for o in outcomes if o.verdict in FAULTS]

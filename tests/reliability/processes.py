@@ -1,6 +1,12 @@
-"""Jobs as forks of one Python that has imported everything: a start takes milliseconds instead of seconds."""
+"""Jobs as forks of one Python that has imported everything: a start takes milliseconds instead of seconds.
+
+A fork has only the thread that calls it. A lock that another thread holds at that moment, such as one of the
+thread pools of hotcoco or torch, stays locked in the child for ever. Jobs are therefore started by a process
+that has a single thread, and that does nothing but start them.
+"""
 
 import atexit
+import gc
 import importlib
 import os
 import runpy
@@ -14,16 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipdense.engine.processes import end_with_parent
 from tests.conftest import ROOT
 
-__all__ = ["ROOT", "Job", "run_tool", "warm_up"]
+__all__ = ["ROOT", "Ended", "Job", "require_single_thread", "run_tool", "warm_up"]
 
 
 def warm_up() -> None:
-    """Import what the jobs need."""
+    """Import what the jobs need, and keep the children from copying it at a garbage collection."""
     import torch
+    from PIL import Image
 
     torch.set_num_threads(1)
+    Image.init()
     for name in (
         "engine.trainer",
         "evaluation",
@@ -35,6 +44,9 @@ def warm_up() -> None:
         importlib.import_module(f"clipdense.{name}")
     for name in ("hotcoco", "torch.utils.tensorboard", "tqdm.contrib.logging"):
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 @dataclass(frozen=True)
@@ -52,13 +64,26 @@ class Ended:
     text: str
 
 
+def require_single_thread() -> None:
+    """Raise an error if this process has more than one thread, and cannot be forked safely (on Linux)."""
+    tasks = Path("/proc/self/task")
+    names = [task.joinpath("comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
+    if len(names) > 1:
+        raise RuntimeError(f"jobs are forks of a process with one thread, but it has {len(names)}: {names}")
+
+
 class Job:
     """Process of its own session that runs a tool as ``__main__``, or a function.
+
+    It ends with this process, however that ends.
 
     Args:
         work: command line of a tool (its path first), or a function.
         log: file to which its output is appended.
         environment: additional environment variables.
+
+    Raises:
+        RuntimeError: If this process has several threads.
     """
 
     def __init__(
@@ -69,12 +94,16 @@ class Job:
     ) -> None:
         self.log, self._start = log, time.monotonic()
         self._before = log.stat().st_size if log.exists() else 0
+        require_single_thread()
         sys.stdout.flush()
         sys.stderr.flush()
+        ending = end_with_parent()
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
+                if ending is not None:
+                    ending()
                 os.setsid()
                 _redirect(log)
                 os.chdir(ROOT)
@@ -104,6 +133,16 @@ class Job:
         with suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(self.pid, number)
 
+    def remaining(self) -> list[int]:
+        """Return the processes of the job's group that run, once the job itself has ended."""
+        running = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it ends meanwhile
+                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+                if int(group) == self.pid and state not in "ZX":
+                    running.append(int(path.parent.name))
+        return running
+
     def wait(self, timeout: float = 600.0) -> Ended:
         """Wait for the end; a job that takes too long is killed."""
         end = time.monotonic() + timeout
@@ -132,12 +171,13 @@ def _redirect(log: Path) -> None:
 
 
 def _call(work: Sequence[Any] | Callable[[], object]) -> int:
-    """Run a tool or a function as Python itself would; return the exit status."""
+    """Run a tool as Python itself would, or a function; return the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code: Any = 0
     try:
         if callable(work):
             work()
+            return 0
         else:
             sys.argv = [str(word) for word in work]
             sys.path.insert(0, str(Path(sys.argv[0]).parent))

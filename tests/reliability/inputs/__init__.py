@@ -10,11 +10,11 @@ __all__ = ["KINDS"]
 
 # Kind of input -> (cases, share of the inputs of a full run).
 KINDS: dict[str, tuple[Callable[[World, int], Iterator[Case]], float]] = {
-    "images": (images.cases, 0.24),
+    "images": (images.cases, 0.21),
     "COCO": (coco.cases, 0.2),
     "LVIS, panoptic, captions, pairs, shards": (annotations.cases, 0.24),
-    "configs": (configs.cases, 0.08),
+    "configs": (configs.cases, 0.1),
     "weights": (weights.cases, 0.12),
-    "tables and vocabularies": (tables.cases, 0.1),
-    "state files": (state.cases, 0.02),
+    "tables and vocabularies": (tables.cases, 0.09),
+    "state files": (state.cases, 0.04),
 }

@@ -133,7 +133,7 @@ def cases(world: World, seed: int) -> Iterator[Case]:
         for value in values:
             last = key.rpartition(".")[2]
             names = (key, last, last.lower(), value.strip("'[]") if len(value) > 4 else key)
-            yield Case(f"{key} {value}", lambda k=key, v=value: _train(world, k, v), names, limit=60.0)
+            yield Case(f"{key} {value}", lambda k=key, v=value: _train(world, k, v), names)
     whole = (ROOT / CONFIG).read_bytes()
     for i in itertools.count():
         kind, data = damage_bytes(whole, rng)

@@ -44,7 +44,7 @@ def cases(world: World, seed: int) -> Iterator[Case]:
 
     def resume(name: str, damage: Callable[[Path], object], *names: str) -> Case:
         names = (*names, CHECKPOINT, str(folder / "run"))
-        return Case(name, lambda: _resume(world, run, folder / "run", damage), names, 90.0, witness)
+        return Case(name, lambda: _resume(world, run, folder / "run", damage), names, witness=witness)
 
     for file, texts in TEXTS.items():
         for i, text in enumerate(texts):
