@@ -48,7 +48,8 @@ test-slow: env
 test-detectron2: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $$(grep -v '^#' tests/both_detectron2.txt)
 
-# Damages 2,000 inputs and kills 60 jobs (about an hour on two cores); full disks need root.
+# Damages 2,000 inputs and kills 60 jobs (about an hour on two cores); full disks need root. Results are kept in
+# output/reliability: called again after an interruption, it goes on where it was.
 test-reliability: env
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.reliability --markdown docs/reliability.md
 

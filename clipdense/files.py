@@ -22,6 +22,7 @@ __all__ = [
     "atomic_path",
     "cache_dir",
     "json_text",
+    "read_text",
     "write_atomically",
     "write_error",
     "write_text",
@@ -114,6 +115,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         WriteError: If the file cannot be written; the old file is unchanged.
     """
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not UTF-8; names it.
+    """
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def json_text(content: Any, indent: int | None = None) -> str:

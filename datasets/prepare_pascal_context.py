@@ -11,6 +11,7 @@ import numpy as np
 from clipdense.data.datasets.open_semantic import PASCAL_CONTEXT_59, PASCAL_CONTEXT_459, WIDE_IGNORE
 from clipdense.data.preparation.labels import convert_labels, read_matlab_labels
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.files import read_text
 from clipdense.run.boundary import tool_errors
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     root = options.root / "VOC2010"
     lists = options.lists or root / "ImageSets" / "Main"
     for split in options.split:
-        names = (lists / f"{split}.txt").read_text("utf-8").split()
+        names = read_text(lists / f"{split}.txt").split()
         for classes, void in ((PASCAL_CONTEXT_59, 255), (PASCAL_CONTEXT_459, WIDE_IGNORE)):
             # published labels: 0 is unlabelled, 1 to 459 are the 459 classes in order
             table = np.full(1 + len(PASCAL_CONTEXT_459), void)

@@ -8,6 +8,7 @@ import numpy as np
 
 from clipdense.data.preparation.labels import convert_labels
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.files import read_text
 from clipdense.run.boundary import tool_errors
 
 
@@ -15,7 +16,7 @@ def main() -> None:
     options = preparation_parser(__doc__, ("train", "val")).parse_args()
     root = options.root / "VOC2012"
     for split in options.split:
-        names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text("utf-8").split()
+        names = read_text(root / "ImageSets" / "Segmentation" / f"{split}.txt").split()
         target = root / "annotations_detectron2" / split
         count = convert_labels(
             root / "SegmentationClass",

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdense.files import WriteError, atomic_path, cache_dir, json_text, write_atomically, write_text
+from clipdense.files import (
+    WriteError,
+    atomic_path,
+    cache_dir,
+    json_text,
+    read_text,
+    write_atomically,
+    write_text,
+)
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
@@ -85,6 +93,14 @@ def test_file_in_place_of_the_folder_is_a_write_error(tmp_path):
 def test_text_is_utf8(tmp_path):
     write_text(tmp_path / "x.txt", "naïve")
     assert (tmp_path / "x.txt").read_bytes() == "naïve".encode()
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\xc3\xa9\n")
+    assert read_text(tmp_path / "a.txt") == "aé\n"
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"b\.txt: not text in UTF-8 \(.*byte 3"):
+        read_text(tmp_path / "b.txt")
 
 
 def test_json_has_no_nan():

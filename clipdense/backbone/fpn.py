@@ -134,11 +134,15 @@ def build_trunk_fpn_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
     """Build the trunk MODEL.TRUNK.NAME with an FPN over MODEL.FPN.IN_FEATURES.
 
     Raises:
-        ValueError: If the trunk lacks one of these maps.
+        ValueError: If there is none, or the trunk lacks one of them.
     """
     trunk = build_trunk(cfg, input_shape)
     shapes = trunk.output_shape()
     in_features: list[str] = cfg.MODEL.FPN.IN_FEATURES
+    if not in_features:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES is empty; name maps of {cfg.MODEL.TRUNK.NAME}: {sorted(shapes)}"
+        )
     missing = [name for name in in_features if name not in shapes]
     if missing:
         raise ValueError(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipdense.data.checks import check_dataset_names, clean_annotations, drop_objects_without_mask
 from clipdense.data.mappers import build_mapper
 from clipdense.data.samplers import GlobalBatchSampler, RepeatFactorSampler, ResumableTrainingSampler
+from clipdense.data.validation import DataError
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -119,6 +120,7 @@ def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], trainin
     Raises:
         ValueError: If a dataset is not registered.
         FileNotFoundError: If data are not on disk; says where they belong.
+        DataError: If no image is left.
     """
     check_dataset_names(names)
     try:
@@ -130,6 +132,15 @@ def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], trainin
         raise FileNotFoundError(
             f"{', '.join(names)}: {error.filename or error} does not exist. Datasets are read from {root}; "
             "datasets/README.md describes the layout."
+        ) from error
+    except AssertionError as error:  # Detectron2's check, after it has dropped the images
+        if not str(error).startswith("No valid data found"):
+            raise
+        if not training or not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            raise DataError(f"dataset {', '.join(names)} holds no image; add images to its file") from error
+        raise DataError(
+            f"dataset {', '.join(names)} holds no object to train on; objects with iscrowd 1 do not count. "
+            "Annotate objects, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images."
         ) from error
 
 

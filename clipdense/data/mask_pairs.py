@@ -120,7 +120,7 @@ def _rows(path: Path) -> Iterator[Pair]:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a parquet file, or a damaged one ({error})") from error
         return
-    with path.open(encoding="utf-8-sig", errors="strict") as lines:
+    with path.open("rb") as lines:  # JSON finds the encoding, and its errors belong to a line
         for number, line in enumerate(lines, 1):
             try:
                 pair = json.loads(line)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from clipdense.engine.processes import end_with_launcher
+from clipdense.engine.processes import continue_after_parent, end_with_launcher
 
 from detectron2.utils import comm
 
@@ -50,6 +50,7 @@ def watch_ranks(timeout: float) -> None:
     if os.fork() == 0:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            continue_after_parent()
             _Watcher(watched, timeout, store.host, store.port).run()
         finally:
             os._exit(0)
@@ -74,6 +75,7 @@ class _Watcher:
         self.ended = [False] * self.size
         self.seen = [time.monotonic()] * self.size
         self.stopped = False
+        self.ending = False
 
     def run(self) -> None:
         """Watch until the watched process ends."""
@@ -123,6 +125,9 @@ class _Watcher:
 
     def _end(self, rank: int) -> None:
         """End the watched process because of a lost one."""
+        if self.ending:  # it takes its time
+            return
+        self.ending = True
         what = "is stopped" if rank == self.rank else "gives no sign of life"
         text = (
             f"error: rank {rank} of {self.size} {what} for {self.timeout:g} s (SOLVER.RANK_TIMEOUT): ending "

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-__all__ = ["end_with_launcher", "end_with_parent"]
+__all__ = ["continue_after_parent", "end_with_launcher", "end_with_parent"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -38,3 +38,9 @@ def end_with_launcher() -> None:
     """Let this process be killed when the process that started it ends (on Linux)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def continue_after_parent() -> None:
+    """Let this process go on when its parent ends, in case it is stopped (on Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)

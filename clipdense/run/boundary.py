@@ -92,6 +92,13 @@ def describe_error(error: BaseException) -> str | None:
         return f"the Python package {error.name!r} is not installed; install it with pip"
     if isinstance(error, OSError):
         return _describe_os_error(error, text)
+    if kind.startswith("torch.distributed.Dist") or re.match(
+        r"\[.*gloo/transport.*(peer|[Tt]imed out)", text
+    ):
+        return (
+            "the connection to another process of this run is lost, and the output of that process tells why "
+            f"({text.splitlines()[0]}). --resume continues from the last checkpoint"
+        )
     return None
 
 

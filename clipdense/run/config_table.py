@@ -94,7 +94,7 @@ _TRAINING: dict[str, Check] = {
     "SEED": whole(),
     "OUTPUT_DIR": text(r"(?s)\s*\S.*", "the path of a folder"),
     "VIS_PERIOD": _COUNT,
-    "SOLVER.IMS_PER_BATCH": _POSITIVE,
+    "SOLVER.IMS_PER_BATCH": whole(1, 100_000),
     "SOLVER.REFERENCE_WORLD_SIZE": _COUNT,
     "SOLVER.MAX_ITER": _POSITIVE,
     "SOLVER.MAX_SECONDS": _AT_LEAST_0,

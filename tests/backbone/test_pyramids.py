@@ -146,6 +146,17 @@ def test_fpn_over_a_vit_names_the_simple_pyramid() -> None:
         )
 
 
+def test_fpn_without_maps_names_the_key() -> None:
+    with pytest.raises(ValueError, match=r"MODEL\.FPN\.IN_FEATURES is empty.*res5"):
+        build_backbone(
+            config(
+                MODEL__BACKBONE__NAME="build_trunk_fpn_backbone",
+                MODEL__CLIP__NAME="shapes-rn",
+                MODEL__FPN__IN_FEATURES=[],
+            )
+        )
+
+
 def test_unknown_top_block_is_refused() -> None:
     assert build_top_block("", "p5", 8, 8) is None
     with pytest.raises(ValueError, match="TOP_BLOCK"):

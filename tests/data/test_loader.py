@@ -17,6 +17,7 @@ from clipdense.data.datasets.own import register_from_config
 from clipdense.data.image import BadImageError
 from clipdense.data.loader import build_test_loader, build_train_loader, keyed_randomness
 from clipdense.data.samplers import ResumableTrainingSampler
+from clipdense.data.validation import DataError
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -164,6 +165,19 @@ def test_unknown_dataset():
 def test_data_that_are_not_on_disk(cfg):
     cfg.DATASETS.TRAIN = ("lvis_v1_train",)
     with pytest.raises(FileNotFoundError, match=r"lvis_v1_train: .*lvis_v1_train\.json.*datasets/README\.md"):
+        build_train_loader(cfg)
+
+
+def test_no_object_to_train_on(cfg, coco_json, catalogs):
+    json_file, images = coco_json()
+    content = json.loads(Path(json_file).read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    Path(json_file).write_text(json.dumps(content))
+    cfg.DATASETS.COCO_JSON = [f"own_train:{json_file}:{images}"]
+    cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES = ("own_train",), 2
+    register_from_config(cfg)
+    with pytest.raises(DataError, match=r"own_train holds no object.*iscrowd 1.*FILTER_EMPTY_ANNOTATIONS"):
         build_train_loader(cfg)
 
 

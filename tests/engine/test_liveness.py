@@ -73,6 +73,10 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def is_running(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -96,6 +100,17 @@ def test_ranks_end_with_their_launcher(run: tuple[int, list[int]]) -> None:
     launcher, ranks = run
     os.kill(launcher, signal.SIGKILL)
     assert wait_until(lambda: not any(map(is_running, ranks)), 5)
+
+
+@pytest.mark.parametrize("run", [False], indirect=True)
+def test_a_frozen_watcher_ends_with_its_process(run: tuple[int, list[int]]) -> None:
+    launcher, ranks = run
+    watchers = [child for rank in ranks for child in children(rank)]
+    assert len(watchers) == 2
+    for watcher in watchers:
+        os.kill(watcher, signal.SIGSTOP)
+    os.kill(launcher, signal.SIGKILL)
+    assert wait_until(lambda: not any(map(is_running, watchers)), 10)
 
 
 @pytest.mark.parametrize("run", [True], indirect=True)

@@ -214,7 +214,10 @@ SEGMENTS = [{"id": 1, "isthing": True, "category_id": 0}, {"id": 2, "isthing": F
 @pytest.mark.parametrize("file_name", ["../../victim.png", "a/../../victim.png", "/tmp/victim.png"])
 def test_label_maps_outside_the_folder_are_refused(two_images: str, file_name: str) -> None:
     change(two_images, lambda c: c["annotations"][0].update(file_name=file_name))
-    with pytest.raises(ValueError, match=r"panoptic\.json: file_name of label maps that leave the folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"panoptic\.json: label maps whose file_name is not one of a file below their folder",
+    ):
         PanopticEvaluator(two_images)
 
 

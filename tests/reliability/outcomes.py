@@ -63,7 +63,7 @@ def run_case(case: Case, log: Path) -> Outcome:
 
     def body() -> None:
         os.close(read)
-        os.write(write, json.dumps(_result(case)).encode()[:60_000])
+        os.write(write, json.dumps(_result(case)).encode() + b"\n")
 
     log.unlink(missing_ok=True)
     job = Job(body, log)
@@ -71,9 +71,9 @@ def run_case(case: Case, log: Path) -> Outcome:
     data, end = b"", time.monotonic() + case.limit
     while select.select([read], [], [], max(end - time.monotonic(), 0))[0]:
         part = os.read(read, 65536)
-        if not part:
-            break
         data += part
+        if not part or data.endswith(b"\n"):
+            break
     os.close(read)
     if not data and time.monotonic() >= end:
         job.send(signal.SIGKILL)

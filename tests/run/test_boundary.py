@@ -73,6 +73,12 @@ def status(error, capsys):
             "error: not enough memory (out of memory); use smaller images (INPUT.MIN_SIZE_TEST, "
             "INPUT.MIN_SIZE_TRAIN) or a smaller SOLVER.IMS_PER_BATCH\n",
         ),
+        (
+            RuntimeError("[/src/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer\nmore"),
+            "error: the connection to another process of this run is lost, and the output of that process "
+            "tells why ([/src/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer). "
+            "--resume continues from the last checkpoint\n",
+        ),
     ],
 )
 def test_what_a_user_can_cause_is_one_line(error, expected, capsys):

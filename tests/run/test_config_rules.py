@@ -50,8 +50,9 @@ def test_the_configs_of_the_package_pass(path):
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("SOLVER.IMS_PER_BATCH", "0", "at least 1"),
+        ("SOLVER.IMS_PER_BATCH", "0", "from 1 to 100000"),
         ("SOLVER.IMS_PER_BATCH", "None", "whole number"),
+        ("SOLVER.IMS_PER_BATCH", "3000000000000", "from 1 to 100000"),
         ("SOLVER.BASE_LR", "-1.0", "at least 0"),
         ("SOLVER.BASE_LR", "1e999", "finite"),
         ("SOLVER.BETAS", "(0.9,)", "2 entries"),

@@ -18,6 +18,7 @@ from clipdense.data.datasets.layouts import (
     load_sem_seg,
 )
 from clipdense.data.datasets.registration import dataset_root
+from clipdense.files import read_text
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, _get_builtin_metadata
@@ -170,7 +171,7 @@ def _register_voc(root: Path, split: str) -> None:
 
 
 def _load_voc21(root: Path, split: str) -> DatasetDicts:
-    names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text("utf-8").split()
+    names = read_text(root / "ImageSets" / "Segmentation" / f"{split}.txt").split()
     return load_sem_seg(root / "SegmentationClass", root / "JPEGImages", names=names)
 
 

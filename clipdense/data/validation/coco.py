@@ -197,7 +197,7 @@ def _images(
             name = "/".join(url.split("/")[-2:])
         if name is None and not names_required:
             name = f"image {row['id']!r}"
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or "\0" in name:
             report.add(
                 "error",
                 "images without a file name",
@@ -327,10 +327,10 @@ def _segments(row: Row, label: str, category_ids: set[Any], report: Report) -> R
     """A panoptic annotation whose label map lies in its folder and whose segments have known classes."""
     name, segments = row.get("file_name"), row.get("segments_info")
     path = PurePosixPath(str(name).replace("\\", "/"))
-    if not isinstance(name, str) or not name or path.is_absolute() or ".." in path.parts:
+    if not isinstance(name, str) or not name or "\0" in name or path.is_absolute() or ".." in path.parts:
         report.add(
             "error",
-            "file_name of label maps that leave the folder",
+            "label maps whose file_name is not one of a file below their folder",
             f"{label}: file_name {name!r}",
             "Name a file below the panoptic root.",
         )

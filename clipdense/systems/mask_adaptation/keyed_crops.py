@@ -7,6 +7,7 @@ lossless files, and stored with the pair.
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
 from PIL import Image
+
+from clipdense.files import read_text
 
 __all__ = ["BACKGROUND", "keyed_mask", "read_keyed_csv", "read_keyed_pair"]
 
@@ -32,16 +35,15 @@ def read_keyed_csv(path: str | Path) -> list[tuple[str, str]]:
         FileNotFoundError: If the file does not exist.
         ValueError: If a column is missing, or a row lacks an entry; names the line.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
-            raise ValueError(f"{path}: no column {' and no column '.join(missing)} (tab-separated)")
-        rows = []
-        for row in reader:
-            name, noun = (row[column] for column in _COLUMNS)
-            if not name or not noun:
-                raise ValueError(f"{path}, line {reader.line_num}: lacks filepath or title")
-            rows.append((name, noun))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+        raise ValueError(f"{path}: no column {' and no column '.join(missing)} (tab-separated)")
+    rows = []
+    for row in reader:
+        name, noun = (row[column] for column in _COLUMNS)
+        if not name or not noun:
+            raise ValueError(f"{path}, line {reader.line_num}: lacks filepath or title")
+        rows.append((name, noun))
     return rows
 
 

@@ -56,7 +56,7 @@ def captioned_images(
 
 def _load_lines(path: Path, root: str) -> list[dict[str, Any]]:
     records = []
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:  # JSON finds the encoding, and its errors belong to a line
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)

@@ -316,7 +316,8 @@ def test_lvis_and_coco_masks_are_what_mappers_read(tmp_path):
         ({"segments_info": None}, "segments_info without id and category_id"),
         ({"segments_info": [{"id": 1, "category_id": 9}]}, "segments of unknown categories"),
         ({"segments_info": [{"id": 1, "category_id": 1}] * 2}, "segments that share an id"),
-        ({"file_name": "../p.png"}, "file_name of label maps that leave the folder"),
+        ({"file_name": "a\0b"}, "label maps whose file_name is not one of a file below their folder"),
+        ({"file_name": "../p.png"}, "label maps whose file_name is not one of a file below their folder"),
     ],
 )
 def test_panoptic_files(tmp_path, change, message):

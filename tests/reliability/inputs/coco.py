@@ -63,7 +63,7 @@ def cases(world: World, seed: int) -> Iterator[Case]:
     def case(name: str, data: bytes) -> Case:
         path = folder / f"{name}.json"
         path.write_bytes(data)
-        names = (path.name, "DATASETS.COCO_JSON", str(world.shapes4 / "val"), "/etc/passwd")
+        names = (path.name, "dataset own", "DATASETS.COCO_JSON", str(world.shapes4 / "val"), "/etc/passwd")
         return Case(name, lambda: _use(world, path), names)
 
     for i, (name, data) in enumerate(_systematic(base)):

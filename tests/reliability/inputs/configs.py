@@ -124,7 +124,7 @@ def cases(world: World, seed: int) -> Iterator[Case]:
         path = folder / f"{name}.yaml"
         text = text.replace(b"WITNESS", str(witness).encode()).replace(b"SELF", path.name.encode())
         path.write_bytes(text)
-        names = (path.name, "nothere.yaml", "_BASE_", str(folder))
+        names = (path.name, "nothere.yaml", "_BASE_", "SOLVER.BASE_LR", str(folder))
         return Case(name, lambda: _read(path), names, witness=witness)
 
     for name, text in TEXTS.items():
@@ -132,7 +132,7 @@ def cases(world: World, seed: int) -> Iterator[Case]:
     for key, values in VALUES.items():
         for value in values:
             last = key.rpartition(".")[2]
-            names = (key, last, last.lower(), value.strip("'[]") if len(value) > 4 else key)
+            names = (key, last, last.lower(), "/nothere.json", value.strip("'[]") if len(value) > 4 else key)
             yield Case(f"{key} {value}", lambda k=key, v=value: _train(world, k, v), names)
     whole = (ROOT / CONFIG).read_bytes()
     for i in itertools.count():
