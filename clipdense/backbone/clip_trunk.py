@@ -195,4 +195,8 @@ def clip_from_config(cfg: CN, *, text: bool = True) -> ClipModel:
         )
     if keys.POSITION_GRID:
         clip.visual.resize_positions(keys.POSITION_GRID)
+    if keys.DOUBLE_CLASS_EMBEDDING:
+        clip.visual.double_class_embedding()
+    if keys.DROP_PATH:
+        clip.visual.set_drop_path(keys.DROP_PATH)
     return clip

@@ -25,6 +25,9 @@ def _add_trunk_keys(cfg: CN) -> None:
     cfg.MODEL.TRUNK.OUT_FEATURES = []
     # "FrozenBN": running statistics and affine parameters are constant in all stages; or "BN".
     cfg.MODEL.TRUNK.NORM = "FrozenBN"
+    # CLIPBlockTrunk: indices, from 0, of the blocks whose outputs are returned, from fine to coarse
+    # (published DenseCLIP segmentors: [3, 5, 7, 11] of B/16). The levels are MODEL.INTERPOLATED's.
+    cfg.MODEL.TRUNK.BLOCKS = []
     # ViT trunks: side of the attention windows, in tokens; 0: every block attends to the whole image.
     cfg.MODEL.TRUNK.WINDOW_SIZE = 0
     # ViT trunks: indices, from 0, of the blocks without windows. ViTDet: the last block of every quarter.
@@ -77,19 +80,22 @@ def _add_frozen_clip_keys(cfg: CN) -> None:
     # ConvNeXts, SigLIP); or a mode of its dense map ("clipself", "plain", ...), without weights.
     cfg.MODEL.FROZEN_CLIP.JOINT = "pooling"
 
-    # InterpolatedTrunk: F-ViT's pyramid over the blocks of a FrozenCLIPTrunk.
+    # InterpolatedTrunk: F-ViT's pyramid over the blocks of a FrozenCLIPTrunk. CLIPBlockTrunk: DenseCLIP's
+    # over those of MODEL.TRUNK.BLOCKS.
     cfg.MODEL.INTERPOLATED = CN()
     # Size of each level relative to its block's map, from fine to coarse; powers of two.
     cfg.MODEL.INTERPOLATED.SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
     # Norm between two deconvolutions: any norm of Detectron2 or "LN".
     cfg.MODEL.INTERPOLATED.NORM = "BN"
+    # Whether each map first goes through a group norm of one group (published DenseCLIP segmentors).
+    cfg.MODEL.INTERPOLATED.GROUP_NORM = False
 
 
 def _add_language_keys(cfg: CN) -> None:
     # LanguageTrunk (MODEL.TRUNK.NAME): a trunk with a score map.
     cfg.MODEL.LANGUAGE = CN()
-    # The trunk that is scored: any entry of the backbone registry. CLIPTrunk has a projection to the text's
-    # embedding space; other trunks get an attention pool with random weights.
+    # The trunk that is scored: any entry of the backbone registry. CLIPTrunk and CLIPBlockTrunk have a
+    # projection to the text's embedding space; other trunks get an attention pool with random weights.
     cfg.MODEL.LANGUAGE.TRUNK = "CLIPTrunk"
     # Mode of the dense map z: "plain", every position is a query of the attention (published), or another
     # mode of the tower, such as "value", without attention. Other trunks than CLIPTrunk: plain or value.

@@ -11,6 +11,7 @@ from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 
 from clipdense.backbone.class_text import ClassTable, ClassText
+from clipdense.backbone.clip_blocks import CLIPBlockTrunk
 from clipdense.backbone.clip_trunk import CLIPTrunk, clip_from_config
 from clipdense.backbone.trunk import SCORE
 from clipdense.clip.context_decoder import ContextDecoder
@@ -119,7 +120,8 @@ class LanguageTrunk(Backbone):
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
         keys = cfg.MODEL.LANGUAGE
         trunk_class = BACKBONE_REGISTRY.get(keys.TRUNK)
-        joint = {"joint": True, "dense": keys.DENSE} if trunk_class is CLIPTrunk else {}
+        is_clip = trunk_class in (CLIPTrunk, CLIPBlockTrunk)
+        joint = {"joint": True, "dense": keys.DENSE} if is_clip else {}
         decoder = keys.CONTEXT_DECODER
         text = build_class_text(cfg)
         return {

@@ -25,6 +25,12 @@ def add_engine_config(cfg: CN) -> None:
 
     # Final learning rate of WarmupCosineLR and WarmupPolyLR; absolute, like BASE_LR.
     cfg.SOLVER.BASE_LR_END = 0.0
+    # Learning rate at which every parameter group ends, whatever its multiplier:
+    # (lr - MIN_LR) * decay + MIN_LR (mmcv's min_lr). It also trains a group with multiplier 0, as published
+    # DenseCLIP segmentors train their text encoder. Absolute; not together with BASE_LR_END. (WARMUP_METHOD
+    # also accepts "scaled_linear": the scheduled learning rate times a factor that rises from WARMUP_FACTOR
+    # to 1, as in mmcv.)
+    cfg.SOLVER.MIN_LR = 0.0
     # Exponent of WarmupPolyLR: the learning rate is BASE_LR * (1 - progress) ** POLY_LR_POWER.
     cfg.SOLVER.POLY_LR_POWER = 0.9
     # Wall-clock limit of training in seconds, including evaluation during training; 0: no limit. Training

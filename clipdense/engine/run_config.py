@@ -401,7 +401,7 @@ class LazyRunConfig(RunConfig):
         return {
             "optimizer": instantiate(self.cfg.optimizer),
             "model": model,
-            "schedule": lambda iteration, progress: multiplier(progress),
+            "schedule": lambda iteration, progress, base_lr: base_lr * multiplier(progress),
             "train_loader": partial(_lazy_train_loader, self.cfg.dataloader.train),
             "evaluate": self.evaluate if "evaluator" in self.cfg.dataloader else None,
             "options": self.options(),

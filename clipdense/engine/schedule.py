@@ -36,7 +36,7 @@ class PolynomialDecay(ParamScheduler):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate multiplier: a decay after a warm-up.
+    """Learning rate of a parameter group: a decay after a warm-up.
 
     If progress equals ``iteration / max_iter``, the values are those of Detectron2's `WarmupParamScheduler`.
     Under a wall-clock limit (``SOLVER.MAX_SECONDS``), progress may be larger. The learning rate then still
@@ -47,8 +47,11 @@ class Schedule:
         max_iter: number of iterations.
         warmup_iters: iterations of the warm-up.
         warmup_factor: factor at the first iteration.
-        warmup_method: "linear" or "constant".
+        warmup_method: "linear" (straight from the first value to the value at the end of the warm-up),
+            "constant", or "scaled_linear" (the decayed value times a factor that rises to 1, as in mmcv).
         timed: whether the training has a wall-clock limit.
+        min_lr: learning rate at which every group ends: ``(base - min_lr) * decay + min_lr``, as in mmcv. It
+            raises groups with a smaller base learning rate.
     """
 
     decay: Callable[[float], float]
@@ -57,29 +60,49 @@ class Schedule:
     warmup_factor: float = 0.001
     warmup_method: str = "linear"
     timed: bool = False
+    min_lr: float = 0.0
 
-    def __call__(self, iteration: int, progress: float) -> float:
-        """Return the multiplier at an iteration, given the progress of the training (0..1)."""
+    def __call__(self, iteration: int, progress: float, base_lr: float = 1.0) -> float:
+        """Return the learning rate of a group at an iteration.
+
+        Args:
+            iteration: number of the iteration, from 0.
+            progress: progress of the training, 0..1.
+            base_lr: base learning rate of the group. With the default and without ``min_lr``, the result is
+                the multiplier of every group.
+        """
+
+        def decayed(where: float) -> float:
+            return (base_lr - self.min_lr) * self.decay(where) + self.min_lr
+
         progress = min(progress, 1.0)
         warmup_end = min(self.warmup_iters / self.max_iter, 1.0)
         alpha = iteration / self.warmup_iters if self.warmup_iters else 1.0
         if self.timed:
             alpha = max(alpha, progress / 0.1)
         if alpha >= 1.0:
-            return self.decay(progress)
-        start = self.warmup_factor * self.decay(0.0)
+            return decayed(progress)
+        if self.warmup_method == "scaled_linear":
+            return decayed(progress) * (1.0 - (1.0 - alpha) * (1.0 - self.warmup_factor))
+        start = self.warmup_factor * decayed(0.0)
         if self.warmup_method == "constant":
             return start
-        return start * (1.0 - alpha) + self.decay(max(progress, warmup_end)) * alpha
+        return start * (1.0 - alpha) + decayed(max(progress, warmup_end)) * alpha
 
 
 def build_schedule(cfg: CfgNode) -> Schedule:
     """Build the schedule that ``SOLVER.LR_SCHEDULER_NAME`` names.
 
     Raises:
-        ConfigError: If the schedule or the warm-up method is unknown; the message lists the known ones.
+        ConfigError: If the schedule or the warm-up method is unknown (the message lists the known ones), or
+            both MIN_LR and BASE_LR_END are set.
     """
     s = cfg.SOLVER
+    if s.MIN_LR and s.BASE_LR_END:
+        raise ConfigError(
+            f"SOLVER.MIN_LR {s.MIN_LR} and SOLVER.BASE_LR_END {s.BASE_LR_END} both set the last learning "
+            "rate: set one of them to 0"
+        )
     end = s.BASE_LR_END / s.BASE_LR if s.BASE_LR else 0.0
     steps = [step for step in s.STEPS if step < s.MAX_ITER]
     if steps != sorted(set(steps)):
@@ -94,8 +117,10 @@ def build_schedule(cfg: CfgNode) -> Schedule:
     if s.LR_SCHEDULER_NAME not in decays:
         known = ", ".join(decays)
         raise ConfigError(f"SOLVER.LR_SCHEDULER_NAME must be one of {known}, got {s.LR_SCHEDULER_NAME!r}")
-    if s.WARMUP_METHOD not in ("linear", "constant"):
-        raise ConfigError(f"SOLVER.WARMUP_METHOD must be 'linear' or 'constant', got {s.WARMUP_METHOD!r}")
+    if s.WARMUP_METHOD not in ("linear", "constant", "scaled_linear"):
+        raise ConfigError(
+            f"SOLVER.WARMUP_METHOD must be 'linear', 'constant' or 'scaled_linear', got {s.WARMUP_METHOD!r}"
+        )
     if s.WARMUP_ITERS >= s.MAX_ITER:
         logger.warning(
             "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d: the learning rate never reaches "
@@ -109,4 +134,5 @@ def build_schedule(cfg: CfgNode) -> Schedule:
         s.WARMUP_FACTOR,
         s.WARMUP_METHOD,
         timed=s.MAX_SECONDS > 0,
+        min_lr=s.MIN_LR,
     )

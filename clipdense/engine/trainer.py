@@ -73,8 +73,8 @@ class Trainer(TrainerBase):
 
     Args:
         model: returns a dict of scalar losses in training mode.
-        optimizer: its groups have base learning rates, which ``schedule`` multiplies.
-        schedule: (iteration, progress in 0..1) -> multiplier of the learning rates.
+        optimizer: its groups have base learning rates, from which ``schedule`` computes the learning rates.
+        schedule: (iteration, progress in 0..1, base learning rate of a group) -> learning rate of the group.
         train_loader: number of the first batch -> endless iterable of batches from that one on.
         evaluate: (model, final) -> nested dict of metrics, empty except in the main process; None disables
             evaluation.
@@ -94,7 +94,7 @@ class Trainer(TrainerBase):
         *,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: Callable[[int, float], float],
+        schedule: Callable[[int, float, float], float],
         train_loader: Callable[[int], Iterable[Batch]],
         evaluate: Callable[[nn.Module, bool], dict[str, Any]] | None,
         options: TrainerOptions,
@@ -214,9 +214,9 @@ class Trainer(TrainerBase):
 
     def run_step(self) -> None:
         """Run one iteration: one optimizer step."""
-        factor = self.schedule(self.iter, self.progress(self.iter))
+        progress = self.progress(self.iter)
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base_lr * factor
+            group["lr"] = self.schedule(self.iter, progress, base_lr)
         start = time.perf_counter()
         batch = self._batch = next(self._batches)
         data_time = time.perf_counter() - start

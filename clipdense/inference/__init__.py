@@ -8,7 +8,13 @@ from clipdense.inference.queries import (
     merge_queries,
     panoptic_inference,
 )
-from clipdense.inference.semantic import best_masks, semantic_labels, semantic_map
+from clipdense.inference.semantic import (
+    best_masks,
+    semantic_labels,
+    semantic_map,
+    semantic_output,
+    top_labels,
+)
 from clipdense.inference.views import average_views
 from clipdense.inference.windows import slide_windows, window_starts
 
@@ -23,7 +29,9 @@ __all__ = [
     "reject_pixels",
     "semantic_labels",
     "semantic_map",
+    "semantic_output",
     "slide_windows",
     "suppress_absent_classes",
+    "top_labels",
     "window_starts",
 ]

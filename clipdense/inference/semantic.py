@@ -8,7 +8,7 @@ from torch import Tensor
 from clipdense.regions.fusion import calibrated_stacking
 from clipdense.regions.lazy_maps import LazyMaps
 
-__all__ = ["best_masks", "semantic_labels", "semantic_map"]
+__all__ = ["best_masks", "semantic_labels", "semantic_map", "semantic_output", "top_labels"]
 
 _BUDGET = 2**25  # bytes of class maps that `semantic_labels` holds at a time
 
@@ -52,9 +52,36 @@ def semantic_labels(
     Returns:
         Labels (H, W) int64 and their scores (H, W).
     """
-    maps = _class_maps(scores, masks, size, base, calibration)
-    labels = torch.zeros(size, dtype=torch.long, device=scores.device)
-    top = scores.new_full(size, -torch.inf)
+    return top_labels(_class_maps(scores, masks, size, base, calibration))
+
+
+def semantic_output(maps: LazyMaps, *, max_classes: int = 0, max_bytes: int = 0) -> dict[str, Tensor]:
+    """Make the semantic output of one image from its class maps.
+
+    Args:
+        maps: (K, H, W).
+        max_classes: Number of classes above which the output is labels; 0: no limit.
+        max_bytes: The same as a number of bytes of the maps; 0: no limit.
+
+    Returns:
+        ``sem_seg`` (K, H, W), or ``sem_seg_labels`` (H, W) int64 above a limit.
+    """
+    classes, height, width = maps.shape
+    needed = classes * height * width * maps.source.element_size()
+    if any(0 < limit < value for limit, value in ((max_classes, classes), (max_bytes, needed))):
+        return {"sem_seg_labels": top_labels(maps)[0]}
+    return {"sem_seg": maps.compute()}
+
+
+def top_labels(maps: LazyMaps) -> tuple[Tensor, Tensor]:
+    """Find the best class of each pixel of class maps (K, H, W), a few rows at a time.
+
+    Returns:
+        Labels (H, W) int64 and their scores (H, W).
+    """
+    size = maps.shape[1:]
+    labels = torch.zeros(size, dtype=torch.long, device=maps.device)
+    top = maps.source.new_full(size, -torch.inf)
     for band in maps.bands(_BUDGET, _BUDGET):
         top[band], labels[band] = maps.rows(band.start, band.stop).max(0)
     return labels, top

@@ -39,16 +39,17 @@ def average_views(
         raise ValueError(f"scales must be factors above 0, not {tuple(scales)}")
     height, width = images.shape[-2:]
     size = size or (height, width)
-    views = []
+    total: Tensor | float = 0.0
     for scale in scales:
         scaled = images
         if scale != 1:
             sides = max(1, round(height * scale)), max(1, round(width * scale))
             scaled = F.interpolate(images, sides, mode="bilinear", align_corners=False)
-        views.append(_resize(function(scaled), size))
+        total = total + _resize(function(scaled), size)
         if flip:
-            views.append(_resize(function(scaled.flip(-1)).flip(-1), size))
-    return torch.stack(views).mean(0)
+            total = total + _resize(function(scaled.flip(-1)).flip(-1), size)
+    assert isinstance(total, Tensor)
+    return total / (len(scales) * (1 + flip))
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

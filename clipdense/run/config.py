@@ -57,6 +57,11 @@ def _add_clip_keys(cfg: CN) -> None:
     # Side of the grid to which the position table is resized (bilinearly) when the model is built, in cells;
     # 0 keeps the pretrained grid.
     cfg.MODEL.CLIP.POSITION_GRID = 0
+    # ViTs: add the class embedding twice, as the published segmentors of DenseCLIP do. False is CLIP.
+    cfg.MODEL.CLIP.DOUBLE_CLASS_EMBEDDING = False
+    # ViTs: rate of stochastic depth in the last block of the image tower; it rises linearly from 0 in the
+    # first one. In 0..1; used in training only (published DenseCLIP segmentors: 0.1).
+    cfg.MODEL.CLIP.DROP_PATH = 0.0
     # Custom open_clip model_cfg (embed_dim, vision_cfg, text_cfg, quick_gelu); overrides the one of NAME.
     cfg.MODEL.CLIP.CONFIG = CN(new_allowed=True)
 

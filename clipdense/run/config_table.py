@@ -32,7 +32,7 @@ from clipdense.run.config_checks import (
     text,
     whole,
 )
-from clipdense.systems.denseclip.loss import SOURCES
+from clipdense.systems.denseclip.loss import SOURCES, Average
 from clipdense.systems.fvlm.text import TextSource
 from clipdense.systems.two_stage.scores import Empty, Source
 
@@ -116,7 +116,8 @@ _TRAINING: dict[str, Check] = {
     "SOLVER.POLY_LR_POWER": _AT_LEAST_0,
     "SOLVER.WARMUP_FACTOR": _AT_LEAST_0,
     "SOLVER.WARMUP_ITERS": _COUNT,
-    "SOLVER.WARMUP_METHOD": choice("linear", "constant"),
+    "SOLVER.WARMUP_METHOD": choice("linear", "constant", "scaled_linear"),
+    "SOLVER.MIN_LR": _AT_LEAST_0,
     "SOLVER.ACCUMULATION_STEPS": _POSITIVE,
     "SOLVER.EMA_DECAY": number(0, below=1),
     "SOLVER.CHECKPOINT_PERIOD": _POSITIVE,
@@ -245,6 +246,10 @@ _MODEL: dict[str, Check] = {
     "MODEL.SEM_SEG_HEAD.NUM_CLASSES": _POSITIVE,
     "MODEL.SEM_SEG_HEAD.NORM": _NORM,
     "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": _AT_LEAST_0,
+    "MODEL.SEM_SEG_HEAD.LOSS_AVERAGE": choice(*get_args(Average)),
+    "MODEL.SEM_SEG_HEAD.LOSS_TYPE": choice("cross_entropy", "hard_pixel_mining"),
+    "MODEL.SEM_SEG_HEAD.DROPOUT": number(0, below=1),
+    "MODEL.SEM_SEG_HEAD.ASPP_DROPOUT": number(0, below=1),
     "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": _AT_LEAST_0,
     "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH": _SHARE,
     "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": _AT_LEAST_0,
@@ -278,6 +283,8 @@ _MODEL: dict[str, Check] = {
 _CLIP: dict[str, Check] = {
     "MODEL.CLIP.POSITION_RULE": choice(*POSITION_RULES),
     "MODEL.CLIP.POSITION_GRID": _COUNT,
+    "MODEL.CLIP.DROP_PATH": number(0, below=1),
+    "MODEL.TRUNK.BLOCKS": items(_COUNT),
     "MODEL.TRUNK.NAME": _entries(BACKBONE_REGISTRY),
     "MODEL.TRUNK.OUT_FEATURES": _NAMES,
     "MODEL.TRUNK.NORM": choice("BN", "FrozenBN"),
@@ -301,7 +308,7 @@ _CLIP: dict[str, Check] = {
     "MODEL.LANGUAGE.CONTEXT_DECODER.LAYERS": _COUNT,
     "MODEL.LANGUAGE.CONTEXT_DECODER.DROPOUT": number(0, below=1),
     "MODEL.LANGUAGE.TAU": _ABOVE_0,
-    "MODEL.LANGUAGE.SCORE": choice("scaled", "cosine"),
+    "MODEL.LANGUAGE.SCORE": choice("scaled", "cosine", "centred"),
     "MODEL.LANGUAGE.LAST_MAP": choice("trunk", "dense"),
     "MODEL.CONTRASTIVE_CLIP.INIT_LOGIT_SCALE": _AT_LEAST_0,
     "MODEL.CONTRASTIVE_CLIP.MAX_LOGIT_SCALE": number(1),
@@ -355,6 +362,11 @@ _SYSTEMS: dict[str, Check] = {
     "MODEL.CLIPSELF.MULTISCALE": items(_POSITIVE),
     "MODEL.CLIPSELF.EMBEDDING_WEIGHT": _AT_LEAST_0,
     "MODEL.CLIPSELF.NUM_CONCEPTS": _POSITIVE,
+    "MODEL.SEMANTIC_SEGMENTOR.WINDOW": items(_POSITIVE),
+    "MODEL.SEMANTIC_SEGMENTOR.STRIDE": items(_POSITIVE),
+    "MODEL.SEMANTIC_SEGMENTOR.BATCH_SIZE": _POSITIVE,
+    "MODEL.SEMANTIC_SEGMENTOR.MEMORY_LIMIT": _COUNT,
+    "MODEL.SEMANTIC_SEGMENTOR.SCALES": items(_ABOVE_0, least=1),
     "MODEL.PIXEL_TEXT.BASE": _entries(META_ARCH_REGISTRY),
     "MODEL.PIXEL_TEXT.SOURCE": choice(*SOURCES),
     "MODEL.PIXEL_TEXT.WEIGHT": _AT_LEAST_0,

@@ -7,36 +7,23 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
-from clipdense.checkpoint import Checkpoint, config_options, convert_model, model_layout, rename
-from clipdense.engine.build import build_model
-from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.checkpoint import Checkpoint, config_options, convert_model, model_layout
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.config_file import read_config_file
-from clipdense.run.conversion import account_model, convert_weights
+from clipdense.run.conversion import account_model
 from clipdense.run.keys import config_keys, set_options
 from clipdense.run.setup import load_config
 from clipdense.run.weights import apply_weight_options
 from clipdense.systems.denseclip.loss import box_targets
+from tests.helpers.denseclip_golden import build_published, gradients, language_options, published
 
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
-FULL_VOCABULARY = 49408
 RECIPES = Path(__file__).parents[2] / "projects/DenseCLIP/configs"
-
-
-def published(golden):
-    """The file as it would be released: the token table of the full vocabulary, wrapped with meta."""
-    state, ids = golden.part("state"), golden.part("in")["vocab_ids"]
-    if len(ids):
-        table = torch.zeros(FULL_VOCABULARY, state["text_encoder.token_embedding.weight"].shape[1])
-        table[ids] = state["text_encoder.token_embedding.weight"]
-        state["text_encoder.token_embedding.weight"] = table
-    return {"meta": {"CLASSES": tuple(golden.args["class_names"]), "epoch": 12}, "state_dict": state}
 
 
 @pytest.fixture
@@ -44,32 +31,16 @@ def build(golden, tmp_path):
     """Convert the published file with changed options, build the model that the result names, load it."""
 
     def build(content=None, **changes):
-        torch.save(content or published(golden), tmp_path / "published.pth")
         args = golden.args
         options = {
-            "MODEL.CLIP.CONFIG.text_cfg.heads": args["text_heads"],
-            "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS": args["dec_heads"],
-            "MODEL.LANGUAGE.TAU": args["tau"],
+            **language_options(golden),
             "MODEL.RPN.POST_NMS_TOPK_TEST": args.get("rpn_max", 1000),
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST": args["score_thr"],
             "MODEL.RETINANET.SCORE_THRESH_TEST": args["score_thr"],
             "TEST.DETECTIONS_PER_IMAGE": args["max_per_img"],
-            # images come normalised and unpadded; gradients reach every parameter
-            "MODEL.PIXEL_MEAN": [0.0] * 3,
-            "MODEL.PIXEL_STD": [1.0] * 3,
-            "MODEL.FPN.PAD": False,
-            "MODEL.LANGUAGE.FREEZE_TEXT": False,
-            "MODEL.BACKBONE.FREEZE_AT": 0,
             **changes,
         }
-        target = tmp_path / "converted.safetensors"
-        convert_weights(tmp_path / "published.pth", target, options=options)
-        (tmp_path / "config.yaml").write_text(
-            yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target), "DEVICE": "cpu"}})
-        )
-        model = build_model(load_config(str(tmp_path / "config.yaml"))).eval()
-        TrainingCheckpointer(model).load_weights(str(target), complete=True)
-        return model
+        return build_published(content or published(golden), options, tmp_path)
 
     return build
 
@@ -121,17 +92,6 @@ def losses_of(model, golden):
             return model(batch(golden))
     finally:
         model.eval()
-
-
-def gradients(model, golden, loss):
-    """By recorded name, which holds the published key."""
-    model.zero_grad()
-    loss.backward()
-    layout = model_layout(golden.part("state"))
-    prefixes = layout.prefixes(golden.part("state"))
-    parameters = dict(model.named_parameters())
-    recorded = [name for name in golden.part("out") if name.startswith("grad.")]
-    return {name: parameters[rename(name.removeprefix("grad."), prefixes)].grad for name in recorded}
 
 
 def pop_outputs(golden, *prefixes):

@@ -168,6 +168,22 @@ class Tower(nn.Module):
         owner.positional_embedding = nn.Parameter(table.contiguous())
         self.grid = (side, side)
 
+    def double_class_embedding(self) -> None:
+        """Add the class embedding twice from now on, as the published segmentors of DenseCLIP do.
+
+        Raises:
+            ValueError: If the tower does not add a class embedding.
+        """
+        raise self.cannot("a doubled class embedding", "only open_clip's ViTs can")
+
+    def set_drop_path(self, rate: float) -> None:
+        """Set stochastic depth: the rate rises linearly from 0 in the first block to ``rate`` in the last.
+
+        Raises:
+            ValueError: If the tower has no stochastic depth.
+        """
+        raise self.cannot("stochastic depth", "only open_clip's ViTs can")
+
     def position_owner(self) -> Any:
         """Return the module with the parameter `positional_embedding` (1 + h * w, C), or None."""
         return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
+from timm.layers import drop_path
 from torch import Tensor, nn
 
 from clipdense.clip.attention import AttentionParameters, Block, TokenStream
@@ -16,7 +17,12 @@ from clipdense.clip.towers.transformer import BlockHook, TransformerTower
 
 
 class ViTTower(TransformerTower):
-    """open_clip's VisionTransformer with a class token, for any grid."""
+    """open_clip's VisionTransformer with a class token, for any grid.
+
+    Attributes:
+        class_embedding_factor: factor of the class embedding; 2 after `double_class_embedding`.
+        drop_path: rate of stochastic depth in the last block, see `set_drop_path`.
+    """
 
     conv1: nn.Conv2d
     class_embedding: nn.Parameter
@@ -26,6 +32,8 @@ class ViTTower(TransformerTower):
     transformer: Transformer
     proj: nn.Parameter
     prefix = 1
+    class_embedding_factor: int = 1
+    drop_path: float = 0.0
 
     def __init__(self, visual: VisionTransformer, position_rule: str = "bicubic") -> None:
         super().__init__(visual, position_rule)
@@ -71,7 +79,16 @@ class ViTTower(TransformerTower):
 
     def block(self, index: int) -> Block:
         """Return the view of one block."""
-        return ClipBlock(self.blocks[index])
+        depth = len(self.blocks)
+        return ClipBlock(self.blocks[index], self.drop_path * (index % depth) / max(depth - 1, 1))
+
+    def double_class_embedding(self) -> None:
+        """See `Tower.double_class_embedding`."""
+        self.class_embedding_factor = 2
+
+    def set_drop_path(self, rate: float) -> None:
+        """See `Tower.set_drop_path`."""
+        self.drop_path = rate
 
     def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
         """Embed images: ln_pre([class; patches] + positions)."""
@@ -80,7 +97,7 @@ class ViTTower(TransformerTower):
         stream = TokenStream(patches.flatten(2).transpose(1, 2), (h, w))
         if hook:
             stream = hook(-1, stream)
-        cls = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        cls = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1) * self.class_embedding_factor
         positions = resize_table(self.positional_embedding, self.grid, (h, w), self.position_rule)
         stream.x = self.ln_pre(torch.cat([cls, stream.x], dim=1) + positions.to(patches.dtype))
         return stream
@@ -102,15 +119,20 @@ class ViTTower(TransformerTower):
 
 
 class ClipBlock(Block):
-    """View of open_clip's ResidualAttentionBlock (image or text)."""
+    """View of open_clip's ResidualAttentionBlock (image or text).
 
-    def __init__(self, block: nn.Module) -> None:
+    Attributes:
+        drop_path: rate of stochastic depth in training.
+    """
+
+    def __init__(self, block: nn.Module, drop_path: float = 0.0) -> None:
         if not isinstance(block, ResidualAttentionBlock):
             raise ValueError(
                 f"blocks of type {type(block).__name__} are not supported, only open_clip's default block"
             )
         self.source: Any = block
         self.heads = block.attn.num_heads
+        self.drop_path = drop_path
 
     def normed(self, x: Tensor) -> Tensor:
         y: Tensor = self.source.ln_1(x)
@@ -127,15 +149,17 @@ class ClipBlock(Block):
         return self._projection(u, 2)
 
     def out(self, y: Tensor) -> Tensor:
-        z: Tensor = self.source.ls_1(self.source.attn.out_proj(y))
-        return z
+        return self._drop(self.source.ls_1(self.source.attn.out_proj(y)))
 
     def mlp(self, x: Tensor) -> Tensor:
-        y: Tensor = self.source.ls_2(self.source.mlp(self.source.ln_2(x)))
-        return y
+        return self._drop(self.source.ls_2(self.source.mlp(self.source.ln_2(x))))
 
     def attention_parameters(self) -> AttentionParameters:
         return AttentionParameters.from_fused(self.source.attn.in_proj_weight, self.source.attn.in_proj_bias)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        y: Tensor = drop_path(branch, self.drop_path, self.source.training)
+        return y
 
     def _projection(self, u: Tensor, part: int) -> Tensor:
         attn = self.source.attn

@@ -25,19 +25,19 @@ from clipdense.checkpoint import (
 )
 from clipdense.clip.tokenizer import CLIP_VOCABULARY
 
-__all__ = ["DENSECLIP_MASK_RCNN", "DENSECLIP_RETINANET"]
+__all__ = [
+    "DENSECLIP_MASK_RCNN",
+    "DENSECLIP_RETINANET",
+    "language_options",
+    "language_prefixes",
+    "neck_prefixes",
+    "resnet_config",
+    "text_config",
+]
 
 State = Mapping[str, Tensor]
 RATIOS, SCALES = [0.5, 1.0, 2.0], 3
 
-_TRUNK, _TEXT = "backbone.bottom_up.trunk.tower.", "backbone.bottom_up.text."
-_LANGUAGE = {
-    "backbone.": _TRUNK,
-    "text_encoder.": f"{_TEXT}tower.",
-    "contexts": f"{_TEXT}prompts.contexts",
-    "gamma": "backbone.bottom_up.gamma",
-    "context_decoder.": "backbone.bottom_up.context_decoder.",
-}
 _RETINANET_HEAD = {"bbox_head.retina_cls.": "head.cls_score.", "bbox_head.retina_reg.": "head.bbox_pred."}
 _MASK_RCNN_HEADS = {
     "rpn_head.rpn_conv.": "proposal_generator.rpn_head.conv.",
@@ -50,12 +50,23 @@ _MASK_RCNN_HEADS = {
 }
 
 
+def language_prefixes() -> dict[str, str]:
+    """Return the key prefixes of trunk, text and context decoder: published -> ours."""
+    return {
+        "backbone.": "backbone.bottom_up.trunk.tower.",
+        "text_encoder.": "backbone.bottom_up.text.tower.",
+        "contexts": "backbone.bottom_up.text.prompts.contexts",
+        "gamma": "backbone.bottom_up.gamma",
+        "context_decoder.": "backbone.bottom_up.context_decoder.",
+    }
+
+
 def _retinanet_prefixes(state: State) -> dict[str, str]:
     laterals = count_parts(state, "neck.lateral_convs.")
     convs = count_parts(state, "bbox_head.cls_convs.", "bbox_head.reg_convs.")
     return {
-        **_LANGUAGE,
-        **_neck(laterals, first=3),
+        **language_prefixes(),
+        **neck_prefixes(laterals, first=3),
         f"neck.fpn_convs.{laterals}.conv.": "backbone.top_block.p6.",
         f"neck.fpn_convs.{laterals + 1}.conv.": "backbone.top_block.p7.",
         **{f"bbox_head.cls_convs.{i}.conv.": f"head.cls_subnet.{2 * i}." for i in range(convs)},
@@ -68,15 +79,21 @@ def _mask_rcnn_prefixes(state: State) -> dict[str, str]:
     fcs = range(count_parts(state, "roi_head.bbox_head.shared_fcs."))
     convs = range(count_parts(state, "roi_head.mask_head.convs."))
     return {
-        **_LANGUAGE,
-        **_neck(count_parts(state, "neck.lateral_convs."), first=2),
+        **language_prefixes(),
+        **neck_prefixes(count_parts(state, "neck.lateral_convs."), first=2),
         **_MASK_RCNN_HEADS,
         **{f"roi_head.bbox_head.shared_fcs.{i}.": f"roi_heads.box_head.fc{i + 1}." for i in fcs},
         **{f"roi_head.mask_head.convs.{i}.conv.": f"roi_heads.mask_head.mask_fcn{i + 1}." for i in convs},
     }
 
 
-def _neck(levels: int, first: int) -> dict[str, str]:
+def neck_prefixes(levels: int, first: int) -> dict[str, str]:
+    """Return the key prefixes of an FPN: published -> ours.
+
+    Args:
+        levels: number of its levels.
+        first: number of the finest level; 2 has stride 4.
+    """
     return {
         f"neck.{theirs}_convs.{i}.conv.": f"backbone.fpn_{ours}{first + i}."
         for theirs, ours in (("lateral", "lateral"), ("fpn", "output"))
@@ -116,7 +133,7 @@ def _retinanet_options(state: State, classes: Sequence[str] | None) -> dict[str,
     sizes = [[4 * 2**level * 2 ** (i / SCALES) for i in range(SCALES)] for level in range(3, 8)]
     return {
         "MODEL.META_ARCHITECTURE": "DenseCLIPRetinaNet",
-        **_language_options(state, num_classes, classes),
+        **_detector_options(state, num_classes, classes),
         "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
         "MODEL.FPN.TOP_BLOCK": "LastLevelP6P7NoReLU",
         "MODEL.ANCHOR_GENERATOR.SIZES": sizes,
@@ -133,7 +150,7 @@ def _mask_rcnn_options(state: State, classes: Sequence[str] | None) -> dict[str,
     num_classes = shown_size(state, (f"{mask}.conv_logits.weight", 0), (f"{mask}.conv_logits.bias", 0))
     return {
         "MODEL.META_ARCHITECTURE": "DenseCLIPRCNN",
-        **_language_options(state, num_classes, classes),
+        **_detector_options(state, num_classes, classes),
         "MODEL.MASK_ON": True,
         "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
         "MODEL.FPN.TOP_BLOCK": "LastLevelMaxPool",
@@ -167,15 +184,44 @@ def _mask_rcnn_options(state: State, classes: Sequence[str] | None) -> dict[str,
     }
 
 
-def _language_options(state: State, num_classes: int, classes: Sequence[str] | None) -> dict[str, Any]:
-    """Return the options of the backbone, which both detectors share."""
+def _detector_options(state: State, num_classes: int, classes: Sequence[str] | None) -> dict[str, Any]:
+    """Return the options that both detectors share."""
+    clip = resnet_config(state)
+    last_lateral = f"neck.lateral_convs.{count_parts(state, 'neck.lateral_convs.') - 1}.conv.weight"
+    dense_last = shown_size(state, (last_lateral, 1)) == clip["embed_dim"] + num_classes
+    return {
+        **language_options(state, clip, num_classes, classes),
+        "MODEL.CLIP.POSITION_RULE": "crop",
+        "MODEL.LANGUAGE.TRUNK": "CLIPTrunk",
+        "MODEL.LANGUAGE.SCORE": "scaled",
+        "MODEL.LANGUAGE.LAST_MAP": "dense" if dense_last else "trunk",
+        "MODEL.PIXEL_TEXT.SOURCE": "boxes",
+        "MODEL.PIXEL_TEXT.WEIGHT": 1.0,
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [RATIOS],
+        "MODEL.ANCHOR_GENERATOR.OFFSET": 0.0,
+    }
+
+
+def language_options(
+    state: State, clip: dict[str, Any], num_classes: int, classes: Sequence[str] | None
+) -> dict[str, Any]:
+    """Return the options of the backbone that detectors and segmentors share.
+
+    Args:
+        state: tensors of the published file.
+        clip: open_clip's model_cfg of the towers.
+        num_classes: number of classes of the heads.
+        classes: class names, if the file lists them.
+
+    Raises:
+        CheckpointError: If the numbers of classes differ, or a tensor is missing.
+    """
     if classes and len(classes) != num_classes:
         raise CheckpointError(
             f"the heads have {num_classes} classes, but {len(classes)} class names are given"
         )
-    clip = _clip_config(state)
+    vision = clip["vision_cfg"]
     last_lateral = f"neck.lateral_convs.{count_parts(state, 'neck.lateral_convs.') - 1}.conv.weight"
-    dense_last = shown_size(state, (last_lateral, 1)) == clip["embed_dim"] + num_classes
     return {
         "INPUT.FORMAT": "RGB",
         "MODEL.PIXEL_MEAN": [255 * x for x in OPENAI_DATASET_MEAN],
@@ -190,10 +236,8 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
         "MODEL.TRUNK.OUT_FEATURES": [],
         "MODEL.TRUNK.NORM": "BN",
         "MODEL.CLIP.PRETRAINED": "random",
-        "MODEL.CLIP.POSITION_RULE": "crop",
-        "MODEL.CLIP.POSITION_GRID": clip["vision_cfg"]["image_size"] // 32,
+        "MODEL.CLIP.POSITION_GRID": vision["image_size"] // (vision["patch_size"] or 32),
         **dict(config_leaves(clip, "MODEL.CLIP.CONFIG")),
-        "MODEL.LANGUAGE.TRUNK": "CLIPTrunk",
         **({"MODEL.LANGUAGE.CLASSES": list(classes)} if classes else {}),
         "MODEL.LANGUAGE.N_CONTEXTS": shown_size(state, ("contexts", 1)),
         "MODEL.LANGUAGE.CONTEXT_DECODER.ENABLED": True,
@@ -203,22 +247,34 @@ def _language_options(state: State, num_classes: int, classes: Sequence[str] | N
         "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS": 4,
         "MODEL.LANGUAGE.CONTEXT_DECODER.LAYERS": count_parts(state, "context_decoder.decoder."),
         "MODEL.LANGUAGE.TAU": 0.07,
-        "MODEL.LANGUAGE.SCORE": "scaled",
-        "MODEL.LANGUAGE.LAST_MAP": "dense" if dense_last else "trunk",
-        "MODEL.PIXEL_TEXT.SOURCE": "boxes",
-        "MODEL.PIXEL_TEXT.WEIGHT": 1.0,
-        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [RATIOS],
-        "MODEL.ANCHOR_GENERATOR.OFFSET": 0.0,
     }
 
 
-def _clip_config(state: State) -> dict[str, Any]:
-    """Return open_clip's model_cfg."""
-    visual, text = "backbone", "text_encoder"
+def resnet_config(state: State) -> dict[str, Any]:
+    """Return open_clip's model_cfg of the published towers, whose image tower is a ResNet."""
+    visual = "backbone"
     width = shown_size(state, *((f"{visual}.{x}.weight", 0) for x in ("bn3", "conv3", "layer1.0.conv1")))
-    embed_dim = shown_size(
-        state, ("gamma", 0), (f"{visual}.attnpool.c_proj.bias", 0), (f"{text}.text_projection", 1)
-    )
+    return {
+        **text_config(state, (f"{visual}.attnpool.c_proj.bias", 0)),
+        "vision_cfg": {
+            "layers": [count_parts(state, f"{visual}.layer{i}.") for i in (1, 2, 3, 4)],
+            "width": width,
+            "head_width": width,  # the attention pool has 32 heads, and tokens of 32 times this width
+            "patch_size": None,
+            "image_size": 32 * math.isqrt(shown_size(state, (f"{visual}.attnpool.positional_embedding", 0))),
+        },
+    }
+
+
+def text_config(state: State, joint: tuple[str, int]) -> dict[str, Any]:
+    """Return open_clip's model_cfg of the published text tower.
+
+    Args:
+        state: tensors of the published file.
+        joint: key and axis of a tensor of the image tower that shows the dimension of the joint space.
+    """
+    text = "text_encoder"
+    embed_dim = shown_size(state, ("gamma", 0), joint, (f"{text}.text_projection", 1))
     text_width = shown_size(
         state, (f"{text}.ln_final.weight", 0), (f"{text}.ln_final.bias", 0), (f"{text}.text_projection", 0)
     )
@@ -229,13 +285,6 @@ def _clip_config(state: State) -> dict[str, Any]:
         "embed_dim": embed_dim,
         "custom_text": True,
         "quick_gelu": True,
-        "vision_cfg": {
-            "layers": [count_parts(state, f"{visual}.layer{i}.") for i in (1, 2, 3, 4)],
-            "width": width,
-            "head_width": width,  # the attention pool has 32 heads, and tokens of 32 times this width
-            "patch_size": None,
-            "image_size": 32 * math.isqrt(shown_size(state, (f"{visual}.attnpool.positional_embedding", 0))),
-        },
         "text_cfg": {
             "context_length": shown_size(state, (f"{text}.positional_embedding", 0)),
             "vocab_size": CLIP_VOCABULARY,

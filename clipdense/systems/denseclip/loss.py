@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,13 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks
 
 __all__ = [
     "STRIDE",
+    "Average",
     "PixelTextLoss",
     "binary_loss",
     "box_targets",
     "focal_loss",
     "mask_targets",
+    "pixel_cross_entropy",
     "softmax_loss",
 ]
 
@@ -28,6 +30,8 @@ STRIDE = 4
 
 SOURCES = ("boxes", "masks", "sem_seg")
 
+Average = Literal["labelled", "all"]
+"""The pixels that a cross-entropy is averaged over; of all, ignored ones add 0."""
 
 LOSSES = ("bce", "focal", "ce")
 
@@ -56,6 +60,7 @@ class PixelTextLoss(nn.Module):
         loss: str = "bce",
         bias: float = 0.0,
         learn_bias: bool = False,
+        average: Average = "labelled",
     ) -> None:
         """
         Args:
@@ -65,6 +70,7 @@ class PixelTextLoss(nn.Module):
             loss: "bce", "focal" or "ce", for boxes and masks.
             bias: initial b, for bce and focal.
             learn_bias: whether b is learned.
+            average: for semantic maps: the pixels that the loss is averaged over.
 
         Raises:
             ValueError: If the source or the loss is unknown, or a bias is set for a softmax, which it does
@@ -80,7 +86,9 @@ class PixelTextLoss(nn.Module):
                 "MODEL.PIXEL_TEXT.BIAS and LEARN_BIAS have no effect on softmax cross-entropy: set BIAS 0 "
                 "and LEARN_BIAS False, or LOSS bce or focal"
             )
+        check_average(average)
         self.source, self.weight, self.ignore_label, self.loss = source, weight, ignore_label, loss
+        self.average = average
         self.bias = nn.Parameter(torch.tensor(float(bias))) if learn_bias else float(bias)
 
     @classmethod
@@ -93,6 +101,7 @@ class PixelTextLoss(nn.Module):
             "loss": keys.LOSS,
             "bias": keys.BIAS,
             "learn_bias": keys.LEARN_BIAS,
+            "average": cfg.MODEL.SEM_SEG_HEAD.LOSS_AVERAGE,
         }
 
     def forward(
@@ -130,7 +139,7 @@ class PixelTextLoss(nn.Module):
         return self.weight * pixel_loss(score + self.bias, targets, inside)
 
     def _semantic_loss(self, score: Tensor, labels: Sequence[Tensor], padded_size: tuple[int, int]) -> Tensor:
-        """Compute the mean cross-entropy over the labelled pixels of maps (H_i, W_i), padded to one size."""
+        """Compute the mean cross-entropy over the pixels of maps (H_i, W_i), padded to one size."""
         padded = [
             F.pad(
                 x.to(score.device).long(),
@@ -139,10 +148,36 @@ class PixelTextLoss(nn.Module):
             )
             for x in labels
         ]
-        target = torch.stack(padded)
-        score = F.interpolate(score, size=padded_size, mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(score.float(), target, ignore_index=self.ignore_label, reduction="sum")
-        return loss / (target != self.ignore_label).sum().clamp(min=1)
+        return pixel_cross_entropy(score, torch.stack(padded), self.ignore_label, self.average)
+
+
+def check_average(average: str) -> None:
+    """Raise ValueError if ``average`` is not one of `Average`."""
+    if average not in get_args(Average):
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.LOSS_AVERAGE must be one of {', '.join(get_args(Average))}, not {average!r}"
+        )
+
+
+def pixel_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_label: int, average: Average = "labelled"
+) -> Tensor:
+    """Compute the mean cross-entropy over pixels.
+
+    Args:
+        logits: (B, K, h, w), which are resized bilinearly to the target.
+        target: labels (B, H, W), int64.
+        ignore_label: label of pixels that have no loss.
+        average: "labelled": the mean over the pixels with a label; "all": over all pixels, padding included
+            (mmsegmentation 0.19, so the published segmentors): a crop with many ignored pixels counts less.
+
+    Returns:
+        A scalar; 0 if no pixel is labelled.
+    """
+    logits = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
+    loss = F.cross_entropy(logits, target, ignore_index=ignore_label, reduction="sum")
+    count = (target != ignore_label).sum() if average == "labelled" else target.new_tensor(target.numel())
+    return loss / count.clamp(min=1)
 
 
 def binary_loss(score: Tensor, targets: Tensor, inside: Tensor) -> Tensor:

@@ -17,7 +17,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.events import get_event_storage
 
-__all__ = ["DenseCLIPRCNN", "DenseCLIPRetinaNet", "PixelTextSupervised", "export_without_text_tower"]
+__all__ = [
+    "DenseCLIPRCNN",
+    "DenseCLIPRetinaNet",
+    "PixelTextModel",
+    "PixelTextSupervised",
+    "export_without_text_tower",
+]
 
 LOSS = "loss_pixel_text"
 """Name of the auxiliary loss among a model's losses."""
@@ -25,21 +31,21 @@ LOSS = "loss_pixel_text"
 Export = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-class _PixelTextDetector(nn.Module):
-    """What DenseCLIP's detectors add to Detectron2's meta-architectures, their next base."""
+class PixelTextModel(nn.Module):
+    """What DenseCLIP's models add to their meta-architecture, which is the next base class."""
 
     @configurable
     def __init__(self, *, pixel_text_loss: PixelTextLoss, **kwargs: Any) -> None:
         """
         Args:
             pixel_text_loss: the auxiliary loss.
-            kwargs: arguments of the detector; its backbone must have a score map.
+            kwargs: arguments of the meta-architecture; its backbone must have a score map.
 
         Raises:
             ValueError: If the backbone has no score map.
         """
         super().__init__(**kwargs)
-        _check_score_map(self)
+        check_score_map(self)
         self.pixel_text_loss = pixel_text_loss
 
     @classmethod
@@ -53,7 +59,7 @@ class _PixelTextDetector(nn.Module):
 
 
 @META_ARCH_REGISTRY.register()
-class DenseCLIPRCNN(_PixelTextDetector, GeneralizedRCNN):
+class DenseCLIPRCNN(PixelTextModel, GeneralizedRCNN):
     """Detectron2's Mask R-CNN on a language backbone, with the auxiliary pixel-text loss.
 
     Source: Rao et al., DenseCLIP, CVPR 2022, section 3.4.
@@ -80,7 +86,7 @@ class DenseCLIPRCNN(_PixelTextDetector, GeneralizedRCNN):
 
 
 @META_ARCH_REGISTRY.register()
-class DenseCLIPRetinaNet(_PixelTextDetector, MMDetRetinaNet):
+class DenseCLIPRetinaNet(PixelTextModel, MMDetRetinaNet):
     """RetinaNet under mmdetection's or Detectron2's rules on a language backbone, with the auxiliary loss.
 
     Source: Rao et al., DenseCLIP, CVPR 2022, section 3.4.
@@ -119,7 +125,7 @@ class PixelTextSupervised(nn.Module):
             ValueError: If the base has no backbone with a score map.
         """
         super().__init__()
-        _check_score_map(base)
+        check_score_map(base)
         self.base = base
         self.pixel_text_loss = pixel_text_loss
 
@@ -179,7 +185,8 @@ def export_without_text_tower(model: nn.Module) -> Export:
     return state, {"layout": "clipdense", "options": {"config": options}}
 
 
-def _check_score_map(model: nn.Module) -> None:
+def check_score_map(model: nn.Module) -> None:
+    """Raise ValueError if the model's backbone has no score map."""
     backbone = getattr(model, "backbone", None)
     if backbone is None or SCORE not in backbone.output_shape():
         raise ValueError(
