@@ -1,14 +1,20 @@
-"""Convert PASCAL-Context to label maps of 59 classes (8-bit, void 255) and 459 classes (16-bit, void 65535).
+"""Convert PASCAL-Context to label maps of 59 classes (8-bit, void 255), of these and background (8-bit), and
+of 459 classes (16-bit, void 65535).
 
 Reads VOC2010/trainval/*.mat (trainval.tar.gz of PASCAL-Context) and VOC2010/ImageSets/Main/{train,val}.txt,
-writes VOC2010/annotations_detectron2/pc{59,459}_{train,val}/.
+writes VOC2010/annotations_detectron2/pc{59,60,459}_{train,val}/.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from clipdense.data.datasets.open_semantic import PASCAL_CONTEXT_59, PASCAL_CONTEXT_459, WIDE_IGNORE
+from clipdense.data.datasets.open_semantic import (
+    PASCAL_CONTEXT_59,
+    PASCAL_CONTEXT_60,
+    PASCAL_CONTEXT_459,
+    WIDE_IGNORE,
+)
 from clipdense.data.preparation.labels import convert_labels, read_matlab_labels
 from clipdense.data.preparation.options import preparation_parser
 from clipdense.files import read_text
@@ -28,11 +34,16 @@ def main() -> None:
     lists = options.lists or root / "ImageSets" / "Main"
     for split in options.split:
         names = read_text(lists / f"{split}.txt").split()
-        for classes, void in ((PASCAL_CONTEXT_59, 255), (PASCAL_CONTEXT_459, WIDE_IGNORE)):
+        for classes, others in (
+            (PASCAL_CONTEXT_59, 255),
+            (PASCAL_CONTEXT_60, 0),
+            (PASCAL_CONTEXT_459, WIDE_IGNORE),
+        ):
             # published labels: 0 is unlabelled, 1 to 459 are the 459 classes in order
-            table = np.full(1 + len(PASCAL_CONTEXT_459), void)
+            table = np.full(1 + len(PASCAL_CONTEXT_459), others)
             for i, name in enumerate(classes):
-                table[1 + PASCAL_CONTEXT_459.index(name)] = i
+                if name != "background":
+                    table[1 + PASCAL_CONTEXT_459.index(name)] = i
             target = root / "annotations_detectron2" / f"pc{len(classes)}_{split}"
             count = convert_labels(
                 root / "trainval",
@@ -41,7 +52,7 @@ def main() -> None:
                 names,
                 suffix=".mat",
                 read=read_matlab_labels,
-                wide=void == WIDE_IGNORE,
+                wide=others == WIDE_IGNORE,
             )
             print(f"{target}: {count} files converted")
 

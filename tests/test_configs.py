@@ -93,11 +93,12 @@ def test_takes_a_step(
     image = {"image": torch.randint(0, 255, (3, 128, 160), dtype=torch.uint8), "height": 128, "width": 160}
     instances = Instances((128, 160), gt_boxes=Boxes(torch.tensor([[20.0, 20, 90, 100]])))
     # the last class of the training data, which an open-vocabulary detector's labels count
-    last = len(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes) - 1
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    last = len(metadata.get("thing_classes") or metadata.stuff_classes) - 1
     instances.gt_classes = torch.tensor([last])
     instances.gt_masks = BitMasks(torch.ones(1, 128, 160, dtype=torch.bool))
     segment = torch.ones(128, 160, dtype=torch.int64)
-    maps = {"pan_seg": segment, "segments_info": [{"id": 1, "category_id": last}]}
+    maps = {"pan_seg": segment, "segments_info": [{"id": 1, "category_id": last}], "sem_seg": segment}
     with EventStorage():
         losses = model([image | {"instances": instances} | maps])
     total = torch.stack(list(losses.values())).sum()
@@ -106,4 +107,4 @@ def test_takes_a_step(
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []
     with torch.no_grad():
-        assert {"instances", "panoptic_seg"} & set(model.eval()([image])[0])
+        assert {"instances", "panoptic_seg", "sem_seg"} & set(model.eval()([image])[0])

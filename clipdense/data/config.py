@@ -22,6 +22,10 @@ def add_data_config(cfg: CN) -> None:
     # Your own data in COCO's format: a list of "name:annotations.json:image_folder". "~" and environment
     # variables are expanded. Use the names in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []
+    # Your own label maps: a list of "name:image_folder:label_folder:classes.txt", or the same and
+    # ":ignored_value" (default 255). Label maps have one channel or a palette, and the names of the images;
+    # the file has one class name a line, in the order of the values from 0 (or is a JSON list).
+    cfg.DATASETS.LABEL_MAPS = []
     # Images without annotations: a list of "name:folder", "name:images.json:image_folder" (COCO's list of
     # images) or "name:shards/{000..331}.tar" (webdataset). "~" and environment variables are expanded.
     cfg.DATASETS.IMAGES = []

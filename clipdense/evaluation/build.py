@@ -81,6 +81,12 @@ def sem_seg(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) ->
 
 
 @EVALUATOR_REGISTRY.register()
+def cityscapes_sem_seg(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
+    """Same as `sem_seg`: the IoU of Cityscapes' own tools is that of all pixels, class by class."""
+    return sem_seg(cfg, dataset_name, output_dir, probes)
+
+
+@EVALUATOR_REGISTRY.register()
 def dense_regions(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
     """Evaluate a dense map on the segments of a panoptic dataset."""
     if probes.dense is None:

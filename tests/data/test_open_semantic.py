@@ -199,6 +199,7 @@ def test_pascal_context(prepare: Run, registered: None, tmp_path: Path, cfg: Cfg
     assert table == 396
     for name, want in (
         ("pascal_context_59_sem_seg_val", [255, PASCAL_CONTEXT_59.index("table"), 255]),
+        ("pascal_context_60_sem_seg_val", [0, 1 + PASCAL_CONTEXT_59.index("table"), 0]),
         ("pascal_context_459_sem_seg_val", [65535, table, 458]),
     ):
         (record,) = DatasetCatalog.get(name)
@@ -211,6 +212,37 @@ def test_pascal_context(prepare: Run, registered: None, tmp_path: Path, cfg: Cfg
     (lists / "few.txt").write_text("2008_000002\n")
     prepare("pascal_context", "--split", "few", "--lists", str(lists))
     assert [p.name for p in (root / "annotations_detectron2/pc459_few").iterdir()] == ["2008_000002.tif"]
+
+
+def test_coco_stuff_10k(prepare: Run, registered: None, tmp_path: Path) -> None:
+    """Category ids from 1, 0 is unlabelled."""
+    root = tmp_path / "coco_stuff10k"
+    names = ["person", "toothbrush", "banner", "wood"]
+    ids = [1 + COCO_STUFF_VALUES[COCO_STUFF.index(name)] for name in names]
+    for folder in ("annotations", "imageLists"):
+        (root / folder).mkdir(parents=True)
+    for split in ("train", "test"):
+        savemat(root / f"annotations/{split}_1.mat", {"S": np.array([[0, *ids]], np.uint8)})
+        (root / f"imageLists/{split}.txt").write_text(f"{split}_1\n")
+        save(np.zeros((1, 5, 3), np.uint8), root / f"images/{split}_1.jpg")
+    prepare("coco_stuff_10k")
+    (record,) = DatasetCatalog.get("coco_stuff_10k_sem_seg_test")
+    found = read_labels(record["sem_seg_file_name"])[0].tolist()
+    assert found[0] == 255 and [COCO_STUFF[i] for i in found[1:]] == names
+    assert Path(record["file_name"]).stem == "test_1"
+
+
+def test_cityscapes(prepare: Run, tmp_path: Path) -> None:
+    """Labels of the 19 classes, in the order of Detectron2's class names, beside the published ones."""
+    classes = MetadataCatalog.get("cityscapes_fine_sem_seg_val").stuff_classes
+    labels = tmp_path / "cityscapes/gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png"
+    save(np.array([[0, 7, 8, 23, 24, 29, 31, 33]], np.uint8), labels)
+    prepare("cityscapes_sem_seg", "--split", "val")
+    found = read_labels(labels.with_name("ulm_000000_000019_gtFine_labelTrainIds.png"))[0].tolist()
+    named = ["", "road", "sidewalk", "sky", "person", "", "train", "bicycle"]
+    assert [classes[i] if i < 255 else "" for i in found] == named
+    with pytest.raises(SystemExit):
+        prepare("cityscapes_sem_seg", "--split", "train")
 
 
 def test_labels_and_files_that_are_wrong(tmp_path: Path) -> None:

@@ -181,18 +181,14 @@ def _ours(name):
     return name
 
 
-@pytest.mark.golden(name="dc_optimizer_det*")
-def test_optimizer_recipe(golden):
-    """Learning rates and weight decays of every parameter, and the schedule, agree to 1e-12."""
-    args, expected = golden.args, golden.part("out")
-    cfg = load_config(str(RECIPE))
-    epochs = cfg.SOLVER.MAX_ITER / 12
-    cfg.SOLVER.STEPS = [round(s / epochs) * args["iters_per_epoch"] for s in cfg.SOLVER.STEPS]
-    cfg.SOLVER.MAX_ITER = args["max_iters"]
-    cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = args["lr"], args["weight_decay"]
+def _stand_in(golden, trained):
+    """Build a model with the file's parameter names, and return it with the published name of each.
 
+    Args:
+        trained: whether the text tower's parameters are trained.
+    """
     model, names = nn.Module(), {}
-    for key in expected:
+    for key in golden.part("out"):
         if key.startswith("base_lr."):
             name = key.removeprefix("base_lr.")
             names[_ours(name)] = name
@@ -202,12 +198,44 @@ def test_optimizer_recipe(golden):
                 if part not in module._modules:
                     module.add_module(part, nn.Module())
                 module = module._modules[part]
-            frozen = ".text.tower." in _ours(name)
-            module.register_parameter(last, nn.Parameter(torch.zeros(1), requires_grad=not frozen))
+            grad = trained or ".text.tower." not in _ours(name)
+            module.register_parameter(last, nn.Parameter(torch.zeros(1), requires_grad=grad))
+    return model, names
+
+
+def _recipe(golden, path):
+    """The optimizer of a config, with the file's rate, weight decay and number of iterations."""
+    cfg, args = load_config(str(path)), golden.args
+    epochs = cfg.SOLVER.MAX_ITER / 12
+    cfg.SOLVER.STEPS = [round(s / epochs) * args["iters_per_epoch"] for s in cfg.SOLVER.STEPS]
+    cfg.SOLVER.MAX_ITER = args["max_iters"]
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = args["lr"], args["weight_decay"]
+    return cfg
+
+
+def _settings(model, names, cfg):
+    """Rate and weight decay of every trained parameter, by published name."""
     rules = [ParamRule.parse(rule) for rule in cfg.SOLVER.PARAM_GROUPS]
-    settings = {}
-    for group in param_groups(model, cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY, rules=rules):
-        settings |= {names[n]: (group["lr"], group["weight_decay"]) for n in group["names"]}
+    groups = param_groups(model, cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY, rules=rules)
+    return {names[n]: (group["lr"], group["weight_decay"]) for group in groups for n in group["names"]}
+
+
+_GROUPS = {"decoder_group": 1.0, "backbone_group": 0.1, "text_group": 0.0}
+
+
+def _rates(cfg, golden, group):
+    """The learning rates of a group at the recorded iterations."""
+    schedule, iterations = build_schedule(cfg), golden.part("in")["iterations"].tolist()
+    base = _GROUPS[group] * cfg.SOLVER.BASE_LR
+    return [schedule(t, t / cfg.SOLVER.MAX_ITER, base) for t in iterations]
+
+
+@pytest.mark.golden(name="dc_optimizer_det*")
+def test_optimizer_recipe_of_detectors(golden):
+    """Learning rates and weight decays of every parameter, and the schedule, agree to 1e-12."""
+    expected, cfg = golden.part("out"), _recipe(golden, RECIPE)
+    model, names = _stand_in(golden, trained=False)
+    settings = _settings(model, names, cfg)
     for name in names.values():
         rate = float(expected[f"base_lr.{name}"])
         if name.startswith("text_encoder."):
@@ -217,9 +245,30 @@ def test_optimizer_recipe(golden):
         assert settings[name][1] == pytest.approx(float(expected[f"weight_decay.{name}"]), abs=1e-12)
     plain = param_groups(model, cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY)
     assert len(plain) == 1 or len(plain) < len(set(settings.values()))
+    for group in _GROUPS:
+        recorded = expected[f"lr_schedule.{group}"].tolist()
+        assert _rates(cfg, golden, group) == pytest.approx(recorded, abs=1e-12)
 
-    schedule = build_schedule(cfg)
-    iterations = golden.part("in")["iterations"].tolist()
-    for group, factor in (("decoder_group", 1.0), ("backbone_group", 0.1), ("text_group", 0.0)):
-        rates = [factor * cfg.SOLVER.BASE_LR * schedule(t, t / cfg.SOLVER.MAX_ITER) for t in iterations]
-        assert rates == pytest.approx(expected[f"lr_schedule.{group}"].tolist(), abs=1e-12)
+
+@pytest.mark.golden(name="dc_optimizer_seg*")
+def test_optimizer_recipe_of_segmentors(golden):
+    """The same; the text encoder has multiplier 0, and the last rate of the schedule moves it."""
+    expected = golden.part("out")
+    cfg = _recipe(golden, RECIPE.with_name("semantic_fpn_rn50.yaml"))
+    model, names = _stand_in(golden, trained=True)
+    settings = _settings(model, names, cfg)
+    assert set(settings) == set(names.values())
+    for name, (rate, decay) in settings.items():
+        assert rate == pytest.approx(float(expected[f"base_lr.{name}"]), abs=1e-12)
+        assert decay == pytest.approx(float(expected[f"weight_decay.{name}"]), abs=1e-12)
+
+    recorded = {group: expected[f"lr_schedule.{group}"].tolist() for group in _GROUPS}
+    for group, rates in recorded.items():
+        assert _rates(cfg, golden, group) == pytest.approx(rates, abs=1e-12)
+    if any(recorded["text_group"]):  # the alternatives, as far as the recorded iterations tell them apart
+        cfg.SOLVER.MIN_LR = 0.0
+        assert not any(_rates(cfg, golden, "text_group"))
+        cfg.SOLVER.BASE_LR_END = float(
+            load_config(str(RECIPE.with_name("semantic_fpn_rn50.yaml"))).SOLVER.MIN_LR
+        )
+        assert _rates(cfg, golden, "backbone_group") != pytest.approx(recorded["backbone_group"], abs=1e-12)

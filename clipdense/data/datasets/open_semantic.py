@@ -1,7 +1,8 @@
 """Semantic segmentation with many classes: COCO-Stuff, full ADE20K, PASCAL-Context.
 
-`datasets/prepare_coco_stuff.py`, `prepare_ade20k_full.py` and `prepare_pascal_context.py` make the label maps
-from the published files. ADE20K with 150 classes comes from Detectron2, Pascal VOC from `standard`.
+`datasets/prepare_coco_stuff.py`, `prepare_coco_stuff_10k.py`, `prepare_ade20k_full.py` and
+`prepare_pascal_context.py` make the label maps from the published files. ADE20K with 150 classes comes from
+Detectron2, Pascal VOC from `standard`.
 """
 
 import json
@@ -21,6 +22,7 @@ __all__ = [
     "COCO_STUFF_VALUES",
     "PASCAL_CONTEXT_459",
     "PASCAL_CONTEXT_59",
+    "PASCAL_CONTEXT_60",
     "WIDE_IGNORE",
     "register_open_semantic",
 ]
@@ -50,6 +52,9 @@ PASCAL_CONTEXT_459: list[str] = _NAMES["pascal_context_459"]
 PASCAL_CONTEXT_59: list[str] = _NAMES["pascal_context_59"]
 """The most frequent of the 459 classes, with the names of OVSeg."""
 
+PASCAL_CONTEXT_60: list[str] = ["background", *PASCAL_CONTEXT_59]
+"""The same, after a class for everything else."""
+
 WIDE_IGNORE = 65535
 """Void in 16-bit label maps."""
 
@@ -63,7 +68,9 @@ def register_open_semantic(root: Path | None = None) -> None:
     | ovcoco_stuff_2017_train | the 156 base classes | coco/stuffthingmaps_detectron2/train2017_base/ |
     | ovcoco_stuff_2017_val | 171, with ``novel_classes`` | as coco_2017_val_stuff_sem_seg |
     | ade20k_full_sem_seg_{train,val} | 847 | ADE20K_2021_17_01/{images,annotations}_detectron2/ |
+    | coco_stuff_10k_sem_seg_{train,test} | 171 | coco_stuff10k/{images,annotations_detectron2}/ |
     | pascal_context_{59,459}_sem_seg_{train,val} | 59, 459 | VOC2010/annotations_detectron2/ |
+    | pascal_context_60_sem_seg_{train,val} | background is class 0, then the 59 | the same |
 
     Label maps of the 847 and the 459 classes are 16-bit and mark void as `WIDE_IGNORE`, the others as 255.
     """
@@ -79,9 +86,13 @@ def register_open_semantic(root: Path | None = None) -> None:
             ade / "annotations_detectron2" / folder,
             ade / "images_detectron2" / folder,
         )
-        for names in (PASCAL_CONTEXT_59, PASCAL_CONTEXT_459):
+        for names in (PASCAL_CONTEXT_59, PASCAL_CONTEXT_60, PASCAL_CONTEXT_459):
             labels = voc / "annotations_detectron2" / f"pc{len(names)}_{split}"
             _register(f"pascal_context_{len(names)}_sem_seg_{split}", names, labels, voc / "JPEGImages")
+    for split in ("train", "test"):
+        small = root / "coco_stuff10k"
+        labels = small / "annotations_detectron2" / split
+        _register(f"coco_stuff_10k_sem_seg_{split}", COCO_STUFF, labels, small / "images")
     base, val = stuff / "train2017_base", stuff / "val2017"
     _register("ovcoco_stuff_2017_train", COCO_STUFF_BASE, base, coco / "train2017")
     _register("ovcoco_stuff_2017_val", COCO_STUFF, val, coco / "val2017", COCO_STUFF_NOVEL)

@@ -1,4 +1,6 @@
-"""A user's own data, listed in the configuration: COCO annotations, images alone, mask-category pairs."""
+"""A user's own data, listed in the configuration: COCO annotations, label maps, images alone, mask-category
+pairs.
+"""
 
 import logging
 import os
@@ -7,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from clipdense.data.datasets.images import register_images
+from clipdense.data.datasets.label_maps import register_label_maps
 from clipdense.data.datasets.layouts import DatasetDicts, load_instances
 from clipdense.data.datasets.mask_pairs import register_mask_pairs
 from clipdense.data.datasets.registration import register_once
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def register_from_config(cfg: CfgNode) -> None:
-    """Register the datasets of ``DATASETS.COCO_JSON``, ``DATASETS.IMAGES`` and ``DATASETS.MASK_PAIRS``.
+    """Register the datasets of ``DATASETS.COCO_JSON``, ``LABEL_MAPS``, ``IMAGES`` and ``MASK_PAIRS``.
 
     The set-up of a run, `Predictor` and the tools call it once for each process; everything else takes
     registered names. Calling it again with the same entries changes nothing.
@@ -51,6 +54,14 @@ def register_from_config(cfg: CfgNode) -> None:
         counts=(3,),
     ):
         register_coco(*fields)
+    for fields in _entries(
+        cfg,
+        "LABEL_MAPS",
+        "name:image_folder:label_folder:classes.txt, or the same and :ignored_value "
+        "(example: roads_train:data/roads/images:data/roads/labels:data/roads/classes.txt)",
+        counts=(4, 5),
+    ):
+        register_label_maps(*fields)
 
 
 def register_coco(name: str, json_file: str, image_root: str) -> None:
