@@ -79,6 +79,20 @@ def test_denseclip_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.slow
+def test_denseclip_seg_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "benchmark.json"
+    words = ["denseclip_seg", "--clip", "shapes-rn", "--size", "64", "96", "--window", "64", "--stride", "32"]
+    assert tool.main([*words, "--flops-only", "--json", str(path)]) == 0
+    windows, inference = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in (windows, inference)] == [
+        f"denseclip_seg/{name}_flops" for name in ("windows", "inference")
+    ]
+    assert 1 <= windows["ratio"] < 1.1 and 1 < inference["ratio"] < 1.2
+    assert windows["other"] > 1.9 * inference["ours"]  # two windows
+    capsys.readouterr()
+
+
+@pytest.mark.slow
 def test_clipself_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "benchmark.json"
     words = ["clipself", "--clip", "shapes-vit", "--size", "128", "--pairs", "1"]
