@@ -179,6 +179,19 @@ class LanguageTrunk(Backbone):
         cosine = score * self.tau
         return cosine - cosine.mean(1, keepdim=True) if self.concatenate == "centred" else cosine
 
+    def joint_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the features whose cosines the score map shows.
+
+        Args:
+            images: normalised images (B, 3, H, W).
+
+        Returns:
+            z (B, D, h, w) and t' (B, K, D), both L2-normalised over D.
+        """
+        _, g, z = self._joint(images)
+        t = self.refine(self.text().expand(len(z), -1, -1), g, z)
+        return F.normalize(z, dim=1), F.normalize(t, dim=2)
+
     def score(self, g: Tensor | None, z: Tensor) -> Tensor:
         """Compute s (B, K, h, w) from global features g (B, D) and dense maps z (B, D, h, w).
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.backbone.language import LanguageTrunk
 from clipdense.backbone.trunk import SCORE
 from clipdense.clip.roi_align import roi_align
 
-__all__ = ["RecordedScore", "has_score_map", "record_scores", "score_classes", "score_maps"]
+__all__ = [
+    "RecordedScore",
+    "WholeImageModel",
+    "has_score_map",
+    "joint_features",
+    "record_scores",
+    "score_classes",
+    "score_maps",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,22 @@ class RecordedScore:
 
     score: Tensor
     padded_size: tuple[int, int]
+
+
+@runtime_checkable
+class WholeImageModel(Protocol):
+    """Meta-architecture that can give the input of its backbone for a whole image.
+
+    A model that runs its backbone on windows must be one, so that its score map covers the image.
+
+    Attributes:
+        backbone: the backbone.
+    """
+
+    backbone: Any
+
+    def backbone_input(self, sample: dict[str, Any]) -> Tensor:
+        """Normalise and pad the image of one of Detectron2's inputs: (1, 3, H, W)."""
 
 
 @contextmanager
@@ -92,13 +117,50 @@ def score_maps(model: Any, samples: Sequence[dict[str, Any]]) -> list[npt.NDArra
         ValueError: If the model's backbone has no score map.
     """
     score_classes(model)
-    with record_scores(model.backbone) as recorded:
-        for sample in samples:
+    maps = []
+    for sample in samples:
+        with record_scores(model.backbone) as recorded:
+            if isinstance(model, WholeImageModel):
+                model.backbone(model.backbone_input(sample))
+            else:
+                model([sample])
+        (record,) = recorded
+        size = sample["image"].shape[-2:]
+        maps.append(without_padding(record.score.float(), record.padded_size, size)[0].cpu().numpy())
+    return maps
+
+
+@torch.no_grad()
+def joint_features(model: Any, sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Compute the two sides of the score map of one image, whose cosines it shows.
+
+    Args:
+        model: a model in evaluation mode.
+        sample: one of Detectron2's inputs.
+
+    Returns:
+        Pixel features (D, h, w) over the image without its padding, and class embeddings (K, D), both
+        L2-normalised.
+
+    Raises:
+        ValueError: If the model's backbone has no score map.
+    """
+    score_classes(model)
+    trunk = _language_trunk(model)
+    assert trunk is not None
+    inputs: list[Tensor] = []
+    handle = trunk.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    try:
+        if isinstance(model, WholeImageModel):
+            model.backbone(model.backbone_input(sample))
+        else:
             model([sample])
-    return [
-        without_padding(record.score.float(), record.padded_size, sample["image"].shape[-2:])[0].cpu().numpy()
-        for record, sample in zip(recorded, samples, strict=True)
-    ]
+    finally:
+        handle.remove()
+    images = inputs[0]
+    z, t = trunk.joint_features(images)
+    z = without_padding(z, images.shape[-2:], sample["image"].shape[-2:])
+    return F.normalize(z, dim=1)[0], t[0]
 
 
 def without_padding(score: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:

@@ -75,8 +75,23 @@ def test_under_a_time_cap_warmup_is_short_and_the_decay_complete() -> None:
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(ValueError, match="must be one of.*WarmupCosineLR.*WarmupCosLR"):
         build_schedule(config(LR_SCHEDULER_NAME="WarmupCosLR"))
-    with pytest.raises(ValueError, match="WARMUP_METHOD must be 'linear' or 'constant', got 'log'"):
+    with pytest.raises(
+        ValueError, match="WARMUP_METHOD must be 'linear', 'constant' or 'scaled_linear', got 'log'"
+    ):
         build_schedule(config(WARMUP_METHOD="log"))
+
+
+def test_smallest_rate_of_all_groups() -> None:
+    """mmcv's: every group decays to the same rate, which also raises a group of rate 0; warm-up scales it."""
+    solver = {"LR_SCHEDULER_NAME": "WarmupPolyLR", "WARMUP_METHOD": "scaled_linear", "MIN_LR": 0.01}
+    schedule = build_schedule(config(**solver, WARMUP_FACTOR=0.5))
+    for base in (0.3, 0.03, 0.0):
+        assert schedule(40, 1.0, base) == pytest.approx(0.01)
+        assert schedule(20, 0.5, base) == pytest.approx((base - 0.01) * 0.5**0.9 + 0.01)
+        decayed = (base - 0.01) * (1 - 3 / 40) ** 0.9 + 0.01
+        assert schedule(3, 3 / 40, base) == pytest.approx(decayed * (1 - (1 - 3 / 7) * 0.5))
+    with pytest.raises(ValueError, match="MIN_LR 0.01 and SOLVER.BASE_LR_END 0.1 both set"):
+        build_schedule(config(**solver, BASE_LR_END=0.1))
 
 
 def test_a_warm_up_without_end_is_reported(caplog: pytest.LogCaptureFixture) -> None:

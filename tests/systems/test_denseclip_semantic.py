@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.backbone import SCORE, CLIPBlockTrunk
+from clipdense.backbone.score_map import joint_features, score_maps
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
 from clipdense.data.checks import check_classes
@@ -304,3 +305,15 @@ def test_windows_of_the_model_are_those_of_the_config() -> None:
         windows = model(x)[0]["sem_seg"]
         model.inference = replace(model.inference, window=(), stride=())
         assert windows.shape == (88, 192, 256) and not torch.allclose(windows, model(x)[0]["sem_seg"])
+
+
+def test_the_score_map_of_a_model_with_windows_covers_the_image() -> None:
+    torch.manual_seed(0)
+    model = build_model(load_config("configs/shapes/denseclip_semantic_fpn_vit.yaml")).eval()
+    x = sample(200, 250)
+    (score,) = score_maps(model, [x])
+    assert score.shape == (88, 25, 31)
+    z, t = joint_features(model, x)
+    cosines = torch.einsum("dhw,kd->khw", z, t) / model.backbone.bottom_up.tau
+    assert cosines.shape == score.shape and model.backbone_input(x).shape == (1, 3, 224, 256)
+    torch.testing.assert_close(cosines[:, :, :20], torch.from_numpy(score)[:, :, :20], atol=0.05, rtol=0.05)

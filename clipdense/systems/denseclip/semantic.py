@@ -140,6 +140,10 @@ class WindowedSemanticSegmentor(SemanticSegmentor):
         """
         return {}
 
+    def backbone_input(self, sample: dict[str, Any]) -> Tensor:
+        """Normalise and pad the image of an input, see `WholeImageModel`: (1, 3, H, W)."""
+        return self._pad(self._normalize(sample)[None])
+
     def predict(self, images: Tensor) -> Tensor:
         """Compute the logits of images or windows in one forward pass.
 
@@ -150,13 +154,11 @@ class WindowedSemanticSegmentor(SemanticSegmentor):
             (B, K, h, w) over the images, of any size.
         """
         height, width = images.shape[-2:]
-        divisor = max(self.backbone.size_divisibility if self.inference.pad else 0, 1)
-        below, right = -height % divisor, -width % divisor
-        if not (below or right):
-            return self.sem_seg_head.layers(self.backbone(images))
-        images = F.pad(images, (0, right, 0, below))
-        logits = self.sem_seg_head.layers(self.backbone(images))
-        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+        padded = self._pad(images)
+        logits: Tensor = self.sem_seg_head.layers(self.backbone(padded))
+        if padded.shape == images.shape:
+            return logits
+        logits = F.interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
     def segment(self, image: Tensor) -> Tensor:
@@ -184,6 +186,11 @@ class WindowedSemanticSegmentor(SemanticSegmentor):
     def _normalize(self, sample: dict[str, Any]) -> Tensor:
         image: Tensor = (sample["image"].to(self.device) - self.pixel_mean) / self.pixel_std
         return image
+
+    def _pad(self, images: Tensor) -> Tensor:
+        """Pad images (B, 3, H, W) with zeros, right and below, to the divisor of the backbone."""
+        divisor = max(self.backbone.size_divisibility if self.inference.pad else 0, 1)
+        return F.pad(images, (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor))
 
     def _segment_input(self, sample: dict[str, Any]) -> dict[str, Tensor]:
         """Segment the image of an input at the size that the input states."""
