@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from clipdense.engine.build import build_model
+from clipdense.engine.optimizer import ParamRule
 from clipdense.run.setup import load_config
 
 from detectron2.data import MetadataCatalog
@@ -75,6 +76,8 @@ def test_full_size_models_are_built(name: str, tmp_path: Path, catalogs: None) -
     with torch.device(device):
         model = build_model(cfg)
     assert sum(p.numel() for p in model.parameters()) > 1e7
+    for rule in cfg.SOLVER.PARAM_GROUPS:
+        assert list(ParamRule.parse(rule).matched(model)), rule
 
 
 @pytest.mark.parametrize("name", DETECTORS)

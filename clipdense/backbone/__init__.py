@@ -1,5 +1,6 @@
 """Detectron2 backbones: CLIP towers and timm models as trunks, below an FPN or a simple feature pyramid."""
 
+from clipdense.backbone.beside import BesideTrunk
 from clipdense.backbone.clip_blocks import CLIPBlockTrunk
 from clipdense.backbone.clip_trunk import CLIPTrunk
 from clipdense.backbone.fpn import FPN, build_trunk_fpn_backbone
@@ -19,6 +20,7 @@ __all__ = [
     "JOINT",
     "SCORE",
     "AnyStridePooler",
+    "BesideTrunk",
     "CLIPBlockTrunk",
     "CLIPTrunk",
     "ContextDecoder",

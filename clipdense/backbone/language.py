@@ -169,11 +169,11 @@ class LanguageTrunk(Backbone):
         maps, g, z = self._joint(images)
         score = self.score(g, z)
         last = z if self.dense_last else maps[self.scored]
-        maps[self.scored] = torch.cat([last, self._appended(score)], dim=1)
+        maps[self.scored] = torch.cat([last, self.appended(score)], dim=1)
         return {**maps, SCORE: score}
 
-    def _appended(self, score: Tensor) -> Tensor:
-        """Convert s (B, K, h, w) to the channels that are appended to the last map."""
+    def appended(self, score: Tensor) -> Tensor:
+        """Convert s (B, K, h, w) to the channels that are appended to a map."""
         if self.concatenate == "scaled":
             return score
         cosine = score * self.tau

@@ -299,6 +299,7 @@ _CLIP: dict[str, Check] = {
     "MODEL.INTERPOLATED.SCALE_FACTORS": items(_ABOVE_0, least=1),
     "MODEL.INTERPOLATED.NORM": _NORM,
     "MODEL.LANGUAGE.TRUNK": _entries(BACKBONE_REGISTRY),
+    "MODEL.LANGUAGE.BESIDE": _entries(BACKBONE_REGISTRY),
     "MODEL.LANGUAGE.CLASSES": _NAMES,
     "MODEL.LANGUAGE.CLASSES_FROM": choice("thing_classes", "stuff_classes"),
     "MODEL.LANGUAGE.TEXT": choice("tower", "table"),

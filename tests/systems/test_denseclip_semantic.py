@@ -317,3 +317,28 @@ def test_the_score_map_of_a_model_with_windows_covers_the_image() -> None:
     cosines = torch.einsum("dhw,kd->khw", z, t) / model.backbone.bottom_up.tau
     assert cosines.shape == score.shape and model.backbone_input(x).shape == (1, 3, 224, 256)
     torch.testing.assert_close(cosines[:, :, :20], torch.from_numpy(score)[:, :, :20], atol=0.05, rtol=0.05)
+
+
+def test_maps_of_one_encoder_beside_the_score_map_of_another() -> None:
+    torch.manual_seed(0)
+    words = [
+        "MODEL.TRUNK.NAME",
+        "BesideTrunk",
+        "MODEL.LANGUAGE.BESIDE",
+        "CLIPTrunk",
+        "MODEL.CLIP.NAME",
+        "shapes-rn",
+    ]
+    model = build_model(load_config(CONFIG, [*words, "SOLVER.PARAM_GROUPS", "[]"])).eval()
+    trunk, images = model.backbone.bottom_up, torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps, score = trunk(images), trunk.language(images)[SCORE]
+        plain = trunk.trunk(images)
+    assert torch.equal(maps[SCORE], score) and torch.equal(maps["res4"], plain["res4"])
+    channels = plain["res5"].shape[1]
+    assert torch.equal(maps["res5"][:, :channels], plain["res5"])
+    torch.testing.assert_close(maps["res5"][:, channels:], score * trunk.language.tau)
+    assert model.backbone.output_shape()[SCORE].channels == 88
+    with EventStorage():
+        sum(model.train()([sample(), sample()]).values()).backward()
+    assert all(p.grad is not None for p in trunk.trunk.parameters() if p.requires_grad)
