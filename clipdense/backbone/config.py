@@ -97,8 +97,8 @@ def _add_language_keys(cfg: CN) -> None:
     # The trunk that is scored: any entry of the backbone registry. CLIPTrunk and CLIPBlockTrunk have a
     # projection to the text's embedding space; other trunks get an attention pool with random weights.
     cfg.MODEL.LANGUAGE.TRUNK = "CLIPTrunk"
-    # BesideTrunk (MODEL.TRUNK.NAME): the trunk whose maps are used, beside the one that is scored: any entry of
-    # the backbone registry.
+    # BesideTrunk (MODEL.TRUNK.NAME): the trunk whose maps are used, beside the one that is scored: any entry
+    # of the backbone registry.
     cfg.MODEL.LANGUAGE.BESIDE = "TimmTrunk"
     # Mode of the dense map z: "plain", every position is a query of the attention (published), or another
     # mode of the tower, such as "value", without attention. Other trunks than CLIPTrunk: plain or value.

@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
+from clipdense.engine.build import build_model
 from clipdense.run.boundary import tool_errors
+from clipdense.run.setup import load_config
 
 from detectron2.data import DatasetCatalog
 
@@ -101,3 +104,18 @@ def test_clusters_side_by_side(tool, weights, tmp_path, capsys):
     assert "none.png" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tool("dense_clusters")([str(panel), "--model", "a", "b", "--titles", "one"])
+
+
+def test_neighbours_of_class_names(tool, tmp_path, capsys):
+    config, weights = "configs/shapes/denseclip_semantic_fpn_rn.yaml", tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    save_checkpoint(weights, build_model(load_config(config)).state_dict(), {})
+    words = ["--weights", str(weights), "--dataset", "shapes_closed_panoptic_val", "--images", "2"]
+    words += ["--classes", "3", "--pixels", "9", "--opts", "MODEL.DEVICE", "cpu"]
+    assert tool("draw_neighbours")([str(tmp_path / "n.png"), "--config-file", config, *words]) == 0
+    with Image.open(tmp_path / "n.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+    words = ["--config-file", "configs/shapes/semantic_fpn_clip_rn.yaml", "--weights", str(weights)]
+    with pytest.raises(SystemExit, match="1"), tool_errors():
+        tool("draw_neighbours")([str(tmp_path / "n.png"), *words])
+    capsys.readouterr()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipdense.backbone import SCORE, CLIPBlockTrunk
+from clipdense.backbone import SCORE, CLIPBlockTrunk, LanguageTrunk, TimmTrunk
+from clipdense.backbone.class_text import ClassTable
 from clipdense.backbone.score_map import joint_features, score_maps
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
@@ -342,3 +343,24 @@ def test_maps_of_one_encoder_beside_the_score_map_of_another() -> None:
     with EventStorage():
         sum(model.train()([sample(), sample()]).values()).backward()
     assert all(p.grad is not None for p in trunk.trunk.parameters() if p.requires_grad)
+
+
+SAM = {"depth": 2, "embed_dim": 32, "num_heads": 2, "global_attn_indexes": (1,), "neck_chans": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "grid"), [("resnet18", {}, (3, 5)), ("samvit_base_patch16", SAM, (6, 10))]
+)
+def test_score_maps_of_encoders_without_text(
+    name: str, kwargs: dict[str, Any], grid: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    text = ClassTable(["road", "tree", "sky"], 16)
+    text.table.normal_()
+    trunk = LanguageTrunk(
+        TimmTrunk(name, pretrained="random", kwargs=kwargs), text, concatenate="cosine"
+    ).eval()
+    with torch.no_grad():
+        maps = trunk(torch.randn(1, 3, 96, 160))
+    assert maps[SCORE].shape == (1, 3, *grid) and maps[SCORE].std() > 0
+    assert maps[SCORE].abs().max() <= 1 / trunk.tau + 1e-4
