@@ -83,7 +83,8 @@ def test_denseclip_seg_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "benchmark.json"
     words = ["denseclip_seg", "--clip", "shapes-rn", "--size", "64", "96", "--window", "64", "--stride", "32"]
     assert tool.main([*words, "--flops-only", "--json", str(path)]) == 0
-    windows, inference = json.loads(path.read_text())["rows"]
+    parameters, windows, inference = json.loads(path.read_text())["rows"]
+    assert parameters["name"] == "denseclip_seg/parameters" and parameters["ratio"] > 1
     assert [row["name"] for row in (windows, inference)] == [
         f"denseclip_seg/{name}_flops" for name in ("windows", "inference")
     ]

@@ -42,7 +42,10 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Measure FLOPs and wall time of windows, and of inference on one window."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = _config(args, device)
-    ours, floor = _denseclip(cfg), _semantic_fpn(cfg)
+    ours, plain = _denseclip(cfg), _semantic_fpn(cfg)
+    what = "trained parameters of DenseCLIP | of Semantic FPN on the same trunk"
+    yield Row("denseclip_seg/parameters", _millions(ours), _millions(plain), "million", what=what)
+    floor = _with_dense_pool(plain, cfg)
     height, width = args.size
     image = torch.randint(
         256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -96,10 +99,18 @@ def _semantic_fpn(cfg: CfgNode) -> Any:
     cfg = cfg.clone()
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.TRUNK.NAME = "WindowedSemanticSegmentor", "CLIPTrunk"
     torch.manual_seed(0)
-    model = build_model(cfg).eval()
+    return build_model(cfg).eval()
+
+
+def _with_dense_pool(model: Any, cfg: CfgNode) -> Any:
     trunk = CLIPTrunk(cfg, ShapeSpec(channels=3), joint=True).to(cfg.MODEL.DEVICE).eval()
     model.backbone.bottom_up = DensePooledTrunk(trunk)
     return model
+
+
+def _millions(model: Any) -> float:
+    """Return the number of trained parameters, so without the frozen text tower, in millions."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
 
 
 def _config(args: argparse.Namespace, device: str) -> CfgNode:

@@ -203,12 +203,12 @@ class WindowedSemanticSegmentor(SemanticSegmentor):
                 logits = self.segment(view)
                 return F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
 
-            maps = average_views(probabilities, image, scales=settings.scales, flip=settings.flip, size=size)
-        else:
-            maps = self.segment(image)
-        lazy = LazyMaps.of(maps[0]).resize((height, width)).resize(size)
+            views = average_views(probabilities, image, scales=settings.scales, flip=settings.flip, size=size)
+            maps = LazyMaps.of(views[0])
+        else:  # first to the size of the image, as windows are
+            maps = LazyMaps.of(self.segment(image)[0]).resize((height, width)).resize(size)
         return semantic_output(
-            lazy, max_classes=settings.max_dense_classes, max_bytes=settings.max_dense_megabytes * 2**20
+            maps, max_classes=settings.max_dense_classes, max_bytes=settings.max_dense_megabytes * 2**20
         )
 
 
