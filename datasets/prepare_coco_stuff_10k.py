@@ -12,6 +12,7 @@ from clipdense.data.datasets.open_semantic import COCO_STUFF_VALUES
 from clipdense.data.preparation.labels import Labels, convert_labels
 from clipdense.data.preparation.matlab import read_matrix
 from clipdense.data.preparation.options import preparation_parser
+from clipdense.files import read_text
 from clipdense.run.boundary import tool_errors
 
 SPLITS = ("train", "test")
@@ -29,7 +30,7 @@ def main() -> None:
     for i, value in enumerate(COCO_STUFF_VALUES):
         table[1 + value] = i
     for split in options.split:
-        names = (root / "imageLists" / f"{split}.txt").read_text("utf-8").split()
+        names = read_text(root / "imageLists" / f"{split}.txt").split()
         target = root / "annotations_detectron2" / split
         count = convert_labels(
             root / "annotations", target, table.__getitem__, names, suffix=".mat", read=read_stuff
