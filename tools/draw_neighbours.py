@@ -54,7 +54,6 @@ from clipdense.visualization.neighbours import draw_neighbours, neighbour_positi
 from detectron2.data import DatasetCatalog
 
 
-@torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     predictor = Predictor(arguments.config_file, arguments.weights or None, arguments.opts)

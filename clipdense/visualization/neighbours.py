@@ -97,8 +97,8 @@ def draw_neighbours(
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     colors = np.array([class_color(k) for k in range(len(names))])
-    ax.scatter(*pixels.T, s=8, c=colors[labels], linewidths=0)
-    ax.scatter(*texts.T, s=160, marker="*", c=colors, edgecolors="black", zorder=3)
+    ax.scatter(pixels[:, 0], pixels[:, 1], s=8, c=colors[labels], linewidths=0)
+    ax.scatter(texts[:, 0], texts[:, 1], s=160, marker="*", c=colors, edgecolors="black", zorder=3)
     for (x, y), name in zip(texts, names, strict=True):
         ax.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
     ax.set_xticks([])

@@ -88,7 +88,8 @@ def test_denseclip_seg_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     assert [row["name"] for row in (windows, inference)] == [
         f"denseclip_seg/{name}_flops" for name in ("windows", "inference")
     ]
-    assert 1 <= windows["ratio"] < 1.1 and 1 < inference["ratio"] < 1.2
+    # the context decoder, of full size, costs more than the nano trunk
+    assert 1 <= windows["ratio"] < 1.1 and 1 < inference["ratio"] < 2.5
     assert windows["other"] > 1.9 * inference["ours"]  # two windows
     capsys.readouterr()
 

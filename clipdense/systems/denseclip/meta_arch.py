@@ -31,8 +31,8 @@ LOSS = "loss_pixel_text"
 Export = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-class PixelTextModel(nn.Module):
-    """What DenseCLIP's models add to their meta-architecture, which is the next base class."""
+class PixelTextModel:
+    """What DenseCLIP's models add to their meta-architecture, a module, which is the next base class."""
 
     @configurable
     def __init__(self, *, pixel_text_loss: PixelTextLoss, **kwargs: Any) -> None:
@@ -163,7 +163,7 @@ class PixelTextSupervised(nn.Module):
         return export_without_text_tower(self.base)
 
 
-def export_without_text_tower(model: nn.Module) -> Export:
+def export_without_text_tower(model: Any) -> Export:
     """Return the model for inference: class embeddings replace the text tower that computed them.
 
     Returns:
@@ -185,7 +185,7 @@ def export_without_text_tower(model: nn.Module) -> Export:
     return state, {"layout": "clipdense", "options": {"config": options}}
 
 
-def check_score_map(model: nn.Module) -> None:
+def check_score_map(model: Any) -> None:
     """Raise ValueError if the model's backbone has no score map."""
     backbone = getattr(model, "backbone", None)
     if backbone is None or SCORE not in backbone.output_shape():
