@@ -76,22 +76,31 @@ def ranked_first(model: nn.Module, batch: list[dict[str, Any]]) -> float:
     return sum(hits) / len(hits)
 
 
-def test_the_score_map_of_a_trained_detector_ranks_the_right_class_first() -> None:
-    """The whole detector, 30 iterations as in the demo; images of the validation split."""
+def test_training_a_detector_teaches_its_score_map_the_classes() -> None:
+    """The whole detector, 15 iterations; images of the validation split.
+
+    The projection to the joint space starts from random weights, so that the map tells nothing at first. Of
+    80 classes, chance ranks the right one first in 1 % of the boxes.
+    """
     train = [sample(draw_scene("train", i)) for i in range(40)]
     val = [sample(draw_scene("val", i)) for i in range(8)]
-    model = build("MODEL.BACKBONE.FREEZE_AT", "4").train()
+    model = build("MODEL.BACKBONE.FREEZE_AT", "4")
+    pool = model.backbone.bottom_up.trunk.tower.attnpool
+    for layer in (pool.v_proj, pool.c_proj):
+        layer.reset_parameters()
+    assert ranked_first(model.eval(), val) < 0.1
     trunk = {id(p) for p in model.backbone.bottom_up.parameters()}
     groups = [{"params": [p for p in model.parameters() if p.requires_grad and id(p) not in trunk]}]
     groups += [{"params": [p for p in model.parameters() if p.requires_grad and id(p) in trunk], "lr": 3e-4}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    model.train()
     with flush_denormals(), EventStorage():
-        for i in range(30):
+        for i in range(15):
             optimizer.zero_grad()
             first = 4 * i % len(train)
             sum(model(train[first : first + 4]).values()).backward()
             optimizer.step()
-        assert ranked_first(model.eval(), val) > 0.5
+        assert ranked_first(model.eval(), val) > 0.25
 
 
 def test_the_boxes_are_those_of_the_masks() -> None:
