@@ -117,7 +117,7 @@ def _rows(path: Path) -> Iterator[Pair]:
             file = parquet.ParquetFile(path)
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # pyarrow has many for damaged files
             raise ValueError(f"{path}: not a parquet file, or a damaged one ({error})") from error
         return
     with path.open("rb") as lines:  # JSON finds the encoding, and its errors belong to a line

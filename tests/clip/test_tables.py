@@ -170,6 +170,10 @@ def test_bad_files_are_named(tmp_path):
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match=f"cannot read text table '.*table{suffix}'"):
             TextTable.load(path, NAMES)
+    path = store(tmp_path / "table.npy", ROWS)
+    path.write_bytes(path.read_bytes().replace(b"), }", b"(, }"))  # a header that Python cannot read
+    with pytest.raises(ValueError, match=r"cannot read text table '.*table\.npy'"):
+        TextTable.load(path, NAMES)
     (tmp_path / "table.csv").touch()
     with pytest.raises(ValueError, match="not a .safetensors"):
         TextTable.load(tmp_path / "table.csv", NAMES)

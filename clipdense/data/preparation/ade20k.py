@@ -139,7 +139,7 @@ def read_object_names(path: Path) -> list[str]:
     with path.open("rb") as file:
         try:
             names = _PlainUnpickler(file).load()["objectnames"]
-        except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError, AttributeError) as error:
+        except Exception as error:  # damaged pickles raise almost anything
             raise ValueError(f"{path}: not an index of ADE20K ({error!r})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: objectnames is not a list of names")
