@@ -95,6 +95,7 @@ class _Watcher:
             for rank in range(self.size):
                 if rank != self.rank and self._is_lost(rank, now):
                     self._end(rank)
+        self.ending = True
         signal.alarm(_LAST_CALL)  # the store may have ended too, and its calls block beyond their time limit
         with suppress(RuntimeError):
             store = dist.TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=5))
@@ -107,12 +108,12 @@ class _Watcher:
         return self.counts[rank] > 0 and not self.ended[rank] and now - self.seen[rank] > limit
 
     def _exchange(self) -> None:
-        """Tell the store that the watched process is alive, and read the same of the others, for ever.
+        """Tell the store that the watched process is alive, and read the same of the others, to its end.
 
         If the store's machine is gone, the calls block or fail, and every other process counts as lost.
         """
         store = dist.TCPStore(*self.address, is_master=False)
-        while True:
+        while not self.ending:
             with suppress(RuntimeError):
                 if not self.stopped:
                     store.add(f"{self.key}/{self.rank}", 1)

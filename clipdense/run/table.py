@@ -124,13 +124,13 @@ class Cell:
         return [word.replace("{seed}", str(self.seed)) for word in command]
 
     def read(self) -> dict[str, Any] | None:
-        """Return the content of cell.json; None without one, or if it has another command line."""
-        try:
-            content = json.loads((self.folder / "cell.json").read_text())
-        except (OSError, ValueError):
+        """Return the content of cell.json; None without one, or if it is damaged or of another command."""
+        content = _json(self.folder / "cell.json")
+        if not isinstance(content, dict) or content.get("status") not in ("done", "failed"):
             return None
-        same = isinstance(content, dict) and content.get("command", [])[1:] == self.command("")[1:]
-        return content if same else None
+        command = content.get("command")
+        same = isinstance(command, list) and command[1:] == self.command("")[1:]
+        return {"results": None, "log": None, **content} if same else None
 
 
 # ---- table files
@@ -304,9 +304,10 @@ def _run(cell: Cell, tool: str, stop: threading.Event) -> dict[str, Any] | None:
 
 
 def _json(path: Path) -> Any:
+    """Return the content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -363,10 +364,10 @@ def _last(path: Path, name: str) -> list[float]:
     """Return the last value of a name in a file with one JSON object per line; an empty list without one."""
     if not path.is_file():
         return []
-    for line in reversed(path.read_text().splitlines()):
+    for line in reversed(path.read_text(errors="replace").splitlines()):
         try:
             value = json.loads(line).get(name)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             continue
         if isinstance(value, (int, float)):
             return [float(value)]

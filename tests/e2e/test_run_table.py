@@ -195,6 +195,15 @@ def test_a_missing_metric_is_named_and_the_runs_are_kept(tmp_path: Path, tool: s
     assert run(write_table(tmp_path), tool) == 0 and len(calls(tmp_path)) == 6
 
 
+@pytest.mark.parametrize("text", ["", "null", "5", '{"command": null}', "[" * 100_000, '{"status": "done"}'])
+def test_a_damaged_cell_is_run_again(tmp_path: Path, text: str) -> None:
+    table = load_table(write_table(tmp_path, seeds=[1], rows=[{"name": "a", "config": "c.yaml"}]))
+    (cell,) = table.cells()
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "cell.json").write_text(text)
+    assert cell.read() is None
+
+
 def test_several_data_sets(tmp_path: Path, tool: str) -> None:
     cell = load_table(write_table(tmp_path)).cells()[0]
     from clipdense.run.table import _at

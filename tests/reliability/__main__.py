@@ -44,6 +44,9 @@ processes, and writes this page. Its harness is `tests/reliability/`; `make test
   wrong result without a word, or code of the input ran).
 - A killed job (SIGKILL) is called again until it ends. *Different* counts jobs whose files differ from those
   of a job that nobody killed: something lost, doubled or left behind.
+- Events are *as expected* if every process ends in time with a message: after Ctrl-C within 60 s, on a full
+  disk with the name of the file, after the loss of a rank within 60 s. After the loss of their launcher, the
+  ranks end within 20 s.
 
 {tables}
 Made by `{command}`.
@@ -178,7 +181,7 @@ def cause_events(world: World, figures: Figures, events: list[str]) -> None:
         if not records.rows:
             records.add(*EVENTS[event](world))
         for case, notes in records.rows:
-            result = ", ".join(notes) or "ended in time, with a sentence"
+            result = ", ".join(notes) or "as expected"
             figures.add(event, case, result, faults=bool(notes))
 
 

@@ -1,18 +1,17 @@
 """Ctrl-C, full disks, frozen and orphaned processes: each ends soon and with a sentence."""
 
+import json
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
-from tests.reliability.processes import ROOT, Job
+from tests.reliability.processes import ROOT, Job, call_as_main
 from tests.reliability.world import World
 
 __all__ = ["EVENTS"]
@@ -95,61 +94,56 @@ def fill_disks(world: World) -> Iterator[tuple[str, Notes]]:
 
 def lose_ranks(world: World) -> Iterator[tuple[str, Notes]]:
     """Kill and freeze one of two processes of a training, and kill their launcher."""
-    for what, number in (("killed rank", signal.SIGKILL), ("frozen rank", signal.SIGSTOP)):
-        yield what, _lose(world, lambda launcher, ranks, n=number: os.kill(ranks[1], n), 60.0)
-    yield "killed launcher", _lose(world, lambda launcher, ranks: os.kill(launcher, signal.SIGKILL), 20.0)
+    losses: dict[str, tuple[Callable[[int, list[int]], None], float]] = {
+        "killed rank": (lambda launcher, ranks: os.kill(ranks[1], signal.SIGKILL), 60.0),
+        "frozen rank": (lambda launcher, ranks: os.kill(ranks[1], signal.SIGSTOP), 60.0),
+        "killed launcher": (lambda launcher, ranks: os.kill(launcher, signal.SIGKILL), 20.0),
+    }
+    for what, (lose, limit) in losses.items():
+        yield what, _lose(world, what, lose, limit)
 
 
-def _lose(world: World, act: Callable[[int, dict[int, int]], None], limit: float) -> Notes:
-    """Start two processes, act on them, and return what is wrong if not all have ended in time."""
-    output, log = world.folder / "ranks", world.folder / "ranks.log"
+def _lose(world: World, what: str, lose: Callable[[int, list[int]], None], limit: float) -> Notes:
+    """Start two processes, lose some, and return what is wrong if not all have ended in time."""
+    output, log = world.folder / "ranks", world.folder / f"{what.replace(' ', '_')}.log"
+    lost_rank = what.endswith("rank")
     shutil.rmtree(output, ignore_errors=True)
+    log.unlink(missing_ok=True)
     words = world.training_words(output, SOLVER__MAX_ITER=4000, SOLVER__CHECKPOINT_PERIOD=1000)
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", port, str(ROOT / "tools/train_net.py"), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with open(log, "wb") as file:
-        launcher = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
-        )
+    numbers = world.folder / "ranks.json"
+    launcher = Job(lambda: _launch([ROOT / "tools/train_net.py", *words], numbers), log)
     try:
-        end = time.monotonic() + 300.0
-        while "iter 8/" not in log.read_text(errors="replace"):
-            if launcher.poll() is not None or time.monotonic() > end:
-                return [f"the training did not start: {log.read_text(errors='replace')[-500:]}"]
-            time.sleep(0.1)
-        ranks = _ranks(str(output))
-        act(launcher.pid, ranks)
+        launcher.wait_for("iter 8/", timeout=900.0)
+        lose(launcher.pid, json.loads(numbers.read_text()))
         start = time.monotonic()
-        while _ranks(str(output)) and time.monotonic() - start < limit:
+        while (left := launcher.remaining()) and time.monotonic() - start < limit:
             time.sleep(0.1)
-            launcher.poll()
-        left = _ranks(str(output))
-        return [f"{len(left)} processes after {limit:g} s"] if left else []
+        notes = [f"{len(left)} processes after {limit:g} s"] if left else []
+        # data workers of a killed process may print tracebacks; processes that are left must know the reason
+        notes += ["no sentence"] * (lost_rank and "error: " not in launcher.text)
+        return notes + ["an unexpected error"] * ("Please report" in launcher.text)
     finally:
-        for process in [*_ranks(str(output)).values(), launcher.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        launcher.send(signal.SIGCONT)
+        launcher.send(signal.SIGKILL)
         launcher.wait()
 
 
-def _ranks(word: str) -> dict[int, int]:
-    """Return rank -> process number of the processes that have a word on their command line."""
-    found = {}
-    for path in Path("/proc").iterdir():
-        try:
-            words = (path / "cmdline").read_bytes().split(b"\0") if path.name.isdigit() else []
-            if word.encode() not in words or b"torch.distributed.run" in words:
-                continue
-            rank = re.search(rb"(?:^|\0)RANK=(\d+)", (path / "environ").read_bytes())
-        except OSError:
-            continue
-        if rank:
-            found.setdefault(int(rank[1]), int(path.name))
-    return found
+def _launch(command: list[object], numbers: Path) -> None:
+    """Start two ranks of a run as torchrun does, write their process numbers, and wait for their ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):
+        process = os.fork()
+        if process == 0:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            os._exit(call_as_main(command) & 0xFF)
+        ranks.append(process)
+    numbers.write_text(json.dumps(ranks))
+    for process in ranks:
+        os.waitpid(process, 0)
 
 
 # Name of the event -> its function.

@@ -22,7 +22,7 @@ __all__ = ["JOBS", "compare_trainings"]
 
 VOLATILE = {"time", "data_time", "eta_seconds", "rank_data_time"}
 TRAINING: dict[str, Any] = {
-    "TEST__EVAL_PERIOD": 10,
+    "TEST__EVAL_PERIOD": 6,
     "TEST__BEST_METRIC": "segm/AP50",
     "SOLVER__EMA_DECAY": 0.9,
     "SOLVER__CHECKPOINT_KEEP": 2,

@@ -23,7 +23,7 @@ from typing import Any
 from clipdense.engine.processes import end_with_parent
 from tests.conftest import ROOT
 
-__all__ = ["ROOT", "Ended", "Job", "require_single_thread", "run_tool", "warm_up"]
+__all__ = ["ROOT", "Ended", "Job", "call_as_main", "require_single_thread", "run_tool", "warm_up"]
 
 
 def warm_up() -> None:
@@ -42,7 +42,7 @@ def warm_up() -> None:
         "visualization.panels",
     ):
         importlib.import_module(f"clipdense.{name}")
-    for name in ("hotcoco", "torch.utils.tensorboard", "tqdm.contrib.logging"):
+    for name in ("hotcoco", "torch.utils.cpp_extension", "torch.utils.tensorboard", "tqdm.contrib.logging"):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
@@ -108,7 +108,7 @@ class Job:
                 _redirect(log)
                 os.chdir(ROOT)
                 os.environ.update(environment or {})
-                code = _call(work)
+                code = _call(work) if callable(work) else call_as_main(work)
             finally:
                 os._exit(code & 0xFF)
 
@@ -170,18 +170,14 @@ def _redirect(log: Path) -> None:
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # type: ignore[misc]  # noqa: SIM115
 
 
-def _call(work: Sequence[Any] | Callable[[], object]) -> int:
-    """Run a tool as Python itself would, or a function; return the exit status."""
+def call_as_main(command: Sequence[Any]) -> int:
+    """Run a tool as Python itself would; return the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code: Any = 0
     try:
-        if callable(work):
-            work()
-            return 0
-        else:
-            sys.argv = [str(word) for word in work]
-            sys.path.insert(0, str(Path(sys.argv[0]).parent))
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.argv = [str(word) for word in command]
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as e:
         code = e.code or 0
         if not isinstance(code, int):
@@ -197,3 +193,15 @@ def _call(work: Sequence[Any] | Callable[[], object]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return int(code)
+
+
+def _call(work: Callable[[], object]) -> int:
+    try:
+        work()
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -109,8 +109,11 @@ def _change(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def _resume(world: World, run: Path, output: Path, damage: Callable[[Path], object]) -> str:
-    from clipdense.engine.trainer import Trainer
+    """Resume the run for an iteration; its evaluation and report, which read no state, are left out."""
+    from clipdense.engine import trainer as module
     from clipdense.run.setup import setup
+
+    module.write_report = lambda *arguments: None  # in this process only
 
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -120,7 +123,8 @@ def _resume(world: World, run: Path, output: Path, damage: Callable[[Path], obje
     damage(output)
     options = _options(world, output)
     loaded = setup(argparse.Namespace(config_file=CONFIG, opts=options, resume=True, eval_only=False))
-    trainer = Trainer(loaded.cfg)
+    trainer = module.Trainer(loaded.cfg)
+    trainer.evaluate = lambda model, final: {"segm": {"AP50": 1.0}}
     trainer.resume_or_load(True, loaded.weights)
     start = trainer.start_iter
     trainer.train()
