@@ -142,9 +142,9 @@ def damage_inputs(world: World, figures: Figures, kinds: list[str], number: int,
         figures.head("inputs", "number", *VERDICTS)
     weights = sum(KINDS[kind][1] for kind in kinds)
     for kind in kinds:
-        cases, weight = KINDS[kind]
+        cases, weight, together = KINDS[kind]
         part = islice(cases(world, seed), math.ceil(number * weight / weights))
-        counts, failed = run_cases(part, _records(world, kind), world.folder / "input.log")
+        counts, failed = run_cases(part, _records(world, kind), world.folder / "input.log", together)
         figures.add(
             kind,
             counts.total(),

@@ -6,15 +6,18 @@ import select
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from clipdense.run.boundary import describe_error
 from tests.reliability.processes import Job
 from tests.reliability.records import Records
 
-__all__ = ["FAULTS", "VERDICTS", "Case", "WrongResultError", "run_case", "run_cases"]
+__all__ = ["FAULTS", "VERDICTS", "Case", "WrongResultError", "run_case", "run_cases", "run_together"]
 
 VERDICTS = ("accepted", "refused", "unnamed", "traceback", "hang", "crash", "wrong")
 FAULTS = VERDICTS[2:]
@@ -53,40 +56,68 @@ class Outcome:
 
 
 def run_case(case: Case, log: Path) -> Outcome:
-    """Run a case in a forked process.
+    """Run a case in a forked process of its own (see `run_together`)."""
+    return next(run_together([case], log))
+
+
+def run_together(cases: Sequence[Case], log: Path) -> Iterator[Outcome]:
+    """Run cases one after the other in a forked process, and the rest in another one after a hang or crash.
 
     The verdicts: accepted; refused (an error that the tools print without a traceback, and which names the
     input); unnamed (such an error without the name); traceback (an error that the tools do not expect); hang;
-    crash (ended by a signal); wrong (see `WrongResultError`). Processes that it leaves are a hang, too.
+    crash (ended by a signal); wrong (see `WrongResultError`). Processes that are left are a hang, too.
     """
-    read, write = os.pipe()
+    while cases:
+        read, write = os.pipe()
+        log.unlink(missing_ok=True)
+        job = Job(partial(_run_all, cases, read, write), log)
+        os.close(write)
+        with os.fdopen(read, "rb") as file:
+            for number, case in enumerate(cases, 1):
+                line = _read_line(file, case.limit)
+                last = line is None or not line.endswith(b"\n") or number == len(cases)
+                yield _finish(case, job, line) if last else Outcome(case.name, *json.loads(line or b""))
+                if last:
+                    break
+        cases = cases[number:]
 
-    def body() -> None:
-        os.close(read)
-        os.write(write, json.dumps(_result(case)).encode() + b"\n")
 
-    log.unlink(missing_ok=True)
-    job = Job(body, log)
-    os.close(write)
-    data, end = b"", time.monotonic() + case.limit
-    while select.select([read], [], [], max(end - time.monotonic(), 0))[0]:
-        part = os.read(read, 65536)
-        data += part
-        if not part or data.endswith(b"\n"):
-            break
+def _run_all(cases: Sequence[Case], read: int, write: int) -> None:
     os.close(read)
-    if not data and time.monotonic() >= end:
+    for case in cases:
+        verdict, message = _result(case)
+        if case.witness is not None and case.witness.exists():
+            case.witness.unlink()
+            verdict, message = "wrong", "the input ran code"
+        data = json.dumps([verdict, message]).encode() + b"\n"
+        while data:
+            data = data[os.write(write, data) :]
+
+
+def _read_line(file: BinaryIO, limit: float) -> bytes | None:
+    """Read a line; None if it takes too long, an incomplete one if the writer ends."""
+    end, line = time.monotonic() + limit, b""
+    while not line.endswith(b"\n"):
+        if not select.select([file], [], [], max(end - time.monotonic(), 0))[0]:
+            return None
+        part = os.read(file.fileno(), 1)  # not more: the next line has its own time
+        if not part:
+            break
+        line += part
+    return line
+
+
+def _finish(case: Case, job: Job, line: bytes | None) -> Outcome:
+    """Return the outcome of the last case of a job, and end the job with all its processes."""
+    if line is None:
         job.send(signal.SIGKILL)
         job.wait()
         return Outcome(case.name, "hang", f"no result after {case.limit:g} s")
     ended, left = job.wait(timeout=30.0), job.remaining()
     job.send(signal.SIGKILL)
-    if case.witness is not None and case.witness.exists():
-        case.witness.unlink()
-        return Outcome(case.name, "wrong", "the input ran code")
-    if not data:
+    if not line.endswith(b"\n"):
         return Outcome(case.name, "crash", f"status {ended.code}: {ended.text[-300:]}")
-    verdict, message = json.loads(data)
+    verdict, message = json.loads(line)
     if left:
         verdict, message = "hang", f"{len(left)} processes are left, after: {message}"
     return Outcome(case.name, verdict, message)
@@ -120,23 +151,26 @@ def _place(error: BaseException) -> str:
     return place
 
 
-def run_cases(cases: Iterable[Case], records: Records, log: Path) -> tuple[Counter[str], list[Outcome]]:
+def run_cases(
+    cases: Iterable[Case], records: Records, log: Path, together: int = 1
+) -> tuple[Counter[str], list[Outcome]]:
     """Run cases one after the other, except those whose outcome is recorded.
 
     Args:
         cases: the cases, in the order of the records.
         records: gets a row per case.
         log: file for the output of a case.
+        together: number of cases that share a process.
 
     Returns:
         Number of cases per verdict, and the outcomes that are faults.
     """
-    outcomes = []
-    for number, case in enumerate(cases):
-        if number < len(records.rows):
-            outcomes.append(Outcome(**records.rows[number]))
-            assert outcomes[-1].name == case.name, f"{records.path} belongs to other cases; delete it"
-            continue
-        outcomes.append(run_case(case, log))
-        records.add(vars(outcomes[-1]))
+    pending = iter(cases)
+    outcomes = [Outcome(**row) for row in records.rows]
+    names = [case.name for case in islice(pending, len(outcomes))]
+    assert names == [o.name for o in outcomes][: len(names)], f"{records.path} is of other cases; delete it"
+    while group := list(islice(pending, together)):
+        for outcome in run_together(group, log):
+            outcomes.append(outcome)
+            records.add(vars(outcome))
     return Counter(o.verdict for o in outcomes), [o for o in outcomes if o.verdict in FAULTS]

@@ -12,12 +12,12 @@ import pytest
 from clipdense.engine.options import ConfigError
 from tests.reliability.__main__ import main
 from tests.reliability.inputs import KINDS
-from tests.reliability.outcomes import Case, WrongResultError, run_case
+from tests.reliability.outcomes import Case, WrongResultError, run_case, run_together
 from tests.reliability.processes import require_single_thread, warm_up
 
 # 60 damaged inputs and two kills, in seconds.
 KINDS_OF_SHARE = [kind for kind in KINDS if kind != "state files"]
-ARGUMENTS = ["--only", ";".join([*KINDS_OF_SHARE, "drawing"]), "--inputs", "60", "--kills", "2"]
+ARGUMENTS = ["--only", ";".join([*KINDS_OF_SHARE, "tables"]), "--inputs", "60", "--kills", "2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,12 +67,16 @@ def test_verdicts(tmp_path: Path) -> None:
         "unnamed": lambda: _raise(ConfigError("no")),
         "traceback": lambda: [][1],
         "hang": lambda: time.sleep(60),
-        "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        "crash": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "wrong": lambda: _raise(WrongResultError("class 1000")),
     }
+    cases = {}
     for verdict, action in expected.items():
         limit = 1.0 if verdict == "hang" else 30.0
-        assert run_case(Case(verdict, action, ("input.json",), limit), tmp_path / "log").verdict == verdict
+        cases[verdict] = Case(verdict, action, ("input.json",), limit)
+        assert run_case(cases[verdict], tmp_path / "log").verdict == verdict
+    together = run_together([*cases.values(), *cases.values()], tmp_path / "log")
+    assert [outcome.verdict for outcome in together] == 2 * list(expected)
 
 
 def test_a_process_that_is_left_is_found_and_ended(tmp_path: Path) -> None:

@@ -174,8 +174,8 @@ def _read_registered(source: str, image_root: str) -> int:
 
     from detectron2.data import DatasetCatalog
 
-    register_images("damaged", source, image_root)
-    records = DatasetCatalog.get("damaged")
+    register_images(f"damaged {source}", source, image_root)
+    records = DatasetCatalog.get(f"damaged {source}")
     for record in records:
         read_image(record["file_name"])
     return len(records)

@@ -21,7 +21,7 @@ def cases(world: World, seed: int) -> Iterator[Case]:
     """Yield whole files of every format and mode, hand-made bad ones, then damaged ones."""
     rng, folder = random.Random(seed), world.folder / "images"
     folder.mkdir(exist_ok=True)
-    whole = dict(_whole(Image.open(world.shapes24 / "val/000003.png").convert("RGB").resize((96, 80))))
+    whole = dict(_whole(Image.open(world.shapes4 / "val/000003.png").convert("RGB").resize((96, 80))))
 
     def case(name: str, data: bytes) -> Case:
         path = folder / name
