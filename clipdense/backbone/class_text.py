@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from clipdense.checkpoint import CheckpointError
 from clipdense.clip import ClipModel
-from clipdense.clip.prompts import ContextPrompts, encode_with_contexts
+from clipdense.clip.prompts import ClassPrompts, ContextPrompts
+from clipdense.clip.templates import NAME_RULES
 
 __all__ = ["ClassTable", "ClassText"]
 
@@ -20,13 +21,15 @@ __all__ = ["ClassTable", "ClassText"]
 class ClassText(nn.Module):
     """Class embeddings t from a text tower with learned contexts (Rao et al., DenseCLIP, section 3.2).
 
-    Embeddings without trainable parts are computed once and cached until a weight changes.
+    Embeddings without trainable parts are computed once and cached until a weight changes, unless they depend
+    on the image.
 
     Attributes:
         classes: the K class names, without a template.
         tower: the text tower.
         prompts: the learned contexts, or None.
         embed_dim: D.
+        image_dependent: whether the embeddings depend on the image (CoCoOp, pre-model prompting, ICPC).
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class ClassText(nn.Module):
         context_std: float = 1.0,
         context_words: str = "",
         trainable: bool = False,
+        prompts: ClassPrompts | None = None,
     ) -> None:
         """
         Args:
@@ -47,6 +51,7 @@ class ClassText(nn.Module):
             context_std: standard deviation of the initial contexts. Published: 1; CoOp: 0.02.
             context_words: words whose token embeddings the last contexts start from, e.g. "a photo of a".
             trainable: whether the text tower is trained. The contexts always are.
+            prompts: learned contexts of any kind, instead of those that the three arguments above describe.
 
         Raises:
             ValueError: If the CLIP has no text tower, if there are no classes, if names are too long for the
@@ -60,20 +65,34 @@ class ClassText(nn.Module):
         self.classes = tuple(classes)
         self.tower = clip.text.requires_grad_(trainable)
         self.embed_dim = clip.embed_dim
-        self.prompts = ContextPrompts(n_ctx, clip.text.width, context_std) if n_ctx else None
-        if context_words:
-            self._start_from_words(clip, context_words)
+        texts = list(self.classes)
+        if prompts is not None:
+            texts = [prompts.template.format(NAME_RULES["spaces"](name)) for name in self.classes]
+        elif n_ctx or context_words:
+            prompts = ContextPrompts(n_ctx, clip.text.width, context_std)
+            if context_words:
+                prompts.start_from_words(clip, context_words)
+        self.prompts = prompts
+        self.image_dependent = prompts is not None and prompts.image_dependent
         with torch.device("cpu"):  # a model on the meta device needs the lengths too
-            tokens = clip.tokenize(self.classes, clip.text.context_length)
+            tokens = clip.tokenize(texts, clip.text.context_length)
         longest = int(clip.text.end(tokens).max()) + 1
-        if longest + n_ctx > clip.text.context_length:
-            limit = clip.text.context_length - n_ctx
-            clip.tokenize(self.classes, limit)  # raises, with the names
+        limit = clip.text.context_length - (0 if prompts is None else prompts.length)
+        if longest > limit:
+            clip.tokenize(texts, limit)  # raises, with the names
         self.register_buffer("tokens", tokens[:, :longest], persistent=False)
         self._cached: tuple[Hashable, Tensor] | None = None
 
-    def forward(self) -> Tensor:
-        """Return the embeddings (K, D), not L2-normalised."""
+    def forward(self, g: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        """Return the embeddings (K, D), or (B, K, D) if they depend on the image; not L2-normalised.
+
+        Args:
+            g: image embeddings (B, D), see `ClassPrompts`.
+            z: dense maps (B, D, h, w) in the joint space.
+        """
+        if self.image_dependent:
+            assert self.prompts is not None
+            return self.prompts.encode(self.tower, self._tokens, self.classes, g, z)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return self._encode()
         key = self._state_key()
@@ -89,35 +108,29 @@ class ClassText(nn.Module):
         return super().train(mode)
 
     def table(self) -> ClassTable:
-        """Return the embeddings as a table that needs no text tower."""
+        """Return the embeddings as a table that needs no text tower.
+
+        Raises:
+            ValueError: If the embeddings depend on the image.
+        """
+        if self.prompts is not None:
+            self.prompts.require_fixed()
         with torch.no_grad():
             embeddings = self()
         table = ClassTable(self.classes, self.embed_dim)
         table.table.copy_(embeddings)
         return table.to(embeddings.device)
 
-    def _start_from_words(self, clip: ClipModel, words: str) -> None:
-        assert clip.text is not None
-        with torch.device("cpu"):
-            tokens = clip.tokenize([words], clip.text.context_length)
-        ids = tokens[0, 1 : int(clip.text.end(tokens)[0])]
-        count = 0 if self.prompts is None else self.prompts.length
-        if len(ids) > count:
-            raise ValueError(
-                f"MODEL.LANGUAGE.CONTEXT_WORDS {words!r} has {len(ids)} tokens, but there are {count} "
-                "contexts: raise MODEL.LANGUAGE.N_CONTEXTS"
-            )
-        if self.prompts is not None:
-            with torch.no_grad():
-                embeddings = clip.text.token_embedding(ids.to(self.prompts.contexts.device))
-                self.prompts.contexts[0, count - len(ids) :] = embeddings
-
     def _encode(self) -> Tensor:
-        tokens: Any = self.tokens
         if self.prompts is None:
-            embeddings: Tensor = self.tower(tokens)
+            embeddings: Tensor = self.tower(self._tokens)
             return embeddings
-        return encode_with_contexts(self.tower, tokens, self.prompts.contexts)[0]
+        return self.prompts.encode(self.tower, self._tokens, self.classes)[0]
+
+    @property
+    def _tokens(self) -> Tensor:
+        tokens: Any = self.tokens
+        return tokens
 
     def _state_key(self) -> Hashable:
         """Return a key that changes with every assignment to, and in-place change of, a weight."""

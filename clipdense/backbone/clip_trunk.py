@@ -11,11 +11,13 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
+from clipdense.backbone.prompting import build_visual_prompts
 from clipdense.backbone.trunk import NUM_STAGES, PixelConversion, Trunk, feature_name
 from clipdense.clip.attention import TokenStream
 from clipdense.clip.model import ClipModel, build_clip, load_clip
 from clipdense.clip.towers import Tower, TowerOutput, TowerRequest, TransformerTower
 from clipdense.clip.towers.groups import parameters_of
+from clipdense.clip.visual_prompts import VisualPrompts, chain_hooks
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
@@ -46,6 +48,7 @@ class CLIPTrunk(Trunk):
         joint: bool = False,
         pixels: PixelConversion | None = None,
         dense: str = "plain",
+        visual_prompts: VisualPrompts | None = None,
     ) -> None:
         """
         Args:
@@ -60,6 +63,7 @@ class CLIPTrunk(Trunk):
                 the last stage and is trained with it.
             pixels: see :class:`Trunk`.
             dense: mode of the dense map of :meth:`forward_joint`, one of the tower's ``dense_modes``.
+            visual_prompts: ViTs: learned tokens, which are trained even if the tower is frozen.
 
         Raises:
             ValueError: If the tower lacks one of the maps or blocks, if windows are set for a tower that is
@@ -98,6 +102,9 @@ class CLIPTrunk(Trunk):
             why = tower.why_no_dense or f"its modes are {', '.join(tower.dense_modes)}"
             raise tower.cannot(f"a dense map of mode {dense!r} in the joint space", why)
         self._freeze(freeze_at, norm)
+        if visual_prompts is not None:
+            visual_prompts.check(tower)
+        self.visual_prompts = visual_prompts
 
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -109,6 +116,7 @@ class CLIPTrunk(Trunk):
             "norm": cfg.MODEL.TRUNK.NORM,
             "window_size": cfg.MODEL.TRUNK.WINDOW_SIZE,
             "global_blocks": cfg.MODEL.TRUNK.GLOBAL_BLOCKS,
+            "visual_prompts": build_visual_prompts(cfg, clip.visual),
             "pixels": PixelConversion.from_config(cfg, clip.name, clip.pixel_mean, clip.pixel_std),
         }
 
@@ -154,7 +162,8 @@ class CLIPTrunk(Trunk):
         return self._maps(out), out.pooled if pooled else None, out.dense
 
     def _run(self, images: Tensor, request: TowerRequest) -> TowerOutput:
-        hook = {"hook": self._window} if self.window_size else {}
+        found = chain_hooks(self._window if self.window_size else None, self.visual_prompts)
+        hook = {} if found is None else {"hook": found}
         out: TowerOutput = self.tower(images, request, **hook)
         return out
 

@@ -14,6 +14,7 @@ def add_backbone_config(cfg: CN) -> None:
     _add_pyramid_keys(cfg)
     _add_frozen_clip_keys(cfg)
     _add_language_keys(cfg)
+    _add_prompt_keys(cfg)
 
 
 def _add_trunk_keys(cfg: CN) -> None:
@@ -142,3 +143,48 @@ def _add_language_keys(cfg: CN) -> None:
     cfg.MODEL.LANGUAGE.SCORE = "scaled"
     # The map that it is concatenated to: "trunk", or "dense" (the dense map in the joint space instead).
     cfg.MODEL.LANGUAGE.LAST_MAP = "trunk"
+
+
+def _add_prompt_keys(cfg: CN) -> None:
+    """Add the keys of learned prompts, which every system with text or a CLIP image tower reads."""
+    cfg.MODEL.PROMPT = CN()
+    # Context of class names that is learned: "" (none: a system's own templates, or the contexts of
+    # MODEL.LANGUAGE), "contexts" (CoOp), "cocoop", "pre_model" (DenseCLIP) or "icpc" (experimental). The last
+    # three depend on the image: the text tower runs for every image. PromptedCLIP and LanguageTrunk train
+    # them; other systems load trained ones.
+    cfg.MODEL.PROMPT.METHOD = ""
+    # File of trained prompts (export.safetensors of PromptedCLIP), or a prompt learner of CoOp's published
+    # code; the file says the method. "": new prompts.
+    cfg.MODEL.PROMPT.WEIGHTS = ""
+    # Number of context vectors. CoOp: 16 or 4; CoCoOp: 4; DenseCLIP: 8.
+    cfg.MODEL.PROMPT.N_CONTEXTS = 16
+    # Place of the class name: "end" (after the contexts), "middle" or "front".
+    cfg.MODEL.PROMPT.POSITION = "end"
+    # Whether a full stop follows the class name (CoOp) or not (DenseCLIP).
+    cfg.MODEL.PROMPT.FULL_STOP = True
+    # Whether each class has contexts of its own ("contexts" only). Such contexts know no other classes.
+    cfg.MODEL.PROMPT.CLASS_SPECIFIC = False
+    # Standard deviation of the initial contexts. CoOp: 0.02; DenseCLIP: 1.
+    cfg.MODEL.PROMPT.CONTEXT_STD = 0.02
+    # Words whose token embeddings the last contexts start from, such as "a photo of a"; "": none.
+    cfg.MODEL.PROMPT.CONTEXT_WORDS = ""
+    # "icpc": number of tokens that are computed from the image embedding.
+    cfg.MODEL.PROMPT.INSTANCE_TOKENS = 1
+    # "pre_model": the decoder that computes the contexts. Width (a multiple of HEADS), number of heads of
+    # each attention, number of layers, dropout rate.
+    cfg.MODEL.PROMPT.PRE_MODEL = CN()
+    cfg.MODEL.PROMPT.PRE_MODEL.WIDTH = 256
+    cfg.MODEL.PROMPT.PRE_MODEL.HEADS = 4
+    cfg.MODEL.PROMPT.PRE_MODEL.LAYERS = 3
+    cfg.MODEL.PROMPT.PRE_MODEL.DROPOUT = 0.1
+
+    # Visual prompt tuning of a ViT (PromptedCLIP, CLIPTrunk).
+    cfg.MODEL.PROMPT.VISUAL = CN()
+    # Number of learned tokens beside the patches; 0: none. Published default: 5.
+    cfg.MODEL.PROMPT.VISUAL.N_TOKENS = 0
+    # Whether every block has tokens of its own (VPT-deep), or only the first one (VPT-shallow).
+    cfg.MODEL.PROMPT.VISUAL.DEEP = False
+    # Channels of the learned tokens before a linear projection to the tower's width; 0: no projection.
+    cfg.MODEL.PROMPT.VISUAL.PROJECT = 0
+    # Dropout rate of the tokens.
+    cfg.MODEL.PROMPT.VISUAL.DROPOUT = 0.0

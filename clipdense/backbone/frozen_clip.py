@@ -13,6 +13,7 @@ from clipdense.backbone.clip_trunk import CLIPTrunk
 from clipdense.backbone.trunk import JOINT, PixelConversion
 from clipdense.clip.model import ClipModel
 from clipdense.clip.towers import Tower, TowerRequest, TransformerTower
+from clipdense.clip.visual_prompts import VisualPrompts
 from clipdense.regions import pool_boxes, pool_masks
 
 from detectron2.config import CfgNode as CN
@@ -45,10 +46,12 @@ class FrozenCLIPTrunk(CLIPTrunk):
         window_size: int = 0,
         global_blocks: Collection[int] = (),
         pixels: PixelConversion | None = None,
+        visual_prompts: VisualPrompts | None = None,
     ) -> None:
         """
         Args:
             tower, out_features, window_size, global_blocks, pixels: see :class:`CLIPTrunk`.
+            visual_prompts: ViTs: learned tokens, which are frozen too.
             blocks: ViTs: indices, from 0, of the blocks whose outputs are returned, as "block<i>". All have
                 the tower's stride. Empty: the last block alone.
             last_block: ViTs: mode of the last block for its map (published F-ViT: "value").
@@ -67,6 +70,7 @@ class FrozenCLIPTrunk(CLIPTrunk):
             window_size=window_size,
             global_blocks=global_blocks,
             pixels=pixels,
+            visual_prompts=None if visual_prompts is None else visual_prompts.requires_grad_(False),
         )
         if isinstance(self.tower, TransformerTower):
             if unknown := [i for i in (*blocks, *self._request.taps) if i not in self.tower.tap_channels]:
@@ -93,6 +97,12 @@ class FrozenCLIPTrunk(CLIPTrunk):
 
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
+        prompts = cfg.MODEL.PROMPT
+        if prompts.VISUAL.N_TOKENS and not prompts.WEIGHTS:
+            raise ValueError(
+                f"MODEL.PROMPT.VISUAL.N_TOKENS {prompts.VISUAL.N_TOKENS}: a FrozenCLIPTrunk trains no "
+                "tokens; name a file of trained ones in MODEL.PROMPT.WEIGHTS, or use CLIPTrunk"
+            )
         arguments = super().from_config(cfg, input_shape)
         for key in ("freeze_at", "norm"):
             del arguments[key]

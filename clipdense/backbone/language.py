@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clipdense.backbone.class_text import ClassTable, ClassText
 from clipdense.backbone.clip_blocks import CLIPBlockTrunk
 from clipdense.backbone.clip_trunk import CLIPTrunk, clip_from_config
+from clipdense.backbone.prompting import build_class_prompts
 from clipdense.backbone.trunk import SCORE
 from clipdense.clip.context_decoder import ContextDecoder
 from clipdense.clip.finetune import freeze_unused
@@ -113,7 +114,8 @@ class LanguageTrunk(Backbone):
         channels = (dim if self.dense_last else shapes[self.scored].channels) + classes
         shapes[self.scored] = ShapeSpec(channels=channels, stride=stride)
         self._shapes = shapes | {SCORE: ShapeSpec(channels=classes, stride=stride)}
-        if context_decoder is None:
+        self.reads_global_feature = context_decoder is not None or getattr(text, "image_dependent", False)
+        if not self.reads_global_feature:
             self._freeze_global_feature()
 
     @classmethod
@@ -189,16 +191,22 @@ class LanguageTrunk(Backbone):
             z (B, D, h, w) and t' (B, K, D), both L2-normalised over D.
         """
         _, g, z = self._joint(images)
-        t = self.refine(self.text().expand(len(z), -1, -1), g, z)
+        t = self.refine(self.class_embeddings(g, z), g, z)
         return F.normalize(z, dim=1), F.normalize(t, dim=2)
 
     def score(self, g: Tensor | None, z: Tensor) -> Tensor:
         """Compute s (B, K, h, w) from global features g (B, D) and dense maps z (B, D, h, w).
 
-        Without a context decoder, g is not used.
+        g is read only by a context decoder and by prompts that depend on the image.
         """
-        t = self.refine(self.text().expand(len(z), -1, -1), g, z)
+        t = self.refine(self.class_embeddings(g, z), g, z)
         return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2)) / self.tau
+
+    def class_embeddings(self, g: Tensor | None, z: Tensor) -> Tensor:
+        """Return t (B, K, D) of each image, which prompts may compute from g and z."""
+        if isinstance(self.text, ClassText) and self.text.image_dependent:
+            return self.text(g, z)
+        return self.text().expand(len(z), -1, -1)
 
     def refine(self, t: Tensor, g: Tensor | None, z: Tensor) -> Tensor:
         """Compute t' (B, K, D) from t (B, K, D), global features g (B, D) and dense maps z (B, D, h, w)."""
@@ -211,7 +219,7 @@ class LanguageTrunk(Backbone):
 
     def _joint(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
         if isinstance(self.trunk, CLIPTrunk):
-            return self.trunk.forward_joint(images, pooled=self.context_decoder is not None)
+            return self.trunk.forward_joint(images, pooled=self.reads_global_feature)
         assert self.pool is not None
         maps: dict[str, Tensor] = dict(self.trunk(images))
         return maps, *self.pool(maps[self.scored])
@@ -284,15 +292,22 @@ def build_class_text(cfg: CN) -> ClassText | ClassTable:
     """
     keys = cfg.MODEL.LANGUAGE
     classes: Sequence[str] = keys.CLASSES or class_names(cfg, keys.CLASSES_FROM)
+    if keys.TEXT == "table" and cfg.MODEL.PROMPT.METHOD in ("cocoop", "pre_model", "icpc"):
+        raise ValueError(
+            f"MODEL.LANGUAGE.TEXT table: with MODEL.PROMPT.METHOD {cfg.MODEL.PROMPT.METHOD}, class "
+            "embeddings depend on the image, so that no table can hold them; set TEXT tower"
+        )
     if keys.TEXT == "table":
         return ClassTable(classes, keys.TABLE_DIM)
     if keys.TEXT != "tower":
         raise ValueError(f"MODEL.LANGUAGE.TEXT must be tower or table, not {keys.TEXT!r}")
+    clip = clip_from_config(cfg)
     return ClassText(
-        clip_from_config(cfg),
+        clip,
         classes,
         n_ctx=keys.N_CONTEXTS,
         context_std=keys.CONTEXT_STD,
         context_words=keys.CONTEXT_WORDS,
         trainable=not keys.FREEZE_TEXT,
+        prompts=build_class_prompts(cfg, clip, classes),
     )

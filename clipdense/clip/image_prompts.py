@@ -77,6 +77,7 @@ class PreModelPrompts(ClassPrompts):
     """
 
     image_dependent = True
+    reads_map = True
 
     def __init__(
         self,

@@ -182,9 +182,9 @@ def _build_text(state: Mapping[str, Tensor], options: Mapping[str, Any], source:
         if kind == "pre_model":
             width, dim = state["decoder.out_proj.1.weight"].shape[0], state["queries"].shape[1]
             layers = len({key.split(".")[2] for key in state if key.startswith("decoder.decoder.")})
-            sizes = {"decoder_width": state["decoder.out_proj.1.weight"].shape[1], "layers": layers}
+            shared |= {"decoder_width": state["decoder.out_proj.1.weight"].shape[1], "layers": layers}
             heads = int(options.get("heads", 4))
-            return PreModelPrompts(len(state["queries"]), width, dim, heads=heads, **sizes, **shared)
+            return PreModelPrompts(len(state["queries"]), width, dim, heads=heads, **shared)
         classes, n_ctx, width = state["contexts"].shape
         if kind == "cocoop":
             hidden, dim = state["meta_net.linear1.weight"].shape

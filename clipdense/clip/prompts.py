@@ -103,7 +103,7 @@ def encode_with_affixes(
     ends = (end + before.shape[-2] + after.shape[-2]).repeat(batch)
     rows = sequences.flatten(0, 1)
     size = max(1, len(rows)) if torch.is_grad_enabled() else _BLOCK
-    blocks = zip(rows.split(size), ends.split(size), strict=True)
+    blocks = zip(torch.split(rows, size), torch.split(ends, size), strict=True)
     return torch.cat([tower.encode(*block) for block in blocks]).reshape(batch, count, -1)
 
 

@@ -102,12 +102,14 @@ class LearnedPrompts(nn.Module):
         template: the template whose filled texts the context was learned with; "": the caller's templates.
         image_dependent: whether the embeddings depend on the image, so that a vocabulary has none of its own.
         classes: class names that a class-specific context knows; empty: any.
+        reads_map: whether an image-dependent context reads the dense map besides the image embedding.
     """
 
     length: int = 0
     template: str = ""
     image_dependent: bool = False
     classes: tuple[str, ...] = ()
+    reads_map: bool = False
 
     def forward(self, clip: ClipModel, tokens: Tensor, names: Sequence[str] = ()) -> Tensor:
         """Embed token ids (n, L) of filled templates as (n, D), not L2-normalised.
@@ -302,6 +304,8 @@ class TextBank(TextEmbedder):
             bar: progress bar, updated by prompts.
         """
         names = dict(zip(prompts.inverse.tolist(), owners, strict=True))
+        if self.prompts is not None:
+            self.prompts.to(self.device)  # those of a file are not part of any model
         device, out = self.device, []
         order = prompts.lengths.argsort()
         for chunk in torch.split(order, self.batch_size):

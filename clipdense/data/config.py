@@ -33,6 +33,17 @@ def add_data_config(cfg: CN) -> None:
     # or "name:dataset": the annotated segments of a registered dataset with their class names.
     # Several names in DATASETS.TRAIN are mixed, uniformly over all pairs.
     cfg.DATASETS.MASK_PAIRS = []
+    # Objects of a registered dataset as images of one class each, for classification: a list of
+    # "name:dataset" (all objects), "name:dataset:shots" (that many of each class) or
+    # "name:dataset:shots:seed".
+    cfg.DATASETS.OBJECT_CROPS = []
+    # ObjectCropMapper: side of the images in pixels.
+    cfg.INPUT.OBJECT_CROP = CN()
+    cfg.INPUT.OBJECT_CROP.SIZE = 224
+    # Side of the square around an object, relative to the longer side of its box.
+    cfg.INPUT.OBJECT_CROP.CONTEXT = 1.2
+    # Training: range of the area of the random part of the square that is resized. CoOp: (0.08, 1).
+    cfg.INPUT.OBJECT_CROP.SCALE = (0.5, 1.0)
     # Large-scale jitter (Ghiasi et al., CVPR 2021) instead of MIN_SIZE_TRAIN. The longer side is resized to
     # SIZE (pixels) times a random factor from RANGE; a random square of SIZE is cut from larger images.
     cfg.INPUT.SCALE_JITTER = CN()

@@ -6,6 +6,7 @@ Evaluators only score: those that need features of a model get them from a probe
 """
 
 from clipdense.evaluation.build import EVALUATOR_REGISTRY, build_evaluator
+from clipdense.evaluation.crops import CropClassificationEvaluator
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
@@ -23,6 +24,7 @@ from clipdense.evaluation.semantic import SemanticEvaluator
 
 __all__ = [
     "CLIPProbe",
+    "CropClassificationEvaluator",
     "DenseProbe",
     "DenseRegionEvaluator",
     "DenseView",

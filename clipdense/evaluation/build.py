@@ -6,6 +6,7 @@ import os
 
 from clipdense.data.checks import check_dataset_names
 from clipdense.evaluation.base import AlternativeEvaluators
+from clipdense.evaluation.crops import CropClassificationEvaluator
 from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
@@ -125,6 +126,12 @@ def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str, probes: 
 def ade20k_panoptic_seg(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
     """Same as `coco_panoptic_seg`."""
     return coco_panoptic_seg(cfg, dataset_name, output_dir, probes)
+
+
+@EVALUATOR_REGISTRY.register()
+def crop_classification(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
+    """Evaluate the classification of object crops."""
+    return CropClassificationEvaluator(dataset_name, output_dir)
 
 
 @EVALUATOR_REGISTRY.register()

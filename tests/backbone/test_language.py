@@ -341,7 +341,7 @@ def test_contexts_start_from_a_small_normal_or_from_words() -> None:
     sentence = ClassText(model, ["star"], n_ctx=4, context_words="a photo of a")
     with torch.no_grad():
         torch.testing.assert_close(sentence(), model.encode_text(model.tokenize(["a photo of a star"])))
-    with pytest.raises(ValueError, match=r"has 4 tokens, but there are 3 contexts"):
+    with pytest.raises(ValueError, match=r"have 4 tokens, but there are 3 contexts"):
         ClassText(model, CLASSES, n_ctx=3, context_words="a photo of a")
 
 

@@ -1,5 +1,5 @@
-"""A user's own data, listed in the configuration: COCO annotations, label maps, images alone, mask-category
-pairs.
+"""Data listed in the configuration: COCO annotations, label maps, images alone, mask-category pairs, object
+crops.
 """
 
 import logging
@@ -12,6 +12,7 @@ from clipdense.data.datasets.images import register_images
 from clipdense.data.datasets.label_maps import register_label_maps
 from clipdense.data.datasets.layouts import DatasetDicts, load_instances
 from clipdense.data.datasets.mask_pairs import register_mask_pairs
+from clipdense.data.datasets.object_crops import register_object_crops
 from clipdense.data.datasets.registration import register_once
 from clipdense.data.validation.coco import read_categories
 from clipdense.data.validation.report import DataError
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def register_from_config(cfg: CfgNode) -> None:
-    """Register the datasets of ``DATASETS.COCO_JSON``, ``LABEL_MAPS``, ``IMAGES`` and ``MASK_PAIRS``.
+    """Register the datasets of ``DATASETS.COCO_JSON``, ``LABEL_MAPS``, ``IMAGES``, ``MASK_PAIRS`` and
+    ``OBJECT_CROPS``.
 
     The set-up of a run, `Predictor` and the tools call it once for each process; everything else takes
     registered names. Calling it again with the same entries changes nothing.
@@ -62,6 +64,13 @@ def register_from_config(cfg: CfgNode) -> None:
         counts=(4, 5),
     ):
         register_label_maps(*fields)
+    for fields in _entries(
+        cfg,
+        "OBJECT_CROPS",
+        "name:dataset, name:dataset:shots or name:dataset:shots:seed (example: crops:coco_2017_train:16)",
+        counts=(2, 3, 4),
+    ):
+        register_object_crops(*fields)
 
 
 def register_coco(name: str, json_file: str, image_root: str) -> None:

@@ -30,6 +30,9 @@ def add_denseclip_config(cfg: CN) -> None:
     cfg.MODEL.PIXEL_TEXT.LEARN_BIAS = False
     # Weight of the auxiliary loss. Published: 1.0 in detectors, 0.4 in segmentors.
     cfg.MODEL.PIXEL_TEXT.WEIGHT = 1.0
+    # SOURCE sem_seg: weight, relative to the cross-entropy, of a contrastive loss from classes to the cells
+    # of the score map (ICPC, experimental); 0: none.
+    cfg.MODEL.PIXEL_TEXT.ALIGNMENT_WEIGHT = 0.0
 
 
 def _add_semantic_keys(cfg: CN) -> None:

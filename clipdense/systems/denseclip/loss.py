@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
+from clipdense.clip.image_prompts import alignment_loss
+
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
@@ -61,6 +63,7 @@ class PixelTextLoss(nn.Module):
         bias: float = 0.0,
         learn_bias: bool = False,
         average: Average = "labelled",
+        alignment_weight: float = 0.0,
     ) -> None:
         """
         Args:
@@ -71,10 +74,12 @@ class PixelTextLoss(nn.Module):
             bias: initial b, for bce and focal.
             learn_bias: whether b is learned.
             average: for semantic maps: the pixels that the loss is averaged over.
+            alignment_weight: for semantic maps: factor of `alignment_loss` (ICPC, experimental), which is
+                added to the cross-entropy.
 
         Raises:
-            ValueError: If the source or the loss is unknown, or a bias is set for a softmax, which it does
-                not change.
+            ValueError: If the source or the loss is unknown, a bias is set for a softmax, which it does not
+                change, or the alignment is set for another source than semantic maps.
         """
         super().__init__()
         if source not in SOURCES:
@@ -86,9 +91,13 @@ class PixelTextLoss(nn.Module):
                 "MODEL.PIXEL_TEXT.BIAS and LEARN_BIAS have no effect on softmax cross-entropy: set BIAS 0 "
                 "and LEARN_BIAS False, or LOSS bce or focal"
             )
+        if alignment_weight and source != "sem_seg":
+            raise ValueError(
+                f"MODEL.PIXEL_TEXT.ALIGNMENT_WEIGHT {alignment_weight} needs SOURCE sem_seg, not {source}"
+            )
         check_average(average)
         self.source, self.weight, self.ignore_label, self.loss = source, weight, ignore_label, loss
-        self.average = average
+        self.average, self.alignment_weight = average, alignment_weight
         self.bias = nn.Parameter(torch.tensor(float(bias))) if learn_bias else float(bias)
 
     @classmethod
@@ -102,6 +111,7 @@ class PixelTextLoss(nn.Module):
             "bias": keys.BIAS,
             "learn_bias": keys.LEARN_BIAS,
             "average": cfg.MODEL.SEM_SEG_HEAD.LOSS_AVERAGE,
+            "alignment_weight": keys.ALIGNMENT_WEIGHT,
         }
 
     def forward(
@@ -148,7 +158,13 @@ class PixelTextLoss(nn.Module):
             )
             for x in labels
         ]
-        return pixel_cross_entropy(score, torch.stack(padded), self.ignore_label, self.average)
+        target = torch.stack(padded)
+        loss = pixel_cross_entropy(score, target, self.ignore_label, self.average)
+        if not self.alignment_weight:
+            return loss
+        cells = F.interpolate(target[:, None].float(), size=score.shape[-2:], mode="nearest").flatten(1)
+        alignment = alignment_loss(score.flatten(2), cells.long(), self.ignore_label)
+        return loss + self.alignment_weight * alignment
 
 
 def check_average(average: str) -> None:

@@ -172,7 +172,8 @@ def export_without_text_tower(model: Any) -> Export:
     state = model.state_dict()
     options: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if isinstance(module, ClassText):
+        # class embeddings that depend on the image need the text tower
+        if isinstance(module, ClassText) and not module.image_dependent:
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
             state |= {f"{name}.{key}": value for key, value in module.table().state_dict().items()}
             options = {

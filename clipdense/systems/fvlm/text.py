@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip import load_clip
 from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank, TextEmbedder
@@ -32,6 +33,11 @@ def build_text_embedder(cfg: CfgNode) -> TextEmbedder | None:
             or a random one.
     """
     keys = cfg.MODEL.FVLM
+    if keys.TEXT_SOURCE != "clip" and cfg.MODEL.PROMPT.WEIGHTS:
+        raise ValueError(
+            f"MODEL.PROMPT.WEIGHTS has no effect with MODEL.FVLM.TEXT_SOURCE {keys.TEXT_SOURCE}: a text "
+            "table holds finished embeddings; set TEXT_SOURCE clip"
+        )
     if keys.TEXT_SOURCE not in get_args(TextSource):
         known = ", ".join(get_args(TextSource))
         raise ValueError(f"MODEL.FVLM.TEXT_SOURCE must be one of {known}, not {keys.TEXT_SOURCE!r}")
@@ -48,7 +54,7 @@ def build_text_embedder(cfg: CfgNode) -> TextEmbedder | None:
         )
     clip = load_clip(encoder.NAME, encoder.PRETRAINED) if encoder.NAME else clip_from_config(cfg)
     clip.visual = nn.Identity()  # type: ignore[assignment]  # the trunk has its own image tower
-    bank = TextBank(clip, keys.TEMPLATES, synonyms=keys.SYNONYMS)
+    bank = TextBank(clip, keys.TEMPLATES, synonyms=keys.SYNONYMS, prompts=build_fixed_prompts(cfg, clip))
     if bank.device.type != "meta":
         clip.to(cfg.MODEL.DEVICE)  # the class names of LVIS in 63 templates take hours on a CPU
     return bank

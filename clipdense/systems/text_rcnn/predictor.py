@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
@@ -82,7 +83,14 @@ def class_embeddings(cfg: CN) -> Tensor:
     """
     vocabulary = Vocabulary.from_names(class_names(cfg), separator=None)
     table: str = cfg.MODEL.TEXT_RCNN.TABLE
+    if table and cfg.MODEL.PROMPT.WEIGHTS:
+        raise ValueError(
+            "MODEL.PROMPT.WEIGHTS has no effect with MODEL.TEXT_RCNN.TABLE, which holds finished embeddings; "
+            "set TABLE to ''"
+        )
     if table:
         path = find_table(table, datasets_root(), key="MODEL.TEXT_RCNN.TABLE")
         return TextTable.load(path, vocabulary)(vocabulary)
-    return TextBank(clip_from_config(cfg), cfg.MODEL.TEXT_RCNN.TEMPLATES)(vocabulary).cpu()
+    clip = clip_from_config(cfg)
+    bank = TextBank(clip, cfg.MODEL.TEXT_RCNN.TEMPLATES, prompts=build_fixed_prompts(cfg, clip))
+    return bank(vocabulary).cpu()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip.prompts import AffixPrompts
-from clipdense.clip.text import TextBank
+from clipdense.clip.text import LearnedPrompts, TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.inference import merge_queries
 from clipdense.maskformer import EmbeddingHead, MaskFormer, MaskFormerHead, MaskPrediction, MaskProposals
@@ -53,6 +54,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         train_templates: str = "",
         crop_templates: str = "",
         prompts: AffixPrompts | None = None,
+        fixed_prompts: LearnedPrompts | None = None,
         scoring: Scoring | None = None,
         keep_encoder: bool = False,
         crop_scale: float = 100.0,
@@ -66,7 +68,9 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
             templates: Prompt templates of the text for queries.
             train_templates: The same in training; "": `templates`.
             crop_templates: Prompt templates of the text for crops; "": `templates`.
-            prompts: Learned context around class names; None: templates alone.
+            prompts: Learned context around class names, a part of the weights; None: templates alone.
+            fixed_prompts: Learned context of a file of its own, instead of `prompts`; not stored in
+                checkpoints.
             scoring: Fusion of both scores; default: OVSeg's.
             keep_encoder: Keep this encoder when weights are loaded, except its text tower.
             crop_scale: Factor of the cosines of crops; 0: CLIP's learned scale.
@@ -81,7 +85,8 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         self.keep_encoder = keep_encoder
         self.crop_scale = crop_scale
         names = [templates, train_templates or templates, crop_templates or templates]
-        banks = {name: TextBank(encoder.clip, name, prompts=prompts) for name in dict.fromkeys(names)}
+        context = fixed_prompts if prompts is None else prompts
+        banks = {name: TextBank(encoder.clip, name, prompts=context) for name in dict.fromkeys(names)}
         self.query_bank, self.train_bank, self.crop_bank = (banks[name] for name in names)
         self.init_vocabulary(vocabulary)
 
@@ -103,6 +108,12 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         )
         before, after = keys.PROMPT_CONTEXT
         assert clip.text is not None
+        fixed = build_fixed_prompts(cfg, clip)
+        if fixed is not None and (before or after):
+            raise ValueError(
+                "MODEL.PROMPT.WEIGHTS and MODEL.TWO_STAGE.PROMPT_CONTEXT both describe the context of class "
+                "names: set PROMPT_CONTEXT [0, 0], or leave out WEIGHTS"
+            )
         return arguments | {
             "head": MaskFormerHead(cfg, arguments["backbone"].output_shape(), class_embed=embed),
             "merging": merging,
@@ -112,6 +123,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
             "train_templates": keys.TRAIN_TEMPLATES,
             "crop_templates": keys.CROP_TEMPLATES,
             "prompts": AffixPrompts(before, after, clip.text.width) if before or after else None,
+            "fixed_prompts": fixed,
             "scoring": Scoring.from_config(keys.SCORES),
             "keep_encoder": bool(keys.ADAPTED_CLIP),
             "crop_scale": keys.CROP_SCALE,
