@@ -27,7 +27,8 @@ CONFIGS = [name for name in EVERY if not Path(name).name.startswith("Base-")]
 DETECTORS = [
     name.removeprefix("configs/")
     for name in CONFIGS
-    if name.startswith("configs/") and not Path(name).name.startswith(("adapt_", "clip_", "clipself_"))
+    if name.startswith("configs/")
+    and not Path(name).name.startswith(("adapt_", "clip_", "clipself_", "prompt_", "segclip_"))
 ]
 PROJECTS = [name for name in CONFIGS if name.startswith("projects/")]
 

@@ -4,6 +4,8 @@ from clipdense.systems.clipself import add_clipself_config
 from clipdense.systems.denseclip import add_denseclip_config
 from clipdense.systems.fvlm import add_fvlm_config
 from clipdense.systems.mask_adaptation import add_adaptation_config
+from clipdense.systems.prompting import add_prompting_config
+from clipdense.systems.segclip import add_segclip_config
 from clipdense.systems.text_rcnn import add_text_rcnn_config
 from clipdense.systems.two_stage import add_two_stage_config
 
@@ -18,3 +20,5 @@ def add_systems_config(cfg: CN) -> None:
     add_text_rcnn_config(cfg)
     add_two_stage_config(cfg)
     add_adaptation_config(cfg)
+    add_prompting_config(cfg)
+    add_segclip_config(cfg)
