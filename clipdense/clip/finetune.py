@@ -1,15 +1,16 @@
-"""Fine-tuning rules: which parameters of an image tower learn."""
+"""Fine-tuning rules: which parameters of a tower learn."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from clipdense.clip.attention import ParameterRows
-from clipdense.clip.towers import ResNetTower, Tower, TowerRequest
+from clipdense.clip.attention import AttentionParameters, ParameterRows
+from clipdense.clip.towers import ResNetTower, TextTower, Tower, TowerRequest
 from clipdense.clip.towers.groups import TowerGroups, parameters_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EVERYTHING",
     "FineTuneRule",
     "apply_rule",
+    "apply_text_rule",
     "freeze_unused",
     "top_rule",
 ]
@@ -34,6 +36,7 @@ class FineTuneRule:
         positions: train the position table.
         norms: train the weights and biases of all norms.
         attention: projections of all attentions to train, e.g. "qv" for queries and values (CAT-Seg).
+        attention_biases: whether the biases of these projections learn too (published CAT-Seg: no).
 
     Raises:
         ValueError: If ``attention`` has other letters than q, k and v.
@@ -45,6 +48,7 @@ class FineTuneRule:
     positions: bool = False
     norms: bool = False
     attention: str = ""
+    attention_biases: bool = True
 
     def __post_init__(self) -> None:
         if set(self.attention) - set("qkv"):
@@ -72,8 +76,30 @@ def apply_rule(tower: Tower, rule: FineTuneRule) -> list[RemovableHandle]:
     Raises:
         ValueError: If the tower has fewer blocks than the rule, or no attention although the rule names it.
     """
+    return _apply(tower, _selected(tower, rule))
+
+
+def apply_text_rule(tower: TextTower, rule: FineTuneRule) -> list[RemovableHandle]:
+    """Make the parameters of a rule trainable in a text tower and freeze all others; see `apply_rule`.
+
+    Args:
+        tower: the text tower; changed in place.
+        rule: what learns: ``attention``, or with ``blocks`` -1 the whole tower, its positions if ``positions``
+            is set.
+
+    Returns:
+        Handles of the gradient hooks.
+    """
+    everything = tower.parameters() if rule.blocks == -1 else ()
+    kept = (p for p in everything if rule.positions or p is not tower.positional_embedding)
+    parts = [ParameterRows(parameter) for parameter in kept]
+    return _apply(tower, parts + _attention_parts(tower.attentions(), rule))
+
+
+def _apply(tower: nn.Module, parts: Iterable[ParameterRows]) -> list[RemovableHandle]:
+    """Make some rows of the parameters of a tower trainable and freeze all others."""
     selected: dict[nn.Parameter, list[slice | None]] = {}
-    for part in _selected(tower, rule):
+    for part in parts:
         selected.setdefault(part.parameter, []).append(part.rows)
     handles = []
     for parameter in tower.parameters():
@@ -160,9 +186,15 @@ def _selected(tower: Tower, rule: FineTuneRule) -> list[ParameterRows]:
         *(groups.norms if rule.norms else ()),
     ]
     whole = [ParameterRows(parameter) for parameter in parameters_of(parts)]
-    return whole + [
+    return whole + _attention_parts(groups.attentions, rule)
+
+
+def _attention_parts(attentions: Iterable[AttentionParameters], rule: FineTuneRule) -> list[ParameterRows]:
+    """Collect the projections of attentions that a rule names."""
+    return [
         part
-        for attention in groups.attentions
+        for attention in attentions
         for name in rule.attention
         for part in getattr(attention, name)
+        if rule.attention_biases or part.parameter.ndim > 1
     ]

@@ -10,20 +10,24 @@ from clipdense.inference.queries import (
 )
 from clipdense.inference.semantic import (
     best_masks,
+    merge_class_maps,
     semantic_labels,
     semantic_map,
     semantic_output,
     top_labels,
 )
 from clipdense.inference.views import average_views
-from clipdense.inference.windows import slide_windows, window_starts
+from clipdense.inference.windows import cut_windows, fold_windows, slide_windows, window_starts
 
 __all__ = [
     "MergeSettings",
     "average_views",
     "best_masks",
+    "cut_windows",
+    "fold_windows",
     "instance_inference",
     "max_over_synonyms",
+    "merge_class_maps",
     "merge_queries",
     "panoptic_inference",
     "reject_pixels",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from clipdense.regions.fusion import calibrated_stacking
 from clipdense.regions.lazy_maps import LazyMaps
 
-__all__ = ["best_masks", "semantic_labels", "semantic_map", "semantic_output", "top_labels"]
+__all__ = ["best_masks", "merge_class_maps", "semantic_labels", "semantic_map", "semantic_output", "top_labels"]
 
 _BUDGET = 2**25  # bytes of class maps that `semantic_labels` holds at a time
 
@@ -97,6 +99,47 @@ def _class_maps(
     if base is None or calibration <= 0:
         return maps
     return maps.apply(lambda maps: calibrated_stacking(maps, base, calibration))
+
+
+def merge_class_maps(
+    maps: Callable[[slice], Tensor],
+    num_classes: int,
+    size: tuple[int, int],
+    *,
+    chunk: int,
+    max_dense_classes: int = 0,
+    max_dense_bytes: int = 0,
+) -> dict[str, Tensor]:
+    """Merge maps that are computed a few classes at a time to the output of a segmentation model.
+
+    Args:
+        maps: From a range of n classes to their scores (n, *size).
+        num_classes: K.
+        size: Height and width of the result.
+        chunk: Number of classes at a time, at least 1.
+        max_dense_classes: Number of classes above which the result has labels instead of one map per class;
+            0: no limit.
+        max_dense_bytes: The same as a number of bytes of the maps; 0: no limit.
+
+    Returns:
+        ``sem_seg`` (K, *size), or ``sem_seg_labels`` (*size) int64, the first of the best classes. No more
+        than ``chunk`` maps exist besides the result.
+    """
+    parts = [slice(start, min(start + chunk, num_classes)) for start in range(0, num_classes, chunk)]
+    limits = ((max_dense_classes, num_classes), (max_dense_bytes, 4 * num_classes * size[0] * size[1]))
+    first = maps(parts[0])
+    if not any(0 < limit < value for limit, value in limits):
+        result = first.new_empty(num_classes, *size)
+        result[parts[0]] = first
+        for part in parts[1:]:
+            result[part] = maps(part)
+        return {"sem_seg": result}
+    top, labels = first.max(0)
+    for part in parts[1:]:
+        score, label = maps(part).max(0)
+        better = score > top
+        top, labels = torch.where(better, score, top), torch.where(better, label + part.start, labels)
+    return {"sem_seg_labels": labels}
 
 
 def best_masks(scores: Tensor, background: int | None = None) -> Tensor:

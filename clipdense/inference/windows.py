@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["slide_windows", "window_starts"]
+__all__ = ["cut_windows", "fold_windows", "slide_windows", "window_starts"]
 
 DenseFunction = Callable[[Tensor], Tensor]
 """From images (n, C, h, w) to maps (n, K, h', w')."""
@@ -28,6 +28,47 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     """
     last = max(length - window, 0)
     return [*range(0, last, stride), last]
+
+
+def cut_windows(images: Tensor, window: int, stride: int) -> Tensor:
+    """Cut images (B, C, H, W) into overlapping windows (B, n, C, h, w), row by row.
+
+    Args:
+        images: all of one size.
+        window: Side of the windows in pixels; see `window_starts` for their places.
+        stride: Distance of neighbouring windows in pixels.
+    """
+    size, starts = _windows_of((images.shape[-2], images.shape[-1]), window, stride)
+    return torch.stack([images[..., y : y + size[0], x : x + size[1]] for y, x in starts], dim=1)
+
+
+def fold_windows(maps: Tensor, size: tuple[int, int], window: int, stride: int) -> Tensor:
+    """Average the maps of the windows that `cut_windows` cuts from one image, where windows overlap.
+
+    Args:
+        maps: (n, K, h, w), one value per pixel of the window.
+        size: Height and width of the image.
+        window: Side of the windows in pixels.
+        stride: Distance of neighbouring windows in pixels.
+
+    Returns:
+        (K, H, W).
+    """
+    (height, width), starts = _windows_of(size, window, stride)
+    total = maps.new_zeros(maps.shape[1], *size)
+    count = maps.new_zeros(size)
+    for (y, x), found in zip(starts, maps, strict=True):
+        total[:, y : y + height, x : x + width] += found
+        count[y : y + height, x : x + width] += 1
+    return total.div_(count)
+
+
+def _windows_of(
+    image: tuple[int, int], window: int, stride: int
+) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Return the size of the windows of an image, and the first pixel of each."""
+    size, (down, across) = _window_and_stride(image, window, stride, 1)
+    return size, list(product(*map(window_starts, image, size, (down, across))))
 
 
 @torch.no_grad()

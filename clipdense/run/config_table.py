@@ -34,6 +34,8 @@ from clipdense.run.config_checks import (
     text,
     whole,
 )
+from clipdense.systems.catseg.loss import IgnoredPixels
+from clipdense.systems.catseg.meta_arch import FineTune
 from clipdense.systems.denseclip.loss import SOURCES, Average
 from clipdense.systems.fvlm.text import TextSource
 from clipdense.systems.two_stage.scores import Empty, Source
@@ -375,6 +377,32 @@ _CROP: dict[str, Check] = {
 }
 
 _SYSTEMS: dict[str, Check] = {
+    "MODEL.CAT_SEG.RESOLUTION": _POSITIVE,
+    "MODEL.CAT_SEG.DENSE": choice(*MODES),
+    "MODEL.CAT_SEG.GUIDANCE": items(_COUNT, length=2),
+    "MODEL.CAT_SEG.GUIDANCE_DIMS": items(_POSITIVE, length=2),
+    "MODEL.CAT_SEG.DECODER_GUIDANCE_DIMS": items(_POSITIVE, length=2),
+    "MODEL.CAT_SEG.DECODER_DIMS": items(_POSITIVE, length=2),
+    "MODEL.CAT_SEG.FINETUNE": choice(*get_args(FineTune)),
+    "MODEL.CAT_SEG.TEMPLATES": _TEMPLATES,
+    "MODEL.CAT_SEG.SYNONYMS": choice("first", "mean"),
+    "MODEL.CAT_SEG.HIDDEN_DIM": _POSITIVE,
+    "MODEL.CAT_SEG.HEADS": _POSITIVE,
+    "MODEL.CAT_SEG.LAYERS": _COUNT,
+    "MODEL.CAT_SEG.WINDOW": _POSITIVE,
+    "MODEL.CAT_SEG.IMAGE_GUIDANCE_DIM": _POSITIVE,
+    "MODEL.CAT_SEG.TEXT_GUIDANCE_DIM": _POSITIVE,
+    "MODEL.CAT_SEG.MAX_CLASSES": _POSITIVE,
+    "MODEL.CAT_SEG.POOLING": items(_POSITIVE, length=2),
+    "MODEL.CAT_SEG.IGNORED_PIXELS": choice(*get_args(IgnoredPixels)),
+    "MODEL.CAT_SEG.REJECTION.SCORES": choice("cost", "heads"),
+    "MODEL.CAT_SEG.REJECTION.TOPK": _COUNT,
+    "MODEL.CAT_SEG.TEST.POOLING": items(_POSITIVE, length=2),
+    "MODEL.CAT_SEG.TEST.WINDOWS.IMAGE_SIZE": _POSITIVE,
+    "MODEL.CAT_SEG.TEST.WINDOWS.SIZE": _POSITIVE,
+    "MODEL.CAT_SEG.TEST.WINDOWS.STRIDE": _POSITIVE,
+    "MODEL.CAT_SEG.TEST.VIEWS_PER_FORWARD": _POSITIVE,
+    "MODEL.CAT_SEG.TEST.MAX_MAPS": _COUNT,
     "MODEL.CLIPSELF.MODE": choice(*MODES),
     "MODEL.CLIPSELF.UNLOCKED_GROUPS": whole(-1),
     "MODEL.CLIPSELF.ALPHA": _AT_LEAST_0,

@@ -1,5 +1,6 @@
 """One room a paper, or a family of papers that share a forward. Importing this registers all of them."""
 
+from clipdense.systems.catseg import add_catseg_config
 from clipdense.systems.clipself import add_clipself_config
 from clipdense.systems.denseclip import add_denseclip_config
 from clipdense.systems.fvlm import add_fvlm_config
@@ -14,6 +15,7 @@ from detectron2.config import CfgNode as CN
 
 def add_systems_config(cfg: CN) -> None:
     """Add the keys of every system to ``cfg`` (in place)."""
+    add_catseg_config(cfg)
     add_clipself_config(cfg)
     add_denseclip_config(cfg)
     add_fvlm_config(cfg)

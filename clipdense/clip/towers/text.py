@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer, Transformer
 from torch import Tensor, nn
 
-from clipdense.clip.attention import TokenStream, plain
+from clipdense.clip.attention import AttentionParameters, TokenStream, plain
 from clipdense.clip.position import truncate_text
 from clipdense.clip.towers.base import adopt
 from clipdense.clip.towers.vit import ClipBlock
@@ -111,6 +111,11 @@ class TextTower(nn.Module):
         if isinstance(self.text_projection, nn.Linear):
             return F.linear(pooled, self.text_projection.weight, self.text_projection.bias)
         return pooled @ self.text_projection
+
+    def attentions(self) -> tuple[AttentionParameters, ...]:
+        """Return the attention projections of the blocks, first to last."""
+        blocks: Any = self.transformer.resblocks
+        return tuple(ClipBlock(block).attention_parameters() for block in blocks)
 
     def states(self, embeddings: Tensor) -> list[Tensor]:
         """Return the tokens (n, L, C) after each block, for token embeddings (n, L, C) without positions."""
