@@ -84,8 +84,8 @@ def apply_text_rule(tower: TextTower, rule: FineTuneRule) -> list[RemovableHandl
 
     Args:
         tower: the text tower; changed in place.
-        rule: what learns: ``attention``, or with ``blocks`` -1 the whole tower, its positions if ``positions``
-            is set.
+        rule: what learns: ``attention``, or with ``blocks`` -1 the whole tower, with its positions if
+            ``positions`` is set.
 
     Returns:
         Handles of the gradient hooks.

@@ -40,6 +40,9 @@ def class_names(cfg: CfgNode, kind: str = "thing_classes") -> list[str]:
 def dataset_vocabulary(cfg: CfgNode, name: str) -> Vocabulary:
     """Build the vocabulary of a registered dataset.
 
+    It holds the classes of the dataset, or those of the metadata entry ``vocabulary_classes``: the classes to
+    predict, whose classes in the dataset are listed in ``vocabulary_mapping``.
+
     Args:
         cfg: reads ``DATASETS.SPLIT_NAMES``: whether commas in a class name separate synonyms.
         name: of the dataset.
@@ -47,7 +50,9 @@ def dataset_vocabulary(cfg: CfgNode, name: str) -> Vocabulary:
     Raises:
         ValueError: If the dataset has no class names, or two equal ones.
     """
-    metadata = MetadataCatalog.get(name)
+    metadata, separator = MetadataCatalog.get(name), "," if cfg.DATASETS.SPLIT_NAMES else None
+    if predicted := metadata.get("vocabulary_classes"):
+        return Vocabulary.from_names(predicted, separator=separator)
     if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
         DatasetCatalog.get(name)  # loading a COCO file sets its class names
-    return Vocabulary.from_metadata(metadata, separator="," if cfg.DATASETS.SPLIT_NAMES else None)
+    return Vocabulary.from_metadata(metadata, separator=separator)

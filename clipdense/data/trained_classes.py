@@ -86,7 +86,8 @@ def map_classes(output: Mapping[str, Any], mapping: Sequence[int]) -> dict[str, 
 
     Args:
         output: ``instances``, ``sem_seg`` (K, h, w) or ``sem_seg_labels`` (h, w; -1: none) are mapped.
-        mapping: class of the model -> class of the dataset, a permutation.
+        mapping: class of the model -> class of the dataset. Where several classes of the model belong to one
+            of the dataset, its map is their maximum.
     """
     result = dict(output)
     table = torch.tensor(mapping)
@@ -94,7 +95,9 @@ def map_classes(output: Mapping[str, Any], mapping: Sequence[int]) -> dict[str, 
         instances = result["instances"]
         instances.pred_classes = table.to(instances.pred_classes.device)[instances.pred_classes]
     if "sem_seg" in result:
-        result["sem_seg"] = result["sem_seg"][table.argsort().to(result["sem_seg"].device)]
+        scores = result["sem_seg"]
+        merged = scores.new_full((max(mapping) + 1, *scores.shape[1:]), -torch.inf)
+        result["sem_seg"] = merged.index_reduce_(0, table.to(scores.device), scores, "amax")
     if "sem_seg_labels" in result:
         labels = result["sem_seg_labels"]
         mapped = table.to(labels.device)[labels.clamp(min=0).long()].to(labels.dtype)

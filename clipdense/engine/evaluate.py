@@ -65,6 +65,8 @@ def evaluate_datasets(
                 model.set_vocabulary(vocabularies[name])
             loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, probes=probes)
             keep, mapping = PANEL_IMAGES if final else 0, (mappings or {}).get(name)
+            if name in vocabularies:
+                mapping = MetadataCatalog.get(name).get("vocabulary_mapping")
             results[name], shown = run_inference(model, loader, evaluator, keep, name, mapping)
             if final and comm.is_main_process():
                 _draw(model, name, shown, cfg.OUTPUT_DIR)

@@ -5,12 +5,13 @@ from collections import Counter
 import pytest
 import torch
 
-from clipdense.clip import TowerRequest
+from clipdense.clip import TowerRequest, load_clip
 from clipdense.clip.finetune import (
     ALL_EXCEPT_POSITIONS,
     EVERYTHING,
     FineTuneRule,
     apply_rule,
+    apply_text_rule,
     freeze_unused,
     top_rule,
 )
@@ -213,3 +214,21 @@ def test_unused_parameters_are_frozen():
     apply_rule(tower, top_rule(tower, 1))
     freeze_unused(tower, TowerRequest(dense="value", pooled=True))
     assert learning(tower) == names(tower, tower.blocks[2].parameters())
+
+
+# ---- text towers
+
+
+def test_queries_and_values_of_a_text_tower_learn_without_biases():
+    tower = load_clip("shapes-vit").text
+    apply_text_rule(tower, FineTuneRule(attention="qv", attention_biases=False))
+    fused = [f"transformer.resblocks.{i}.attn.in_proj_weight" for i in range(len(tower.attentions()))]
+    assert learning(tower) == set(fused)
+    tower(torch.randint(1, 100, (2, 5))).sum().backward()
+    for name in fused:
+        q, k, v = tower.get_parameter(name).grad.chunk(3)
+        assert q.any() and v.any() and not k.any()
+    apply_text_rule(tower, ALL_EXCEPT_POSITIONS)
+    assert {n for n, _ in tower.named_parameters()} - learning(tower) == {"positional_embedding"}
+    apply_text_rule(tower, FineTuneRule())
+    assert not learning(tower)

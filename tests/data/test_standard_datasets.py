@@ -164,6 +164,11 @@ def test_registered_names():
     }.items():
         metadata = MetadataCatalog.get(name)
         assert len(metadata.stuff_classes) == classes and metadata.evaluator_type == "sem_seg"
+    metadata = MetadataCatalog.get("pascalvoc20b_sem_seg_val")
+    mapped = dict(zip(metadata.vocabulary_classes, metadata.vocabulary_mapping, strict=True))
+    assert len(mapped) == 59 and metadata.stuff_classes[0] == "background"
+    assert mapped["wall"] == 0 and metadata.stuff_classes[mapped["table"]] == "diningtable"
+    assert sorted(set(mapped.values())) == list(range(21))
     metadata = MetadataCatalog.get("ade20k_panoptic_val")
     assert metadata.evaluator_type == "ade20k_panoptic_seg" and len(metadata.thing_classes) == 150
     assert len(metadata.thing_dataset_id_to_contiguous_id) == 100

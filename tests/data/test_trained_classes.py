@@ -80,3 +80,10 @@ def test_outputs_get_the_ids_of_the_dataset() -> None:
     assert out["instances"].pred_classes.tolist() == [1, 2, 0, 1]
     assert out["sem_seg"][:, 0, 0].tolist() == [2.0, 0.0, 1.0]  # the dataset's class 0 is the model's 2
     assert out["sem_seg_labels"].tolist() == [[1, 2], [0, -1]]
+
+
+def test_several_classes_of_the_model_can_be_one_of_the_dataset() -> None:
+    scores = torch.tensor([1.0, 4.0, 3.0, 2.0])[:, None, None].expand(4, 2, 2)
+    out = map_classes({"sem_seg": scores, "sem_seg_labels": scores.argmax(0)}, [1, 0, 2, 0])
+    assert out["sem_seg"][:, 0, 0].tolist() == [4.0, 1.0, 3.0]
+    assert (out["sem_seg_labels"] == 0).all() and (out["sem_seg"].argmax(0) == 0).all()

@@ -88,6 +88,15 @@ def test_each_data_set_has_its_own_words(tmp_path: Path, animals: dict[str, Any]
     assert model.vocabulary.names == ("trained",)
 
 
+def test_a_data_set_can_be_predicted_in_other_words(tmp_path: Path, animals: dict[str, Any]) -> None:
+    """The vocabulary may have more classes than the dataset; the outputs are mapped."""
+    wide = {"vocabulary_classes": ["cat", "lynx", "sky"], "vocabulary_mapping": [1, 1, 0]}
+    MetadataCatalog.get("toy_cats").set(**wide)
+    model = Open()
+    evaluate_datasets(engine_toy.toy_config(tmp_path, "DATASETS.TEST", ("toy_cats",)), model)
+    assert model.ran == {("cat", "lynx", "sky"): engine_toy.SIZE}
+
+
 def test_commas_part_synonyms_or_stand_in_names(tmp_path: Path, animals: dict[str, Any]) -> None:
     MetadataCatalog.get("toy_cats").set(stuff_classes=["sky, clouds", "grass "])
     del MetadataCatalog.get("toy_cats").thing_classes, MetadataCatalog.get("toy_cats").novel_classes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from benchmarks import peak_memory
 
-from clipdense.inference import best_masks, semantic_labels, semantic_map
+from clipdense.inference import best_masks, merge_class_maps, semantic_labels, semantic_map
 
 
 @pytest.fixture
@@ -51,3 +51,20 @@ def test_best_masks() -> None:
     scores = torch.tensor([[0.9, 0.1, 0.3], [0.2, 0.8, 0.4], [0.8, 0.7, 0.2], [0.0, 0.0, 0.0]])
     assert best_masks(scores).tolist() == [True, True, False, False]
     assert best_masks(scores, background=0).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9])
+def test_class_maps_are_merged_a_few_at_a_time(chunk: int) -> None:
+    maps = torch.rand(9, 5, 6, generator=torch.Generator().manual_seed(0))
+    maps[8] = maps[2]  # the first of equal classes wins
+    asked = []
+
+    def compute(classes: slice) -> torch.Tensor:
+        asked.append(classes.stop - classes.start)
+        return maps[classes]
+
+    dense = merge_class_maps(compute, 9, (5, 6), chunk=chunk)
+    assert torch.equal(dense["sem_seg"], maps) and max(asked) <= chunk
+    for limit in ({"max_dense_classes": 8}, {"max_dense_bytes": 4 * 9 * 30 - 1}):
+        labels = merge_class_maps(compute, 9, (5, 6), chunk=chunk, **limit)
+        assert torch.equal(labels["sem_seg_labels"], maps.argmax(0))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipdense.inference import slide_windows, window_starts
+from clipdense.inference import cut_windows, fold_windows, slide_windows, window_starts
 
 
 def images(batch: int = 2, height: int = 37, width: int = 52) -> Tensor:
@@ -90,3 +90,13 @@ def test_windows_that_do_not_fit_are_refused(arguments: dict[str, int], message:
 def test_maps_of_another_size_than_the_cells_are_refused() -> None:
     with pytest.raises(ValueError, match=r"maps of \(4, 4\); cells of 8 pixels need \(2, 2\)"):
         slide_windows(lambda x: F.avg_pool2d(x, 4), images(1, 32, 32), 16, 16, cell=8)
+
+
+def test_cut_windows_fold_to_the_image() -> None:
+    images = torch.rand(2, 3, 20, 28)
+    windows = cut_windows(images, 12, 8)
+    assert windows.shape == (2, 6, 3, 12, 12)
+    torch.testing.assert_close(fold_windows(windows[1], (20, 28), 12, 8), images[1])
+    marked = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 12, 12)
+    folded = fold_windows(marked, (20, 28), 12, 8)
+    assert folded[0, 0, 0] == 0 and folded[0, 0, 10] == 0.5 and folded[0, 19, 27] == 5

@@ -18,7 +18,7 @@ from clipdense.run.setup import load_config
 from clipdense.systems.catseg import AggregationSettings, CostAggregator, WindowSettings
 from clipdense.systems.catseg.convert import GUIDANCE
 from clipdense.systems.catseg.cost import cost_volume
-from clipdense.systems.catseg.views import resize
+from clipdense.systems.catseg.views import square_view
 from tests.helpers.two_stage_files import close, far
 
 from detectron2.config import get_cfg
@@ -90,7 +90,7 @@ def test_logits(golden, max_maps):
 @torch.no_grad()
 def test_classes_beyond_the_limit(golden):
     """Absent classes have the recorded logit, and shorter sequences need the padding tokens."""
-    model, inputs = aggregator(golden), golden.part("in")
+    inputs = golden.part("in")
     limit = golden.config["agg"]["pad_len"]
     for classes in golden.config["T"]:
         pooling = tuple(golden.config["pools"][0])
@@ -163,8 +163,8 @@ def segmentor(golden, folder, **changes):
         yaml.safe_dump({"VERSION": 2, "MODEL": {"WEIGHTS": str(target), "DEVICE": "cpu"}})
     )
     cfg = load_config(str(folder / "config.yaml"))
-    assert cfg.MODEL.CAT_SEG.RESOLUTION == agg["res"][0] * clip["patch"]
-    assert cfg.MODEL.CAT_SEG.WINDOW == agg["window"]
+    assert agg["res"][0] * clip["patch"] == cfg.MODEL.CAT_SEG.RESOLUTION
+    assert agg["window"] == cfg.MODEL.CAT_SEG.WINDOW
     model = build_model(cfg).eval()
     TrainingCheckpointer(model).load_weights(str(target), complete=True)
     return model
@@ -192,7 +192,7 @@ def test_plain(golden, tmp_path):
     text = set_classes(golden, model)
     close(golden, "plain.text_embeds", text[:, 0], TOLERANCE)
     image = model.preprocess_image(sample(golden)["image"])
-    view = model._square(image)[None]
+    view = square_view(image, model.resolution, model.padding_multiple)[None]
     dense = model.clip.visual(view, model.request).dense
     tokens = golden.part("out")["plain.clip_tokens"][:, 1:]
     torch.testing.assert_close(dense.flatten(2).transpose(1, 2), tokens, atol=TOLERANCE, rtol=0)
@@ -257,7 +257,9 @@ def test_training(golden, tmp_path, monkeypatch):
     layout = model_layout(golden.part("state"))
     for name in config["grad_names"]:
         expected = golden.part("out")[f"train.grad/{name}"]
-        torch.testing.assert_close(gradient(golden, layout, gradients, name), expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            gradient(golden, layout, gradients, name), expected, atol=TOLERANCE, rtol=0
+        )
 
     # as many tensors learn as recorded; ours hold queries and values of CLIP in one tensor
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -311,8 +313,3 @@ def test_full_size_files_map_without_rest(golden):
     del state["upsample2.bias"]
     lacking = convert_model(Checkpoint(golden.path, state, "torch"))
     assert account_model(cfg, lacking, layout.drops).missing == ["guidance_upsampling.1.bias"]
-
-
-def test_resize_of_the_same_size_is_the_map():
-    maps = torch.rand(1, 2, 5, 7)
-    assert resize(maps, (5, 7)) is maps

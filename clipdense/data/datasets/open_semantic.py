@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clipdense.data.datasets.layouts import load_sem_seg
 from clipdense.data.datasets.registration import dataset_root
+from clipdense.data.datasets.standard import VOC_CLASSES, load_voc21
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -71,6 +72,10 @@ def register_open_semantic(root: Path | None = None) -> None:
     | coco_stuff_10k_sem_seg_{train,test} | 171 | coco_stuff10k/{images,annotations_detectron2}/ |
     | pascal_context_{59,459}_sem_seg_{train,val} | 59, 459 | VOC2010/annotations_detectron2/ |
     | pascal_context_60_sem_seg_{train,val} | background is class 0, then the 59 | the same |
+    | pascalvoc20b_sem_seg_{train,val} | as pascalvoc21_sem_seg; predicted: the 59 | VOC2012/ |
+
+    PAS-20b (OpenSeg, Ghiasi et al., ECCV 2022) is VOC with background: the 59 classes of PASCAL-Context are
+    predicted, and those that VOC lacks are background.
 
     Label maps of the 847 and the 459 classes are 16-bit and mark void as `WIDE_IGNORE`, the others as 255.
     """
@@ -89,6 +94,7 @@ def register_open_semantic(root: Path | None = None) -> None:
         for names in (PASCAL_CONTEXT_59, PASCAL_CONTEXT_60, PASCAL_CONTEXT_459):
             labels = voc / "annotations_detectron2" / f"pc{len(names)}_{split}"
             _register(f"pascal_context_{len(names)}_sem_seg_{split}", names, labels, voc / "JPEGImages")
+        _register_voc20b(root / "VOC2012", split)
     for split in ("train", "test"):
         small = root / "coco_stuff10k"
         labels = small / "annotations_detectron2" / split
@@ -96,6 +102,21 @@ def register_open_semantic(root: Path | None = None) -> None:
     base, val = stuff / "train2017_base", stuff / "val2017"
     _register("ovcoco_stuff_2017_train", COCO_STUFF_BASE, base, coco / "train2017")
     _register("ovcoco_stuff_2017_val", COCO_STUFF, val, coco / "val2017", COCO_STUFF_NOVEL)
+
+
+def _register_voc20b(root: Path, split: str) -> None:
+    name, classes = f"pascalvoc20b_sem_seg_{split}", ["background", *VOC_CLASSES]
+    names = ["diningtable" if name == "table" else name for name in PASCAL_CONTEXT_59]
+    DatasetCatalog.register(name, partial(load_voc21, root, split))
+    MetadataCatalog.get(name).set(
+        evaluator_type="sem_seg",
+        ignore_label=255,
+        stuff_classes=classes,
+        vocabulary_classes=PASCAL_CONTEXT_59,
+        vocabulary_mapping=[classes.index(name) if name in classes else 0 for name in names],
+        image_root=str(root / "JPEGImages"),
+        sem_seg_root=str(root / "SegmentationClass"),
+    )
 
 
 def _register(

@@ -23,7 +23,7 @@ from clipdense.files import read_text
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, _get_builtin_metadata
 
-__all__ = ["ADE20K_CLASSES", "ADE20K_THINGS", "VOC_CLASSES", "register_standard"]
+__all__ = ["ADE20K_CLASSES", "ADE20K_THINGS", "VOC_CLASSES", "load_voc21", "register_standard"]
 
 ADE20K_CLASSES: list[str] = [name.strip() for name in ADE20K_SEM_SEG_CATEGORIES]
 """The 150 classes, each with its synonyms separated by commas."""
@@ -162,7 +162,7 @@ def _register_voc(root: Path, split: str) -> None:
     )
     _register(
         f"pascalvoc21_sem_seg_{split}",
-        partial(_load_voc21, root, split),
+        partial(load_voc21, root, split),
         stuff_classes=["background", *VOC_CLASSES],
         image_root=str(images),
         sem_seg_root=str(root / "SegmentationClass"),
@@ -170,7 +170,8 @@ def _register_voc(root: Path, split: str) -> None:
     )
 
 
-def _load_voc21(root: Path, split: str) -> DatasetDicts:
+def load_voc21(root: Path, split: str) -> DatasetDicts:
+    """Load VOC's label maps, in which 0 is the background, of a split of its ``ImageSets``."""
     names = read_text(root / "ImageSets" / "Segmentation" / f"{split}.txt").split()
     return load_sem_seg(root / "SegmentationClass", root / "JPEGImages", names=names)
 

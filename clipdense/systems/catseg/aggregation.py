@@ -74,7 +74,8 @@ class WindowAttention(nn.Module):
         shift = self.shift if side < max(h, w) else 0
         guidance = guidance[:, None]
         q, k, v = (
-            _windows(t, self.heads, side, shift) for t in (self.q(x, guidance), self.k(x, guidance), self.v(x))
+            _windows(t, self.heads, side, shift)
+            for t in (self.q(x, guidance), self.k(x, guidance), self.v(x))
         )
         mask = _window_mask((h, w), side, shift, x.device)
         if mask is not None:  # of each window, for each of its heads
@@ -120,7 +121,9 @@ def _window_mask(grid: tuple[int, int], side: int, shift: int, device: torch.dev
     axes = []
     for length, padded in ((h, height), (w, width)):
         index = torch.arange(padded, device=device)
-        part = (index >= padded - side).long() + (index >= padded - shift) if shift else torch.zeros_like(index)
+        part = (
+            (index >= padded - side).long() + (index >= padded - shift) if shift else torch.zeros_like(index)
+        )
         axes.append((part, (index < length).roll(-shift)))
     (rows, rows_inside), (columns, columns_inside) = axes
     parts = 3 * rows[:, None] + columns
@@ -237,7 +240,9 @@ class ClassAggregation(nn.Module):
             return part + high.permute(0, 2, 3, 1).unflatten(0, (batch, -1))
 
         step = class_chunk or classes
-        return torch.cat([add(*parts) for parts in zip(x.split(step, 1), tokens.split(step, 3), strict=True)], 1)
+        return torch.cat(
+            [add(*parts) for parts in zip(x.split(step, 1), tokens.split(step, 3), strict=True)], 1
+        )
 
     def aggregate(self, tokens: Tensor, guidance: Tensor | None) -> Tensor:
         """Update the T classes (B, h, w, T, C) of each position with text guidance (B, T, G)."""

@@ -11,11 +11,11 @@ def add_catseg_config(cfg: CN) -> None:
     """
     cfg.MODEL.CAT_SEG = CN()
     keys = cfg.MODEL.CAT_SEG
-    # Side in pixels of the square images that CLIP takes; a multiple of its stride. Published: 384 (ViT-B/16),
-    # 336 (ViT-L/14), both 24 x 24 tokens.
+    # Side in pixels of the square images that CLIP takes; a multiple of its stride. Published: 384
+    # (ViT-B/16), 336 (ViT-L/14), both 24 x 24 tokens.
     keys.RESOLUTION = 384
-    # Mode of CLIP's dense map. "value" suits every ViT, and weights distilled by CLIPSelf were trained for it;
-    # published CAT-Seg: "catseg" (the residual of the last block is the class token). ConvNeXt: "plain".
+    # Mode of CLIP's dense map. "value" suits every ViT, and weights distilled by CLIPSelf were trained for
+    # it; published CAT-Seg: "catseg" (the residual of the last block is the class token). ConvNeXt: "plain".
     keys.DENSE = "value"
     # Blocks (ViT, from 0) or stages (ResNet, ConvNeXt: 4 and 3) whose maps guide the decoder at 2 and 4 times
     # the size of the dense map. Published: [3, 7] (ViT-B/16), [7, 15] (ViT-L/14).
@@ -27,8 +27,8 @@ def add_catseg_config(cfg: CN) -> None:
     # Parameters of CLIP that learn, in both towers: "attention" (weights of the query and value projections),
     # "full" (all except position tables), or "none".
     keys.FINETUNE = "attention"
-    # Prompt templates: the name of a set, or one sentence with {} in it. Their number is the number of channels
-    # of the cost volume. Published: "single_scene"; "clip_80" with 4 layers and pooling [6, 6].
+    # Prompt templates: the name of a set, or one sentence with {} in it. Their number is the number of
+    # channels of the cost volume. Published: "single_scene"; "clip_80" with 4 layers and pooling [6, 6].
     keys.TEMPLATES = "single_scene"
     # "first" uses the display name of a class (published), "mean" averages all its names per template.
     keys.SYNONYMS = "first"
@@ -61,15 +61,15 @@ def add_catseg_config(cfg: CN) -> None:
     keys.TEST = CN()
     # Pooling in evaluation (published: [1, 1]).
     keys.TEST.POOLING = [1, 1]
-    # Published inference: the image is resized to a square of IMAGE_SIZE, from which overlapping windows of SIZE
-    # are cut every STRIDE pixels. Their averaged scores are averaged with those of the whole image. False: the
-    # whole image is the only view.
+    # Published inference: the image is resized to a square of IMAGE_SIZE, from which overlapping windows of
+    # SIZE are cut every STRIDE pixels. Their averaged scores are averaged with those of the whole image.
+    # False: the whole image is the only view.
     keys.TEST.WINDOWS = CN()
     keys.TEST.WINDOWS.ENABLED = False
     keys.TEST.WINDOWS.IMAGE_SIZE = 640
     keys.TEST.WINDOWS.SIZE = 384
     keys.TEST.WINDOWS.STRIDE = 256
-    # Number of views per forward, and of maps (views x classes) that are aggregated or decoded at a time. They
-    # bound the memory and do not change results.
+    # Number of views per forward, and of maps (views x classes) that are aggregated or decoded at a time.
+    # They bound the memory and do not change results.
     keys.TEST.VIEWS_PER_FORWARD = 5
     keys.TEST.MAX_MAPS = 64

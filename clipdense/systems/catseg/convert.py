@@ -146,7 +146,9 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
         "MODEL.CAT_SEG.LAYERS": count_parts(state, f"{_COST}layers."),
         "MODEL.CAT_SEG.WINDOW": window,
         "MODEL.CAT_SEG.IMAGE_GUIDANCE_DIM": shown_size(state, (f"{_COST}guidance_projection.0.weight", 0)),
-        "MODEL.CAT_SEG.TEXT_GUIDANCE_DIM": shown_size(state, (f"{_COST}text_guidance_projection.0.weight", 0)),
+        "MODEL.CAT_SEG.TEXT_GUIDANCE_DIM": shown_size(
+            state, (f"{_COST}text_guidance_projection.0.weight", 0)
+        ),
         "MODEL.CAT_SEG.MAX_CLASSES": 256,
         "MODEL.CAT_SEG.POOLING": [6, 6] if prompts == 80 else [2, 2],
         "MODEL.CAT_SEG.IGNORED_PIXELS": "negative",

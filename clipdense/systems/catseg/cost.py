@@ -1,4 +1,4 @@
-"""The cost volume of an image and class names, and its aggregation to logits (CAT-Seg, Cho et al., CVPR 2024)."""
+"""Cost volume of an image and class names, and its aggregation to logits (CAT-Seg, Cho et al., CVPR 2024)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from clipdense.systems.catseg.aggregation import AggregationLayer, in_chunks
 from clipdense.systems.catseg.decoder import CostDecoder
 
-__all__ = ["ABSENT_LOGIT", "AggregationSettings", "CostAggregator", "CostLogits", "cost_volume", "keep_top_classes"]
+__all__ = [
+    "ABSENT_LOGIT",
+    "AggregationSettings",
+    "CostAggregator",
+    "CostLogits",
+    "cost_volume",
+    "keep_top_classes",
+]
 
 ABSENT_LOGIT = -100.0
 """Logit of classes that are not aggregated."""

@@ -29,7 +29,9 @@ class DoubleConv(nn.Module):
         """
         super().__init__()
         if out_channels % 16:
-            raise ValueError(f"decoder width {out_channels} is not a multiple of 16, the size of a norm's group")
+            raise ValueError(
+                f"decoder width {out_channels} is not a multiple of 16, the size of a norm's group"
+            )
         self.parts = [channels, shared_channels]
         self.conv1 = nn.Conv2d(channels + shared_channels, out_channels, 3, padding=1, bias=False)
         self.norm1 = nn.GroupNorm(out_channels // 16, out_channels)

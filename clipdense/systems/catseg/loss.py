@@ -32,7 +32,9 @@ def class_map_loss(
         ValueError: If ``ignored`` is unknown.
     """
     if ignored not in get_args(IgnoredPixels):
-        raise ValueError(f"ignored pixels must be one of {', '.join(get_args(IgnoredPixels))}, not {ignored!r}")
+        raise ValueError(
+            f"ignored pixels must be one of {', '.join(get_args(IgnoredPixels))}, not {ignored!r}"
+        )
     total, count = logits.new_zeros((), dtype=torch.float32), 0
     for maps, target in zip(logits, labels, strict=True):
         maps = F.interpolate(maps[None], target.shape, mode="bilinear", align_corners=False)[0].float()

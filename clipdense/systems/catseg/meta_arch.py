@@ -122,7 +122,7 @@ class CATSeg(OpenVocabularyModel, nn.Module):
             raise tower.cannot(f"MODEL.CAT_SEG.DENSE {dense!r}", why)
         if resolution % tower.stride:
             raise ValueError(
-                f"MODEL.CAT_SEG.RESOLUTION {resolution} is not a multiple of the tower's stride {tower.stride}"
+                f"MODEL.CAT_SEG.RESOLUTION {resolution} is not a multiple of the stride {tower.stride}"
             )
         self.clip, self.aggregator, self.guidance_upsampling = clip, aggregator, upsampling
         self.prompts = prompts
@@ -147,7 +147,9 @@ class CATSeg(OpenVocabularyModel, nn.Module):
         keys, clip = cfg.MODEL.CAT_SEG, clip_from_config(cfg)
         prompts = PromptEncoder(clip, keys.TEMPLATES, keys.SYNONYMS)
         if keys.REJECTION.SCORES not in ("cost", "heads"):
-            raise ValueError(f"MODEL.CAT_SEG.REJECTION.SCORES must be cost or heads, not {keys.REJECTION.SCORES!r}")
+            raise ValueError(
+                f"MODEL.CAT_SEG.REJECTION.SCORES must be cost or heads, not {keys.REJECTION.SCORES!r}"
+            )
         windows = keys.TEST.WINDOWS
         return {
             "clip": clip,
@@ -259,7 +261,9 @@ class CATSeg(OpenVocabularyModel, nn.Module):
 
         def scores(classes: slice) -> Tensor:
             part = logits[:, classes]
-            return merge_windows(part, self.windows, size) if self.windows.enabled else merge_view(part[0], size)
+            return (
+                merge_windows(part, self.windows, size) if self.windows.enabled else merge_view(part[0], size)
+            )
 
         return merge_class_maps(
             scores,
@@ -303,8 +307,8 @@ class CATSeg(OpenVocabularyModel, nn.Module):
     def _labels(self, sample: dict[str, Any]) -> Tensor:
         if "sem_seg" not in sample:
             raise ValueError(
-                f"{sample.get('file_name', 'an image')} has no semantic label map, which CATSeg is trained on: "
-                "choose a dataset with sem_seg_file_name in DATASETS.TRAIN"
+                f"{sample.get('file_name', 'an image')} has no semantic label map, which CATSeg is trained "
+                "on: choose a dataset with sem_seg_file_name in DATASETS.TRAIN"
             )
         labels: Tensor = sample["sem_seg"].to(self.clip.logit_scale.device, torch.long)
         known = labels[labels != self.ignore_label]
@@ -346,7 +350,9 @@ def guidance_upsampling(tower: Tower, taps: Sequence[int], widths: Sequence[int]
         ValueError: If there are not two taps, the tower lacks one, or its size does not fit.
     """
     if len(taps) != 2 or any(tap not in tower.tap_channels for tap in taps):
-        raise ValueError(f"MODEL.CAT_SEG.GUIDANCE {list(taps)}: expected two among {list(tower.tap_channels)}")
+        raise ValueError(
+            f"MODEL.CAT_SEG.GUIDANCE {list(taps)}: expected two among {list(tower.tap_channels)}"
+        )
     layers = nn.ModuleList()
     for tap, factor, width in zip(taps, (2, 4), widths, strict=True):
         scale, remainder = divmod(factor * tower.tap_strides[tap], tower.stride)

@@ -1,0 +1,22 @@
+"""The benchmark suite of CAT-Seg on a nano CLIP."""
+
+import argparse
+from pathlib import Path
+
+from benchmarks import load_suite
+
+
+CONFIG = Path(__file__).parents[2] / "configs/shapes/catseg_vit.yaml"
+
+
+def test_rows() -> None:
+    suite = load_suite("catseg")
+    parser = argparse.ArgumentParser()
+    suite.add_arguments(parser)
+    options = ["--config-file", str(CONFIG), "--size", "96", "96", "--classes", "30"]
+    args = parser.parse_args([*options, "--topk", "1", "--flops-only"])
+    rows = {row.name: row for row in suite.rows(args)}
+    assert list(rows) == ["catseg/k847_extra_gb", "catseg/early_rejection_flops", "catseg/inference_flops"]
+    memory = rows["catseg/k847_extra_gb"]
+    assert 0 < memory.ours < 0.5 and memory.values["peak_gb"] > memory.values["clip_gb"]
+    assert rows["catseg/early_rejection_flops"].ratio < 1 < rows["catseg/inference_flops"].ratio

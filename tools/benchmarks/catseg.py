@@ -1,0 +1,147 @@
+"""Memory of CAT-Seg with 847 classes, FLOPs that early rejection saves, and both beside the wall clock."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import MIN_PAIRS, Row, flops, peak_memory, wall
+from clipdense import add_clipdense_config
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.run.config_file import merge_config_file
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+__all__ = ["add_arguments", "rows"]
+
+CLASSES = 847
+ROWS = ("k847", "rejection", "floor")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    parser.add_argument("--size", type=int, nargs=2, default=(640, 640), help="height and width in pixels")
+    parser.add_argument("--classes", type=int, default=150, help="classes of the rows rejection and floor")
+    parser.add_argument("--topk", type=int, default=8, help="classes that each position keeps")
+    parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
+    parser.add_argument("--flops-only", action="store_true", help="skip the wall-clock rows")
+    parser.add_argument(
+        "--config-file",
+        default="projects/CATSeg/configs/catseg_vitb_384.yaml",
+        help="config of a CAT-Seg (weights are random, no data is read)",
+    )
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Measure memory with 847 classes, FLOPs with and without early rejection, and cost over CLIP alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _model(args, device)
+    image = torch.randint(0, 256, (3, *args.size), dtype=torch.uint8, device=device)
+    batch = [{"image": image, "height": args.size[0], "width": args.size[1]}]
+    if "k847" in args.rows:
+        yield _memory(model, batch)
+    _set_classes(model, args.classes)
+    if "rejection" in args.rows:
+        yield from _rejection(args, model, batch)
+    if "floor" in args.rows:
+        yield from _floor(args, model, batch)
+
+
+def _model(args: argparse.Namespace, device: str) -> Any:
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    merge_config_file(cfg, args.config_file)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.CLIP.PRETRAINED = device, "", "random"
+    cfg.DATASETS.TRAIN = ()
+    torch.manual_seed(0)
+    return build_model(cfg).eval().requires_grad_(False)  # the counter of FLOPs follows gradients
+
+
+def _set_classes(model: Any, count: int) -> None:
+    """Set random text embeddings, so that no text tower has to run."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(count, len(model.prompts), model.clip.embed_dim, generator=generator)
+    vocabulary = Vocabulary.from_names([f"class {i}" for i in range(count)])
+    device = model.clip.logit_scale.device
+    model.set_vocabulary(vocabulary, {"prompts": F.normalize(text, dim=-1).to(device)})
+
+
+def _forward(model: Any, batch: list[dict[str, Any]]) -> Any:
+    with torch.inference_mode():
+        return model(batch)[0]
+
+
+def _views(model: Any, batch: list[dict[str, Any]]) -> Tensor:
+    """Return the square views that CLIP takes."""
+    kept: list[Tensor] = []
+    handle = model.clip.visual.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    _forward(model, batch)
+    handle.remove()
+    return torch.cat(kept)
+
+
+def _memory(model: Any, batch: list[dict[str, Any]]) -> Row:
+    """Peak of a forward with 847 classes, less the peak of CLIP on the same views."""
+    _set_classes(model, CLASSES)
+    views = _views(model, batch)
+
+    def clip() -> None:
+        with torch.inference_mode():
+            model.clip.visual(views, model.request)
+
+    peak, own = peak_memory(lambda: _forward(model, batch)), peak_memory(clip)
+    height, width = batch[0]["height"], batch[0]["width"]
+    whole = 4 * CLASSES * (len(views) * model.windows.size**2 if model.windows.enabled else height * width)
+    return Row(
+        "catseg/k847_extra_gb",
+        (peak - own) / 1e9,
+        whole / 1e9,
+        "GB",
+        what=f"beyond CLIP's own, {CLASSES} classes | the maps of all classes and views alone",
+        values={"peak_gb": peak / 1e9, "clip_gb": own / 1e9},
+    )
+
+
+def _rejection(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) -> Iterator[Row]:
+    plain, rejecting = model.evaluation, replace(model.evaluation, rejection_topk=args.topk)
+    kept: list[float] = []
+
+    def ours() -> None:
+        model.evaluation = rejecting
+        labels = _forward(model, batch)
+        model.evaluation = plain
+        kept.append((labels["sem_seg"].amax((1, 2)) > 1e-6).float().mean().item())
+
+    def other() -> None:
+        _forward(model, batch)
+
+    what = f"the best {args.topk} classes of each position | all {args.classes}"
+    counts = flops(ours) / 1e9, flops(other) / 1e9
+    notes = f"{kept[0]:.0%} of the classes are kept in some view, with random weights."
+    yield Row("catseg/early_rejection_flops", *counts, "GFLOP", what=what, notes=notes)
+    if not args.flops_only:
+        yield wall("catseg/early_rejection", ours, other, pairs=args.pairs, what=what, warm_up=False)
+
+
+def _floor(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) -> Iterator[Row]:
+    views = _views(model, batch)
+
+    def ours() -> None:
+        _forward(model, batch)
+
+    def floor() -> None:
+        with torch.inference_mode():
+            model.clip.visual(views, model.request)
+
+    what = f"CAT-Seg, {args.classes} classes | CLIP on its {len(views)} views"
+    yield Row("catseg/inference_flops", flops(ours) / 1e9, flops(floor) / 1e9, "GFLOP", what=what)
+    if not args.flops_only:
+        yield wall("catseg/inference", ours, floor, pairs=args.pairs, what=what, warm_up=False)
