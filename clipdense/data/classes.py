@@ -6,7 +6,7 @@ from clipdense.data.checks import check_dataset_names, dataset_classes
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-__all__ = ["class_names", "dataset_vocabulary"]
+__all__ = ["class_names", "dataset_vocabulary", "evaluation_vocabulary"]
 
 
 def class_names(cfg: CfgNode, kind: str = "thing_classes") -> list[str]:
@@ -40,9 +40,6 @@ def class_names(cfg: CfgNode, kind: str = "thing_classes") -> list[str]:
 def dataset_vocabulary(cfg: CfgNode, name: str) -> Vocabulary:
     """Build the vocabulary of a registered dataset.
 
-    It holds the classes of the dataset, or those of the metadata entry ``vocabulary_classes``: the classes to
-    predict, whose classes in the dataset are listed in ``vocabulary_mapping``.
-
     Args:
         cfg: reads ``DATASETS.SPLIT_NAMES``: whether commas in a class name separate synonyms.
         name: of the dataset.
@@ -50,9 +47,28 @@ def dataset_vocabulary(cfg: CfgNode, name: str) -> Vocabulary:
     Raises:
         ValueError: If the dataset has no class names, or two equal ones.
     """
-    metadata, separator = MetadataCatalog.get(name), "," if cfg.DATASETS.SPLIT_NAMES else None
-    if predicted := metadata.get("vocabulary_classes"):
-        return Vocabulary.from_names(predicted, separator=separator)
+    metadata = MetadataCatalog.get(name)
     if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
         DatasetCatalog.get(name)  # loading a COCO file sets its class names
-    return Vocabulary.from_metadata(metadata, separator=separator)
+    return Vocabulary.from_metadata(metadata, separator="," if cfg.DATASETS.SPLIT_NAMES else None)
+
+
+def evaluation_vocabulary(cfg: CfgNode, name: str) -> tuple[Vocabulary, list[int] | None]:
+    """Return the classes that an open-vocabulary model predicts on a dataset.
+
+    These are the dataset's own, unless its metadata has ``vocabulary_classes`` (the classes to predict) and
+    ``vocabulary_mapping`` (the class of the dataset for each of them).
+
+    Args:
+        cfg: see `dataset_vocabulary`.
+        name: of the dataset.
+
+    Returns:
+        The classes, and the class of the dataset for each; None if they are the same.
+    """
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("vocabulary_classes"):
+        return dataset_vocabulary(cfg, name), None
+    separator = "," if cfg.DATASETS.SPLIT_NAMES else None
+    vocabulary = Vocabulary.from_names(metadata.vocabulary_classes, separator=separator)
+    return vocabulary, list(metadata.vocabulary_mapping)

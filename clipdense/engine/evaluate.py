@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from clipdense.backbone.score_map import has_score_map, score_classes, score_maps
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.classes import dataset_vocabulary
+from clipdense.data.classes import evaluation_vocabulary
 from clipdense.data.loader import build_test_loader
 from clipdense.data.trained_classes import map_classes
 from clipdense.engine.denormals import flush_denormals
@@ -61,12 +61,11 @@ def evaluate_datasets(
     probes = model_probes(model)
     with flush_denormals(), _vocabularies(cfg, model) as vocabularies:
         for name in cfg.DATASETS.TEST:
-            if name in vocabularies:
-                model.set_vocabulary(vocabularies[name])
-            loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, probes=probes)
             keep, mapping = PANEL_IMAGES if final else 0, (mappings or {}).get(name)
             if name in vocabularies:
-                mapping = MetadataCatalog.get(name).get("vocabulary_mapping")
+                vocabulary, mapping = vocabularies[name]
+                model.set_vocabulary(vocabulary)
+            loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, probes=probes)
             results[name], shown = run_inference(model, loader, evaluator, keep, name, mapping)
             if final and comm.is_main_process():
                 _draw(model, name, shown, cfg.OUTPUT_DIR)
@@ -76,8 +75,9 @@ def evaluate_datasets(
 
 
 @contextmanager
-def _vocabularies(cfg: CfgNode, model: Any) -> Iterator[dict[str, Vocabulary]]:
-    """Yield the vocabulary of each dataset for an open-vocabulary model; nothing for other models.
+def _vocabularies(cfg: CfgNode, model: Any) -> Iterator[dict[str, tuple[Vocabulary, Sequence[int] | None]]]:
+    """Yield the vocabulary of each dataset for an open-vocabulary model, and its mapping to the dataset's
+    classes; nothing for other models.
 
     Each vocabulary is set once at the start, so that a name that cannot be embedded is reported before hours
     of evaluation. Its text is encoded only once.
@@ -85,10 +85,12 @@ def _vocabularies(cfg: CfgNode, model: Any) -> Iterator[dict[str, Vocabulary]]:
     if not isinstance(model, OpenVocabularyModel):
         yield {}
         return
-    vocabularies = {name: dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TEST}
+    vocabularies: dict[str, tuple[Vocabulary, Sequence[int] | None]] = {
+        name: evaluation_vocabulary(cfg, name) for name in cfg.DATASETS.TEST
+    }
     before = model.vocabulary
     try:
-        for name, vocabulary in vocabularies.items():
+        for name, (vocabulary, _) in vocabularies.items():
             try:
                 model.set_vocabulary(vocabulary)
             except ValueError as error:

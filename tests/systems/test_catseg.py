@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.build import build_model
+from clipdense.run.predictor import Predictor
 from clipdense.run.setup import load_config
 from clipdense.systems.catseg import AggregationSettings, CostAggregator, WindowSettings
 from clipdense.systems.catseg.aggregation import ClassAggregation, SpatialAggregation
 from clipdense.systems.catseg.cost import ABSENT_LOGIT, keep_top_classes
 from clipdense.systems.catseg.loss import class_map_loss
-from clipdense.systems.catseg.views import square_view
+from clipdense.systems.catseg.views import merge_windows, square_view, window_views
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -124,21 +125,22 @@ def test_a_batch_equals_its_images_alone(model, windows: bool) -> None:
         assert (labels == output["sem_seg"].argmax(0)).float().mean() > 0.999
 
 
-@torch.no_grad()
-def test_windows_average_with_the_whole_image(model) -> None:
-    segmentor = model("vit", "MODEL.CAT_SEG.TEST.WINDOWS.ENABLED", True).eval()
-    whole = model("vit").eval()
-    sample = batch(training=False)[:1]
-    square = torch.rand(3, 96, 96) * 255
-    both = segmentor([{"image": square}])[0]["sem_seg"]
-    view = whole([{"image": square}])[0]["sem_seg"]
-    corner = segmentor.windows
-    inside = whole([{"image": square[:, : corner.size, : corner.size]}])[0]["sem_seg"]
-    seen_once = slice(0, corner.stride)  # by one window and the whole image
-    mean = (inside[:, seen_once, seen_once] + view[:, seen_once, seen_once]) / 2
-    # the whole image is resized to its own size first
-    torch.testing.assert_close(both[:, 4:28, 4:28], mean[:, 4:28, 4:28], atol=2e-2, rtol=0)
-    assert not torch.allclose(segmentor(sample)[0]["sem_seg"], whole(sample)[0]["sem_seg"], atol=1e-4)
+def test_windows_average_with_the_whole_image() -> None:
+    settings = WindowSettings(True, image_size=96, size=64, stride=32)
+    image = torch.rand(3, 50, 70)
+    views = window_views(image, settings)
+    assert views.shape == (5, 3, 64, 64)
+    square = F.interpolate(image[None], (96, 96), mode="bilinear")[0]
+    torch.testing.assert_close(views[3], square[:, 32:, 32:])
+    torch.testing.assert_close(views[4], F.interpolate(image[None], (64, 64), mode="bilinear")[0])
+
+    scores = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])  # constant in each view
+    merged = merge_windows(scores.logit().view(5, 1, 1, 1).expand(5, 1, 4, 4), settings, (96, 96))[0]
+    assert merged[0, 0] == pytest.approx((0.1 + 0.9) / 2)
+    assert merged[0, 48] == pytest.approx(((0.1 + 0.3) / 2 + 0.9) / 2)
+    assert merged[48, 48] == pytest.approx((0.4 + 0.9) / 2)
+    assert merged[95, 95] == pytest.approx((0.7 + 0.9) / 2)
+    assert merge_windows(torch.zeros(5, 2, 4, 4), settings, (30, 20)).shape == (2, 30, 20)
 
 
 def test_the_vocabulary_changes_without_a_trace(model) -> None:
@@ -160,6 +162,27 @@ def test_the_vocabulary_changes_without_a_trace(model) -> None:
     after = segmentor.eval().text_embeddings()["prompts"]
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, segmentor.prompts(few).detach())
+
+
+def test_predictor_takes_any_words(model, tmp_path: Path) -> None:
+    torch.save({"model": model().state_dict()}, tmp_path / "model.pth")
+    overrides = [
+        "MODEL.CAT_SEG.RESOLUTION",
+        "64",
+        "MODEL.CAT_SEG.WINDOW",
+        "4",
+        "TEST.MAX_DENSE_CLASSES",
+        "100",
+    ]
+    config = load_config(str(ROOT / "configs/shapes/catseg_vit.yaml"), overrides)
+    predictor = Predictor(config, tmp_path / "model.pth", vocabulary="red star, sand")
+    image = batch(training=False)[0]["image"].permute(1, 2, 0).numpy()
+    assert predictor(image)["sem_seg"].shape == (2, 80, 112)
+    modules = list(map(id, predictor.model.modules()))
+    predictor.set_vocabulary([f"word {i}" for i in range(150)], background="sky")
+    labels = predictor(image)["sem_seg_labels"]
+    assert labels.shape == (80, 112) and labels.max() < 150
+    assert list(map(id, predictor.model.modules())) == modules
 
 
 def test_given_embeddings_are_used(model) -> None:

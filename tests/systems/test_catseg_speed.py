@@ -5,7 +5,6 @@ from pathlib import Path
 
 from benchmarks import load_suite
 
-
 CONFIG = Path(__file__).parents[2] / "configs/shapes/catseg_vit.yaml"
 
 

@@ -1,4 +1,4 @@
-"""Configuration keys of CAT-Seg."""
+"""Configuration keys of CAT-Seg and SED."""
 
 from detectron2.config import CfgNode as CN
 
@@ -6,8 +6,9 @@ from detectron2.config import CfgNode as CN
 def add_catseg_config(cfg: CN) -> None:
     """Add ``MODEL.CAT_SEG`` to ``cfg`` (in place).
 
-    The sizes are those of the published models with ViT-B/16. Pixels are normalised with the statistics of
-    MODEL.CLIP; MODEL.PIXEL_MEAN and PIXEL_STD are not read.
+    The sizes are those of the published CAT-Seg with ViT-B/16. Pixels are normalised with the statistics of
+    MODEL.CLIP; MODEL.PIXEL_MEAN and PIXEL_STD are not read. SED does not read LAYERS, WINDOW, MAX_CLASSES,
+    REJECTION.SCORES, GUIDANCE_DIMS, IMAGE_GUIDANCE_DIM and TEXT_GUIDANCE_DIM.
     """
     cfg.MODEL.CAT_SEG = CN()
     keys = cfg.MODEL.CAT_SEG
@@ -18,24 +19,27 @@ def add_catseg_config(cfg: CN) -> None:
     # it; published CAT-Seg: "catseg" (the residual of the last block is the class token). ConvNeXt: "plain".
     keys.DENSE = "value"
     # Blocks (ViT, from 0) or stages (ResNet, ConvNeXt: 4 and 3) whose maps guide the decoder at 2 and 4 times
-    # the size of the dense map. Published: [3, 7] (ViT-B/16), [7, 15] (ViT-L/14).
+    # the size of the dense map. Published: [3, 7] (ViT-B/16), [7, 15] (ViT-L/14). SED: stages [4, 3, 2].
     keys.GUIDANCE = [3, 7]
     # Channels of these maps after upsampling, after their projection for the decoder, and of the decoder.
+    # SED: [32, 16, 8] after the projection and [64, 32, 16] of the decoder.
     keys.GUIDANCE_DIMS = [256, 128]
     keys.DECODER_GUIDANCE_DIMS = [32, 16]
     keys.DECODER_DIMS = [64, 32]
-    # Parameters of CLIP that learn, in both towers: "attention" (weights of the query and value projections),
-    # "full" (all except position tables), or "none".
+    # Parameters of CLIP that learn: "attention" (weights of the query and value projections of both towers),
+    # "full" (both towers except their position tables), "image" (the same of the image tower) or "none".
     keys.FINETUNE = "attention"
     # Prompt templates: the name of a set, or one sentence with {} in it. Their number is the number of
     # channels of the cost volume. Published: "single_scene"; "clip_80" with 4 layers and pooling [6, 6].
     keys.TEMPLATES = "single_scene"
-    # "first" uses the display name of a class (published), "mean" averages all its names per template.
+    # "first" uses the display name of a class (published), "mean" averages its names per template (SED).
     keys.SYNONYMS = "first"
     # Channels of the cost embeddings, heads of all attentions, and number of layers.
     keys.HIDDEN_DIM = 128
     keys.HEADS = 4
     keys.LAYERS = 2
+    # SED: side of the depthwise convolution of each stage.
+    keys.KERNELS = [9, 9, 9]
     # Side of the attention windows, in positions of the dense map.
     keys.WINDOW = 12
     # Channels of the image and text embeddings that guide the attentions.
@@ -55,7 +59,7 @@ def add_catseg_config(cfg: CN) -> None:
     # "heads" that are trained for it and score them before each layer and before the decoder.
     keys.REJECTION = CN()
     keys.REJECTION.SCORES = "cost"
-    # Number of best classes that each position keeps, in evaluation; 0: no rejection.
+    # Number of best classes that each position keeps, in evaluation; 0: no rejection. Published SED: 8.
     keys.REJECTION.TOPK = 0
 
     keys.TEST = CN()

@@ -26,7 +26,7 @@ from clipdense.checkpoint import (
 from clipdense.clip.layouts import OPENAI_CLIP, config_from_tensors
 from clipdense.open_vocabulary import training_metadata
 
-__all__ = ["CATSEG", "GUIDANCE"]
+__all__ = ["CATSEG", "CLIP", "COST", "DOUBLE_CONV", "GUIDANCE", "TEMPLATES", "clip_prefixes"]
 
 State = Mapping[str, Tensor]
 
@@ -36,33 +36,42 @@ TEMPLATES = {1: "single_scene", 80: "clip_80"}
 """Prompt templates of the released models, by their number."""
 
 _HEAD = "sem_seg_head.predictor."
-_CLIP, _COST = f"{_HEAD}clip_model.", f"{_HEAD}transformer."
+CLIP, COST = f"{_HEAD}clip_model.", f"{_HEAD}transformer."
+"""Prefixes of the file's CLIP, and of its aggregator."""
+DOUBLE_CONV = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
+"""Layers of a `DoubleConv` by their positions in the file."""
 _WINDOW_MASK = r"aggregator\.layers\.\d+\.spatial\.blocks\.\d+\.attn_mask"
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
+def clip_prefixes() -> dict[str, str]:
+    """Return the key prefixes of the file's CLIP -> those of the model's."""
+    return {
+        CLIP: "clip.text.",
+        f"{CLIP}logit_scale": "clip.logit_scale",
+        f"{CLIP}visual.": "clip.visual.",
+    }
+
+
 def _prefixes(state: State) -> dict[str, str]:
-    layers = range(count_parts(state, f"{_COST}layers."))
-    stages = range(count_parts(state, f"{_COST}decoder_guidance_projection."))
+    layers = range(count_parts(state, f"{COST}layers."))
+    stages = range(count_parts(state, f"{COST}decoder_guidance_projection."))
     prefixes = {
-        _CLIP: "clip.text.",
-        f"{_CLIP}logit_scale": "clip.logit_scale",
-        f"{_CLIP}visual.": "clip.visual.",
+        **clip_prefixes(),
         "upsample1.": "guidance_upsampling.0.",
         "upsample2.": "guidance_upsampling.1.",
-        f"{_COST}conv1.": "aggregator.cost_embedding.",
-        f"{_COST}guidance_projection.0.": "aggregator.image_guidance.",
-        f"{_COST}text_guidance_projection.0.": "aggregator.text_guidance.",
-        f"{_COST}head.": "aggregator.decoder.head.",
+        f"{COST}conv1.": "aggregator.cost_embedding.",
+        f"{COST}guidance_projection.0.": "aggregator.image_guidance.",
+        f"{COST}text_guidance_projection.0.": "aggregator.text_guidance.",
+        f"{COST}head.": "aggregator.decoder.head.",
     }
     for i in stages:
-        theirs, ours = f"{_COST}decoder{i + 1}.", f"aggregator.decoder.stages.{i}."
-        prefixes |= {f"{_COST}decoder_guidance_projection.{i}.0.": f"aggregator.decoder_guidance.{i}."}
+        theirs, ours = f"{COST}decoder{i + 1}.", f"aggregator.decoder.stages.{i}."
+        prefixes |= {f"{COST}decoder_guidance_projection.{i}.0.": f"aggregator.decoder_guidance.{i}."}
         prefixes |= {f"{theirs}up.": f"{ours}up."}
-        names = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
-        prefixes |= {f"{theirs}conv.double_conv.{n}.": f"{ours}conv.{name}." for n, name in names.items()}
+        prefixes |= {f"{theirs}conv.double_conv.{n}.": f"{ours}conv.{x}." for n, x in DOUBLE_CONV.items()}
     for i in layers:
-        theirs, ours = f"{_COST}layers.{i}.", f"aggregator.layers.{i}."
+        theirs, ours = f"{COST}layers.{i}.", f"aggregator.layers.{i}."
         prefixes |= {
             f"{theirs}swin_block.guidance_norm.": f"{ours}spatial.guidance_norm.",
             f"{theirs}swin_block.block_1.": f"{ours}spatial.blocks.0.",
@@ -85,7 +94,7 @@ def _fuse_projections(state: State) -> dict[str, Tensor]:
     fused = {}
     for key, value in state.items():
         stem, _, name = key.rpartition(".")
-        if not key.startswith(_CLIP) or name not in _PROJECTIONS:
+        if not key.startswith(CLIP) or name not in _PROJECTIONS:
             fused[key] = value
             continue
         parts = [state.get(f"{stem}.{projection}") for projection in _PROJECTIONS]
@@ -97,7 +106,7 @@ def _fuse_projections(state: State) -> dict[str, Tensor]:
 
 def _clip_config(state: State) -> dict[str, Any]:
     """Return open_clip's model_cfg of the file's CLIP."""
-    clip = {key.removeprefix(_CLIP): value for key, value in state.items() if key.startswith(_CLIP)}
+    clip = {key.removeprefix(CLIP): value for key, value in state.items() if key.startswith(CLIP)}
     try:
         text_width = shown_size(clip, ("ln_final.weight", 0), ("token_embedding.weight", 1))
         heads = max(1, text_width // 64)
@@ -109,7 +118,7 @@ def _clip_config(state: State) -> dict[str, Any]:
 
 def _grid(state: State) -> tuple[int, int]:
     """Return the side of the dense map and of the attention windows, as the stored window masks show."""
-    masks = [v for k, v in state.items() if k.startswith(_COST) and k.endswith("attn_mask")]
+    masks = [v for k, v in state.items() if k.startswith(COST) and k.endswith("attn_mask")]
     if not masks:
         return 24, 12
     windows, positions = masks[0].shape[:2]
@@ -121,9 +130,9 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
     config = _clip_config(state)
     depth, patch = config["vision_cfg"]["layers"], config["vision_cfg"]["patch_size"]
     grid, window = _grid(state)
-    prompts = shown_size(state, (f"{_COST}conv1.weight", 1))
-    stages = range(count_parts(state, f"{_COST}decoder_guidance_projection."))
-    projections = [f"{_COST}decoder_guidance_projection.{i}.0.weight" for i in stages]
+    prompts = shown_size(state, (f"{COST}conv1.weight", 1))
+    stages = range(count_parts(state, f"{COST}decoder_guidance_projection."))
+    projections = [f"{COST}decoder_guidance_projection.{i}.0.weight" for i in stages]
     templates = {"MODEL.CAT_SEG.TEMPLATES": TEMPLATES[prompts]} if prompts in TEMPLATES else {}
     return {
         "MODEL.META_ARCHITECTURE": "CATSeg",
@@ -138,17 +147,15 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
         "MODEL.CAT_SEG.GUIDANCE_DIMS": [shown_size(state, (key, 1)) for key in projections],
         "MODEL.CAT_SEG.DECODER_GUIDANCE_DIMS": [shown_size(state, (key, 0)) for key in projections],
         "MODEL.CAT_SEG.DECODER_DIMS": [
-            shown_size(state, (f"{_COST}decoder{i + 1}.conv.double_conv.0.weight", 0)) for i in stages
+            shown_size(state, (f"{COST}decoder{i + 1}.conv.double_conv.0.weight", 0)) for i in stages
         ],
         **templates,
         "MODEL.CAT_SEG.SYNONYMS": "first",
-        "MODEL.CAT_SEG.HIDDEN_DIM": shown_size(state, (f"{_COST}conv1.weight", 0)),
-        "MODEL.CAT_SEG.LAYERS": count_parts(state, f"{_COST}layers."),
+        "MODEL.CAT_SEG.HIDDEN_DIM": shown_size(state, (f"{COST}conv1.weight", 0)),
+        "MODEL.CAT_SEG.LAYERS": count_parts(state, f"{COST}layers."),
         "MODEL.CAT_SEG.WINDOW": window,
-        "MODEL.CAT_SEG.IMAGE_GUIDANCE_DIM": shown_size(state, (f"{_COST}guidance_projection.0.weight", 0)),
-        "MODEL.CAT_SEG.TEXT_GUIDANCE_DIM": shown_size(
-            state, (f"{_COST}text_guidance_projection.0.weight", 0)
-        ),
+        "MODEL.CAT_SEG.IMAGE_GUIDANCE_DIM": shown_size(state, (f"{COST}guidance_projection.0.weight", 0)),
+        "MODEL.CAT_SEG.TEXT_GUIDANCE_DIM": shown_size(state, (f"{COST}text_guidance_projection.0.weight", 0)),
         "MODEL.CAT_SEG.MAX_CLASSES": 256,
         "MODEL.CAT_SEG.POOLING": [6, 6] if prompts == 80 else [2, 2],
         "MODEL.CAT_SEG.IGNORED_PIXELS": "negative",
@@ -164,8 +171,8 @@ def _options(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
 CATSEG = register_layout(
     ModelLayout(
         name="catseg",
-        about=f"CAT-Seg as Detectron2 saves it: {_COST}*, {_CLIP}*, upsample1.*",
-        matches=lambda state: f"{_COST}conv1.weight" in state and "upsample1.weight" in state,
+        about=f"CAT-Seg as Detectron2 saves it: {COST}*, {CLIP}*, upsample1.*",
+        matches=lambda state: f"{COST}conv1.weight" in state and "upsample1.weight" in state,
         convert=_convert,
         options=_options,
         prefixes=_prefixes,

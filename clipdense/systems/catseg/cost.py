@@ -17,8 +17,10 @@ __all__ = [
     "AggregationSettings",
     "CostAggregator",
     "CostLogits",
+    "class_chunk",
     "cost_volume",
     "keep_top_classes",
+    "scatter_classes",
 ]
 
 ABSENT_LOGIT = -100.0
@@ -53,6 +55,12 @@ class CostLogits:
 
     logits: Tensor
     rejection: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def concatenate(cls, images: Sequence[CostLogits]) -> CostLogits:
+        """Concatenate the results of several images."""
+        rejection = zip(*(image.rejection for image in images), strict=True)
+        return cls(torch.cat([image.logits for image in images]), [torch.cat(maps) for maps in rejection])
 
 
 def cost_volume(dense: Tensor, text: Tensor) -> Tensor:
@@ -180,8 +188,8 @@ class CostAggregator(nn.Module):
             one = slice(b, b + 1)
             index = self.select_classes(dense[one], text[one], settings)
             parts = (dense[one], text[one], index, maps[one], [guide[one] for guide in guides])
-            images.append(self._aggregate(*parts, settings).logits)
-        return CostLogits(torch.cat(images))
+            images.append(self._aggregate(*parts, settings))
+        return CostLogits.concatenate(images)
 
     def select_classes(self, dense: Tensor, text: Tensor, settings: AggregationSettings) -> Tensor:
         """Select the classes that are aggregated, by their best cosine over positions and prompts.
@@ -195,7 +203,7 @@ class CostAggregator(nn.Module):
         if classes <= self.max_classes and not reject:
             return torch.arange(classes, device=dense.device).expand(batch, -1)
         with torch.no_grad():
-            chunk = _class_chunk(batch, settings)
+            chunk = class_chunk(batch, settings)
             costs = in_chunks(lambda part: cost_volume(dense, part).amax(2), text, 1, chunk)  # (B, T, h, w)
             index = costs.flatten(2).amax(2).topk(min(classes, self.max_classes), dim=1).indices
             if reject:
@@ -230,20 +238,20 @@ class CostAggregator(nn.Module):
         batch, classes = text.shape[:2]
         if index.shape[1] < classes:
             text = text.gather(1, index[:, :, None, None].expand(-1, -1, *text.shape[2:]))
-        chunk = _class_chunk(batch, settings)
+        chunk = class_chunk(batch, settings)
         x, text_guidance = self.embed_cost(dense, text, chunk), self.guide_text(text)
         rejection: list[Tensor] = []
         for stage in range(len(self.layers) + 1):
             if self.rejection_heads:
                 scores = self._rejection_scores(x, stage)
-                rejection.append(self._scatter(scores, index, classes))
+                rejection.append(scatter_classes(scores, index, classes))
                 if settings.rejection_topk:
                     kept = keep_top_classes(scores[0], settings.rejection_topk)
                     x, text_guidance, index = x[:, kept], text_guidance[:, kept], index[:, kept]
             if stage < len(self.layers):
                 x = self.layers[stage](x, image_guidance, text_guidance, settings.pooling, chunk)
         logits = in_chunks(lambda part: self.decoder(part, guides), x, 1, chunk)
-        return CostLogits(self._scatter(logits, index, classes), rejection)
+        return CostLogits(scatter_classes(logits, index, classes), rejection)
 
     def _rejection_scores(self, x: Tensor, stage: int) -> Tensor:
         """Score the classes of (B, T, h, w, C) by a rejection head: (B, T, h, w). No gradient reaches x."""
@@ -251,15 +259,25 @@ class CostAggregator(nn.Module):
         scores: Tensor = self.rejection_heads[stage](maps)
         return scores[:, 0].unflatten(0, x.shape[:2])
 
-    def _scatter(self, logits: Tensor, index: Tensor, classes: int) -> Tensor:
-        """Put the logits (B, T', H, W) of some classes among those of all (B, T, H, W)."""
-        if index.shape[1] == classes:
-            return logits
-        everything = logits.new_full((len(logits), classes, *logits.shape[2:]), ABSENT_LOGIT)
-        return everything.scatter(1, index[:, :, None, None].expand_as(logits), logits)
+
+def scatter_classes(logits: Tensor, index: Tensor, classes: int) -> Tensor:
+    """Put the logits (B, T', H, W) of some classes among those of all (B, T, H, W).
+
+    Args:
+        logits: of the classes of ``index``.
+        index: (B, T').
+        classes: T. If T' is T, the logits are returned as they are.
+
+    Returns:
+        `ABSENT_LOGIT` for the other classes.
+    """
+    if index.shape[1] == classes:
+        return logits
+    everything = logits.new_full((len(logits), classes, *logits.shape[2:]), ABSENT_LOGIT)
+    return everything.scatter(1, index[:, :, None, None].expand_as(logits), logits)
 
 
-def _class_chunk(batch: int, settings: AggregationSettings) -> int:
+def class_chunk(batch: int, settings: AggregationSettings) -> int:
     """Return the number of classes that are processed at a time; 0: all."""
     if not settings.max_maps or torch.is_grad_enabled():
         return 0

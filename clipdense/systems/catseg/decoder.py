@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,16 +14,19 @@ __all__ = ["CostDecoder", "DoubleConv", "UpStage"]
 class DoubleConv(nn.Module):
     """Two 3 x 3 convolutions, each with group norm and ReLU.
 
-    The first takes the concatenation of maps per class and maps per image. The latter are convolved once for
-    all classes.
+    The first takes the concatenation of maps per class, maps per image and further maps per class. The maps
+    per image are convolved once for all classes.
     """
 
-    def __init__(self, channels: int, shared_channels: int, out_channels: int) -> None:
+    def __init__(
+        self, channels: int, shared_channels: int, out_channels: int, extra_channels: int = 0
+    ) -> None:
         """
         Args:
             channels: of the maps per class.
             shared_channels: of the maps per image.
             out_channels: a multiple of 16.
+            extra_channels: of the further maps per class (SED).
 
         Raises:
             ValueError: If ``out_channels`` is not a multiple of 16.
@@ -32,15 +36,23 @@ class DoubleConv(nn.Module):
             raise ValueError(
                 f"decoder width {out_channels} is not a multiple of 16, the size of a norm's group"
             )
-        self.parts = [channels, shared_channels]
-        self.conv1 = nn.Conv2d(channels + shared_channels, out_channels, 3, padding=1, bias=False)
+        self.parts = [channels, shared_channels, extra_channels]
+        self.conv1 = nn.Conv2d(sum(self.parts), out_channels, 3, padding=1, bias=False)
         self.norm1 = nn.GroupNorm(out_channels // 16, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(out_channels // 16, out_channels)
 
-    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
-        """Convolve maps (B * T, C, h, w), images first, with the maps (B, G, h, w) of their images."""
-        own, common = self.conv1.weight.split(self.parts, dim=1)
+    def forward(self, x: Tensor, shared: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Convolve maps (B * T, C, h, w), images first, with the maps (B, G, h, w) of their images.
+
+        Args:
+            x: maps per class.
+            shared: maps per image.
+            extra: further maps per class (B * T, E, h, w).
+        """
+        own, common, further = self.conv1.weight.split(self.parts, dim=1)
+        if extra is not None:
+            x, own = torch.cat([x, extra], 1), torch.cat([own, further], 1)
         images = len(shared)
         y = F.conv2d(x, own, padding=1).unflatten(0, (images, -1))
         y = (y + F.conv2d(shared, common, padding=1)[:, None]).flatten(0, 1)

@@ -26,6 +26,7 @@ from clipdense.open_vocabulary.build import label_vocabulary
 from clipdense.systems.catseg.cost import AggregationSettings, CostAggregator, CostLogits
 from clipdense.systems.catseg.loss import IgnoredPixels, class_map_loss
 from clipdense.systems.catseg.prompts import PromptEncoder
+from clipdense.systems.catseg.sed_decoder import SEDAggregator
 from clipdense.systems.catseg.views import (
     WindowSettings,
     merge_view,
@@ -40,12 +41,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 __all__ = ["CATSeg", "FineTune", "guidance_upsampling"]
 
-FineTune = Literal["attention", "full", "none"]
+FineTune = Literal["attention", "full", "image", "none"]
 
-_RULES = {
-    "attention": FineTuneRule(attention="qv", attention_biases=False),
-    "full": ALL_EXCEPT_POSITIONS,
-    "none": FineTuneRule(),
+_ATTENTION = FineTuneRule(attention="qv", attention_biases=False)
+_RULES: dict[str, tuple[FineTuneRule, FineTuneRule]] = {  # of the image and of the text tower
+    "attention": (_ATTENTION, _ATTENTION),
+    "full": (ALL_EXCEPT_POSITIONS, ALL_EXCEPT_POSITIONS),
+    "image": (ALL_EXCEPT_POSITIONS, FineTuneRule()),
 }
 _PADDING_MULTIPLE = 32  # of published CAT-Seg
 
@@ -67,7 +69,7 @@ class CATSeg(OpenVocabularyModel, nn.Module):
         self,
         *,
         clip: ClipModel,
-        aggregator: CostAggregator,
+        aggregator: CostAggregator | SEDAggregator,
         upsampling: nn.ModuleList,
         prompts: PromptEncoder,
         resolution: int = 384,
@@ -95,9 +97,9 @@ class CATSeg(OpenVocabularyModel, nn.Module):
             prompts: encoder of class names by the text tower of ``clip``.
             resolution: side of the square images that CLIP takes, in pixels.
             dense: mode of CLIP's dense map.
-            guidance: the two taps of the image tower that guide the decoder.
-            finetune: parameters of CLIP that learn: "attention" (weights of queries and values), "full" or
-                "none".
+            guidance: taps of the image tower that guide the decoder.
+            finetune: parameters of CLIP that learn: "attention" (weights of queries and values), "full",
+                "image" (all of the image tower) or "none"; position tables never learn.
             pooling: average pooling before the class attention, in training.
             evaluation: settings of the aggregator in evaluation.
             windows: views in evaluation; default: the whole image.
@@ -144,18 +146,16 @@ class CATSeg(OpenVocabularyModel, nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read the constructor arguments from ``MODEL.CAT_SEG`` and ``MODEL.CLIP``."""
-        keys, clip = cfg.MODEL.CAT_SEG, clip_from_config(cfg)
-        prompts = PromptEncoder(clip, keys.TEMPLATES, keys.SYNONYMS)
+        keys, arguments = cfg.MODEL.CAT_SEG, cls.shared_arguments(cfg)
+        clip = arguments["clip"]
         if keys.REJECTION.SCORES not in ("cost", "heads"):
             raise ValueError(
                 f"MODEL.CAT_SEG.REJECTION.SCORES must be cost or heads, not {keys.REJECTION.SCORES!r}"
             )
-        windows = keys.TEST.WINDOWS
-        return {
-            "clip": clip,
+        return arguments | {
             "aggregator": CostAggregator(
                 clip.embed_dim,
-                prompts=len(prompts),
+                prompts=len(arguments["prompts"]),
                 hidden_dim=keys.HIDDEN_DIM,
                 layers=keys.LAYERS,
                 heads=keys.HEADS,
@@ -169,17 +169,24 @@ class CATSeg(OpenVocabularyModel, nn.Module):
                 rejection_heads=keys.REJECTION.SCORES == "heads",
             ),
             "upsampling": guidance_upsampling(clip.visual, keys.GUIDANCE, keys.GUIDANCE_DIMS),
-            "prompts": prompts,
+        }
+
+    @classmethod
+    def shared_arguments(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read the constructor arguments except the aggregator and the upsampling of its guidance."""
+        keys, clip = cfg.MODEL.CAT_SEG, clip_from_config(cfg)
+        test, windows = keys.TEST, keys.TEST.WINDOWS
+        return {
+            "clip": clip,
+            "prompts": PromptEncoder(clip, keys.TEMPLATES, keys.SYNONYMS),
             "resolution": keys.RESOLUTION,
             "dense": keys.DENSE,
             "guidance": keys.GUIDANCE,
             "finetune": keys.FINETUNE,
             "pooling": tuple(keys.POOLING),
-            "evaluation": AggregationSettings(
-                tuple(keys.TEST.POOLING), keys.TEST.MAX_MAPS, keys.REJECTION.TOPK
-            ),
+            "evaluation": AggregationSettings(tuple(test.POOLING), test.MAX_MAPS, keys.REJECTION.TOPK),
             "windows": WindowSettings(windows.ENABLED, windows.IMAGE_SIZE, windows.SIZE, windows.STRIDE),
-            "views_per_forward": keys.TEST.VIEWS_PER_FORWARD,
+            "views_per_forward": test.VIEWS_PER_FORWARD,
             "ignored_pixels": keys.IGNORED_PIXELS,
             "squeeze_padding": keys.SQUEEZE_PADDING,
             "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
@@ -330,9 +337,10 @@ class CATSeg(OpenVocabularyModel, nn.Module):
         self.clip.requires_grad_(False)
         if finetune == "none":
             return
-        apply_rule(self.clip.visual, _RULES[finetune])
+        image, text = _RULES[finetune]
+        apply_rule(self.clip.visual, image)
         freeze_unused(self.clip.visual, TowerRequest(dense=self.request.dense))
-        apply_text_rule(self.prompts.text, _RULES[finetune])
+        apply_text_rule(self.prompts.text, text)
 
 
 def guidance_upsampling(tower: Tower, taps: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
