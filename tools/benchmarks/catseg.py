@@ -150,8 +150,8 @@ def _rejection(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]
     what = f"the best {args.topk} classes of each position | all {args.classes}"
     counts = flops(ours) / 1e9, flops(other) / 1e9
     notes = (
-        f"{args.present} of the classes resemble some position; {kept[0]:.0%} of all are kept in some view, with "
-        "random weights."
+        f"{args.present} of the classes resemble some position; {kept[0]:.0%} of all are kept in some view, "
+        "with random weights."
     )
     yield Row("catseg/early_rejection_flops", *counts, "GFLOP", what=what, notes=notes)
     if not args.flops_only:
