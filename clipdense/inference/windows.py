@@ -68,7 +68,8 @@ def _windows_of(
 ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
     """Return the size of the windows of an image, and the first pixel of each."""
     size, (down, across) = _window_and_stride(image, window, stride, 1)
-    return size, list(product(*map(window_starts, image, size, (down, across))))
+    tops, lefts = window_starts(image[0], size[0], down), window_starts(image[1], size[1], across)
+    return size, list(product(tops, lefts))
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def class_map_loss(
         raise ValueError(
             f"ignored pixels must be one of {', '.join(get_args(IgnoredPixels))}, not {ignored!r}"
         )
-    total, count = logits.new_zeros((), dtype=torch.float32), 0
+    total, count = logits.new_zeros((), dtype=torch.float32), logits.new_zeros((), dtype=torch.long)
     for maps, target in zip(logits, labels, strict=True):
         maps = F.interpolate(maps[None], target.shape, mode="bilinear", align_corners=False)[0].float()
         known = target != ignore_label
@@ -47,4 +47,4 @@ def class_map_loss(
         else:
             count = count + maps.numel()
         total = total + loss.sum()
-    return total / (count.clamp(min=1) if isinstance(count, Tensor) else count)
+    return total / count.clamp(min=1)

@@ -73,9 +73,9 @@ class PromptEncoder:
 
     def tokens(self, vocabulary: Vocabulary) -> Tensor:
         """Tokenize the prompts of all N names that are used: (N, P, L)."""
-        key = vocabulary.synonyms
+        key = tuple(self._names(vocabulary))
         if key not in self._tokens:
-            names = [name for names in self._names(vocabulary) for name in names]
+            names = [name for names in key for name in names]
             ids = self.clip.tokenize([prompt for name in names for prompt in self.templates.fill(name)])
             self._tokens[key] = ids.unflatten(0, (len(names), len(self)))
             while len(self._tokens) > _CACHED_VOCABULARIES:

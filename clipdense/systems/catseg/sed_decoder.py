@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,8 @@ class SEDAggregator(nn.Module):
 
         x = in_chunks(lambda part: self.embed_cost(cost_volume(dense, part)), text, 1, chunk)
         rejection: list[Tensor] = []
-        for i, stage in enumerate(self.stages):
+        stages: Any = self.stages
+        for i, stage in enumerate(stages):
             scores = _map_head(self.rejection_heads[i], x.detach(), chunk)
             rejection.append(scatter_classes(scores, index, classes))
             if settings.rejection_topk:
@@ -162,7 +164,8 @@ class SEDAggregator(nn.Module):
         cost = cost_volume(dense, text).flatten(0, 1)
         for layer in self.cost_guidance[: i + 1]:
             cost = F.relu(layer(cost))
-        x = self.stages[i].upsample(x, guide, cost.unflatten(0, text.shape[:2]))
+        stage: Any = self.stages[i]
+        x = stage.upsample(x, guide, cost.unflatten(0, text.shape[:2]))
         return _map_head(self.head, x, 0) if last else x.contiguous()
 
 
