@@ -10,7 +10,14 @@ from torch import Tensor
 from clipdense.regions.fusion import calibrated_stacking
 from clipdense.regions.lazy_maps import LazyMaps
 
-__all__ = ["best_masks", "merge_class_maps", "semantic_labels", "semantic_map", "semantic_output", "top_labels"]
+__all__ = [
+    "best_masks",
+    "merge_class_maps",
+    "semantic_labels",
+    "semantic_map",
+    "semantic_output",
+    "top_labels",
+]
 
 _BUDGET = 2**25  # bytes of class maps that `semantic_labels` holds at a time
 
