@@ -167,16 +167,15 @@ def test_logits_of_a_class_do_not_depend_on_the_other_classes(config) -> None:
 
 def test_with_all_weight_on_clip_its_embedding_decides(config) -> None:
     """With all weight on CLIP, the class of a region is that of its CLIP embedding."""
-    model = build_model(
-        config("vit", "MODEL.FVLM.FUSION", "fvit", "MODEL.FVLM.ALPHA", 1.0, "MODEL.FVLM.BETA", 1.0)
-    )
+    keys = ["MODEL.FVLM.FUSION", "fvit", "MODEL.FVLM.ALPHA", 1.0, "MODEL.FVLM.BETA", 1.0]
+    model = build_model(config("vit", *keys, "MODEL.FVLM.CLIP_SCALE", 50.0))
     text, base = model.evaluation_classes()
     predictor = model.roi_heads.box_predictor
     q = predictor.clip_probabilities(3 * text + 0.01, text)
     scores = predictor.fuse(torch.randn(4, 5).softmax(1), q, base)
     assert scores[:, :-1].argmax(1).tolist() == [0, 1, 2, 3]
     rows = torch.cat([text, predictor.cls_score.background])
-    expected = (100 * F.normalize(3 * text + 0.01, dim=1) @ rows.T).softmax(1)
+    expected = (50 * F.normalize(3 * text + 0.01, dim=1) @ rows.T).softmax(1)
     torch.testing.assert_close(scores, expected)
 
 
@@ -273,7 +272,7 @@ def test_the_weights_hold_the_embeddings_of_the_training_classes(config, tmp_pat
     model = load_into(
         build_model(config("vit", "MODEL.FVLM.TEXT_SOURCE", "weights")), tmp_path / "trained.pth"
     )
-    assert torch.equal(detect(model)[0].scores, detect(trained)[0].scores)
+    torch.testing.assert_close(detect(model)[0].scores, detect(trained)[0].scores, rtol=0, atol=1e-6)
     for detector in (model, trained):
         detector.set_vocabulary(Vocabulary.parse("red ring, blue star"))
     torch.testing.assert_close(detect(model)[0].scores, detect(trained)[0].scores)

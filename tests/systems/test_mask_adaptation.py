@@ -236,7 +236,11 @@ def test_wrong_settings_are_refused() -> None:
             r"no effect .*set MODEL\.MASK_ADAPTED_CLIP\.MASK_PROMPTS",
         ),
         (("MODEL.TWO_STAGE.CROP.FILL", "zero"), r"no effect .*set MODEL\.MASK_ADAPTED_CLIP\.CROP"),
-        (("MODEL.CLIP.NAME", "shapes-rn", "MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH", 1), "mask prompts"),
+        (
+            ("MODEL.CLIP.NAME", "shapes-rn", "INPUT.MASK_PAIRS.SIZE", 128)
+            + ("MODEL.MASK_ADAPTED_CLIP.MASK_PROMPTS.DEPTH", 1),
+            "mask prompts",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             build_model(config(*settings))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clipdense.checkpoint import read_checkpoint
 from clipdense.clip import ClipModel, load_clip
 from clipdense.clip.nano import nano_path
-from clipdense.clip.towers import Tower
+from clipdense.data.shapes.pretraining.local_pool import localize_pool
 from clipdense.data.shapes.world import CLASSES, GROUNDS
 
 from detectron2.config import CfgNode, configurable
@@ -69,10 +69,10 @@ class ContrastiveCLIP(nn.Module):
         self.max_logit_scale = math.log(max_logit_scale)
         if init_logit_scale:
             torch.nn.init.constant_(clip.logit_scale, math.log(init_logit_scale))
-        if local_pool:
-            localize_pool(clip.visual)
         clip.text.requires_grad_(not locked_text)
         clip.visual.requires_grad_(not text_only)
+        if local_pool:
+            localize_pool(clip.visual)
         clip.visual.to(memory_format=torch.channels_last)  # faster convolutions
         self.register_buffer(
             "pixel_mean", torch.tensor(clip.pixel_mean).view(3, 1, 1) * 255, persistent=False
@@ -196,41 +196,6 @@ def _text_state(name: str, allow_pickle: bool) -> dict[str, Tensor]:
             f"MODEL.CONTRASTIVE_CLIP.LOCKED_TEXT: {name} has no text tower; name a CLIP with one"
         )
     return text.state_dict()
-
-
-@torch.no_grad()
-def localize_pool(visual: Tower, gain: float = 0.5, position_std: float = 1.5) -> None:
-    """Initialise a ResNet's attention pool with local attention.
-
-    Each position attends to its neighbourhood, and the mean token attends to all positions. Image-text
-    training does not train the queries of single positions. Their attention, and therefore the dense map in
-    "plain" mode, keeps its initial state.
-
-    With equal query and key projections, an attention logit is the inner product of two projected positions.
-    Large entries of the position table make it depend on location rather than content. The initial value
-    projection removes the position table.
-
-    Args:
-        visual: a ResNet tower with an attention pool; changed in place.
-        gain: factor of the weights of the query and key projections.
-        position_std: standard deviation of the entries of the position table. The row of the mean token is 0.
-
-    Raises:
-        ValueError: If the tower has no attention pool.
-    """
-    pool = getattr(visual, "attnpool", None)
-    if pool is None:
-        raise ValueError(
-            f"MODEL.CONTRASTIVE_CLIP.LOCAL_POOL is for ResNets with an attention pool, not for a "
-            f"{type(visual).__name__}; set it to False"
-        )
-    pool.q_proj.weight.mul_(gain)
-    pool.k_proj.load_state_dict(pool.q_proj.state_dict())
-    table = pool.positional_embedding
-    table.normal_(std=position_std)
-    table[0] = 0
-    basis = torch.linalg.qr(table[1:].T).Q  # (C, h * w), orthonormal columns
-    pool.v_proj.weight.sub_(pool.v_proj.weight @ basis @ basis.T)
 
 
 def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Tensor:
