@@ -51,7 +51,7 @@ test-detectron2: env
 # Damages 2,000 inputs and kills 60 jobs (about an hour on two cores); full disks need root. Results are kept in
 # output/reliability: called again after an interruption, it goes on where it was.
 test-reliability: env
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.reliability --markdown docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.reliability --jobs 2 --markdown docs/reliability.md
 
 lint: env
 	$(BIN)/ruff check

@@ -20,7 +20,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,8 +30,8 @@ from tests.conftest import ROOT
 from tests.reliability.inputs import KINDS
 from tests.reliability.interruptions import EVENTS
 from tests.reliability.kills import JOBS
-from tests.reliability.outcomes import VERDICTS, run_cases
-from tests.reliability.processes import warm_up
+from tests.reliability.outcomes import FAULTS, VERDICTS, run_cases
+from tests.reliability.processes import Job, warm_up
 from tests.reliability.records import Records, digest_sources
 from tests.reliability.world import World
 
@@ -63,10 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world, complete = _folder(args)
     os.environ["CLIPDENSE_CACHE"] = str(world.folder / "cache")
     warm_up()
+    kinds, jobs, events = ([name for name in names if name in chosen] for names in (KINDS, JOBS, EVENTS))
+    inputs = _shares({kind: KINDS[kind][1] for kind in kinds}, args.inputs)
+    kills = _shares({job: JOBS[job][1] for job in jobs}, args.kills)
+    parts: dict[str, Callable[[], None]] = {
+        **{kind: partial(damage_inputs, world, kind, inputs[kind], args.seed) for kind in kinds},
+        **{job: partial(kill_job, world, job, kills[job], args.seed) for job in jobs},
+        **{event: partial(cause_event, world, event) for event in events},
+    }
+    run_parts(world, parts, args.jobs)
     figures = Figures()
-    damage_inputs(world, figures, [name for name in KINDS if name in chosen], args.inputs, args.seed)
-    kill_jobs(world, figures, [name for name in JOBS if name in chosen], args.kills, args.seed)
-    cause_events(world, figures, [name for name in EVENTS if name in chosen])
+    figures.add_inputs(world, kinds)
+    figures.add_kills(world, jobs)
+    figures.add_events(world, events)
     complete.touch()
     if args.markdown:
         changed = [
@@ -89,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--inputs", type=int, default=2000, help="number of damaged inputs (default 2000)")
     parser.add_argument("--kills", type=int, default=60, help="number of kills (default 60)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="number of parts at the same time (default 1)")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -111,6 +123,58 @@ def _folder(args: argparse.Namespace) -> tuple[World, Path]:
     return World(folder), complete
 
 
+def _shares(weights: dict[str, float], number: int) -> dict[str, int]:
+    """Divide a number, rounding up."""
+    return {name: math.ceil(number * weight / sum(weights.values())) for name, weight in weights.items()}
+
+
+# ---- parts of a run: each adds to its records what they lack
+
+
+def run_parts(world: World, parts: dict[str, Callable[[], None]], number: int) -> None:
+    """Run the parts, a number of them at the same time, each in a process of its own."""
+    world.prepare()
+    waiting, running = dict(parts), dict[str, Job]()
+    while waiting or running:
+        while waiting and len(running) < number:
+            name = next(iter(waiting))
+            running[name] = Job(waiting.pop(name), world.folder / f"{_slug(name)}.log")
+        for name in [name for name, job in running.items() if job.has_ended()]:
+            ended = running.pop(name).wait()
+            if ended.code:
+                raise RuntimeError(f"{name}: exit status {ended.code}\n{ended.text[-3000:]}")
+            print(f"{name}: {ended.seconds:.0f} s", flush=True)
+        time.sleep(0.1)
+
+
+def damage_inputs(world: World, kind: str, number: int, seed: int) -> None:
+    """Use damaged inputs of a kind."""
+    cases, _, together = KINDS[kind]
+    log = world.folder / f"{_slug(kind)}_input.log"
+    run_cases(islice(cases(world, seed), number), _records(world, kind), log, together)
+
+
+def kill_job(world: World, job: str, number: int, seed: int) -> None:
+    """Kill a job, and let it end."""
+    records = _records(world, job)  # rows: kills, differences, seconds
+    done, start = sum(row[0] for row in records.rows), time.monotonic()
+    if number <= done:
+        return
+    for kills, notes in JOBS[job][0](world, number - done, random.Random(f"{seed} {done}")):
+        records.add([kills, notes, time.monotonic() - start])
+        start = time.monotonic()
+
+
+def cause_event(world: World, event: str) -> None:
+    """Interrupt tools, fill disks, or lose processes."""
+    records = _records(world, event)  # rows: case, what is wrong
+    if not records.rows:
+        records.add(*EVENTS[event](world))
+
+
+# ---- figures
+
+
 class Figures:
     """Tables of a run.
 
@@ -123,11 +187,46 @@ class Figures:
         self.lines: list[str] = []
         self.faults = 0
 
-    def head(self, *cells: str) -> None:
-        """Begin a table."""
-        self.lines += [""] * bool(self.lines) + [_row(*cells), _row(*["---"] * len(cells))]
+    def add_inputs(self, world: World, kinds: list[str]) -> None:
+        """Add the table of damaged inputs."""
+        self._head(kinds, "inputs", "number", *VERDICTS)
+        total = Counter[str]()
+        for kind in kinds:
+            rows = _records(world, kind).rows
+            counts = Counter(row["verdict"] for row in rows)
+            failed = [row for row in rows if row["verdict"] in FAULTS]
+            self._add(
+                kind,
+                len(rows),
+                *(counts[verdict] for verdict in VERDICTS),
+                faults=len(failed),
+                details=(f"{row['verdict']}: {row['name']}: {row['message']}" for row in failed),
+            )
+            total += counts
+        if len(kinds) > 1:
+            self._add("all", total.total(), *(total[verdict] for verdict in VERDICTS))
 
-    def add(self, *cells: object, faults: int = 0, details: Iterable[str] = ()) -> None:
+    def add_kills(self, world: World, jobs: list[str]) -> None:
+        """Add the table of killed jobs."""
+        self._head(jobs, "job", "kills", "different", "seconds")
+        for job in jobs:
+            rows = _records(world, job).rows
+            different = ["; ".join(row[1]) for row in rows if row[1]]
+            kills, seconds = (sum(row[i] for row in rows) for i in (0, 2))
+            self._add(job, kills, len(different), round(seconds), faults=len(different), details=different)
+
+    def add_events(self, world: World, events: list[str]) -> None:
+        """Add the table of events."""
+        self._head(events, "event", "case", "result")
+        for event in events:
+            for case, notes in _records(world, event).rows:
+                self._add(event, case, ", ".join(notes) or "as expected", faults=bool(notes))
+
+    def _head(self, names: list[str], *cells: str) -> None:
+        if names:
+            self.lines += [""] * bool(self.lines) + [_row(*cells), _row(*["---"] * len(cells))]
+
+    def _add(self, *cells: object, faults: int = 0, details: Iterable[str] = ()) -> None:
         """Add a row to the last table, and print it with details."""
         self.lines.append(_row(*cells))
         self.faults += faults
@@ -136,57 +235,12 @@ class Figures:
             print(f"    {detail[:300]}", flush=True)
 
 
-def damage_inputs(world: World, figures: Figures, kinds: list[str], number: int, seed: int) -> None:
-    """Use damaged inputs of each kind."""
-    if kinds:
-        figures.head("inputs", "number", *VERDICTS)
-    weights = sum(KINDS[kind][1] for kind in kinds)
-    for kind in kinds:
-        cases, weight, together = KINDS[kind]
-        part = islice(cases(world, seed), math.ceil(number * weight / weights))
-        counts, failed = run_cases(part, _records(world, kind), world.folder / "input.log", together)
-        figures.add(
-            kind,
-            counts.total(),
-            *(counts[verdict] for verdict in VERDICTS),
-            faults=len(failed),
-            details=(f"{o.verdict}: {o.name}: {o.message}" for o in failed),
-        )
-
-
-def kill_jobs(world: World, figures: Figures, jobs: list[str], number: int, seed: int) -> None:
-    """Kill each job, and let it end."""
-    if jobs:
-        figures.head("job", "kills", "different", "seconds")
-    weights = sum(JOBS[job][1] for job in jobs)
-    for job in jobs:
-        kill, weight = JOBS[job]
-        records = _records(world, job)  # rows: kills, differences, seconds
-        done = sum(row[0] for row in records.rows)
-        left, start = math.ceil(number * weight / weights) - done, time.monotonic()
-        for kills, notes in kill(world, left, random.Random(f"{seed} {done}")) if left > 0 else ():
-            records.add([kills, notes, time.monotonic() - start])
-            start = time.monotonic()
-        different = ["; ".join(row[1]) for row in records.rows if row[1]]
-        kills, seconds = (sum(row[i] for row in records.rows) for i in (0, 2))
-        figures.add(job, kills, len(different), round(seconds), faults=len(different), details=different)
-
-
-def cause_events(world: World, figures: Figures, events: list[str]) -> None:
-    """Interrupt tools, fill disks and lose processes."""
-    if events:
-        figures.head("event", "case", "result")
-    for event in events:
-        records = _records(world, event)
-        if not records.rows:
-            records.add(*EVENTS[event](world))
-        for case, notes in records.rows:
-            result = ", ".join(notes) or "as expected"
-            figures.add(event, case, result, faults=bool(notes))
+def _slug(name: str) -> str:
+    return re.sub("[^a-zA-Z-]+", "_", name)
 
 
 def _records(world: World, name: str) -> Records:
-    return Records(world.folder / f"{re.sub('[^a-zA-Z-]+', '_', name)}.jsonl")
+    return Records(world.folder / f"{_slug(name)}.jsonl")
 
 
 def _row(*cells: object) -> str:

@@ -5,7 +5,6 @@ import os
 import select
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,9 +150,7 @@ def _place(error: BaseException) -> str:
     return place
 
 
-def run_cases(
-    cases: Iterable[Case], records: Records, log: Path, together: int = 1
-) -> tuple[Counter[str], list[Outcome]]:
+def run_cases(cases: Iterable[Case], records: Records, log: Path, together: int = 1) -> None:
     """Run cases one after the other, except those whose outcome is recorded.
 
     Args:
@@ -161,16 +158,11 @@ def run_cases(
         records: gets a row per case.
         log: file for the output of a case.
         together: number of cases that share a process.
-
-    Returns:
-        Number of cases per verdict, and the outcomes that are faults.
     """
     pending = iter(cases)
-    outcomes = [Outcome(**row) for row in records.rows]
-    names = [case.name for case in islice(pending, len(outcomes))]
-    assert names == [o.name for o in outcomes][: len(names)], f"{records.path} is of other cases; delete it"
+    names = [case.name for case in islice(pending, len(records.rows))]
+    recorded = [row["name"] for row in records.rows[: len(names)]]
+    assert names == recorded, f"{records.path} is of other cases; delete it"
     while group := list(islice(pending, together)):
         for outcome in run_together(group, log):
-            outcomes.append(outcome)
             records.add(vars(outcome))
-    return Counter(o.verdict for o in outcomes), [o for o in outcomes if o.verdict in FAULTS]

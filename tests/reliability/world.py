@@ -42,6 +42,12 @@ class World:
             (root / "shapes/lvis_val").symlink_to(root / "lvis_val")
         return root
 
+    def prepare(self) -> None:
+        """Make what several parts of a run share."""
+        for root in (self.shapes4, self.shapes24, self.lvis8):
+            assert root.exists()
+        self.mining_words(self.folder / "mining")
+
     @property
     def log(self) -> Path:
         """Log of the jobs."""
