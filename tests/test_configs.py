@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.build import build_model
 from clipdense.engine.optimizer import ParamRule
 from clipdense.run.setup import load_config
@@ -28,8 +29,9 @@ DETECTORS = [
     name.removeprefix("configs/")
     for name in CONFIGS
     if name.startswith("configs/")
-    and not Path(name).name.startswith(("adapt_", "clip_", "clipself_", "prompt_", "segclip_"))
+    and not Path(name).name.startswith(("adapt_", "clip_", "clipself_", "prompt_", "segclip_", "zero_shot_"))
 ]
+UNTRAINED = [name for name in CONFIGS if Path(name).name.startswith("zero_shot_")]
 PROJECTS = [name for name in CONFIGS if name.startswith("projects/")]
 
 
@@ -112,3 +114,17 @@ def test_takes_a_step(
     assert unused == []
     with torch.no_grad():
         assert {"instances", "panoptic_seg", "sem_seg"} & set(model.eval()([image])[0])
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_predicts_without_training(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPDENSE_CACHE", str(tmp_path))
+    cfg = load_config(str(REPOSITORY / name), ["MODEL.CLIP.PRETRAINED", "random"])
+    assert Path(cfg.OUTPUT_DIR) == Path("output", name.removeprefix("configs/")).with_suffix("")
+    model = build_model(cfg).eval()
+    model.set_vocabulary(Vocabulary.from_names(["red star", "sand", "grass"]))
+    image = {"image": torch.randint(0, 255, (3, 128, 160), dtype=torch.uint8), "height": 64, "width": 80}
+    (output,) = model([image])
+    assert output["sem_seg"].shape == (3, 64, 80)
+    torch.testing.assert_close(output["sem_seg"].sum(0), torch.ones(64, 80))
+    assert torch.equal(output["sem_seg_labels"], output["sem_seg"].argmax(0))

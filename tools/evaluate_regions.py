@@ -101,7 +101,8 @@ Row = dict[str, Any]
 def dense_views(clip: ClipModel, arguments: argparse.Namespace) -> list[DenseView]:
     modes = arguments.modes or [best_dense_mode(clip.visual)]
     if modes == ["all"]:  # methods share modes: keep one name of each
-        names = {get_mode(mode): mode for mode in reversed(clip.visual.dense_modes)}
+        unguided = [mode for mode in clip.visual.dense_modes if not get_mode(mode).guidance]
+        names = {get_mode(mode): mode for mode in reversed(unguided)}
         modes = list(names.values())[::-1]
     return [
         DenseView(mode, size, antialias)

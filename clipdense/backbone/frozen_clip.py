@@ -77,7 +77,7 @@ class FrozenCLIPTrunk(CLIPTrunk):
                 raise ValueError(
                     f"MODEL.FROZEN_CLIP.BLOCKS {unknown}: blocks are 0..{max(self.tower.tap_channels)}"
                 )
-            if joint == POOLING and self.tower.dense_modes:
+            if joint == POOLING and not self.tower.pools_regions:
                 raise self.tower.cannot("region embeddings", "set MODEL.FROZEN_CLIP.JOINT to a dense mode")
         elif blocks or last_block != "plain":
             raise ValueError(

@@ -1,7 +1,7 @@
 """Position tables and RoPE for any grid: every published rule is one named function.
 
-A table is (P + S_h * S_w, C): P prefix rows (class token, mean token) and a row-major grid. No rule
-antialiases. The resizing of open_clip and timm does, which changes every position even when it enlarges.
+A table is (P + S_h * S_w, C): P prefix rows (class token, mean token) and a row-major grid. Only
+"bicubic_antialias" antialiases, as open_clip and timm do, which changes every position even when it enlarges.
 """
 
 from __future__ import annotations
@@ -45,7 +45,33 @@ def crop(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
     return torch.cat([table[:prefix], body.flatten(0, 1)])
 
 
-POSITION_RULES: dict[str, PositionRule] = {"bicubic": bicubic, "bilinear": bilinear, "crop": crop}
+def bicubic_antialias(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
+    """Resize bicubically with antialiasing, prefix rows copied (open_clip, timm, DINOv2; GEM)."""
+    return _interpolate(table, old, new, prefix, "bicubic", antialias=True)
+
+
+def dino_scale(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
+    """Resize bicubically by the scale factors (new + 0.1) / old, which also place the samples.
+
+    A grid with as many patches as the table, whatever its shape, takes the table as it is. The rule of DINO
+    (Caron et al., ICCV 2021), which the released code of SCLIP, ClearCLIP, NACLIP, ProxyCLIP, Trident,
+    CorrCLIP, ResCLIP, SC-CLIP and SFP applies to CLIP.
+    """
+    if new[0] * new[1] == old[0] * old[1]:
+        return table
+    body = table[prefix:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+    scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
+    body = F.interpolate(body.float(), scale_factor=scale, mode="bicubic", align_corners=False)
+    return torch.cat([table[:prefix], body[0].flatten(1).T.to(table.dtype)])
+
+
+POSITION_RULES: dict[str, PositionRule] = {
+    "bicubic": bicubic,
+    "bicubic_antialias": bicubic_antialias,
+    "bilinear": bilinear,
+    "crop": crop,
+    "dino_scale": dino_scale,
+}
 
 
 def resize_table(table: Tensor, old: Grid, new: Grid, rule: str, prefix: int = 1) -> Tensor:
@@ -140,7 +166,9 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + turned * sin).to(x.dtype)
 
 
-def _interpolate(table: Tensor, old: Grid, new: Grid, prefix: int, mode: str) -> Tensor:
+def _interpolate(
+    table: Tensor, old: Grid, new: Grid, prefix: int, mode: str, antialias: bool = False
+) -> Tensor:
     body = table[prefix:].reshape(1, *old, -1).permute(0, 3, 1, 2)
-    body = F.interpolate(body.float(), size=new, mode=mode, align_corners=False, antialias=False)
+    body = F.interpolate(body.float(), size=new, mode=mode, align_corners=False, antialias=antialias)
     return torch.cat([table[:prefix], body[0].flatten(1).T.to(table.dtype)])

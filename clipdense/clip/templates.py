@@ -32,11 +32,22 @@ def _vild(name: str) -> str:
     return " ".join(_spaces(name).replace("/", " or ").lower().rstrip(".").split())
 
 
+def _words(name: str) -> str:
+    """SigLIP's cleaning, as RADIO does it: underscores are spaces, no punctuation, lower case."""
+    letters = "".join(c if c.isalnum() or c.isspace() else "" for c in name.replace("_", " "))
+    return " ".join(letters.lower().split())
+
+
 def _verbatim(name: str) -> str:
     return name.strip()
 
 
-NAME_RULES: dict[str, Callable[[str], str]] = {"spaces": _spaces, "vild": _vild, "verbatim": _verbatim}
+NAME_RULES: dict[str, Callable[[str], str]] = {
+    "spaces": _spaces,
+    "vild": _vild,
+    "words": _words,
+    "verbatim": _verbatim,
+}
 
 
 @dataclass(frozen=True)
@@ -338,6 +349,16 @@ _MASKCLIP_5 = (
     "this is one {} in the scene.",
 )
 
+_SUB_IMAGENET_7 = (
+    "itap of a {}.",
+    "a bad photo of a {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
 TEMPLATE_SETS: dict[str, TemplateSet] = {
     s.name: s
     for s in (
@@ -345,6 +366,8 @@ TEMPLATE_SETS: dict[str, TemplateSet] = {
         TemplateSet("single", ("a photo of a {}.",), "CLIP, section 3.1.4"),
         TemplateSet("single_scene", ("A photo of a {} in the scene",), "CAT-Seg; ZegFormer's evaluation"),
         TemplateSet("clip_80", _CLIP_80, "CLIP's ImageNet prompts"),
+        TemplateSet("siglip_80", _CLIP_80, "CLIP's 80 with SigLIP's cleaning of names", names="words"),
+        TemplateSet("sub_imagenet_7", _SUB_IMAGENET_7, "Talk2DINO ('sub_imagenet_template')"),
         TemplateSet("vild_63", _VILD_63, "ViLD; CLIPSelf and F-ViT text tables", names="vild", this_is=True),
         TemplateSet("ovseg_14", _OVSEG_14, "OVSeg ('vild'); FC-CLIP", names="verbatim"),
         TemplateSet("maskclip_85", _CLIP_80 + _MASKCLIP_5, "MaskCLIP: CLIP's 80 and five of ViLD's kind"),

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cut_windows", "fold_windows", "slide_windows", "window_starts"]
+__all__ = [
+    "centred_padding",
+    "cut_windows",
+    "fold_windows",
+    "map_windows",
+    "merge_windows",
+    "pad_windows",
+    "slide_windows",
+    "window_starts",
+]
 
 DenseFunction = Callable[[Tensor], Tensor]
 """From images (n, C, h, w) to maps (n, K, h', w')."""
@@ -72,6 +81,39 @@ def _windows_of(
     return size, list(product(tops, lefts))
 
 
+def centred_padding(size: tuple[int, int], multiple: int) -> tuple[int, int, int, int]:
+    """Return the padding (left, right, top, bottom) that makes both sides multiples of a number.
+
+    The smaller half of an odd padding is left or top.
+    """
+    down, across = -size[0] % multiple, -size[1] % multiple
+    return across // 2, across - across // 2, down // 2, down - down // 2
+
+
+def pad_windows(function: DenseFunction, crops: Tensor, multiple: int) -> Tensor:
+    """Apply a function to windows that are padded with zeros around, and cut the padding off its maps.
+
+    Args:
+        function: From windows to maps.
+        crops: (n, C, h, w).
+        multiple: The padded sides are multiples of it; 0 or 1 pads nothing.
+
+    Returns:
+        (n, K, h, w), resized bilinearly to the padded window and cut; the function's maps if nothing is
+        padded.
+
+    Source: ClearCLIP and ProxyCLIP (Lan et al., ECCV 2024), released code.
+    """
+    height, width = crops.shape[-2:]
+    padding = centred_padding((height, width), multiple) if multiple > 1 else (0, 0, 0, 0)
+    if not any(padding):
+        return function(crops)
+    padded = F.pad(crops, padding)
+    maps = F.interpolate(function(padded), padded.shape[-2:], mode="bilinear", align_corners=False)
+    left, _, top, _ = padding
+    return maps[..., top : top + height, left : left + width]
+
+
 @torch.no_grad()
 def slide_windows(
     function: DenseFunction,
@@ -127,6 +169,77 @@ def slide_windows(
             if b == 0:
                 count[rows, columns] += 1
     return total.div_(count)
+
+
+@torch.no_grad()
+def map_windows(
+    function: DenseFunction,
+    images: Tensor,
+    window: int,
+    stride: int,
+    *,
+    multiple: int = 0,
+    batch_size: int = 16,
+) -> Tensor:
+    """Apply a function to the windows of one image and keep its maps as they are.
+
+    Args:
+        function: From windows (n, C, h, w) to maps (n, K, h', w').
+        images: (1, C, H, W).
+        window: Side of a window in pixels; 0: the whole image is the only window.
+        stride: Distance of neighbouring windows in pixels.
+        multiple: Windows are padded to multiples of it with zeros around; 0 pads nothing.
+        batch_size: Windows per call of the function.
+
+    Returns:
+        (n, K, h', w') for all windows, rows outer; `merge_windows` puts them together.
+    """
+    size, starts = _windows((images.shape[2], images.shape[3]), window, stride)
+    padding = centred_padding(size, multiple) if multiple > 1 else (0, 0, 0, 0)
+    maps = []
+    for i in range(0, len(starts), batch_size):
+        part = starts[i : i + batch_size]
+        crops = torch.cat([images[..., y : y + size[0], x : x + size[1]] for y, x in part])
+        maps.append(function(F.pad(crops, padding)))
+    return torch.cat(maps)
+
+
+def merge_windows(
+    maps: Tensor, size: tuple[int, int], window: int, stride: int, *, multiple: int = 0
+) -> Tensor:
+    """Put the maps of `map_windows` together: each is resized to its window, and overlaps are averaged.
+
+    Args:
+        maps: (n, K, h, w), of all or some of the channels.
+        size: Height and width of the image.
+        window: See `map_windows`.
+        stride: See `map_windows`.
+        multiple: See `map_windows`; the padding is cut off.
+
+    Returns:
+        (K, H, W).
+    """
+    remaining = iter(maps)
+
+    def take(crops: Tensor) -> Tensor:
+        return torch.stack([next(remaining) for _ in crops])
+
+    return slide_windows(
+        lambda crops: pad_windows(take, crops, multiple),
+        maps.new_zeros(1, 1, *size),
+        window or max(size),
+        stride if window else max(size),
+        batch_size=1,
+    )[0]
+
+
+def _windows(
+    image: tuple[int, int], window: int, stride: int
+) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Return the size of the windows, and their first pixels, rows outer."""
+    if not window:
+        return image, [(0, 0)]
+    return _windows_of(image, window, stride)
 
 
 def _window_and_stride(

@@ -9,6 +9,7 @@ from clipdense.open_vocabulary.metadata import (
 from clipdense.open_vocabulary.model import OpenVocabularyModel, TextEmbeddings, require_open_vocabulary
 from clipdense.open_vocabulary.protocols import (
     CheckpointMetadata,
+    CompleteWithoutWeights,
     LoadHook,
     Proposals,
     TrainingStart,
@@ -17,6 +18,7 @@ from clipdense.open_vocabulary.protocols import (
 __all__ = [
     "TRAINING_VOCABULARY",
     "CheckpointMetadata",
+    "CompleteWithoutWeights",
     "LoadHook",
     "OpenVocabularyModel",
     "Proposals",

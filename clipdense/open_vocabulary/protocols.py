@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "CheckpointMetadata",
+    "CompleteWithoutWeights",
     "LoadHook",
     "Proposals",
     "TrainingStart",
@@ -37,6 +38,17 @@ class Proposals(Protocol):
             (Q, height, width) bool; masks may be empty and may overlap.
         """
         ...
+
+
+@runtime_checkable
+class CompleteWithoutWeights(Protocol):
+    """Meta-architecture that can predict without ``MODEL.WEIGHTS``: its parts bring all their weights.
+
+    Attributes:
+        complete_without_weights: always True.
+    """
+
+    complete_without_weights: bool
 
 
 @runtime_checkable

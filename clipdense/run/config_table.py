@@ -34,6 +34,7 @@ from clipdense.run.config_checks import (
     text,
     whole,
 )
+from clipdense.run.config_zero_shot import ZERO_SHOT
 from clipdense.systems.catseg.loss import IgnoredPixels
 from clipdense.systems.catseg.meta_arch import FineTune
 from clipdense.systems.denseclip.loss import SOURCES, Average
@@ -75,6 +76,8 @@ _OPTIONAL_TEMPLATES = either(choice(""), _TEMPLATES)
 _RANGE = items(_ABOVE_0, length=2)
 _RULES = choice("detectron2", "mmdetection")
 _OPTIONAL_RULES = choice("", "detectron2", "mmdetection")
+# Modes that take a guidance tensor need code that makes one.
+_MODES = [name for name, mode in MODES.items() if not mode.guidance]
 
 
 def _entries(registry: Iterable[tuple[str, Any]], *others: str) -> Check:
@@ -181,7 +184,7 @@ _EVALUATION: dict[str, Check] = {
     "TEST.MAX_DETS": _COUNT,
     "TEST.MAX_DENSE_CLASSES": _COUNT,
     "TEST.SEMANTIC.ALLOWED_PAIRS": _NAMES,
-    "TEST.DENSE_REGIONS.MODE": choice("", *MODES),
+    "TEST.DENSE_REGIONS.MODE": choice("", *_MODES),
     "TEST.DENSE_REGIONS.IMAGE_SIZE": _COUNT,
     "TEST.DENSE_REGIONS.TEMPLATES": _TEMPLATES,
     "TEST.MASK_CLASSIFICATION.TEMPLATES": _TEMPLATES,
@@ -302,8 +305,8 @@ _CLIP: dict[str, Check] = {
     "MODEL.SIMPLE_PYRAMID.SCALE_FACTORS": items(_ABOVE_0, least=1),
     "MODEL.SIMPLE_PYRAMID.NORM": _NORM,
     "MODEL.FROZEN_CLIP.BLOCKS": items(_COUNT),
-    "MODEL.FROZEN_CLIP.LAST_BLOCK": choice(*MODES),
-    "MODEL.FROZEN_CLIP.JOINT": choice("pooling", *MODES),
+    "MODEL.FROZEN_CLIP.LAST_BLOCK": choice(*_MODES),
+    "MODEL.FROZEN_CLIP.JOINT": choice("pooling", *_MODES),
     "MODEL.INTERPOLATED.SCALE_FACTORS": items(_ABOVE_0, least=1),
     "MODEL.INTERPOLATED.NORM": _NORM,
     "MODEL.LANGUAGE.TRUNK": _entries(BACKBONE_REGISTRY),
@@ -378,7 +381,7 @@ _CROP: dict[str, Check] = {
 
 _SYSTEMS: dict[str, Check] = {
     "MODEL.CAT_SEG.RESOLUTION": _POSITIVE,
-    "MODEL.CAT_SEG.DENSE": choice(*MODES),
+    "MODEL.CAT_SEG.DENSE": choice(*_MODES),
     "MODEL.CAT_SEG.GUIDANCE": items(_COUNT, length=(2, 3)),
     "MODEL.CAT_SEG.GUIDANCE_DIMS": items(_POSITIVE, length=2),
     "MODEL.CAT_SEG.DECODER_GUIDANCE_DIMS": items(_POSITIVE, length=(2, 3)),
@@ -404,7 +407,7 @@ _SYSTEMS: dict[str, Check] = {
     "MODEL.CAT_SEG.TEST.WINDOWS.STRIDE": _POSITIVE,
     "MODEL.CAT_SEG.TEST.VIEWS_PER_FORWARD": _POSITIVE,
     "MODEL.CAT_SEG.TEST.MAX_MAPS": _COUNT,
-    "MODEL.CLIPSELF.MODE": choice(*MODES),
+    "MODEL.CLIPSELF.MODE": choice(*_MODES),
     "MODEL.CLIPSELF.UNLOCKED_GROUPS": whole(-1),
     "MODEL.CLIPSELF.ALPHA": _AT_LEAST_0,
     "MODEL.CLIPSELF.WEIGHT": _AT_LEAST_0,
@@ -488,6 +491,7 @@ CHECKS: dict[str, Check] = {
     **{f"MODEL.MASK_FORMER.{key}": check for key, check in _MASK_FORMER.items()},
     **{f"MODEL.TWO_STAGE.{key}": check for key, check in _CROP.items()},
     **{f"MODEL.MASK_ADAPTED_CLIP.{key}": check for key, check in _CROP.items()},
+    **{f"MODEL.ZERO_SHOT.{key}": check for key, check in ZERO_SHOT.items()},
     **_SYSTEMS,
 }
 """Full name of a key -> the check of its value."""

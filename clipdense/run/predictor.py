@@ -26,7 +26,11 @@ from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.denormals import flush_denormals
 from clipdense.engine.options import ConfigError
 from clipdense.engine.run_config import RunConfig, run_config
-from clipdense.open_vocabulary import OpenVocabularyModel, require_open_vocabulary
+from clipdense.open_vocabulary import (
+    CompleteWithoutWeights,
+    OpenVocabularyModel,
+    require_open_vocabulary,
+)
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.keys import config_keys, config_value
 from clipdense.run.memory import describe_out_of_memory, is_out_of_memory
@@ -80,7 +84,7 @@ class Predictor:
             config object, which is not changed, or the result of `clipdense.run.setup.read_config`. The keys
             of a bare config object that differ from their defaults count as set by the user.
         weights: weight file; default ``MODEL.WEIGHTS`` (``train.init_checkpoint``). The config keys that it
-            needs are set unless the user has set them.
+            needs are set unless the user has set them. A model that is `CompleteWithoutWeights` needs none.
         opts: overrides: KEY VALUE pairs, or ``key=value`` for a LazyConfig.
         device: default: the device of the config, or the CPU if that is a GPU and none is available.
         score_threshold: instances with a lower score are removed, 0..1; None keeps the model's threshold.
@@ -120,7 +124,7 @@ class Predictor:
         run = run_config(self.cfg)
         _prepare(run, loaded, device, output)
         options = run.options()
-        if not options.weights:
+        if not options.weights and not isinstance(_architecture(run), CompleteWithoutWeights):
             raise ConfigError(
                 "no trained weights are named: give e.g. MODEL.WEIGHTS output/demo/model_final.pth (in a "
                 "LazyConfig train.init_checkpoint=...)"
@@ -341,14 +345,19 @@ def _load(config: Any, weights: str | os.PathLike[str] | None, opts: list[str]) 
 def _prepare(run: RunConfig, loaded: LoadedConfig, device: str | None, output: str | None) -> None:
     """Set the device and the output, and check the classes of the datasets against those of the weights."""
     run.device = device or available_device(run.device)
-    name = config_value(run.cfg, "MODEL.META_ARCHITECTURE")
-    architecture = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    architecture = _architecture(run)
     if isinstance(architecture, SwitchableOutputs) and output and output in architecture.output_keys:
         run.cfg.merge_from_list([architecture.output_keys[output], True])
     run.freeze()
     with suppress(FileNotFoundError):  # own data are only needed for their class names, if at all
         run.register_datasets()
     check_weight_classes(run, loaded.weights)
+
+
+def _architecture(run: RunConfig) -> Any:
+    """Return the class of the meta-architecture; None for a LazyConfig."""
+    name = config_value(run.cfg, "MODEL.META_ARCHITECTURE")
+    return META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
 
 
 def _append(vocabulary: Vocabulary, background: VocabularyLike) -> Vocabulary:

@@ -8,6 +8,7 @@ from clipdense.systems.mask_adaptation import add_adaptation_config
 from clipdense.systems.prompting import add_prompting_config
 from clipdense.systems.segclip import add_segclip_config
 from clipdense.systems.text_rcnn import add_text_rcnn_config
+from clipdense.systems.training_free import add_training_free_config
 from clipdense.systems.two_stage import add_two_stage_config
 
 from detectron2.config import CfgNode as CN
@@ -24,3 +25,4 @@ def add_systems_config(cfg: CN) -> None:
     add_adaptation_config(cfg)
     add_prompting_config(cfg)
     add_segclip_config(cfg)
+    add_training_free_config(cfg)

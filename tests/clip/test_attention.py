@@ -125,7 +125,7 @@ def test_new_mode(mode_table, tower):
         return stream
 
     images = torch.randn(1, 3, 64, 64)
-    assert tower.dense_modes == ("plain", "value", "clipself", "maskclip", "catseg", "_")
+    assert {"plain", "value", "clipself", "maskclip", "catseg", "_"} <= set(tower.dense_modes)
     dense = tower(images, TowerRequest(dense="_")).dense
     before = tower(images, TowerRequest(taps=(2,))).taps[0][0]
     projected = tower.project(tower.norm_tokens(before.flatten(2).transpose(1, 2)))

@@ -53,6 +53,7 @@ def test_names_are_cleaned_as_the_set_says():
     assert TEMPLATE_SETS["single"].fill("bow_(weapon) ") == ["a photo of a bow (weapon)."]
     assert TEMPLATE_SETS["ovseg_14"].clean(" road_sign, route ") == "road_sign, route"
     assert TEMPLATE_SETS["vild_63"].clean("St. Bernard.") == "st. bernard"
+    assert TEMPLATE_SETS["siglip_80"].clean("St._Bernard, (dog)") == "st bernard dog"
     assert TemplateSet("x", ("{article} {}",)).fill("{article}") == [
         "a {article}"
     ]  # a name is never a template

@@ -55,7 +55,7 @@ def test_taps_equal_open_clip(family):
 @torch.no_grad()
 def test_any_size(family):
     _, tower = tower_pair(family)
-    dense = tower.dense_modes[-1] if tower.dense_modes else None
+    dense = tower.dense_modes[:2][-1] if tower.dense_modes else None
     want = TowerRequest(tuple(tower.tap_channels), pre=True, dense=dense, keys=tower.has_keys, pooled=True)
     for size in ((64, 64), (101, 67), (33, 150), (160, 96)):
         out = tower(random_images(tower, size), want)
@@ -74,7 +74,7 @@ def test_any_size(family):
 def test_one_forward_equals_separate_ones(family):
     _, tower = tower_pair(family)
     images = random_images(tower, (80, 112))
-    dense = tower.dense_modes[-1] if tower.dense_modes else None
+    dense = tower.dense_modes[:2][-1] if tower.dense_modes else None
     together = tower(images, TowerRequest((max(tower.tap_channels),), True, dense, tower.has_keys, True))
     torch.testing.assert_close(together.pooled, tower(images).pooled)
     torch.testing.assert_close(together.pre, tower(images, TowerRequest(pre=True, dense=dense)).pre)
@@ -290,10 +290,32 @@ def test_regions_of_attention_pooling_heads(name):
     torch.testing.assert_close(everything, boxes[:, None].expand(2, 2, -1), atol=2e-5, rtol=1e-4)
     if name == "siglip":  # no class token: pooling every patch is the image embedding
         torch.testing.assert_close(boxes, visual(images), atol=2e-5, rtol=1e-4)
-    with pytest.raises(
-        ValueError, match="TimmViTTower cannot give dense 'plain': its attention-pooling head"
-    ):
-        tower(images, TowerRequest(dense="plain"))
+
+
+@pytest.mark.parametrize("name", ["siglip", "pe"])
+@torch.no_grad()
+def test_attention_pooling_heads_on_every_patch(name):
+    """A patch that is pooled alone is its value; a query that is a patch's own is an attention over all."""
+    _, tower = tower_pair(name)
+    images = random_images(tower)
+    assert tower.dense_modes == ("plain", "value", "clipself", "maskclip")
+    out = tower(images, TowerRequest(pre=True, dense="value"))
+    one = torch.zeros(2, 1, 4, 4)
+    one[:, 0, 1, 2] = 1
+    alone = tower.embed_regions(out.pre, masks=one)[:, 0]
+    torch.testing.assert_close(out.dense[:, :, 1, 2], alone, atol=2e-5, rtol=1e-4)
+    plain = tower(images, TowerRequest(dense="plain")).dense
+    pool, u = tower.trunk.attn_pool, out.pre.flatten(2).transpose(1, 2)
+    latent = pool.latent.data.clone()
+    for i in (0, 7):
+        for b in range(len(u)):
+            pool.latent.data.copy_(u[b : b + 1, i : i + 1])
+            expected = tower.project(pool(u[b : b + 1]))[0]
+            torch.testing.assert_close(plain.flatten(2)[b, :, i], expected, atol=2e-5, rtol=1e-4)
+    pool.latent.data.copy_(latent)
+    assert not torch.allclose(plain, out.dense, atol=1e-2)
+    with pytest.raises(ValueError, match="cannot give dense 'sclip': its modes are plain, value"):
+        tower(images, TowerRequest(dense="sclip"))
 
 
 def test_what_a_tower_cannot_give_is_an_error():

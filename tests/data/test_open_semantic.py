@@ -95,6 +95,11 @@ def test_coco_stuff(prepare: Run, registered: None, tmp_path: Path, cfg: CfgNode
             "",
         ]
         assert MetadataCatalog.get(name).get("novel_classes", []) == novel
+    (record,) = DatasetCatalog.get("coco_object_sem_seg_val")
+    objects = read_labels(record["sem_seg_file_name"])[0, ::5].tolist()
+    assert objects == [1 + COCO_STUFF.index(n) if n in names[:3] else 0 for n in (*names, "", "")]
+    classes = MetadataCatalog.get("coco_object_sem_seg_val").stuff_classes
+    assert [classes[i] for i in objects[:4]] == [*names[:3], "background"]
     vocabulary = Vocabulary.from_metadata(MetadataCatalog.get("ovcoco_stuff_2017_val"))
     assert vocabulary.base is not None and sum(vocabulary.base) == 156
     cfg.DATASETS.TRAIN, cfg.SOLVER.IMS_PER_BATCH = ("ovcoco_stuff_2017_train",), 1

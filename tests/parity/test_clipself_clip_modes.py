@@ -12,6 +12,7 @@ from torch import Tensor
 from clipdense.clip import ClipModel, TowerRequest, load_clip
 from clipdense.clip.attention import TokenStream, get_mode
 from clipdense.clip.towers.base import to_map
+from tests.helpers.maskclip_files import check, refinements
 
 
 def _catseg(golden, folder: Path) -> ClipModel:
@@ -69,8 +70,6 @@ _MASKCLIP_NAMES = (
     ("ln0.", "ln_pre."),
     ("ln1.", "ln_post."),
 )
-# Refinements of the logits, which are MaskCLIP's own and not a mode's.
-_REFINED = ("denoised", "key_smooth")
 
 
 def _maskclip(golden, folder: Path, quick_gelu: bool) -> ClipModel:
@@ -129,20 +128,13 @@ def test_maskclip(golden, tmp_path):
             "final_map": tower(padded, TowerRequest(pre=True)).pre,
             "value_map": out.pre,
             "feat": out.dense,
-            "logits": logits,
-            "max_class_probability": (100 * logits).softmax(1).amax((2, 3)),
-            "logits_full_size_first_image": F.interpolate(logits[:1], (h, w), mode="bilinear"),
         }
         results.update({f"image_{i}.{name}": value for name, value in values.items()})
+        keys = to_map(results[f"image_{i}.k"], out.dense.shape[-2:])
+        results.update(refinements(golden, f"image_{i}", logits, keys))
         for wrong in (
             other.visual(padded, TowerRequest(dense="maskclip")),
             tower(padded, TowerRequest(dense="catseg")),
         ):
             assert golden.differs(f"image_{i}.feat", wrong.dense)
-    expected = {k: v for k, v in golden.part("out").items() if not any(word in k for word in _REFINED)}
-    assert set(expected) == set(results)
-    atol, rtol = golden.tolerance
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            results[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    check(golden, results)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ class TowerRequest:
             another model, a similarity, region ids or token weights. Passed to the modes of ``dense`` and
             ``tap_mode`` that take guidance (`clipdense.clip.attention.Mode.guidance` says what each mode
             expects); an error if none of them does.
+        options: transformers: keyword options of the modes of ``dense`` and ``tap_mode``
+            (`clipdense.clip.attention.Mode.options` lists them), e.g. {"full": True}.
     """
 
     taps: tuple[int, ...] = ()
@@ -39,6 +41,7 @@ class TowerRequest:
     pooled: bool = False
     tap_mode: str = "plain"
     guidance: Tensor | None = field(default=None, compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 POOLED = TowerRequest(pooled=True)
@@ -220,9 +223,11 @@ class Tower(nn.Module):
         self.check_guidance(request)
 
     def check_guidance(self, request: TowerRequest) -> None:
-        """Raise ValueError if the guidance does not fit the requested modes."""
+        """Raise ValueError if guidance or options do not fit the requested modes."""
         if request.guidance is not None:
             raise self.cannot("an output with guidance", "its dense modes take none")
+        if request.options:
+            raise self.cannot("an output with options", "its dense modes have none")
 
     def cannot(self, output: str, why: str) -> ValueError:
         """Return the error for an output that the tower does not have."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
-from timm.layers import PatchEmbed, RotaryEmbeddingCat
+from timm.layers import AttentionPoolLatent, PatchEmbed, RotaryEmbeddingCat
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
@@ -19,13 +19,17 @@ from clipdense.clip.roi_align import roi_align
 from clipdense.clip.towers.groups import TowerGroups, around, norm_parameters
 from clipdense.clip.towers.transformer import BlockHook, TransformerTower
 
+HEAD_MODES = ("plain", "value", "clipself", "maskclip")
+"""Dense modes of attention-pooling heads."""
+
 
 class TimmViTTower(TransformerTower):
     """timm's Eva and VisionTransformer, for any grid.
 
-    A tower whose image embedding comes from an attention-pooling head (MAP: SigLIP, Perception Encoder) has
-    no per-patch map in the joint space. Requesting `dense` is an error; the head is its region pooling. RoPE
-    is computed for every grid, see `clipdense.clip.position.rope_table`.
+    An attention-pooling head (MAP: SigLIP, Perception Encoder) is the region pooling of its tower, and runs
+    on every patch for `dense`: in "plain" each patch is the query of an attention over all patches (FG-CLIP
+    2), in "value" each patch attends to itself only (MaskCLIP). RoPE is computed for every grid, see
+    `clipdense.clip.position.rope_table`.
     """
 
     trunk: Any  # Eva or VisionTransformer
@@ -53,11 +57,34 @@ class TimmViTTower(TransformerTower):
         self.tap_channels = dict.fromkeys(range(depth), trunk.embed_dim)
         self.tap_strides = dict.fromkeys(range(depth), self.stride)
         self.embed_dim = _out_features(self.head) or _out_features(trunk.head) or trunk.embed_dim
-        if trunk.attn_pool is not None:
-            self.why_no_dense = (
-                "its attention-pooling head maps an image, not a patch, into the joint space; "
-                "pool `pre` by embed_regions"
-            )
+        self.pools_regions = trunk.attn_pool is not None
+        if self.pools_regions and not isinstance(trunk.attn_pool, AttentionPoolLatent):
+            self.why_no_dense = f"its head is a {type(trunk.attn_pool).__name__}, which has no values"
+
+    @property
+    def dense_modes(self) -> tuple[str, ...]:
+        """Last-block modes; with an attention-pooling head, the modes of the head."""
+        modes = super().dense_modes
+        return tuple(mode for mode in modes if mode in HEAD_MODES) if self.pools_regions else modes
+
+    def block_mode(self, mode: str) -> str:
+        """Return "plain" with an attention-pooling head, whose modes concern the head."""
+        return "plain" if self.pools_regions else mode
+
+    def localize(self, x: Tensor, mode: str) -> Tensor:
+        """Run an attention-pooling head on every patch; see the class."""
+        if not self.pools_regions:
+            return x
+        pool: Any = self.trunk.attn_pool
+        if pool.pos_embed is not None:
+            raise self.cannot("a dense map", "its attention-pooling head has positions")
+        k, v = pool.kv(x).chunk(2, dim=-1)
+        if mode == "plain":
+            q, k, values = (t.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for t in (pool.q(x), k, v))
+            y = F.scaled_dot_product_attention(pool.q_norm(q), pool.k_norm(k), values)
+            v = y.transpose(1, 2).flatten(2)
+        y = pool.proj(v)
+        return y if pool.mlp is None else y + pool.mlp(pool.norm(y))
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipdense.clip.attention import MODES, AttentionParameters, Block, Mode, TokenStream, get_mode
+from clipdense.clip.attention import (
+    MODES,
+    AttentionParameters,
+    Block,
+    History,
+    Mode,
+    TokenStream,
+    get_mode,
+)
 from clipdense.clip.towers.base import POOLED, Tower, TowerOutput, TowerRequest, to_map
 
 
@@ -38,6 +47,7 @@ class TransformerTower(Tower):
         prefix: number of tokens before the patches.
         class_token: whether the first of them is a class token.
         pools_class_token: whether the image embedding is project(norm_tokens(class token)).
+        pools_regions: whether `embed_regions` pools with weights (MAP heads).
         grad_checkpointing: see `set_grad_checkpointing`.
     """
 
@@ -45,6 +55,7 @@ class TransformerTower(Tower):
     prefix: int
     class_token: bool = True
     pools_class_token: bool
+    pools_regions: bool = False
     grad_checkpointing: bool = False
 
     @property
@@ -79,6 +90,14 @@ class TransformerTower(Tower):
         """Project normed tokens (B, L, C) to the joint space (B, L, D)."""
         raise NotImplementedError
 
+    def block_mode(self, mode: str) -> str:
+        """Return the mode in which the last block runs for a dense mode; MAP heads run it in "plain"."""
+        return mode
+
+    def localize(self, x: Tensor, mode: str) -> Tensor:
+        """Change normed patch tokens (B, N, C) before `project`; MAP heads run here, on every patch."""
+        return x
+
     def pool(self, x: Tensor) -> Tensor:
         """Pool the output of the last block (B, prefix + h * w, C) to image embeddings (B, D)."""
         raise NotImplementedError
@@ -105,21 +124,75 @@ class TransformerTower(Tower):
         whole = request.pre or request.keys or request.pooled or request.dense is not None
         stream, plain = self.embed(images, hook), get_mode("plain")
         taps: dict[int, TokenStream] = {}
+        keep, streams = any(mode.reads_history for mode in self._modes(request)), []
         for i in range(last if whole or last in request.taps else max(request.taps, default=-1) + 1):
-            stream = self._run(plain, i, hook(i, stream) if hook else stream)
+            stream = hook(i, stream) if hook else stream
+            if keep:
+                streams.append(stream)
+            stream = self._run(plain, i, stream)
             if i in request.taps:
                 taps[i] = stream
         out = TowerOutput()
         if whole or last in request.taps:
             stream = hook(last, stream) if hook else stream
-            tapped = self._last_block(stream, request, hook, out)
+            history = self._history([*streams, stream]) if keep else None
+            tapped = self._last_block(stream, request, hook, out, history)
             if tapped is not None:
                 taps[last] = tapped
         out.taps = [(to_map(taps[i].patches, taps[i].grid), self.tap_strides[i]) for i in request.taps]
         return out
 
+    def history(self, images: Tensor, hook: BlockHook | None = None) -> History:
+        """Run all blocks except the last, for methods that run the last block several times.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            hook: called between the blocks.
+        """
+        self.check(images, POOLED)
+        stream, plain, streams = self.embed(images.to(self.dtype), hook), get_mode("plain"), []
+        for i in range(len(self.blocks)):
+            streams.append(hook(i, stream) if hook else stream)
+            if i < len(self.blocks) - 1:
+                stream = self._run(plain, i, streams[-1])
+        return self._history(streams)
+
+    def dense(
+        self,
+        history: History,
+        mode: str,
+        guidance: Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Run the last block after a history: `TowerOutput.dense` (B, D, h, w) of a mode.
+
+        Args:
+            history: result of `history`.
+            mode: last-block mode.
+            guidance: see `TowerRequest.guidance`.
+            options: see `TowerRequest.options`.
+        """
+        if mode not in self.dense_modes:
+            raise self.cannot(f"dense '{mode}'", self.why_no_dense or f"its modes are {self.dense_modes}")
+        run = get_mode(self.block_mode(mode))
+        stream = run(history.block, history.stream, guidance, history=history, options=options)
+        return self.joint_map(stream, mode)
+
+    def joint_map(self, stream: TokenStream, mode: str = "plain") -> Tensor:
+        """Norm and project the patches of a stream that leaves the last block: (B, D, h, w)."""
+        tokens = self.localize(self.norm_tokens(stream.patches), mode)
+        return to_map(self.project(tokens), stream.grid)
+
+    def _history(self, streams: list[TokenStream]) -> History:
+        return History([self.block(i) for i in range(len(self.blocks))], streams)
+
     def _last_block(
-        self, stream: TokenStream, request: TowerRequest, hook: BlockHook | None, out: TowerOutput
+        self,
+        stream: TokenStream,
+        request: TowerRequest,
+        hook: BlockHook | None,
+        out: TowerOutput,
+        history: History | None,
     ) -> TokenStream | None:
         """Fill `out` from the input of the last block.
 
@@ -133,7 +206,8 @@ class TransformerTower(Tower):
             mode = get_mode(name)
             if mode.name not in results:  # several names can share a mode
                 guidance = request.guidance if mode.guidance else None
-                results[mode.name] = self._run(mode, last, stream, guidance)
+                options = request.options if name in (request.dense, request.tap_mode) else None
+                results[mode.name] = self._run(mode, last, stream, guidance, history, options)
                 if hook and mode.name == "plain":
                     results[mode.name] = hook(last + 1, results[mode.name])
             return results[mode.name]
@@ -144,38 +218,55 @@ class TransformerTower(Tower):
         if request.pooled:
             out.pooled = self.pool(self._without_extra(run("plain")))
         if request.pre or request.dense is not None:
-            dense = run(request.dense or "plain")
+            dense = run(self.block_mode(request.dense or "plain"))
             tokens = self.norm_tokens(dense.patches)
             if request.pre:
                 out.pre = to_map(tokens, dense.grid)
             if request.dense:
-                out.dense = to_map(self.project(tokens), dense.grid)
+                out.dense = to_map(self.project(self.localize(tokens, request.dense)), dense.grid)
         return run(request.tap_mode) if last in request.taps else None
 
     def check_guidance(self, request: TowerRequest) -> None:
-        """Raise ValueError unless guidance is given exactly if a requested last-block mode takes it."""
-        names = [request.dense] if request.dense is not None else ["plain"] if request.pre else []
-        if len(self.blocks) - 1 in request.taps:
-            names.append(request.tap_mode)
-        modes = [get_mode(name) for name in names]
+        """Raise ValueError unless guidance and options fit the requested last-block modes."""
+        modes = self._modes(request)
         guided = [mode for mode in modes if mode.guidance]
         if request.guidance is not None and not modes:
             raise self.cannot("an output with guidance", "no dense map or last-block tap is requested")
         for mode in guided or modes[:1]:
             mode.check_guidance(request.guidance)
+        if request.options:
+            if not modes:
+                raise self.cannot("an output with options", "no dense map or last-block tap is requested")
+            for mode in modes:
+                mode.check_options(request.options)
+
+    def _modes(self, request: TowerRequest) -> list[Mode]:
+        """Return the last-block modes of the dense map and of the last block's tap."""
+        names = [request.dense] if request.dense is not None else ["plain"] if request.pre else []
+        if len(self.blocks) - 1 in request.taps:
+            names.append(request.tap_mode)
+        return [get_mode(name) for name in names]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     def _run(
-        self, mode: Mode, index: int, stream: TokenStream, guidance: Tensor | None = None
+        self,
+        mode: Mode,
+        index: int,
+        stream: TokenStream,
+        guidance: Tensor | None = None,
+        history: History | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> TokenStream:
         block = self.block(index)
-        if not (self.grad_checkpointing and self.training):
-            return mode(block, stream, guidance)
+        if not (self.grad_checkpointing and self.training) or mode.reads_history:
+            return mode(block, stream, guidance, history=history, options=options)
         result: TokenStream = checkpoint(
-            lambda x: mode(block, replace(stream, x=x), guidance), stream.x, use_reentrant=False
+            lambda x: mode(block, replace(stream, x=x), guidance, options=options),
+            stream.x,
+            use_reentrant=False,
         )
         return result
 

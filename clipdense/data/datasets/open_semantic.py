@@ -21,6 +21,7 @@ __all__ = [
     "COCO_STUFF_BASE",
     "COCO_STUFF_NOVEL",
     "COCO_STUFF_VALUES",
+    "NUM_THINGS",
     "PASCAL_CONTEXT_459",
     "PASCAL_CONTEXT_59",
     "PASCAL_CONTEXT_60",
@@ -32,6 +33,9 @@ _NAMES = json.loads(Path(__file__).with_name("class_lists.json").read_text("utf-
 
 COCO_STUFF: list[str] = _NAMES["coco_stuff"]
 """The 171 classes, 80 things first."""
+
+NUM_THINGS = 80
+"""Number of thing classes in COCO."""
 
 COCO_STUFF_NOVEL = [
     *("cow", "giraffe", "suitcase", "frisbee", "skateboard", "carrot", "scissors", "cardboard", "clouds"),
@@ -72,6 +76,7 @@ def register_open_semantic(root: Path | None = None) -> None:
     | coco_stuff_10k_sem_seg_{train,test} | 171 | coco_stuff10k/{images,annotations_detectron2}/ |
     | pascal_context_{59,459}_sem_seg_{train,val} | 59, 459 | VOC2010/annotations_detectron2/ |
     | pascal_context_60_sem_seg_{train,val} | background is class 0, then the 59 | the same |
+    | coco_object_sem_seg_{train,val} | background is class 0, then the 80 things | coco/objects_detectron2/ |
     | pascalvoc20b_sem_seg_{train,val} | as pascalvoc21_sem_seg; predicted: the 59 | VOC2012/ |
 
     PAS-20b (OpenSeg, Ghiasi et al., ECCV 2022) is VOC with background: the 59 classes of PASCAL-Context are
@@ -91,6 +96,8 @@ def register_open_semantic(root: Path | None = None) -> None:
             ade / "annotations_detectron2" / folder,
             ade / "images_detectron2" / folder,
         )
+        objects = ["background", *COCO_STUFF[:NUM_THINGS]]
+        _register(f"coco_object_sem_seg_{split}", objects, coco / "objects_detectron2" / images.name, images)
         for names in (PASCAL_CONTEXT_59, PASCAL_CONTEXT_60, PASCAL_CONTEXT_459):
             labels = voc / "annotations_detectron2" / f"pc{len(names)}_{split}"
             _register(f"pascal_context_{len(names)}_sem_seg_{split}", names, labels, voc / "JPEGImages")

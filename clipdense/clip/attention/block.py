@@ -1,21 +1,19 @@
-"""The view of a transformer block, and the table of last-block modes of dense CLIP methods.
-
-A mode is a small function of (block view, token stream, guidance): a new mode works with every tower family,
-and a new family works with every mode.
-"""
+"""The view of a transformer block, the tokens that run through it, and the history of a forward."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.clip.position import Grid, rotate
+
+HeadTensors = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, each (B, heads, L, head_dim)."""
 
 
 @dataclass
@@ -134,16 +132,28 @@ class Block(ABC):
         """Norm queries and keys (B, heads, L, head_dim) per head; the default returns them unchanged."""
         return q, k
 
+    def split_heads(self, q: Tensor, k: Tensor, v: Tensor, stream: TokenStream) -> HeadTensors:
+        """Split projections (B, L, C) into heads (B, heads, L, head_dim); norm and rotate queries and keys.
+
+        Args:
+            q: queries of the stream's tokens, or of its patches only; k and v of the same tokens.
+            k: keys.
+            v: values.
+            stream: the tokens, for their grid and RoPE.
+        """
+        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, v))
+        q, k = self.norm_heads(q, k)
+        if stream.rope is not None:
+            q, k = _rotate_patches(q, stream), _rotate_patches(k, stream)
+        return q, k, v
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stream: TokenStream) -> Tensor:
         """Compute softmax attention (B, L, C) over the stream's tokens.
 
         Raises:
             ValueError: If the stream has a bias and is causal or windowed.
         """
-        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, v))
-        q, k = self.norm_heads(q, k)
-        if stream.rope is not None:
-            q, k = _rotate_patches(q, stream), _rotate_patches(k, stream)
+        q, k, v = self.split_heads(q, k, v, stream)
         if stream.bias is not None and (stream.causal or stream.window):
             raise ValueError("an attention bias cannot be combined with causal or windowed attention")
         if stream.window:
@@ -200,113 +210,46 @@ def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, grid: Grid, side: int, d
     return torch.cat([F.scaled_dot_product_attention(q[:, :, :prefix], k, v, None, dropout), y], dim=2)
 
 
-ModeFunction = (
-    Callable[[Block, TokenStream], TokenStream] | Callable[[Block, TokenStream, Tensor], TokenStream]
-)
-AnyMode = TypeVar("AnyMode", bound=ModeFunction)
-
-
 @dataclass(frozen=True)
-class Mode:
-    """A last-block mode: from the tokens that enter the last block to the tokens that leave it.
+class History:
+    """What a forward leaves behind when it stops in front of the last block.
 
     Attributes:
-        name: first name of the mode.
-        function: takes the block view and the token stream, and the guidance if the mode has one. The
-            returned stream may have another grid (ProxyCLIP: the grid of the external features).
-        class_token: whether the mode reads the class token; towers without one do not offer it.
-        guidance: what the guidance tensor must be (meaning and shape, e.g. "patch features (B, C, h, w) of
-            another model"); empty if the mode takes none.
+        blocks: views of all blocks, first to last.
+        streams: the stream that enters each block, first to last.
     """
 
-    name: str
-    function: ModeFunction
-    class_token: bool = False
-    guidance: str = ""
+    blocks: Sequence[Block]
+    streams: Sequence[TokenStream]
 
-    def __call__(self, block: Block, stream: TokenStream, guidance: Tensor | None = None) -> TokenStream:
-        """Run the mode.
+    def __len__(self) -> int:
+        return len(self.blocks)
 
-        Args:
-            block: view of the last block.
-            stream: tokens that enter it.
-            guidance: external tensor that steers the attention; see the attribute.
+    @property
+    def block(self) -> Block:
+        """View of the last block."""
+        return self.blocks[-1]
+
+    @property
+    def stream(self) -> TokenStream:
+        """Stream that enters the last block."""
+        return self.streams[-1]
+
+    def output(self, index: int) -> Tensor:
+        """Return the tokens (B, L, C) that leave a block, 0-based; the last block has not run.
 
         Raises:
-            ValueError: If the mode takes guidance and there is none, or the reverse.
+            ValueError: If the forward has no such block, or it is the last one.
         """
-        self.check_guidance(guidance)
-        arguments = () if guidance is None else (guidance,)
-        return self.function(block, stream, *arguments)
-
-    def check_guidance(self, guidance: Tensor | None) -> None:
-        """Raise ValueError unless guidance is given exactly if the mode takes it."""
-        if guidance is None and self.guidance:
+        if not 0 <= index < len(self) - 1:
             raise ValueError(
-                f"mode '{self.name}' needs guidance: pass {self.guidance} in TowerRequest.guidance"
+                f"block {index}: a history of {len(self)} blocks has outputs 0 to {len(self) - 2}"
             )
-        if guidance is not None and not self.guidance:
-            raise ValueError(f"mode '{self.name}' takes no guidance, but TowerRequest.guidance is set")
+        return self.streams[index + 1].x
 
-
-MODES: dict[str, Mode] = {}
-
-
-def dense_mode(*names: str, class_token: bool = False, guidance: str = "") -> Callable[[AnyMode], AnyMode]:
-    """Register a last-block mode.
-
-    Args:
-        names: names that methods use for the mode; the first is the main one.
-        class_token: see `Mode`.
-        guidance: see `Mode`.
-
-    Returns:
-        Decorator that returns the function unchanged.
-    """
-
-    def register(function: AnyMode) -> AnyMode:
-        MODES.update(dict.fromkeys(names, Mode(names[0], function, class_token, guidance)))
-        return function
-
-    return register
-
-
-def get_mode(name: str) -> Mode:
-    """Return a last-block mode by name.
-
-    Raises:
-        ValueError: If the mode is unknown.
-    """
-    if name not in MODES:
-        raise ValueError(f"unknown last-block mode '{name}'; known: {', '.join(MODES)}")
-    return MODES[name]
-
-
-@dense_mode("plain")
-def plain(block: Block, stream: TokenStream) -> TokenStream:
-    """Run the block as CLIP was trained."""
-    x = stream.x
-    x = x + block.out(block.attend(*block.qkv(block.normed(x)), stream))
-    return replace(stream, x=x + block.mlp(x))
-
-
-@dense_mode("value", "clipself", "maskclip")
-def value(block: Block, stream: TokenStream) -> TokenStream:
-    """Let each token attend to itself only: x + out(v), then the MLP. Residual, inner norm and MLP stay.
-
-    Source: MaskCLIP (Zhou et al., ECCV 2022); CLIPSelf (Wu et al., ICLR 2024) uses it for EVA's blocks too,
-        which have an inner norm before the projection.
-    """
-    x = stream.x
-    x = x + block.out(block.value(block.normed(x)))
-    return replace(stream, x=x + block.mlp(x))
-
-
-@dense_mode("catseg", class_token=True)
-def catseg(block: Block, stream: TokenStream) -> TokenStream:
-    """Run the mode `value` with the class token as the residual of every token.
-
-    Source: the released code of CAT-Seg (Cho et al., CVPR 2024).
-    """
-    x = stream.x[:, :1] + block.out(block.value(block.normed(stream.x)))
-    return replace(stream, x=x + block.mlp(x))
+    def weights(self, index: int) -> Tensor:
+        """Compute the softmax attention (B, heads, L, L) of a block."""
+        block, stream = self.blocks[index], self.streams[index]
+        q, k, _ = block.split_heads(*block.qkv(block.normed(stream.x)), stream)
+        logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        return (logits if stream.bias is None else logits + stream.bias).softmax(-1)

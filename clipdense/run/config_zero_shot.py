@@ -1,0 +1,33 @@
+"""The range or the choices of the keys below MODEL.ZERO_SHOT."""
+
+from __future__ import annotations
+
+from clipdense.clip.templates import get as template_set
+from clipdense.run.config_checks import Check, choice, items, number, parsed, whole
+from clipdense.systems.training_free.methods import METHODS
+from clipdense.systems.training_free.names import NAME_LISTS
+
+__all__ = ["ZERO_SHOT"]
+
+ZERO_SHOT: dict[str, Check] = {
+    "METHOD": choice(*METHODS),
+    "WINDOW": whole(0),
+    "STRIDE": whole(0),
+    "PADDING": whole(-1),
+    "BATCH_SIZE": whole(1),
+    "TEMPLATES": parsed(template_set, "a template set or a sentence with {} in it"),
+    "CLASS_NAMES": choice("", *NAME_LISTS),
+    "LOGIT_SCALE": number(0),
+    "PROB_THRESHOLD": number(0, 1),
+    "AREA_THRESHOLD": number(0, 1),
+    "CLASS_THRESHOLD": number(0, 1),
+    "PAMR_STEPS": whole(0),
+    "PAMR_DILATIONS": items(whole(1), least=1),
+    "PROMPT_DENOISING": number(0, 1),
+    "KEY_SMOOTHING": number(0, 1),
+    "KEY_NORM": choice("channels", "tokens"),
+    "SAM.COARSE_THRESHOLD": number(0, 1),
+    "SAM.MINIMAL_AREA": whole(0),
+    "SAM.IOU_THRESHOLD": number(0, 1),
+}
+"""Key -> the check of its value."""

@@ -1,0 +1,123 @@
+"""Cost of zero-shot segmentation beyond its forwards of CLIP and of the second model, and memory of 847
+classes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import MIN_PAIRS, Row, flops, peak_memory, wall
+from clipdense import add_clipdense_config
+from clipdense.clip import TowerRequest
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.inference import map_windows
+from clipdense.run.config_file import merge_config_file
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+__all__ = ["add_arguments", "rows"]
+
+CLASSES, MANY = 150, 847
+WHAT = "{} | its forwards of windows"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    parser.add_argument("--size", type=int, nargs=2, default=(336, 448), help="height and width in pixels")
+    parser.add_argument(
+        "--large", type=int, nargs=2, default=(640, 853), help="size of the image with 847 classes"
+    )
+    parser.add_argument("--methods", nargs="+", default=("sclip", "clearclip", "naclip", "proxyclip"))
+    parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
+    parser.add_argument("--flops-only", action="store_true", help="skip wall-clock and memory rows")
+    parser.add_argument(
+        "--config-file",
+        default="projects/ZeroShot/configs/ade20k.yaml",
+        help="config of a ZeroShotSegmentor (weights are random, no data is read)",
+    )
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Measure each method beside the plain forwards of its windows, and the memory of many classes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for method in args.methods:
+        model = _model(args, method, CLASSES, device)
+        batch = _batch(args.size, device)
+        ours, floor = _forward(model, batch), _floor(model, batch)
+        what = WHAT.format(method)
+        cost = flops(ours) / 1e9, flops(floor) / 1e9
+        yield Row(f"zero_shot/{method}_windows_flops", *cost, "GFLOP", what=what)
+        if not args.flops_only:
+            name = f"zero_shot/{method}_windows_wall"
+            yield wall(name, ours, floor, pairs=args.pairs, what=what, warm_up=False)
+    if not args.flops_only:
+        model = _model(args, args.methods[0], MANY, device)
+        batch = _batch(args.large, device)
+        peaks = [peak_memory(run) / 1e9 for run in (_forward(model, batch), _floor(model, batch))]
+        what = f"{MANY} classes | the forwards of windows"
+        yield Row("zero_shot/k847_peak_gb", *peaks, "GB", what=what)
+
+
+def _model(args: argparse.Namespace, method: str, classes: int, device: str) -> Any:
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    merge_config_file(cfg, args.config_file)
+    cfg.MODEL.DEVICE, cfg.MODEL.CLIP.PRETRAINED, cfg.DATASETS.TEST = device, "random", ()
+    keys = cfg.MODEL.ZERO_SHOT
+    keys.METHOD, keys.CLASS_NAMES = method, ""
+    if method == "proxyclip":
+        keys.FEATURES.NAME, keys.FEATURES.PRETRAINED = "vit_base_patch8_224.dino", "random"
+        keys.WINDOW = 336
+    torch.manual_seed(0)
+    model: Any = build_model(cfg).eval()
+    # random text embeddings, so that no text tower has to run
+    generator = torch.Generator().manual_seed(0)
+    text = F.normalize(torch.randn(classes, model.encoder.clip.embed_dim, generator=generator))
+    vocabulary = Vocabulary.from_names([f"class {i}" for i in range(classes)])
+    embeddings = {"text": text.to(device), "classes": torch.arange(classes, device=device)}
+    model.set_vocabulary(vocabulary, embeddings)
+    return model
+
+
+def _batch(size: tuple[int, int], device: str) -> list[dict[str, Any]]:
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, device=device)
+    return [{"image": image, "height": size[0], "width": size[1]}]
+
+
+def _forward(model: Any, batch: list[dict[str, Any]]) -> Callable[[], object]:
+    def run() -> object:
+        with torch.inference_mode():
+            return model(batch)
+
+    return run
+
+
+def _floor(model: Any, batch: list[dict[str, Any]]) -> Callable[[], object]:
+    """Run CLIP's plain forward, and that of the second model, on the windows of the method."""
+    encoder = model.encoder
+    settings = encoder.windows
+
+    def forwards(crops: torch.Tensor) -> torch.Tensor:
+        if encoder.features is not None:
+            encoder.features(crops, encoder.statistics)
+        dense: torch.Tensor = encoder.clip.visual(crops, TowerRequest(dense="plain")).dense
+        return dense
+
+    def run() -> object:
+        with torch.inference_mode():
+            pixels = encoder.clip.normalize(batch[0]["image"][None])
+            return map_windows(
+                forwards,
+                pixels,
+                settings.window,
+                settings.stride,
+                multiple=encoder.multiple,
+                batch_size=settings.batch_size,
+            )
+
+    return run
