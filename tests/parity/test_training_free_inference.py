@@ -158,10 +158,7 @@ def test_lposs(golden):
     solved = propagate_pixels(image, pixels, size=args["r"], tau=args["tau"])
     results["pixel_propagated"] = solved.flatten(1).T
     results["masks_pixel_refined"] = finish(solved[None])
-    matrix = PixelGraph(image, size=args["r"], tau=args["tau"], alpha=args["alpha"])
-    count = len(golden.part("out")["pixel_laplacian_diagonal_band"])
-    units = torch.eye(height * width, count, dtype=torch.float64)
-    results["pixel_laplacian_diagonal_band"] = matrix.apply(units)[:count]
+    results["pixel_laplacian_diagonal_band"] = _band(golden, image)
     assert args["alpha"] == ALPHA
     one = slice(0, grid[0] * grid[1])
     whole = propagate_patches(graph(dino[one], positions[one], args["whole_k"]), cosines[one])
@@ -177,6 +174,13 @@ def test_lposs(golden):
         other = propagate_patches(graph(gamma=args["gamma"] + 1), cosines, args["iterations"])
         assert golden.differs("masks", finish(fold(other)).float())
     check_all(golden, results, wrong)
+
+
+def _band(golden, image):
+    """The first rows and columns of the matrix of the pixel graph."""
+    args, count = golden.args, len(golden.part("out")["pixel_laplacian_diagonal_band"])
+    graph = PixelGraph(image, size=args["r"], tau=args["tau"], alpha=args["alpha"])
+    return graph.apply(torch.eye(image[0].numel(), count, dtype=torch.float64))[:count]
 
 
 @pytest.mark.golden(case="sam_refine")

@@ -59,7 +59,13 @@ def sam_model():
     from transformers import SamModel as Module
 
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64}
-    vision |= {"image_size": 128, "patch_size": 16, "output_channels": 16, "window_size": 4}
+    vision |= {
+        "image_size": 128,
+        "patch_size": 16,
+        "output_channels": 16,
+        "window_size": 4,
+        "num_pos_feats": 8,
+    }
     prompt = {"hidden_size": 16, "image_size": 128, "patch_size": 16, "mask_input_channels": 4}
     decoder = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16}
     config = SamConfig(
