@@ -85,7 +85,8 @@ def class_token_logits(qkv: Tensor, heads: int, prefix: int, scale: float = ATTE
         (B, heads, N).
     """
     q, k, _ = qkv.reshape(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return scale * (q[:, :, :1] @ k[:, :, prefix:].transpose(2, 3))[:, :, 0]
+    logits: Tensor = scale * (q[:, :, :1] @ k[:, :, prefix:].transpose(2, 3))[:, :, 0]
+    return logits
 
 
 def soft_masks(features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -252,4 +252,5 @@ class History:
         block, stream = self.blocks[index], self.streams[index]
         q, k, _ = block.split_heads(*block.qkv(block.normed(stream.x)), stream)
         logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-        return (logits if stream.bias is None else logits + stream.bias).softmax(-1)
+        weights: Tensor = (logits if stream.bias is None else logits + stream.bias).softmax(-1)
+        return weights

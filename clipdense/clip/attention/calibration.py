@@ -88,7 +88,7 @@ def scclip(
 
     def attend(block: Block, x: Tensor, similarity: Tensor, second: bool) -> Tensor:
         _, k, v = _heads(block, x, history.stream)
-        own = (k @ k.transpose(2, 3) * k.shape[-1] ** -0.5).softmax(-1)
+        own: Tensor = (k @ k.transpose(2, 3) * k.shape[-1] ** -0.5).softmax(-1)
         return (_centred_attention(similarity)[:, None] + own) / 2 @ v
 
     return _calibrate(history, outliers, attend, beta, class_weight, levels, published_sfp=False)
@@ -127,7 +127,8 @@ def sfp(
         if second:
             return external @ v
         own = [(t @ t.transpose(2, 3) * t.shape[-1] ** -0.5).softmax(-1) for t in (q, k)]
-        return (own[0] + own[1] + external) / 3 @ v
+        y: Tensor = (own[0] + own[1] + external) / 3 @ v
+        return y
 
     return _calibrate(history, outliers, attend, beta, class_weight, levels, published_sfp=True)
 

@@ -95,7 +95,8 @@ def _strength(heads: HeadTensors) -> Tensor:
     """Return s times the mean of |q_i| |k_j| over heads and token pairs: (B, 1, 1, 1)."""
     q, k, _ = heads
     product = q.norm(dim=3).mean(2) * k.norm(dim=3).mean(2)  # (B, heads)
-    return product.mean(1)[:, None, None, None] * q.shape[-1] ** -0.5
+    strength: Tensor = product.mean(1)[:, None, None, None] * q.shape[-1] ** -0.5
+    return strength
 
 
 @dense_mode("correlation")

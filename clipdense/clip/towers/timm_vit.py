@@ -83,8 +83,8 @@ class TimmViTTower(TransformerTower):
             q, k, values = (t.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for t in (pool.q(x), k, v))
             y = F.scaled_dot_product_attention(pool.q_norm(q), pool.k_norm(k), values)
             v = y.transpose(1, 2).flatten(2)
-        y = pool.proj(v)
-        return y if pool.mlp is None else y + pool.mlp(pool.norm(y))
+        z: Tensor = pool.proj(v)
+        return z if pool.mlp is None else z + pool.mlp(pool.norm(z))
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -275,7 +275,8 @@ class DenseEncoder(nn.Module):
         model = self.features
         assert model is not None
         if self.memo is None:
-            return model(crops, self.statistics)  # type: ignore[no-any-return]
+            plain: Tensor = model(crops, self.statistics)
+            return plain
         found: Tensor = self.memo.get(model, crops, lambda: model(crops, self.statistics))
         return found
 

@@ -116,4 +116,5 @@ class FeatureModel(nn.Module):
         prefix = len(table) - native[0] * native[1]
         positions = resize_table(table, native, grid, "dino_scale", prefix)
         x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], 1) + positions
-        return trunk.norm(trunk.blocks(trunk.norm_pre(x)))  # type: ignore[no-any-return]
+        y: Tensor = trunk.norm(trunk.blocks(trunk.norm_pre(x)))
+        return y
