@@ -19,6 +19,7 @@ __all__ = [
     "clean_annotations",
     "dataset_classes",
     "drop_objects_without_mask",
+    "mark_objects_without_mask",
 ]
 
 logger = logging.getLogger(__name__)
@@ -151,10 +152,51 @@ def clean_annotations(dataset: Any) -> Any:
     return dataset
 
 
-def drop_objects_without_mask(dataset: Any, source: str) -> Any:
-    """Leave objects that have a box but no mask out of training with masks; log how many.
+def mark_objects_without_mask(dataset: Any, source: str) -> Any:
+    """Mark objects that have a box but no mask, so that only the mask loss leaves them out; log how many.
 
-    Detectron2's mask losses take every object. An image all of whose objects are left out is dropped, as its
+    Args:
+        dataset: dataset dicts, changed in place: these objects get ``has_mask`` False and an empty
+            ``segmentation``. Anything else is returned unchanged.
+        source: names of the datasets, for the message.
+
+    Raises:
+        DataError: If there are objects, and none has a mask.
+    """
+    if not isinstance(dataset, list):
+        return dataset
+    num_objects, num_marked, first = 0, 0, ""
+    for record in dataset:
+        annotations = record.get("annotations") or []
+        num_objects += len(annotations)
+        for annotation in annotations:
+            if not (annotation.get("segmentation") or annotation.get("iscrowd", 0)):
+                annotation["segmentation"], annotation["has_mask"] = [], False
+                num_marked, first = num_marked + 1, first or record["file_name"]
+    if num_marked:
+        _require_masks(num_objects - num_marked, source)
+        logger.warning(
+            "Left %d of %d objects out of the mask loss: they have a box but no mask (first in %s). Their "
+            "boxes and classes are trained.",
+            num_marked,
+            num_objects,
+            first,
+        )
+    return dataset
+
+
+def _require_masks(count: int, source: str) -> None:
+    if not count:
+        raise DataError(
+            f"{source}: no object has a mask, which MODEL.MASK_ON True needs; set MODEL.MASK_ON False to "
+            "train on boxes alone"
+        )
+
+
+def drop_objects_without_mask(dataset: Any, source: str) -> Any:
+    """Leave objects that have a box but no mask out of training; log how many.
+
+    For models all of whose losses need masks. An image all of whose objects are left out is dropped, as its
     objects would be trained as background.
 
     Args:
@@ -178,11 +220,7 @@ def drop_objects_without_mask(dataset: Any, source: str) -> Any:
             kept_images.append(record)
     if not num_dropped:
         return dataset
-    if num_dropped == num_objects:
-        raise DataError(
-            f"{source}: no object has a mask, which MODEL.MASK_ON True needs; set MODEL.MASK_ON False to "
-            "train on boxes alone"
-        )
+    _require_masks(num_objects - num_dropped, source)
     logger.warning(
         "Left %d of %d objects and %d images out of training with masks: the objects have a box but no mask "
         "(first in %s). MODEL.MASK_ON False trains all boxes.",

@@ -25,6 +25,7 @@ __all__ = [
     "ImageSource",
     "Orientation",
     "array_to_image",
+    "file_format",
     "header_size",
     "image_to_array",
     "load_image",
@@ -110,6 +111,17 @@ def header_size(
     ):
         return _size(image, orientation == "apply")
     return None
+
+
+def file_format(path: str | os.PathLike[str]) -> str:
+    """Return Pillow's name of an image file's format ("PNG", "JPEG" ...), from the file's header.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        BadImageError: If it is not an image of an accepted format.
+    """
+    with _decoding(path), PathManager.open(os.fspath(path), "rb") as file, _open_header(file) as image:
+        return str(image.format)
 
 
 def load_image(source: ImageSource, format: ImageFormat = "RGB") -> Uint8:

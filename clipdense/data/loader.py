@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clipdense.data.checks import check_dataset_names, clean_annotations, drop_objects_without_mask
+from clipdense.data.checks import (
+    check_dataset_names,
+    clean_annotations,
+    drop_objects_without_mask,
+    mark_objects_without_mask,
+)
 from clipdense.data.mappers import build_mapper
 from clipdense.data.samplers import GlobalBatchSampler, RepeatFactorSampler, ResumableTrainingSampler
 from clipdense.data.validation import DataError
@@ -48,6 +53,7 @@ def build_train_loader(
     seed: int | None = None,
     mapper: Mapper | None = None,
     dataset: Any = None,
+    masks_optional: bool = False,
 ) -> DataLoader[Any]:
     """Build the infinite loader of this process's share of each global batch.
 
@@ -61,6 +67,8 @@ def build_train_loader(
             common one, and the run can be resumed exactly only if that seed is kept).
         mapper: default: ``INPUT.MAPPER``.
         dataset: dataset dicts, or a map-style dataset of them (default: ``DATASETS.TRAIN``).
+        masks_optional: whether the model trains objects that have a box but no mask, see
+            `clipdense.engine.mask_loss`. Without it, they are left out if masks are trained.
 
     Raises:
         ValueError: If a dataset or the sampler is unknown, or the batch cannot be divided evenly among the
@@ -71,7 +79,8 @@ def build_train_loader(
     if dataset is None:
         dataset = clean_annotations(load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, training=True))
         if cfg.MODEL.MASK_ON:
-            dataset = drop_objects_without_mask(dataset, ", ".join(cfg.DATASETS.TRAIN))
+            handle = mark_objects_without_mask if masks_optional else drop_objects_without_mask
+            dataset = handle(dataset, ", ".join(cfg.DATASETS.TRAIN))
     if seed is None:
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     rank, world = comm.get_rank(), comm.get_world_size()

@@ -14,6 +14,7 @@ from clipdense.data.image import (
     BadImageError,
     ImageFormat,
     Orientation,
+    header_size,
     read_image,
     read_labels,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "ResizeShortestEdge",
     "build_augmentations",
     "build_mapper",
+    "check_orientation",
     "map_image",
     "original_sample",
     "read_image_or_skip",
@@ -58,6 +60,12 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
     return MAPPER_REGISTRY.get(name)(cfg, is_train)
 
 
+def check_orientation(orientation: str) -> None:
+    """Raise a ValueError if ``INPUT.EXIF_ORIENTATION`` has an unknown value."""
+    if orientation not in ("auto", "apply", "ignore"):
+        raise ValueError(f"INPUT.EXIF_ORIENTATION = {orientation!r}: expected auto, apply or ignore")
+
+
 def read_image_or_skip(
     record: Mapping[str, Any],
     image_format: ImageFormat,
@@ -68,7 +76,7 @@ def read_image_or_skip(
     """Read an image; with ``skip``, return None for a damaged file and warn once per file and process.
 
     Args:
-        record: dataset dict with ``file_name`` and, optionally, ``height`` and ``width``.
+        record: dataset dict with ``file_name`` and, optionally, ``height`` and ``width`` or a label map.
         image_format: order of the channels.
         skip: whether a damaged file is skipped instead of raising an error.
         orientation, max_pixels: see `read_image`.
@@ -88,7 +96,11 @@ def read_image_or_skip(
 
 
 def _stated_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
-    return (record["height"], record["width"]) if "height" in record and "width" in record else None
+    """Return the size (H, W) that a record states, or else that of its label map, which was drawn over it."""
+    if "height" in record and "width" in record:
+        return record["height"], record["width"]
+    labels = record.get("sem_seg_file_name") or record.get("pan_seg_file_name")
+    return None if labels is None else header_size(labels, "ignore")
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
@@ -137,11 +149,14 @@ def map_image(mapper: Any, image: np.ndarray) -> dict[str, Any]:
     return {"image": _to_tensor(augmented.image), "height": image.shape[0], "width": image.shape[1]}
 
 
-def original_sample(record: dict[str, Any]) -> dict[str, Any]:
+def original_sample(
+    record: dict[str, Any], orientation: Orientation = "auto", max_pixels: int = MAX_PIXELS
+) -> dict[str, Any]:
     """Read the test input of models that are evaluated by their features: an image that is not resized.
 
     Args:
-        record: dataset dict with ``file_name``.
+        record: dataset dict with ``file_name`` and, optionally, ``height`` and ``width``.
+        orientation, max_pixels: see `read_image`.
 
     Returns:
         ``file_name``, ``image_id`` if the record has one, and ``image`` (3, H, W) uint8 RGB.
@@ -150,7 +165,9 @@ def original_sample(record: dict[str, Any]) -> dict[str, Any]:
         BadImageError: If the image cannot be decoded.
     """
     sample = {key: record[key] for key in ("file_name", "image_id") if key in record}
-    return sample | {"image": _to_tensor(read_image(record["file_name"], "RGB", size=_stated_size(record)))}
+    pixels = read_image_or_skip(record, "RGB", False, orientation, max_pixels)
+    assert pixels is not None
+    return sample | {"image": _to_tensor(pixels)}
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -205,8 +222,7 @@ class DetectionMapper:
         exif_orientation: Orientation = "auto",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        if exif_orientation not in ("auto", "apply", "ignore"):
-            raise ValueError(f"INPUT.EXIF_ORIENTATION = {exif_orientation!r}: expected auto, apply or ignore")
+        check_orientation(exif_orientation)
         if mask_format not in ("polygon", "bitmask"):
             raise ValueError(f"INPUT.MASK_FORMAT = {mask_format!r}: expected polygon or bitmask")
         if recompute_boxes and not use_masks:
@@ -251,8 +267,9 @@ class DetectionMapper:
 
         Returns:
             The dict with ``image`` (3, H, W) uint8. In training, depending on the dataset, also ``instances``
-            (gt_boxes, gt_classes, gt_masks), ``sem_seg`` (H, W) int64, and ``pan_seg`` (H, W) int64 with the
-            ids of ``segments_info``. None for a damaged image that is skipped.
+            (gt_boxes, gt_classes, gt_masks; gt_has_mask if an object has none), ``sem_seg`` (H, W) int64, and
+            ``pan_seg`` (H, W) int64 with the ids of ``segments_info``. None for a damaged image that is
+            skipped.
 
         Raises:
             BadImageError: If the image or a label map cannot be decoded.
@@ -305,7 +322,7 @@ class DetectionMapper:
         self, annotations: list[dict[str, Any]], transforms: Any, size: tuple[int, int]
     ) -> Instances:
         """Build the instances of the transformed image: without crowds, with clipped and non-empty boxes."""
-        objects = []
+        objects, has_mask = [], []
         for annotation in annotations:
             if annotation.get("iscrowd", 0):
                 continue
@@ -314,7 +331,12 @@ class DetectionMapper:
                 annotation.pop("segmentation", None)
             elif "segmentation" not in annotation:
                 raise ValueError("an annotation has no mask; set MODEL.MASK_ON False to train on boxes alone")
+            has_mask.append(annotation.pop("has_mask", True))
+            if not has_mask[-1]:
+                del annotation["segmentation"]  # Detectron2's cropping needs shapely even for no polygon
             moved = utils.transform_instance_annotations(annotation, transforms, size)
+            if not has_mask[-1]:
+                moved["segmentation"] = []
             if isinstance(moved.get("segmentation"), np.ndarray):
                 moved["segmentation"] = moved["segmentation"].copy()  # torch needs a writable array
             objects.append(moved)
@@ -326,6 +348,11 @@ class DetectionMapper:
             instances.gt_masks = (
                 PolygonMasks([]) if polygons else BitMasks(torch.zeros(0, *size, dtype=torch.bool))
             )
+        masked = torch.tensor(has_mask, dtype=torch.bool)
         if self.recompute_boxes and objects:
-            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-        return utils.filter_empty_instances(instances, by_mask=self.use_masks)
+            instances.gt_boxes.tensor[masked] = instances.gt_masks[masked].get_bounding_boxes().tensor
+        if self.use_masks and not masked.all():
+            instances.gt_has_mask = masked
+            empty = instances.gt_masks.nonempty().logical_not()
+            instances = instances[~(masked & empty)]
+        return utils.filter_empty_instances(instances, by_mask=self.use_masks and bool(masked.all()))

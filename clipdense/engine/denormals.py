@@ -1,4 +1,4 @@
-"""Denormal numbers on the CPU, which are up to a hundred times slower than others."""
+"""Denormal numbers, with which many CPUs compute more slowly than with others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ def denormals_are_flushed() -> bool:
 def flush_denormals() -> Iterator[None]:
     """Compute zero instead of denormal numbers in this thread, and in threads that it starts.
 
-    Nearly one-hot attention, such as that of CLIP's attention pools, makes millions of denormal numbers: the
-    pool of the nano ResNet takes a quarter of the time without them. Numbers below 1e-38 do not matter to a
-    model. The previous mode returns at the end. Processors without such a mode ignore it.
+    Nearly one-hot attention, such as that of CLIP's attention pools, makes millions of denormal numbers. How
+    much time they cost depends on the processor; some show no difference. Numbers below 1e-38 do not matter
+    to a model. The previous mode returns at the end. Processors without such a mode ignore it.
     """
     before = denormals_are_flushed()
     torch.set_flush_denormal(True)

@@ -20,6 +20,7 @@ from clipdense.data.trained_classes import class_mapping
 from clipdense.data.validation import check_datasets
 from clipdense.engine.distributed import convert_sync_batchnorm
 from clipdense.engine.evaluate import evaluate_datasets, run_inference
+from clipdense.engine.mask_loss import leave_out_objects_without_mask
 from clipdense.engine.optimizer import build_optimizer
 from clipdense.engine.options import ConfigError, TrainerOptions
 from clipdense.engine.schedule import build_schedule
@@ -296,7 +297,9 @@ class YacsRunConfig(RunConfig):
             "optimizer": build_optimizer(cfg, model),
             "model": model,
             "schedule": build_schedule(cfg),
-            "train_loader": partial(build_train_loader, cfg, seed=cfg.SEED),
+            "train_loader": partial(
+                build_train_loader, cfg, seed=cfg.SEED, masks_optional=leave_out_objects_without_mask(model)
+            ),
             "evaluate": run.evaluate if cfg.DATASETS.TEST else None,
             "options": TrainerOptions.from_config(cfg, _training_classes(cfg.DATASETS.TRAIN)),
         }

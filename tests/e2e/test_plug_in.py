@@ -140,22 +140,26 @@ def test_trains_in_a_project(
     if not language:
         node = "BACKBONE" if project == "panoptic_deeplab" and tower == "resnet" else "TRUNK"
         pieces.append(f"MODEL: {{META_ARCHITECTURE: {BASES[project]}, {node}: {{NAME: CLIPTrunk}}}}")
-    check(config(project, *pieces), project, script["Trainer"])
+    model = check(config(project, *pieces), project, script["Trainer"])
+    assert any(isinstance(module, LanguageTrunk) for module in model.modules()) == language
 
 
 def test_deeplab_reads_the_trunk_itself(config: Callable[..., CfgNode], script: dict[str, Any]) -> None:
     """Without a pyramid, as it reads Detectron2's ResNet."""
     maps = "{IN_FEATURES: [res2, res5], PROJECT_FEATURES: [res2], PROJECT_CHANNELS: [8]}"
     cfg = config("deeplab", f"MODEL: {{BACKBONE: {{NAME: LanguageTrunk}}, SEM_SEG_HEAD: {maps}}}")
-    check(cfg, "deeplab", script["Trainer"])
+    model = check(cfg, "deeplab", script["Trainer"])
+    assert type(model.base.backbone) is LanguageTrunk
 
 
-def check(cfg: CfgNode, project: str, trainer: Any) -> None:
+def check(cfg: CfgNode, project: str, trainer: Any) -> Any:
+    """Check training and outputs of a project's model; return the model."""
     seed_all_rng(0)
     model = build_model(cfg)
     batch = next(iter(trainer.build_train_loader(cfg)))
     check_training(model, trainer.build_optimizer(cfg, model), batch)
     check_outputs(project, detect(model, batch[0]["image"]))
+    return model
 
 
 # ---- LazyConfig
@@ -171,7 +175,8 @@ def lazy() -> Any:
     return cfg
 
 
-def check_lazy(cfg: Any) -> None:
+def check_lazy(cfg: Any) -> nn.Module:
+    """Check training and outputs of the model of a LazyConfig; return the model."""
     seed_all_rng(0)
     model = instantiate(cfg.model)
     batch = next(iter(instantiate(cfg.dataloader.train)))
@@ -179,6 +184,7 @@ def check_lazy(cfg: Any) -> None:
     check_training(model, optimizer, batch)
     found = detect(model, batch[0]["image"])["instances"]
     assert 0 < len(found) <= 30 and found.pred_masks.shape[1:] == (150, 100)
+    return model
 
 
 @pytest.mark.parametrize("language", [False, True], ids=["clip", "denseclip"])
@@ -198,7 +204,8 @@ def test_trains_from_a_lazy_config(tower: str, language: bool, lazy: Any) -> Non
         )
     if not language:
         lazy.model = lazy.model.base
-    check_lazy(lazy)
+    model = check_lazy(lazy)
+    assert any(isinstance(module, LanguageTrunk) for module in model.modules()) == language
 
 
 def test_detectron2s_vitdet_is_scored(lazy: Any) -> None:
@@ -213,7 +220,8 @@ def test_detectron2s_vitdet_is_scored(lazy: Any) -> None:
     lazy.model.base.backbone = L(SimpleFeaturePyramid)(
         trunk=trunk, in_feature="last_feat", out_channels=96, scale_factors=(2.0, 1.0, 0.5), top_block=""
     )
-    check_lazy(lazy)
+    model = check_lazy(lazy)
+    assert any(type(module) is vit.ViT for module in model.modules())
 
 
 # ---- the README

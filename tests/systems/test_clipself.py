@@ -275,7 +275,10 @@ def test_the_baseline_classifies_regions(baseline: RegionCLIPBaseline) -> None:
 
 def test_the_baseline_takes_images_without_regions(baseline: RegionCLIPBaseline) -> None:
     samples = [{**s, "boxes": s["boxes"][:0], "concepts": s["concepts"][:0]} for s in concept_batch()]
-    baseline(samples)["loss_concepts"].backward()
+    loss = baseline(samples)["loss_concepts"]
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in baseline.parameters())
 
 
 def test_inputs_of_the_other_method(baseline: RegionCLIPBaseline) -> None:

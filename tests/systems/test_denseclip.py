@@ -63,6 +63,13 @@ def test_cells_in_a_box_but_outside_its_mask_are_negatives() -> None:
     assert torch.equal(inside, box_targets([image], 2, (40, 36), CPU)[1]) and inside.sum() > 12
     image.gt_masks = PolygonMasks([[torch.tensor([0.0, 0, 13, 0, 13, 16, 0, 16]).numpy()]])
     assert torch.equal(mask_targets([image], 2, (40, 36), CPU)[0], target)
+    both = instances((32, 32), [[0, 0, 32, 16], [16, 0, 32, 16]], [1, 0])
+    both.gt_masks = PolygonMasks([*image.gt_masks.polygons, []])
+    both.gt_has_mask = torch.tensor([True, False])
+    target_of_both, known = mask_targets([both], 2, (40, 36), CPU)
+    assert torch.equal(target_of_both, target)
+    assert torch.equal(known[0, 0, :, 4:], torch.zeros(10, 5, dtype=torch.bool))  # nobody knows its class
+    assert torch.equal(known[..., :4], inside[..., :4])
     with pytest.raises(KeyError, match="MASK_ON"):
         mask_targets([instances((32, 32), [[0, 0, 32, 16]], [1])], 2, (40, 36), CPU)
 

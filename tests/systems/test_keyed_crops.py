@@ -54,7 +54,7 @@ def test_unusable_crops_are_errors(
     (tmp_path / "crops" / "c.png").write_bytes(b"no png")
     for lines, message in (
         ("filepath\ttitle\ncrops/a.jpg\tkite", "a.jpg is a JPEG file, a format that may change colours"),
-        ("filepath\ttitle\ncrops/c.png\tkite", "c.png: not a readable image"),
+        ("filepath\ttitle\ncrops/c.png\tkite", "c.png: not an image"),
         ("filepath\ttitle\ncrops/d.png\tkite", "d.png"),
         ("filepath\ttitle\ncrops/a.png\t", "list.csv, line 2: lacks filepath or title"),
         ("filepath,title\ncrops/a.png,kite", "no column filepath and no column title"),

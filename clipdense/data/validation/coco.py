@@ -310,7 +310,7 @@ def _count_missing_masks(annotations: Sequence[Row], report: Report) -> None:
                 "note",
                 "objects with a box but no mask",
                 f"annotation {row.get('id', '')!r} of image {row['image_id']!r}",
-                "They are left out of training with masks, and count as missed in mask AP.",
+                "Their boxes are trained, the mask loss leaves them out, and mask AP counts them as missed.",
             )
 
 

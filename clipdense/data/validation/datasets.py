@@ -21,7 +21,7 @@ __all__ = ["check_dataset", "check_datasets"]
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 """Of the checks: a change makes cached reports void."""
 _JSON_KINDS: dict[str, CocoKind] = {
     "coco": "instances",
@@ -105,11 +105,14 @@ def _check_presence(name: str) -> None:
 def check_dataset(name: str, *, thorough: bool = False, use_cache: bool = True) -> Report | None:
     """Check the annotation file, the images and the label maps of a registered dataset.
 
+    A report without errors is kept. It is made again if the annotation file changes, a file is added to or
+    removed from a folder of images, or an image or label map that was opened is replaced or edited (size or
+    time of change). Other images that are replaced in place are not noticed, as they are not opened.
+
     Args:
         name: registered name.
         thorough: open every image and label map; else some hundreds, evenly chosen.
-        use_cache: take the report of an earlier check of the same files (only reports without errors are
-            kept).
+        use_cache: take the report of an earlier check of the same files.
 
     Returns:
         What was found; None for a dataset whose files are drawn or prepared at its first use, or that has
@@ -125,8 +128,10 @@ def check_dataset(name: str, *, thorough: bool = False, use_cache: bool = True) 
     cached = _cache_file(name, files, thorough)
     if use_cache and cached.is_file():
         try:
-            return Report.from_json(cached.read_text())
-        except (ValueError, TypeError, KeyError):
+            known = Report.from_json(cached.read_text())
+            if known.is_current():
+                return known
+        except (ValueError, TypeError, KeyError, AttributeError):
             logger.debug("%s is damaged and made again", cached)
     report = _check(name, metadata, kind, thorough)
     if not report.errors:

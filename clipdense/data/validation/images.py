@@ -19,16 +19,19 @@ def check_image_files(records: Iterable[Mapping[str, Any]], report: Report, *, h
 
     Args:
         records: Detectron2's dataset dicts, with ``file_name`` and, optionally, ``height`` and ``width``.
-        report: what is found is added to it.
+        report: what is found is added to it, and the stamps of the opened files and of the folders.
         headers: number of files to open; -1 for all.
     """
     records = list(records)
+    for folder in {str(Path(record["file_name"]).parent) for record in records}:
+        report.stamp(folder)
     step = 1 if headers < 0 else max(1, len(records) // max(1, headers))
     for index, record in enumerate(records):
         path = Path(record["file_name"])
         if not path.is_file():
             report.add("error", "images that are not there", str(path), "Check the image folder.")
         elif index % step == 0:
+            report.stamp(path)
             _check_header(path, record, report)
 
 
@@ -70,7 +73,7 @@ def check_label_maps(
 
     Args:
         records: dataset dicts with ``sem_seg_file_name``.
-        report: what is found is added to it.
+        report: what is found is added to it, and the stamps of the decoded maps.
         num_classes: number of classes; values are 0 .. num_classes - 1.
         ignore: values that stand for no class.
         maps: number of label maps to decode; -1 for all.
@@ -85,13 +88,14 @@ def check_label_maps(
             continue
         if index % step:
             continue
+        report.stamp(path)
         try:
             labels = read_labels(path)
         except OSError as error:
             report.add("error", "label maps that are not images", str(error), "Replace the file.")
             continue
         size = header_size(record["file_name"])
-        if size is not None and size != labels.shape:
+        if size is not None and labels.shape not in (size, header_size(record["file_name"], "ignore")):
             report.add(
                 "error",
                 "label maps of another size than their image",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -54,12 +55,14 @@ class Report:
         counts: number of images, annotations, classes ... by name.
         findings: by kind, in the order in which they were met.
         without_mask: number of objects that have a box but no mask.
+        stamps: file that was opened, or folder of images -> its size in bytes and time of change in ns.
     """
 
     source: str
     counts: dict[str, int] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
     without_mask: int = 0
+    stamps: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, severity: Severity, kind: str, example: str, remedy: str) -> None:
         """Count one fault; the first few of a kind are kept as examples."""
@@ -67,6 +70,14 @@ class Report:
         finding.count += 1
         if len(finding.examples) < _MAX_EXAMPLES:
             finding.examples.append(example)
+
+    def stamp(self, path: str | os.PathLike[str]) -> None:
+        """Note the size and time of change of a file or folder on which the report depends."""
+        self.stamps[os.fspath(path)] = _stamp(os.fspath(path))
+
+    def is_current(self) -> bool:
+        """Return whether the files and folders on which the report depends are unchanged."""
+        return all(_stamp(path) == stamp for path, stamp in self.stamps.items())
 
     @property
     def errors(self) -> list[Finding]:
@@ -106,4 +117,19 @@ class Report:
         """
         content: Mapping[str, Any] = json.loads(text)
         findings = {kind: Finding(**finding) for kind, finding in content["findings"].items()}
-        return cls(content["source"], dict(content["counts"]), findings, int(content["without_mask"]))
+        return cls(
+            content["source"],
+            dict(content["counts"]),
+            findings,
+            int(content["without_mask"]),
+            dict(content["stamps"]),
+        )
+
+
+def _stamp(path: str) -> list[int]:
+    """Return the size and time of change of a file or folder; empty if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]

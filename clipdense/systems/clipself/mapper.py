@@ -7,8 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipdense.data.image import MAX_PIXELS, Orientation
 from clipdense.data.letterbox import Uint8, crop_box, letterbox
-from clipdense.data.mappers import MAPPER_REGISTRY, original_sample, read_image_or_skip
+from clipdense.data.mappers import (
+    MAPPER_REGISTRY,
+    check_orientation,
+    original_sample,
+    read_image_or_skip,
+)
 from clipdense.systems.clipself.regions import Regions, add_jittered, draw_patches, draw_proposals
 
 from detectron2.config import CfgNode, configurable
@@ -36,9 +42,11 @@ class CLIPSelfMapper:
             and 1.5 for proposals.
         jitter: number of jittered copies of each region, see `add_jittered`.
         skip_bad_images: whether a damaged image file gives None, with a warning, instead of an error.
+        exif_orientation: "auto", "apply" or "ignore", see `clipdense.data.image.read_image`.
+        max_pixels: largest image, in pixels.
 
     Raises:
-        ValueError: If ``regions`` has another value.
+        ValueError: If ``regions`` or ``exif_orientation`` has another value.
     """
 
     @configurable
@@ -54,13 +62,18 @@ class CLIPSelfMapper:
         crop_scale: float | None = None,
         jitter: int = 0,
         skip_bad_images: bool = False,
+        exif_orientation: Orientation = "auto",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        check_orientation(exif_orientation)
         if regions not in _CROP_SCALES:
             raise ValueError(f"INPUT.CLIPSELF.REGIONS {regions!r}: expected {', '.join(_CROP_SCALES)}")
         self.regions, self.image_size, self.crop_size = regions, image_size, crop_size
         self.max_boxes, self.max_split = max_boxes, max_split
         self.crop_scale = _CROP_SCALES[regions] if crop_scale is None else crop_scale
         self.jitter = jitter
+        self.exif_orientation: Orientation = exif_orientation
+        self.max_pixels = max_pixels
         self.is_train, self.skip_bad_images = is_train, skip_bad_images
 
     @classmethod
@@ -77,6 +90,8 @@ class CLIPSelfMapper:
             "crop_scale": keys.CROP_SCALE or None,
             "jitter": keys.JITTER,
             "skip_bad_images": cfg.INPUT.SKIP_BAD_IMAGES,
+            "exif_orientation": cfg.INPUT.EXIF_ORIENTATION,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -96,9 +111,11 @@ class CLIPSelfMapper:
             BadImageError: If the image cannot be decoded.
         """
         if not self.is_train:
-            return original_sample(dataset_dict)
+            return original_sample(dataset_dict, self.exif_orientation, self.max_pixels)
         sample = {key: dataset_dict[key] for key in ("file_name", "image_id")}
-        image = read_image_or_skip(dataset_dict, "RGB", self.skip_bad_images)
+        image = read_image_or_skip(
+            dataset_dict, "RGB", self.skip_bad_images, self.exif_orientation, self.max_pixels
+        )
         if image is None:
             return None
         sample["image"] = _to_tensor(letterbox(image, self.image_size)[0])

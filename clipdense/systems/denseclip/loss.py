@@ -280,12 +280,18 @@ def mask_targets(
     """Compute per-pixel targets from instance masks.
 
     Arguments and return value are those of `box_targets`. A cell belongs to a class if a mask of the class
-    covers at least half of it. Cells inside a box but outside its mask become negatives.
+    covers at least half of it. Cells inside a box but outside its mask become negatives. Cells inside the box
+    of an object without a mask (``gt_has_mask`` False) are not inside.
 
     Raises:
         KeyError: If instances have no gt_masks.
     """
     _, inside = box_targets(instances, num_classes, padded_size, device)
+    if any(image.has("gt_has_mask") for image in instances):
+        unknown = [
+            image[~image.gt_has_mask] if image.has("gt_has_mask") else image[:0] for image in instances
+        ]
+        inside = inside & ~box_targets(unknown, num_classes, padded_size, device)[1]
     size = (inside.shape[2], inside.shape[3])
     targets = []
     for image in instances:

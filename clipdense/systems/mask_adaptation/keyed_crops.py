@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
-from PIL import Image
+
+from clipdense.data.image import BadImageError, file_format, read_image
 
 from clipdense.files import read_text
 
@@ -69,18 +70,14 @@ def read_keyed_pair(name: str, noun: str, image_root: str | Path) -> dict[str, A
     """
     path = os.path.join(image_root, name)
     try:
-        with Image.open(path) as image:
-            if image.format not in LOSSLESS:
-                raise ValueError(
-                    f"{path} is a {image.format} file, a format that may change colours, so that its "
-                    f"background, RGB {BACKGROUND}, cannot be recognised. Import the original crops "
-                    f"({', '.join(LOSSLESS)})"
-                )
-            mask = keyed_mask(np.array(image.convert("RGB")))
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        if (found := file_format(path)) not in LOSSLESS:
+            raise ValueError(
+                f"{path} is a {found} file, a format that may change colours, so that its background, "
+                f"RGB {BACKGROUND}, cannot be recognised. Import the original crops ({', '.join(LOSSLESS)})"
+            )
+        mask = keyed_mask(read_image(path, orientation="ignore"))
+    except BadImageError as error:
+        raise ValueError(str(error)) from error
     if not mask.any():
         return None
     code = mask_util.encode(np.asfortranarray(mask, np.uint8))

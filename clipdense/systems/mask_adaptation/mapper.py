@@ -9,7 +9,13 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from clipdense.clip.model import pixel_statistics
-from clipdense.data.mappers import MAPPER_REGISTRY, original_sample, read_image_or_skip
+from clipdense.data.image import MAX_PIXELS, Orientation
+from clipdense.data.mappers import (
+    MAPPER_REGISTRY,
+    check_orientation,
+    original_sample,
+    read_image_or_skip,
+)
 from clipdense.data.mask_pairs import pair_mask
 from clipdense.regions import CropRule, crop_masks, tight_boxes
 
@@ -35,6 +41,8 @@ class MaskPairMapper:
         crop_ratio: range of width / height of a random crop in pixels. A longer region loses both ends
             (torchvision's `RandomResizedCrop`).
         skip_bad_images: return None for a damaged image, with a warning, instead of raising an error.
+        exif_orientation: "auto", "apply" or "ignore", see `clipdense.data.image.read_image`.
+        max_pixels: largest image, in pixels.
     """
 
     @configurable
@@ -49,7 +57,12 @@ class MaskPairMapper:
         crop_scale: tuple[float, float] = (0.9, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         skip_bad_images: bool = False,
+        exif_orientation: Orientation = "auto",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        check_orientation(exif_orientation)
+        self.exif_orientation: Orientation = exif_orientation
+        self.max_pixels = max_pixels
         self.is_train, self.rule, self.size = is_train, rule, size
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
@@ -63,6 +76,8 @@ class MaskPairMapper:
         arguments: dict[str, Any] = {
             "is_train": is_train,
             "rule": CropRule.from_config(cfg.MODEL.MASK_ADAPTED_CLIP.CROP),
+            "exif_orientation": cfg.INPUT.EXIF_ORIENTATION,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
         if not is_train:
             return arguments
@@ -92,11 +107,13 @@ class MaskPairMapper:
             ValueError: If the mask is empty, or has another size than the image; names both.
         """
         if not self.is_train:
-            return original_sample(dataset_dict)
+            return original_sample(dataset_dict, self.exif_orientation, self.max_pixels)
         sample: dict[str, Any] = {
             key: dataset_dict[key] for key in ("file_name", "image_id") if key in dataset_dict
         }
-        pixels = read_image_or_skip(dataset_dict, "RGB", self.skip_bad_images)
+        pixels = read_image_or_skip(
+            dataset_dict, "RGB", self.skip_bad_images, self.exif_orientation, self.max_pixels
+        )
         if pixels is None:
             return None
         mask = torch.from_numpy(pair_mask(dataset_dict))

@@ -200,7 +200,7 @@ def draw_pairs(pairs: Sequence[Record], path: Path, *, cell: int = 128, columns:
 
 def _crop(pair: Record, cell: int) -> Image.Image:
     """Cut the box of a mask, a quarter larger on each side, and fit it into a white square."""
-    image = read_image(pair["file_name"])
+    image = read_image(pair["file_name"], size=tuple(pair["segmentation"]["size"]))
     mask = mask_util.decode(pair["segmentation"]).astype(bool)
     image = np.where(mask[..., None], image, 255 - (255 - image) // 3)
     x, y, width, height = mask_util.toBbox(pair["segmentation"]).astype(int)

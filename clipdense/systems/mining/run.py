@@ -21,8 +21,9 @@ from filelock import FileLock, Timeout
 from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
-from clipdense.data.image import BadImageError, read_image
+from clipdense.data.image import BadImageError
 from clipdense.data.json_files import load_json
+from clipdense.data.mappers import read_image_or_skip
 from clipdense.data.nouns import NounFinder
 from clipdense.engine.options import ConfigError
 from clipdense.files import write_text
@@ -192,7 +193,8 @@ def mine_shard(
         num_nouns += len(nouns)
         too_long |= {noun for noun in nouns if miner.embed(noun) is None}
         try:
-            image = read_image(record["file_name"])
+            image = read_image_or_skip(record, "RGB", skip=False)
+            assert image is not None
         except BadImageError:
             unreadable.append(record["file_name"])
         else:

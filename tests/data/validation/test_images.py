@@ -1,12 +1,14 @@
 """Image files, label maps, registered datasets and the tool."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clipdense.data.image import header_size
+from clipdense.data.mappers import read_image_or_skip
 from clipdense.data.validation import (
     DataError,
     Report,
@@ -79,6 +81,22 @@ def test_label_maps(tmp_path, report):
     assert "absent_l.png" in text
 
 
+def test_label_maps_of_turned_photographs(tmp_path, report):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "a.jpg", exif=exif)  # stored as 40 x 60, shown as 60 x 40
+    for name, shape in (("stored", (40, 60)), ("upright", (60, 40)), ("other", (30, 40))):
+        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / f"{name}.png")
+        record = {"file_name": str(tmp_path / "a.jpg"), "sem_seg_file_name": str(tmp_path / f"{name}.png")}
+        if name == "other":
+            break
+        check_label_maps([record], report, num_classes=1)
+        assert read_image_or_skip(record, "RGB", skip=False).shape[:2] == shape
+    assert report.findings == {}
+    check_label_maps([record], report, num_classes=1)
+    assert "other.png is 30 x 40, the image 60 x 40" in "\n".join(report.lines())
+
+
 @pytest.fixture
 def registered(tmp_path):
     """A registered dataset of one image; returns its annotation file."""
@@ -109,6 +127,31 @@ def test_a_registered_dataset_is_checked_once(registered, tmp_path_factory, monk
     content["annotations"][0]["category_id"] = 12
     registered.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"a\.json.*category_id 12"):
+        check_datasets(["checked"])
+
+
+def test_images_that_are_replaced_are_noticed(registered, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CLIPDENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    checked = []
+    monkeypatch.setattr(
+        "clipdense.data.validation.datasets.check_image_files",
+        lambda *args, **kwargs: checked.append(1) or check_image_files(*args, **kwargs),
+    )
+    assert not check_dataset("checked").errors
+    assert not check_dataset("checked").errors
+    assert len(checked) == 1
+    image = tmp_path / "a.png"
+    time = image.stat().st_mtime_ns
+    os.utime(image, ns=(time, time + 1))  # replaced by one that is as good
+    assert not check_dataset("checked").errors
+    assert len(checked) == 2
+    save(image, size=(61, 40))
+    with pytest.raises(DataError, match=r"a\.png is 40 x 61, stated 40 x 60"):
+        check_datasets(["checked"])
+    save(image)
+    check_datasets(["checked"])
+    image.unlink()  # of the folder, only the time of change differs
+    with pytest.raises(DataError, match=r"images that are not there: .*a\.png"):
         check_datasets(["checked"])
 
 

@@ -123,6 +123,11 @@ def test_objects_without_a_mask_are_left_out_of_training_with_masks(own, caplog)
     loader = build_train_loader(cfg, seed=0)
     assert objects(loader.dataset.items) == total - 3
     assert f"Left 3 of {total} objects and 1 images out of training with masks" in caplog.text
+    loader = build_train_loader(cfg, seed=0, masks_optional=True)
+    assert objects(loader.dataset.items) == total and len(loader.dataset.items) == 10
+    assert f"Left 3 of {total} objects out of the mask loss" in caplog.text
+    flags = [loader.dataset[i, i]["instances"].get_fields().get("gt_has_mask") for i in range(3)]
+    assert flags[0].tolist() == [False, False] and flags[1].tolist() == [False, True] and flags[2] is None
     cfg.MODEL.MASK_ON = False
     assert objects(build_train_loader(cfg, seed=0).dataset.items) == total
     (message,) = run_config(cfg).check_datasets(training=True)
@@ -136,6 +141,8 @@ def test_a_file_of_boxes_alone_needs_mask_on_false(own):
         run_config(cfg).check_datasets(training=True)
     with pytest.raises(DataError, match=r"own: no object has a mask.*MODEL.MASK_ON False"):
         build_train_loader(cfg, seed=0)
+    with pytest.raises(DataError, match=r"own: no object has a mask.*MODEL.MASK_ON False"):
+        build_train_loader(cfg, seed=0, masks_optional=True)
     assert run_config(cfg).check_datasets(training=False) == []
     cfg.MODEL.MASK_ON = False
     assert run_config(cfg).check_datasets(training=True) == []
