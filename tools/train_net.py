@@ -61,10 +61,10 @@ _INTERRUPTED = "interrupted; --resume continues a training from its last checkpo
 def main(args: argparse.Namespace) -> dict[str, float]:
     loaded = setup(args)
     if args.eval_only:
-        results = evaluate_weights(loaded.cfg, args.resume, loaded.weights)
+        results = evaluate_weights(loaded.cfg, args.resume, loaded.weights, loaded.fetch_weights)
         print_results(results)
     else:
-        trainer = Trainer(loaded.cfg)
+        trainer = Trainer(loaded.cfg, fetch_weights=loaded.fetch_weights)
         trainer.resume_or_load(args.resume, loaded.weights)
         loaded = replace(loaded, weights=None)  # free the memory of the file
         results = trainer.train()

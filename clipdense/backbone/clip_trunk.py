@@ -15,6 +15,7 @@ from clipdense.backbone.prompting import build_visual_prompts
 from clipdense.backbone.trunk import NUM_STAGES, PixelConversion, Trunk, feature_name
 from clipdense.clip.attention import TokenStream
 from clipdense.clip.model import ClipModel, build_clip, load_clip
+from clipdense.clip.sources import without_weights
 from clipdense.clip.towers import Tower, TowerOutput, TowerRequest, TransformerTower
 from clipdense.clip.towers.groups import parameters_of
 from clipdense.clip.visual_prompts import VisualPrompts, chain_hooks
@@ -108,7 +109,7 @@ class CLIPTrunk(Trunk):
 
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
-        clip = clip_from_config(cfg, text=False)
+        clip = clip_from_config(cfg, text=False, in_backbone=True)
         return {
             "tower": clip.visual,
             "out_features": cfg.MODEL.TRUNK.OUT_FEATURES,
@@ -175,11 +176,13 @@ class CLIPTrunk(Trunk):
         return replace(stream, window=0 if index in self.global_blocks else self.window_size)
 
 
-def clip_from_config(cfg: CN, *, text: bool = True) -> ClipModel:
+def clip_from_config(cfg: CN, *, text: bool = True, in_backbone: bool = False) -> ClipModel:
     """Build the CLIP that MODEL.CLIP describes.
 
     Args:
         text: whether to build its text tower.
+        in_backbone: whether all of it becomes part of the backbone, so that MODEL.FETCH_WEIGHTS decides
+            whether its weights are downloaded.
 
     Raises:
         ValueError: If MODEL.CLIP.CONFIG is set together with MODEL.CLIP.PRETRAINED. See also `load_clip`.
@@ -195,9 +198,10 @@ def clip_from_config(cfg: CN, *, text: bool = True) -> ClipModel:
         config = {"model_cfg": json.loads(json.dumps(keys.CONFIG)), "preprocess_cfg": pixels}
         clip = build_clip(keys.NAME, config, text=text, position_rule=keys.POSITION_RULE).eval()
     else:
+        fetch = cfg.MODEL.FETCH_WEIGHTS or not in_backbone
         clip = load_clip(
             keys.NAME,
-            keys.PRETRAINED,
+            keys.PRETRAINED if fetch else without_weights(keys.NAME, keys.PRETRAINED),
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             text=text,
             position_rule=keys.POSITION_RULE,

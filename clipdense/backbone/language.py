@@ -301,7 +301,7 @@ def build_class_text(cfg: CN) -> ClassText | ClassTable:
         return ClassTable(classes, keys.TABLE_DIM)
     if keys.TEXT != "tower":
         raise ValueError(f"MODEL.LANGUAGE.TEXT must be tower or table, not {keys.TEXT!r}")
-    clip = clip_from_config(cfg)
+    clip = clip_from_config(cfg, in_backbone=True)
     return ClassText(
         clip,
         classes,

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from clipdense.backbone.timm_weights import load_timm_weights
+from clipdense.backbone.timm_weights import is_local, load_timm_weights
 from clipdense.backbone.trunk import NUM_STAGES, PixelConversion, Trunk, feature_name
 
 from detectron2.config import CfgNode as CN
@@ -91,13 +91,14 @@ class TimmTrunk(Trunk):
     @classmethod
     def from_config(cls, cfg: CN, input_shape: ShapeSpec) -> dict[str, Any]:
         name: str = cfg.MODEL.TIMM.NAME
+        pretrained: str = cfg.MODEL.TIMM.PRETRAINED
         pixels = None
         if timm.is_model(name):
             statistics = timm.get_pretrained_cfg(name)
             pixels = PixelConversion.from_config(cfg, name, statistics.mean, statistics.std)
         return {
             "name": name,
-            "pretrained": cfg.MODEL.TIMM.PRETRAINED,
+            "pretrained": pretrained if cfg.MODEL.FETCH_WEIGHTS or is_local(pretrained) else "random",
             "out_features": cfg.MODEL.TRUNK.OUT_FEATURES,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
             "norm": cfg.MODEL.TRUNK.NORM,

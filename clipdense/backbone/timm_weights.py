@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,12 @@ PACKAGES: dict[str, WeightPackage] = {
 }
 
 
+def is_local(pretrained: str) -> bool:
+    """Return whether ``pretrained`` of `load_timm_weights` needs no download: a file, a package, random."""
+    suffixes = (".safetensors", ".pth", ".pt", ".bin")
+    return pretrained in (*PACKAGES, "random") or Path(pretrained).suffix in suffixes or "/" in pretrained
+
+
 def load_timm_weights(
     probe: nn.Module, name: str, pretrained: str, *, allow_pickle: bool, kwargs: Mapping[str, Any]
 ) -> nn.Module:
@@ -85,7 +92,8 @@ def load_timm_weights(
 
     Raises:
         ValueError: If the package is for another model, or the tag is unknown.
-        FileNotFoundError: If the weights are missing; says where to get them.
+        FileNotFoundError: If the weight file does not exist.
+        ConnectionError: If the weights cannot be downloaded; says where to get them.
         ModuleNotFoundError: If the package is not installed; says how to install it.
         CheckpointError: If the file is damaged or does not fit the model; lists every key.
     """
@@ -94,28 +102,34 @@ def load_timm_weights(
     state = None
     if pretrained in PACKAGES:
         state = _package_state(probe, name, pretrained)
-    elif Path(pretrained).suffix in (".safetensors", ".pth", ".pt", ".bin") or "/" in pretrained:
+    elif is_local(pretrained):
         state = read_checkpoint(pretrained, allow_pickle=allow_pickle).state
     if state is not None:
         _check(probe, state, pretrained)
         overlay = {"state_dict": state, "custom_load": False}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     tagged = f"{name}.{pretrained}" if pretrained else name
+    tags = [m.partition(".")[2] for m in timm.list_pretrained(f"{name}.*")]
+    if pretrained and pretrained not in tags:
+        raise ValueError(
+            f"MODEL.TIMM.PRETRAINED: timm model {name!r} has no tag {pretrained!r}; it has {tags}"
+        )
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it warns before each of its attempts
     try:
         return timm.create_model(tagged, pretrained=True, **kwargs)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the weights of timm model {tagged!r} could not be fetched. Without access to the hub, set "
-            f"MODEL.TIMM.PRETRAINED to a weight file in timm's layout, to one of the packages "
-            f"{sorted(PACKAGES)}, or to 'random'."
+    except Exception as error:  # the hub's clients raise whatever their transports do
+        entry: Any = timm.get_pretrained_cfg(tagged)
+        place = f"https://huggingface.co/{entry.hf_hub_id}" if entry.hf_hub_id else entry.url
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ConnectionError(
+            f"timm model {tagged!r} could not be downloaded ({reason}). Get its weights from {place} on a "
+            "machine with access, and set MODEL.TIMM.PRETRAINED to its path, to one of the packages "
+            f"{sorted(PACKAGES)}, or to random"
         ) from error
-    except RuntimeError as error:
-        if "tag" not in str(error):
-            raise
-        raise ValueError(
-            f"MODEL.TIMM.PRETRAINED: timm model {name!r} has no tag {pretrained!r}; it has "
-            f"{[m.partition('.')[2] for m in timm.list_pretrained(f'{name}.*')]}"
-        ) from error
+    finally:
+        hub.setLevel(level)
 
 
 def _package_state(probe: nn.Module, name: str, package: str) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from clipdense.checkpoint.layouts import LAYOUTS, ModelLayout
 MODEL_LAYOUT = "clipdense"
 """`layout` in the metadata of a file that holds a whole model under our keys.
 
-Its `options` are `config` (config key -> value) and, if known, `classes`; `source` is the name of the layout
-that the file was converted from."""
+Its `options` are `config` (config key -> value), and `source` is the name of the layout that the file was
+converted from. `thing_classes` or `stuff_classes` are its class names, if known, as training writes them."""
 
 
 def model_layout(state: Mapping[str, Tensor]) -> ModelLayout | None:
@@ -67,9 +67,8 @@ def convert_model(file: Checkpoint, classes: Sequence[str] | None = None) -> Che
         model = layout.metadata(file.state, names)
     except CheckpointError as e:
         raise CheckpointError(f"{file.path}, of layout {layout.name}: {e}") from e
-    if names:
-        options["classes"] = names
-    metadata = {**model, "layout": MODEL_LAYOUT, "source": layout.name, "options": options}
+    known = {layout.classes: names} if names else {}
+    metadata = {**model, **known, "layout": MODEL_LAYOUT, "source": layout.name, "options": options}
     return replace(file, state=state, metadata=metadata, extras={})
 
 

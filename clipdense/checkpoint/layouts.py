@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -40,6 +40,8 @@ class ModelLayout(Layout):
     """Layout of files of a whole published model, which one of our configs builds.
 
     Attributes:
+        classes: metadata entry for the class names of a file: "thing_classes" of detectors, "stuff_classes"
+            of models with one list for all classes.
         options: takes the tensors of the file and its class names (None if unknown); returns the config keys
             that the model needs, with their values. Raises CheckpointError if the tensors do not determine a
             model.
@@ -49,6 +51,7 @@ class ModelLayout(Layout):
             checkpoint's metadata (`clipdense.open_vocabulary.CheckpointMetadata`).
     """
 
+    classes: Literal["thing_classes", "stuff_classes"]
     options: Callable[[Mapping[str, Tensor], Sequence[str] | None], dict[str, Any]]
     prefixes: Callable[[Mapping[str, Tensor]], dict[str, str]]
     licence: str = ""

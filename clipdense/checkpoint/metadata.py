@@ -15,8 +15,7 @@ def check_metadata(metadata: Any) -> None:
 
     Args:
         metadata: decoded metadata: ``layout`` and ``source`` are names, ``options`` a dict with ``config``
-            (a dict) and ``classes`` (a list of names), ``thing_classes`` and ``stuff_classes`` lists of
-            names. Every entry is optional.
+            (a dict), ``thing_classes`` and ``stuff_classes`` lists of names. Every entry is optional.
 
     Raises:
         ValueError: If a type is wrong; the message names the entry.
@@ -33,7 +32,11 @@ def check_metadata(metadata: Any) -> None:
     _require(config, Mapping, "options.config", "a dictionary")
     if any(not isinstance(key, str) for key in config):
         raise ValueError("the keys of options.config must be names")
-    _require_names(options.get("classes"), "options.classes")
+    if "classes" in options:
+        raise ValueError(
+            "options.classes is where an older version wrote class names, which are now thing_classes or "
+            "stuff_classes: convert the published file again"
+        )
 
 
 def _require(value: Any, kind: type, name: str, expected: str) -> None:

@@ -184,8 +184,8 @@ def load_clip(
             "local-dir:folder", a weight file, or "" with a weight file as ``pretrained``; or an open_clip
             module, whose parameters the result shares.
         pretrained: tag, "hf-hub:organisation/name", weight file in the layout of OpenAI (also TorchScript),
-            EVA-CLIP (also CLIPSelf), open_clip or clipdense, or "random". None or "": the weights that come
-            with a nano, hub or local-dir model.
+            EVA-CLIP (also CLIPSelf), open_clip or clipdense, "random", or "random:" and a tag (random weights
+            in the model of that tag). None or "": the weights that come with a nano, hub or local-dir model.
         allow_pickle: see `clipdense.checkpoint.read_checkpoint`.
         precision: "fp32", "fp16" or "bf16" for all weights except logit scale and bias.
         quick_gelu: use x sigmoid(1.702 x) instead of GELU in open_clip's own towers. None: as the model name,

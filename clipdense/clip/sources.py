@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
 from clipdense.clip.nano import NANO_MODELS, nano_config, nano_files
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 HUB = "hf-hub:"
 LOCAL = "local-dir:"
 RANDOM = "random"
+RANDOM_OF = "random:"
+"""Before a tag: random weights for the model as that tag's weights need it (activation, pixel statistics)."""
 
 
 @dataclass
@@ -82,6 +84,8 @@ def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) ->
     )
     if pretrained == RANDOM:
         return source
+    only_config = (pretrained or "").startswith(RANDOM_OF)
+    pretrained = pretrained and pretrained.removeprefix(RANDOM_OF)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
         raise ValueError(
@@ -94,14 +98,10 @@ def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) ->
         tag = open_clip.get_pretrained_cfg(name, pretrained)
         source.config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": _pixels(tag)}
         source.quick_gelu = bool(tag.get("quick_gelu", False))
-        place = tag.get("hf_hub") or tag.get("url") or tag.get("file", "")
-        source.files = [
-            _fetch(
-                f"tag '{pretrained}' of '{name}'",
-                place,
-                lambda: download_pretrained(tag, cache_dir=cache_dir),
-            )
-        ]
+        if only_config:
+            return source
+        what, place = f"tag '{pretrained}' of '{name}'", tag.get("hf_hub") or tag.get("url", "")
+        source.files = [_fetch(what, place, lambda: download_pretrained(tag, cache_dir=cache_dir))]
     elif pretrained.startswith(HUB):
         source.files = [_hub_weights(pretrained.removeprefix(HUB), cache_dir)]
     elif _looks_like_path(pretrained):
@@ -109,6 +109,20 @@ def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) ->
     else:
         raise ValueError(f"'{pretrained}' is neither a file nor a tag of '{name}'; {_near(pretrained, tags)}")
     return source
+
+
+def without_weights(model: str, pretrained: str) -> str:
+    """Return the ``pretrained`` of `resolve` for the same model with random weights, without a download.
+
+    Weights that are on disk, those of a nano model or a file, are not replaced. A hub model still needs its
+    config file.
+    """
+    if model.startswith(HUB) and not pretrained or pretrained.startswith(HUB):
+        return RANDOM
+    name = model if model in open_clip.list_models() else model.replace("/", "-")
+    if os.path.isfile(pretrained) or not open_clip.get_pretrained_cfg(name, pretrained):
+        return pretrained
+    return RANDOM_OF + pretrained
 
 
 def _from_repository(model: str, pretrained: str | None, cache_dir: str | None) -> Source:
@@ -122,7 +136,7 @@ def _from_repository(model: str, pretrained: str | None, cache_dir: str | None) 
         identifier = model.removeprefix(HUB)
         config_file = _fetch(
             f"'{model}'",
-            identifier,
+            f"{identifier}/open_clip_config.json",
             lambda: download_pretrained_from_hf(
                 identifier, filename="open_clip_config.json", cache_dir=cache_dir
             ),
@@ -165,14 +179,32 @@ def _hub_weights(identifier: str, cache_dir: str | None) -> Path:
 
 
 def _fetch(what: str, place: str, download: Callable[[], str]) -> Path:
+    """Download a file; a failure is one line that names the file and where it belongs.
+
+    Args:
+        what: whose file it is, for the message.
+        place: URL, or "organisation/name/file" on the hub; without a file, open_clip's usual name.
+        download: returns the path.
+    """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it warns before each of a dozen attempts
     try:
         return Path(download())
     except Exception as e:  # the hub's clients raise whatever their transports do
+        if place.endswith("/") or place.count("/") == 1:
+            place = f"{place.rstrip('/')}/{HF_SAFE_WEIGHTS_NAME}"
+        organisation, _, rest = place.partition("/")
+        name, _, file = rest.rpartition("/")
+        url = place if "://" in place else f"https://huggingface.co/{organisation}/{name}/resolve/main/{file}"
+        reason = " ".join(str(e).split())[:120] or type(e).__name__
         raise ConnectionError(
-            f"the weights of {what} ({place}) could not be downloaded: {e}. Download the file on a machine "
-            f"with access and pass its path as `pretrained` (MODEL.CLIP.PRETRAINED), or set HF_HOME to a "
-            f"filled cache."
+            f"{what} could not be downloaded ({reason}). Get {url} on a machine with access, and set "
+            "MODEL.CLIP.PRETRAINED (`pretrained`) to its path; or copy that machine's Hugging Face cache, "
+            "and set HF_HOME to its folder"
         ) from e
+    finally:
+        hub.setLevel(level)
 
 
 def _pixels(preprocess: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from detectron2.config import CfgNode
 
-__all__ = ["HeadClasses", "config_value", "head_classes", "register_head_classes"]
+__all__ = ["HeadClasses", "config_value", "head_classes", "register_head_classes", "registered_heads"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,15 @@ def register_head_classes(
     entry = _Entry(heads, base, base_key)
     if _ENTRIES.setdefault(meta_architecture, entry) != entry:
         raise ValueError(f"the heads of {meta_architecture} are already registered, with other config keys")
+
+
+def registered_heads(meta_architecture: str) -> tuple[HeadClasses, ...] | None:
+    """Return the closed-vocabulary heads of a meta-architecture; None if it is not registered, or wraps one
+    that only its config names."""
+    entry = _ENTRIES.get(meta_architecture)
+    while entry is not None and entry.base:
+        entry = _ENTRIES.get(entry.base)
+    return entry.heads if entry is not None and entry.heads else None
 
 
 def head_classes(cfg: CfgNode) -> tuple[HeadClasses, ...]:

@@ -23,7 +23,9 @@ def build_model(cfg: Any) -> nn.Module:
     return run_config(cfg).build_model()
 
 
-def evaluate_weights(cfg: Any, resume: bool = False, file: Checkpoint | None = None) -> dict[str, float]:
+def evaluate_weights(
+    cfg: Any, resume: bool = False, file: Checkpoint | None = None, fetch_weights: bool = True
+) -> dict[str, float]:
     """Evaluate a weight file and write its metrics to ``inference/results.json`` in the output folder.
 
     Args:
@@ -31,6 +33,7 @@ def evaluate_weights(cfg: Any, resume: bool = False, file: Checkpoint | None = N
         resume: whether to evaluate the last checkpoint in the output folder instead of the weights that the
             config names.
         file: content of the weight file, if it has been read already.
+        fetch_weights: False builds the backbone without downloading the weights with which it starts.
 
     Returns:
         Flattened metrics; empty except in the main process.
@@ -41,7 +44,7 @@ def evaluate_weights(cfg: Any, resume: bool = False, file: Checkpoint | None = N
     """
     run = run_config(cfg)
     options = run.options()
-    model = run.build_model()
+    model = run.build_model(fetch_weights)
     checkpointer = TrainingCheckpointer(model, options.output_dir, options.weights_skip, options.allow_pickle)
     weights = options.weights
     if resume and checkpointer.has_checkpoint():

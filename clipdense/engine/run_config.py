@@ -1,39 +1,37 @@
 """One view of the settings of a run, whether they come from a yacs config or a LazyConfig."""
 
-import inspect
-import itertools
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from clipdense.data.checks import check_classes
+from clipdense.data.checks import check_classes, check_dataset_names
 from clipdense.data.classes import class_names
 from clipdense.data.datasets.own import register_from_config
+from clipdense.data.heads import config_value, head_classes
 from clipdense.data.loader import build_train_loader
 from clipdense.data.mappers import build_mapper
-from clipdense.data.trained_classes import class_mapping
 from clipdense.data.validation import check_datasets
 from clipdense.engine.distributed import convert_sync_batchnorm
-from clipdense.engine.evaluate import evaluate_datasets, run_inference
+from clipdense.engine.evaluate import evaluate_datasets
 from clipdense.engine.mask_loss import leave_out_objects_without_mask
 from clipdense.engine.optimizer import build_optimizer
 from clipdense.engine.options import ConfigError, TrainerOptions
+from clipdense.engine.run_base import Key, RunConfig, check_mapper, map_by_name, training_classes
+from clipdense.engine.run_lazy import LazyRunConfig
 from clipdense.engine.schedule import build_schedule
 from clipdense.evaluation import EVALUATOR_REGISTRY
 from clipdense.files import write_text
 
-from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils import comm
-from detectron2.utils.registry import locate
 
 __all__ = ["LazyRunConfig", "RunConfig", "YacsRunConfig", "run_config"]
 
@@ -45,182 +43,29 @@ _UNSUPPORTED = {
 }
 
 
-class _Key:
-    """Attribute of a `RunConfig` that reads and writes one config key.
-
-    Args:
-        name: full name of the key.
-        default: value if the config lacks the key.
-    """
-
-    def __init__(self, name: str, default: Any = None) -> None:
-        *self.parents, self.last = name.split(".")
-        self.default = default
-
-    def __get__(self, owner: "RunConfig", kind: type) -> Any:
-        return self._node(owner).get(self.last, self.default)
-
-    def __set__(self, owner: "RunConfig", value: Any) -> None:
-        self._node(owner)[self.last] = value
-
-    def _node(self, owner: "RunConfig") -> Any:
-        node = owner.cfg
-        for part in self.parents:
-            node = node[part]
-        return node
-
-
-class RunConfig(ABC):
-    """Settings of a run. Its attributes read and write the config that it wraps.
-
-    Attributes:
-        cfg: the yacs config or the LazyConfig.
-        weights: path of the weight file; "" for none.
-        weights_key: name of that setting, for messages.
-        allow_pickle: whether a weight file may be a pickle.
-        device: name of the device.
-        output_dir: folder to which the run writes.
-        seed: random seed; negative to draw one.
-        language_classes: class names of a language backbone, as the config or the weights list them.
-        rank_timeout: seconds without a sign of life of a process after which the run ends; 0 for never.
-        cudnn_benchmark: whether cuDNN chooses its algorithms by timing them.
-        split_names: whether commas in class names separate synonyms.
-    """
-
-    weights: Any
-    weights_key: str
-    allow_pickle: Any
-    device: Any
-    output_dir: Any
-    seed: Any
-    language_classes: Any
-    rank_timeout: Any
-    cudnn_benchmark: Any
-    split_names: Any
-
-    def __init__(self, cfg: Any) -> None:
-        self.cfg = cfg
-
-    @property
-    @abstractmethod
-    def dataset_names(self) -> list[str]:
-        """Names of the test datasets, then of the training datasets."""
-
-    @abstractmethod
-    def register_datasets(self) -> None:
-        """Register the user's own datasets that the config lists.
-
-        Raises:
-            ValueError: If an entry is malformed.
-            FileNotFoundError: If a file of a dataset does not exist.
-        """
-
-    @abstractmethod
-    def check_datasets(self, training: bool) -> list[str]:
-        """Check the files of the datasets, that they can be evaluated, and that the model can be trained on
-        their classes.
-
-        Args:
-            training: whether the run trains.
-
-        Returns:
-            Messages about what was repaired or noticed in the files, for the log.
-
-        Raises:
-            ValueError: If a file has a fault, the classes differ between datasets or from the model's, or an
-                evaluator is unknown.
-            FileNotFoundError: If a file is missing.
-        """
-
-    @abstractmethod
-    def class_names(self) -> list[str]:
-        """Return the class names that the datasets share; empty if they are not known."""
-
-    @abstractmethod
-    def class_mappings(self, metadata: Mapping[str, Any], source: str) -> dict[str, list[int]]:
-        """Compare the classes of a weight file with those of each test dataset.
-
-        Args:
-            metadata: of the weight file, see `clipdense.data.trained_classes`.
-            source: name of the file, for errors.
-
-        Returns:
-            Test dataset -> class of the dataset for each class of the model, if the order differs.
-
-        Raises:
-            ConfigError: If the names differ, or outputs cannot be mapped.
-        """
-
-    @abstractmethod
-    def build_model(self) -> nn.Module:
-        """Build the model on its device, without loading weights."""
-
-    @abstractmethod
-    def build_test_mapper(self) -> Any:
-        """Build the mapper that prepares images for evaluation.
-
-        Raises:
-            ConfigError: If it has no augmentations and no image format.
-        """
-
-    @abstractmethod
-    def evaluate(
-        self, model: nn.Module, final: bool = True, mappings: Mapping[str, Sequence[int]] | None = None
-    ) -> dict[str, Any]:
-        """Evaluate the model on the test datasets.
-
-        Args:
-            model: left in evaluation mode.
-            final: whether to draw pictures of the predictions as well.
-            mappings: result of `class_mappings`.
-
-        Returns:
-            Nested dict of metrics; empty except in the main process.
-        """
-
-    @abstractmethod
-    def options(self) -> TrainerOptions:
-        """Return the trainer's options, without the classes of the training data."""
-
-    @abstractmethod
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Build the arguments of `clipdense.engine.trainer.Trainer`."""
-
-    @abstractmethod
-    def save(self, path: Path) -> None:
-        """Write the config as YAML."""
-
-    @abstractmethod
-    def freeze(self) -> None:
-        """Make the config read-only, if it can be."""
-
-    @abstractmethod
-    def verify(self, results: dict[str, float]) -> None:
-        """End the program with an error if metrics differ from the expected ones that the config lists.
-
-        Args:
-            results: flattened metrics; empty ones are not checked.
-        """
-
-
 class YacsRunConfig(RunConfig):
     """Settings from a yacs config."""
 
     weights_key = "MODEL.WEIGHTS"
-    weights = _Key("MODEL.WEIGHTS")
-    allow_pickle = _Key("MODEL.ALLOW_PICKLE")
-    device = _Key("MODEL.DEVICE")
-    output_dir = _Key("OUTPUT_DIR")
-    seed = _Key("SEED")
-    language_classes = _Key("MODEL.LANGUAGE.CLASSES")
-    rank_timeout = _Key("SOLVER.RANK_TIMEOUT")
-    cudnn_benchmark = _Key("CUDNN_BENCHMARK")
-    split_names = _Key("DATASETS.SPLIT_NAMES")
+    weights = Key("MODEL.WEIGHTS")
+    allow_pickle = Key("MODEL.ALLOW_PICKLE")
+    device = Key("MODEL.DEVICE")
+    output_dir = Key("OUTPUT_DIR")
+    seed = Key("SEED")
+    language_classes = Key("MODEL.LANGUAGE.CLASSES")
+    rank_timeout = Key("SOLVER.RANK_TIMEOUT")
+    cudnn_benchmark = Key("CUDNN_BENCHMARK")
+    split_names = Key("DATASETS.SPLIT_NAMES")
 
     @property
     def dataset_names(self) -> list[str]:
         """See `RunConfig.dataset_names`."""
         return [*self.cfg.DATASETS.TEST, *self.cfg.DATASETS.TRAIN]
+
+    @property
+    def language_kind(self) -> str:
+        """See `RunConfig.language_kind`."""
+        return str(self.cfg.MODEL.LANGUAGE.CLASSES_FROM).removesuffix("_classes")
 
     def register_datasets(self) -> None:
         """See `RunConfig.register_datasets`."""
@@ -228,8 +73,9 @@ class YacsRunConfig(RunConfig):
 
     def check_datasets(self, training: bool) -> list[str]:
         """See `RunConfig.check_datasets`."""
-        if training:
-            check_classes(self.cfg)
+        names = [*self.cfg.DATASETS.TEST, *(self.cfg.DATASETS.TRAIN if training else ())]
+        if names:
+            check_dataset_names(names)
         for name in self.cfg.DATASETS.TEST:
             kind = MetadataCatalog.get(name).get("evaluator_type")
             if kind not in EVALUATOR_REGISTRY:
@@ -244,32 +90,35 @@ class YacsRunConfig(RunConfig):
             objects_required=self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         )
 
+    def check_classes(self) -> None:
+        """See `RunConfig.check_classes`."""
+        check_classes(self.cfg)
+
     def class_names(self) -> list[str]:
         """See `RunConfig.class_names`."""
         return class_names(self.cfg, self.cfg.MODEL.LANGUAGE.CLASSES_FROM) if self.dataset_names else []
 
     def class_mappings(self, metadata: Mapping[str, Any], source: str) -> dict[str, list[int]]:
         """See `RunConfig.class_mappings`."""
-        names = self.cfg.DATASETS.TEST
-        try:
-            mappings = {name: class_mapping(self.cfg, metadata, name, source) for name in names}
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
-        for name in (name for name in names if mappings[name] is not None):
-            logger.info("%s: mapping the classes of %s by name; their order differs", name, source)
-        return {name: mapping for name, mapping in mappings.items() if mapping is not None}
+        heads = [(head, config_value(self.cfg, head.key)) for head in head_classes(self.cfg)]
+        return map_by_name(heads, metadata, self.cfg.DATASETS.TEST, source)
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, fetch_weights: bool = True) -> nn.Module:
         """See `RunConfig.build_model`."""
+        cfg = self.cfg
+        if not fetch_weights:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.FETCH_WEIGHTS = False
         try:
-            model = build_model(self.cfg)
+            model = build_model(cfg)
         except KeyError as error:
             raise _feature_error(self.cfg, error) from error
         return convert_sync_batchnorm(model) if self.cfg.MODEL.SYNC_BN else model
 
     def build_test_mapper(self) -> Any:
         """See `RunConfig.build_test_mapper`."""
-        return _check_mapper(f"INPUT.MAPPER {self.cfg.INPUT.MAPPER}", build_mapper(self.cfg, False))
+        return check_mapper(f"INPUT.MAPPER {self.cfg.INPUT.MAPPER}", build_mapper(self.cfg, False))
 
     def evaluate(
         self, model: nn.Module, final: bool = True, mappings: Mapping[str, Sequence[int]] | None = None
@@ -281,7 +130,7 @@ class YacsRunConfig(RunConfig):
         """See `RunConfig.options`."""
         return TrainerOptions.from_config(self.cfg, {})
 
-    def trainer_arguments(self) -> dict[str, Any]:
+    def trainer_arguments(self, fetch_weights: bool = True) -> dict[str, Any]:
         """See `RunConfig.trainer_arguments`."""
         cfg = DefaultTrainer.auto_scale_workers(self.cfg, comm.get_world_size()).clone()
         cfg.defrost()
@@ -292,7 +141,7 @@ class YacsRunConfig(RunConfig):
             if cfg.TEST[key].ENABLED:
                 raise ConfigError(f"TEST.{key} is not supported here; {remedy}")
         run = YacsRunConfig(cfg)
-        model = run.build_model()
+        model = run.build_model(fetch_weights)
         return {
             "optimizer": build_optimizer(cfg, model),
             "model": model,
@@ -301,7 +150,7 @@ class YacsRunConfig(RunConfig):
                 build_train_loader, cfg, seed=cfg.SEED, masks_optional=leave_out_objects_without_mask(model)
             ),
             "evaluate": run.evaluate if cfg.DATASETS.TEST else None,
-            "options": TrainerOptions.from_config(cfg, _training_classes(cfg.DATASETS.TRAIN)),
+            "options": TrainerOptions.from_config(cfg, training_classes(cfg.DATASETS.TRAIN)),
         }
 
     def save(self, path: Path) -> None:
@@ -322,117 +171,9 @@ class YacsRunConfig(RunConfig):
             verify_results(self.cfg, nested)
 
 
-class LazyRunConfig(RunConfig):
-    """Settings from a LazyConfig with the nodes of Detectron2's: model, optimizer, lr_multiplier,
-    dataloader.{train,test,evaluator} and train.
-
-    The ``train`` node takes Detectron2's names (output_dir, init_checkpoint, max_iter, amp.enabled,
-    eval_period, log_period, checkpointer.{period,max_to_keep}, ddp.find_unused_parameters, device, seed),
-    ``sync_bn``, and every field of `TrainerOptions`.
-    """
-
-    weights_key = "train.init_checkpoint"
-    weights = _Key("train.init_checkpoint", "")
-    allow_pickle = _Key("train.allow_pickle", False)
-    device = _Key("train.device")
-    output_dir = _Key("train.output_dir")
-    seed = _Key("train.seed", -1)
-    language_classes = ()
-    rank_timeout = _Key("train.rank_timeout", 20.0)
-    cudnn_benchmark = _Key("train.cudnn_benchmark", False)
-    split_names = True
-
-    @property
-    def dataset_names(self) -> list[str]:
-        """See `RunConfig.dataset_names`; only the test dataset is known."""
-        names = self.cfg.get("dataloader", {}).get("test", {}).get("dataset", {}).get("names", ())
-        return [names] if isinstance(names, str) else list(names)
-
-    def register_datasets(self) -> None:
-        """Do nothing: a LazyConfig registers its datasets itself."""
-
-    def check_datasets(self, training: bool) -> list[str]:
-        """Check the files of the test dataset: a LazyConfig builds its loaders and evaluators itself."""
-        return check_datasets(self.dataset_names)
-
-    def class_names(self) -> list[str]:
-        """See `RunConfig.class_names`."""
-        return []
-
-    def class_mappings(self, metadata: Mapping[str, Any], source: str) -> dict[str, list[int]]:
-        """Return no mapping: a LazyConfig does not say which heads count classes."""
-        return {}
-
-    def build_model(self) -> nn.Module:
-        """See `RunConfig.build_model`."""
-        model = instantiate(self.cfg.model).to(self.device)
-        return convert_sync_batchnorm(model) if self.cfg.train.get("sync_bn", False) else model
-
-    def build_test_mapper(self) -> Any:
-        """See `RunConfig.build_test_mapper`."""
-        node = self.cfg.get("dataloader", {}).get("test", {}).get("mapper")
-        return _check_mapper("dataloader.test.mapper", None if node is None else instantiate(node))
-
-    def evaluate(
-        self, model: nn.Module, final: bool = True, mappings: Mapping[str, Sequence[int]] | None = None
-    ) -> dict[str, Any]:
-        """See `RunConfig.evaluate`; no pictures are drawn."""
-        loader, evaluator = self.cfg.dataloader.test, self.cfg.dataloader.evaluator
-        return run_inference(model, instantiate(loader), instantiate(evaluator))[0]
-
-    def options(self) -> TrainerOptions:
-        """See `RunConfig.options`."""
-        train = self.cfg.train
-        options = {
-            "precision": "float16" if train.get("amp", {}).get("enabled") else "float32",
-            "find_unused_parameters": train.get("ddp", {}).get("find_unused_parameters", False),
-            "checkpoint_period": train.get("checkpointer", {}).get("period", 5000),
-            "checkpoint_keep": train.get("checkpointer", {}).get("max_to_keep", 0),
-            "weights": self.weights,
-            **{name: train[name] for name in TrainerOptions.__dataclass_fields__ if name in train},
-        }
-        options["weights_skip"] = tuple(options.get("weights_skip", ()))
-        if options.get("seed", -1) < 0:
-            options["seed"] = comm.shared_random_seed()
-        return TrainerOptions(**options)
-
-    def trainer_arguments(self) -> dict[str, Any]:
-        """See `RunConfig.trainer_arguments`."""
-        model = self.build_model()
-        self.cfg.optimizer.params.model = model
-        multiplier = instantiate(self.cfg.lr_multiplier)
-        return {
-            "optimizer": instantiate(self.cfg.optimizer),
-            "model": model,
-            "schedule": lambda iteration, progress, base_lr: base_lr * multiplier(progress),
-            "train_loader": partial(_lazy_train_loader, self.cfg.dataloader.train),
-            "evaluate": self.evaluate if "evaluator" in self.cfg.dataloader else None,
-            "options": self.options(),
-        }
-
-    def save(self, path: Path) -> None:
-        """See `RunConfig.save`."""
-        LazyConfig.save(self.cfg, str(path))
-
-    def freeze(self) -> None:
-        """Do nothing: a LazyConfig cannot be frozen."""
-
-    def verify(self, results: dict[str, float]) -> None:
-        """Do nothing: a LazyConfig lists no expected metrics."""
-
-
 def run_config(cfg: Any) -> RunConfig:
     """Wrap a yacs config or a LazyConfig."""
     return YacsRunConfig(cfg) if isinstance(cfg, CfgNode) else LazyRunConfig(cfg)
-
-
-def _check_mapper(name: str, mapper: Any) -> Any:
-    if hasattr(mapper, "augmentations") and hasattr(mapper, "image_format"):
-        return mapper
-    raise ConfigError(
-        f"{name} has no augmentations or no image format, so images cannot be resized as in evaluation. Use "
-        "DetectionMapper, Detectron2's DatasetMapper, or another mapper with both attributes."
-    )
 
 
 def _feature_error(cfg: CfgNode, error: KeyError) -> Exception:
@@ -446,26 +187,3 @@ def _feature_error(cfg: CfgNode, error: KeyError) -> Exception:
                 f"it has {known}"
             )
     return error
-
-
-def _training_classes(names: Iterable[str]) -> dict[str, Any]:
-    """Return the training datasets and their class names, which checkpoints store."""
-    metadata = [MetadataCatalog.get(name) for name in names]
-    found = {"datasets": list(names)}
-    for kind in ("thing_classes", "stuff_classes"):
-        if metadata and metadata[0].get(kind):
-            found[kind] = list(metadata[0].get(kind))
-    return found
-
-
-def _lazy_train_loader(node: Any, start_iter: int) -> Iterable[Any]:
-    if "start_iter" in inspect.signature(_target(node)).parameters:
-        return instantiate({**node, "start_iter": start_iter})
-    loader = instantiate(node)
-    if start_iter:
-        logger.info("Skipping %d batches to reach the resumed data position", start_iter)
-    return itertools.islice(loader, start_iter, None)
-
-
-def _target(node: Any) -> Callable[..., Any]:
-    return locate(node["_target_"]) if isinstance(node["_target_"], str) else node["_target_"]

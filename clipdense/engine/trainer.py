@@ -126,9 +126,9 @@ class Trainer(TrainerBase):
         self.register_hooks(default_hooks(self))
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
-        """Build the constructor's arguments from a yacs config or a LazyConfig."""
-        return run_config(cfg).trainer_arguments()
+    def from_config(cls, cfg: Any, fetch_weights: bool = True) -> dict[str, Any]:
+        """Build the constructor's arguments from a config; see `RunConfig.trainer_arguments`."""
+        return run_config(cfg).trainer_arguments(fetch_weights)
 
     # ---- the loop
 

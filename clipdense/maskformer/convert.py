@@ -241,6 +241,7 @@ def _layout(name: str, about: str, decoder: str, licence: str = "") -> ModelLayo
             name=name,
             about=about,
             matches=matches,
+            classes="stuff_classes",
             convert=_convert,
             options=_options,
             prefixes=_prefixes,

@@ -42,6 +42,9 @@ def _add_clip_keys(cfg: CN) -> None:
     # Allow pickled weight files, for every part of the model. Opening a pickle can run code: set it only for
     # files from a source that you trust.
     cfg.MODEL.ALLOW_PICKLE = False
+    # Whether weights with which a backbone starts are downloaded. The tools build a backbone without them if
+    # it is wholly in the checkpoint that is loaded afterwards.
+    cfg.MODEL.FETCH_WEIGHTS = True
     cfg.register_renamed_key("MODEL.CLIP.ALLOW_PICKLE", "MODEL.ALLOW_PICKLE")
     cfg.register_renamed_key("MODEL.TIMM.ALLOW_PICKLE", "MODEL.ALLOW_PICKLE")
 

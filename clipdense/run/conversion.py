@@ -118,7 +118,7 @@ def convert_weights(
     dropped = {key for keys in report.dropped.values() for key in keys}
     state = {key: value for key, value in file.state.items() if key not in dropped}
     save_checkpoint(target, state, metadata)
-    names = metadata["options"].get("classes")
+    names = metadata.get(layout.classes)
     return Conversion(layout.name, len(state), _dropped(report, read), stored, names, layout.licence)
 
 

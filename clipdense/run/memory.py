@@ -2,11 +2,59 @@
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["describe_out_of_memory", "is_out_of_memory"]
+__all__ = ["available_memory", "describe_out_of_memory", "is_out_of_memory", "within_memory"]
+
+_SHARE = 0.95  # of the available memory; the rest is for other processes
+
+
+def available_memory() -> int | None:
+    """Return the bytes of main memory that this process may still take, by the machine's and the container's
+    limits; None if they are not known."""
+    found = []
+    with suppress(OSError, ValueError, TypeError):
+        text = Path("/proc/meminfo").read_text()
+        found.append(1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]))  # type: ignore[index]
+    with suppress(OSError, ValueError):  # "max" is no number
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(max(0, limit - used))
+    return min(found, default=None)
+
+
+@contextmanager
+def within_memory(available: int | None) -> Iterator[None]:
+    """Let requests for more main memory than there is fail within the block.
+
+    Linux grants such requests, and ends the process when the memory is used. A request that fails is an error
+    of one image instead. Other systems, and limits that cannot be set, change nothing.
+
+    Args:
+        available: bytes that may be requested in addition, see `available_memory`; None for any number.
+    """
+    if available is None or not sys.platform.startswith("linux"):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        with suppress(OSError, ValueError, IndexError):
+            used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+            soft = used + int(_SHARE * available)
+            highest = [limit for limit in before if limit != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_DATA, (min([soft, *highest]), before[1]))
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

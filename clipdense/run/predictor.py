@@ -33,7 +33,12 @@ from clipdense.open_vocabulary import (
 )
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.keys import config_keys, config_value
-from clipdense.run.memory import describe_out_of_memory, is_out_of_memory
+from clipdense.run.memory import (
+    available_memory,
+    describe_out_of_memory,
+    is_out_of_memory,
+    within_memory,
+)
 from clipdense.run.setup import LoadedConfig, available_device, complete_config, read_config
 from clipdense.run.weights import check_weight_classes
 
@@ -192,7 +197,8 @@ class Predictor:
         An image that cannot be read does not stop the others: its error is yielded instead of an output.
         Images of a batch are padded to one size, which changes their scores slightly. If the memory does not
         suffice for a batch, its images are predicted one by one, and those that do not fit on a GPU on the
-        CPU; an image that does not fit either gets a MemoryError.
+        CPU; an image that does not fit either gets a MemoryError. On Linux, this holds for main memory too:
+        an image that needs more than is available does not end the process.
 
         Args:
             images: read one batch at a time.
@@ -273,7 +279,9 @@ class Predictor:
 
     def _predict_if_it_fits(self, samples: list[dict[str, Any]]) -> list[Output] | None:
         try:
-            return self._predict(samples)
+            on_cpu = next(self.model.parameters()).device.type == "cpu"
+            with within_memory(available_memory() if on_cpu else None):
+                return self._predict(samples)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from clipdense.files import write_text
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.config_file import load_yaml, merge_config_file, read_config_file
 from clipdense.run.config_rules import check_config, check_files, config_remarks, expand_paths, expanded
+from clipdense.run.fetching import backbone_is_in, checkpoint_to_resume, downloads_weights
 from clipdense.run.keys import config_keys, config_value, unknown_key_error
 from clipdense.run.weights import (
     apply_weight_options,
@@ -53,11 +54,14 @@ class LoadedConfig:
         weights: the weight file; None if the config names none, or one that only Detectron2's checkpointer
             can open.
         explicit: full names of the keys that the config file or the overrides set; empty for a LazyConfig.
+        fetch_weights: whether the backbone needs weights that have to be downloaded; False if a checkpoint
+            or the weight file holds all of it.
     """
 
     cfg: Any
-    weights: Checkpoint | None
+    weights: Checkpoint | None = None
     explicit: frozenset[str] = frozenset()
+    fetch_weights: bool = True
 
 
 def load_config(config_file: str, overrides: Iterable[str] = ()) -> Any:
@@ -84,18 +88,25 @@ def read_config(config_file: str, overrides: Iterable[str] = (), weights: str | 
             or the new one), or a value is wrong (`check_config`).
         CheckpointError: If the weight file cannot be read.
     """
+    return _with_weights(_parse_config(config_file, overrides, weights))
+
+
+def _parse_config(
+    config_file: str, overrides: Iterable[str] = (), weights: str | None = None
+) -> LoadedConfig:
+    """Load and check a configuration as `read_config` does, without reading its weight file."""
     overrides = list(overrides)
     for word in overrides:
         if word.startswith("--"):
             raise ConfigError(f"options go before the KEY VALUE pairs, but {word} follows them")
     path = _find(config_file)
     if path.suffix == ".py":
-        return complete_config(LazyConfig.load(str(path)), overrides, weights=weights)
+        return _merge(LazyConfig.load(str(path)), overrides, (), weights)
     cfg = get_cfg()
     add_clipdense_config(cfg)
     with _named_errors(cfg, str(path)):
         merge_config_file(cfg, path)
-    return complete_config(cfg, overrides, config_keys(read_config_file(path)), weights)
+    return _merge(cfg, overrides, config_keys(read_config_file(path)), weights)
 
 
 def complete_config(
@@ -116,7 +127,11 @@ def complete_config(
         ConfigError: If an override names an unknown or renamed key, or a value is wrong (`check_config`).
         CheckpointError: If the weight file cannot be read.
     """
-    overrides = list(overrides)
+    return _with_weights(_merge(cfg, list(overrides), explicit, weights))
+
+
+def _merge(cfg: Any, overrides: list[str], explicit: Iterable[str], weights: str | None) -> LoadedConfig:
+    """Apply overrides to a config, expand its paths and check its values."""
     if isinstance(cfg, CfgNode):
         _merge_overrides(cfg, overrides)
     else:
@@ -127,18 +142,23 @@ def complete_config(
     if not isinstance(cfg, CfgNode):
         run.weights = expanded(run.weights or "", run.weights_key)
         run.output_dir = expanded(run.output_dir or "", "train.output_dir")
-        file = _read_weights(run)
-        log_weight_options(file)
-        return LoadedConfig(cfg, file)
+        return LoadedConfig(cfg)
     expand_paths(cfg)
     check_config(cfg)
-    file = _read_weights(run)
-    known = frozenset([*explicit, *overrides[::2]])
     if "SOLVER.MAX_ITER" in overrides[::2] and "SOLVER.MAX_SECONDS" not in overrides[::2]:
         _lift_time_limit(cfg)
-    apply_weight_options(cfg, file, known)
-    check_config(cfg)
-    return LoadedConfig(cfg, file, known)
+    return LoadedConfig(cfg, explicit=frozenset([*explicit, *overrides[::2]]))
+
+
+def _with_weights(loaded: LoadedConfig) -> LoadedConfig:
+    """Read the weight file of a config, and set the keys that it needs."""
+    file = _read_weights(run_config(loaded.cfg))
+    if isinstance(loaded.cfg, CfgNode):
+        apply_weight_options(loaded.cfg, file, loaded.explicit)
+        check_config(loaded.cfg)
+    else:
+        log_weight_options(file)
+    return replace(loaded, weights=file)
 
 
 def _lift_time_limit(cfg: CfgNode) -> None:
@@ -229,8 +249,9 @@ def _merge_overrides(cfg: CfgNode, overrides: list[str]) -> None:
 def setup(args: argparse.Namespace) -> LoadedConfig:
     """Prepare everything that comes before the model: config, checks, output folder, logs, random seed.
 
-    A negative ``SEED`` is replaced by a random one, which the run's config.yaml records. Without a GPU, the
-    device "cuda" is replaced by "cpu".
+    What costs little is done first: the data are checked before the weight file is read. A negative ``SEED``
+    is replaced by a random one, which the run's config.yaml records. Without a GPU, the device "cuda" is
+    replaced by "cpu".
 
     Args:
         args: arguments of `detectron2.engine.default_argument_parser`.
@@ -243,20 +264,25 @@ def setup(args: argparse.Namespace) -> LoadedConfig:
     """
     # detectron2 0.6 on current torch versions
     warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.meshgrid", UserWarning)
-    loaded = read_config(args.config_file, args.opts)
-    watch_ranks(run_config(loaded.cfg).rank_timeout)
+    loaded = _parse_config(args.config_file, args.opts)
     run, training = run_config(loaded.cfg), not args.eval_only
+    watch_ranks(run.rank_timeout)
     if training and isinstance(loaded.cfg, CfgNode) and not loaded.cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty; name the datasets to train on, or use --eval-only")
     check_files(run, args.resume and Path(run.output_dir, "last_checkpoint").is_file())
-    try:
+    with _config_errors():
         run.register_datasets()
-        check_weight_classes(run, loaded.weights)
-        if not training and not args.resume:
-            use_trained_classes(run, loaded.weights)
         findings = run.check_datasets(training)
-    except (ValueError, FileNotFoundError) as e:
-        raise ConfigError(str(e)) from e
+    loaded = _with_weights(loaded)
+    with _config_errors():
+        check_weight_classes(run, loaded.weights)
+        if training:
+            run.check_classes()
+        elif not args.resume:
+            use_trained_classes(run, loaded.weights)
+    checkpoint = checkpoint_to_resume(run.output_dir) if args.resume else loaded.weights
+    if isinstance(loaded.cfg, CfgNode) and checkpoint is not None and downloads_weights(loaded.cfg):
+        loaded = replace(loaded, fetch_weights=not backbone_is_in(loaded.cfg, checkpoint))
 
     moved = None
     if comm.is_main_process():
@@ -278,6 +304,15 @@ def setup(args: argparse.Namespace) -> LoadedConfig:
             logger.warning("%s", remark)
     seed_all_rng(run.seed + comm.get_rank())
     return loaded
+
+
+@contextmanager
+def _config_errors() -> Iterator[None]:
+    """Turn errors about datasets and classes into a `ConfigError`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as e:
+        raise ConfigError(str(e)) from e
 
 
 def available_device(device: str) -> str:

@@ -106,7 +106,9 @@ def check_weight_classes(run: RunConfig, weights: Checkpoint | None) -> None:
     Raises:
         ConfigError: If the classes differ; the message lists the differences.
     """
-    listed = None if weights is None else weights.metadata.get("options", {}).get("classes")
+    listed = None if weights is None else trained_classes(weights.metadata, run.language_kind)
+    if listed is None:
+        return
     if list(run.language_classes) != listed or not (names := run.class_names()):
         return
     if differences := class_differences(listed, names):
@@ -134,10 +136,9 @@ def use_trained_classes(run: RunConfig, weights: Checkpoint | None) -> None:
     if weights is None:
         return
     metadata = {**weights.metadata, **(weights.extras.get("metadata") or {})}
-    if run.class_mappings(metadata, run.weights) and isinstance(run, YacsRunConfig):
-        kind = run.cfg.MODEL.LANGUAGE.CLASSES_FROM.removesuffix("_classes")
-        if not run.language_classes and (names := trained_classes(metadata, kind)):
-            run.language_classes = names
+    mapped, names = run.class_mappings(metadata, run.weights), trained_classes(metadata, run.language_kind)
+    if mapped and names and isinstance(run, YacsRunConfig) and not run.language_classes:
+        run.language_classes = names
 
 
 def _same(a: Any, b: Any) -> bool:

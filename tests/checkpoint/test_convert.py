@@ -35,6 +35,7 @@ def layout(monkeypatch):
             about="a toy",
             matches=lambda state: any(key.startswith("neck.") for key in state),
             convert=lambda state: {rename(key, PREFIXES): value for key, value in state.items()},
+            classes="thing_classes",
             options=options,
             prefixes=lambda state: PREFIXES,
         )
@@ -55,13 +56,13 @@ def test_a_published_file():
     converted = convert_model(file(meta={"CLASSES": ("a", "b")}, optimizer={}))
     assert set(converted.state) == {"fpn.0.weight", "top.weight", "scale"}
     assert config_options(converted) == {"MODEL.FPN.OUT_CHANNELS": 2, "MODEL.LANGUAGE.CLASSES": ["a", "b"]}
-    assert converted.metadata["source"] == "toy" and converted.metadata["options"]["classes"] == ["a", "b"]
+    assert converted.metadata["source"] == "toy" and converted.metadata["thing_classes"] == ["a", "b"]
     assert not converted.extras  # what a training left behind is no training of ours
 
 
 @pytest.mark.parametrize("extras", [{}, {"meta": {"epoch": 1}}, {"meta": None}])
 def test_a_file_that_lists_no_classes(extras):
-    assert "classes" not in convert_model(file(**extras)).metadata["options"]
+    assert "thing_classes" not in convert_model(file(**extras)).metadata
     assert config_options(convert_model(file(**extras), ["c"]))["MODEL.LANGUAGE.CLASSES"] == ["c"]
 
 

@@ -233,7 +233,10 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
         ('{"layout": 5}', "layout must be a name"),
         ('{"options": [1]}', "options must be a dictionary"),
         ('{"options": {"config": [1]}}', "options.config must be a dictionary"),
-        ('{"options": {"classes": 5}}', "options.classes must be a list of class names"),
+        (
+            '{"options": {"classes": ["a"]}}',
+            "options.classes is where an older version .* convert the published",
+        ),
         ('{"thing_classes": ["a", 1]}', "thing_classes must be a list of class names"),
         ("[" * 100_000, "damaged"),
     ],

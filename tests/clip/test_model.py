@@ -190,7 +190,9 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
     monkeypatch.setattr(sources, "download_pretrained", fail)
     monkeypatch.setattr(sources, "download_pretrained_from_hf", fail)
     with pytest.raises(
-        ConnectionError, match=r"tag 'openai' of 'Tiny-8' \(somewhere/tiny/\) could not.*resolution.*its path"
+        ConnectionError,
+        match=r"^tag 'openai' of 'Tiny-8' could not.*resolution.* Get https://huggingface.co/somewhere/tiny/"
+        r"resolve/main/open_clip_model\.safetensors .* set MODEL\.CLIP\.PRETRAINED .* its path.*HF_HOME",
     ):
         load_clip("Tiny-8", "openai")
     for kwargs in (
@@ -198,9 +200,31 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
         {"model": "Tiny-8", "pretrained": "hf-hub:someone/clip"},
     ):
         with pytest.raises(
-            ConnectionError, match=r"'hf-hub:someone/clip' \(someone/clip\) could not be downloaded"
+            ConnectionError,
+            match=r"'hf-hub:someone/clip' could not be downloaded .*co/someone/clip/resolve/main/"
+            + ("open_clip_config" if "pretrained" not in kwargs else "open_clip_model"),
         ):
             load_clip(**kwargs)
+
+
+@pytest.mark.parametrize("tag", ["openai", "laion400m_e32"])
+def test_the_model_of_a_tag_without_its_weights(monkeypatch, tag):
+    monkeypatch.delattr(sources, "download_pretrained")
+    assert sources.without_weights("Tiny-8", tag) == f"random:{tag}"
+    clip = load_clip("Tiny-8", f"random:{tag}")
+    assert _quick(clip) == (tag == "openai")
+    assert clip.pixel_mean == (MEAN if tag != "openai" else OPENAI_DATASET_MEAN)
+    with pytest.raises(ValueError, match=r"'nope' is neither a file nor a tag"):
+        load_clip("Tiny-8", "random:nope")
+
+
+def test_only_downloads_are_replaced_by_random_weights(tmp_path):
+    (tmp_path / "x.pt").touch()
+    for model, pretrained in (("shapes-rn", ""), ("", str(tmp_path / "x.pt")), ("Tiny-8", "random")):
+        assert sources.without_weights(model, pretrained) == pretrained
+    assert sources.without_weights("Tiny-8", str(tmp_path / "x.pt")) == str(tmp_path / "x.pt")
+    assert sources.without_weights("hf-hub:someone/clip", "") == "random"
+    assert sources.without_weights("Tiny-8", "hf-hub:someone/clip") == "random"
 
 
 @pytest.mark.parametrize("tag", ["openai", "laion400m_e32"])

@@ -1,14 +1,16 @@
 """Weights are evaluated by class name: another order is mapped, other names are refused."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+import clipdense.maskformer  # noqa: F401  (registers its heads)
+import clipdense.systems.denseclip  # noqa: F401
+from clipdense.data.heads import HeadClasses, registered_heads
 from clipdense.data.trained_classes import class_mapping, map_classes
-from clipdense.run.config import add_clipdense_config
 
-from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 
@@ -20,13 +22,13 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def cfg(kind: str) -> CfgNode:
-    cfg = get_cfg()
-    add_clipdense_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet" if kind == "thing" else "SemanticSegmentor"
-    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
-    return cfg
+@pytest.fixture(params=["counted", "not counted", "unknown"])
+def heads(kind: str, request: pytest.FixtureRequest) -> Any:
+    """The head of a detector or segmenter in a yacs config, in a LazyConfig, and of an unknown model."""
+    if request.param == "unknown":
+        return None
+    (head,) = registered_heads("RetinaNet" if kind == "thing" else "SemanticSegmentor")
+    return [(head, 3 if request.param == "counted" else None)]
 
 
 @pytest.fixture
@@ -40,36 +42,62 @@ def register(kind: str) -> Iterator:
     MetadataCatalog.pop(NAME, None)
 
 
-@pytest.mark.parametrize("converted", [False, True])
-def test_another_order_is_mapped(cfg: CfgNode, register, kind: str, converted: bool) -> None:
+def test_another_order_is_mapped(heads, register, kind: str) -> None:
     trained = ["cat", "hot dog", "bird"]
-    metadata = {"options": {"classes": trained}} if converted else {f"{kind}_classes": trained}
+    metadata = {f"{kind}_classes": trained}
     register(*trained)
-    assert class_mapping(cfg, metadata, NAME, "x.pth") is None
+    assert class_mapping(heads, metadata, NAME, "x.pth") is None
     register("Cat", "hotdog", "bird")
-    assert class_mapping(cfg, metadata, NAME, "x.pth") is None
+    assert class_mapping(heads, metadata, NAME, "x.pth") is None
     register("bird", "cat", "hot_dog")
-    assert class_mapping(cfg, metadata, NAME, "x.pth") == [1, 2, 0]
+    assert class_mapping(heads, metadata, NAME, "x.pth") == [1, 2, 0]
 
 
-def test_other_names_are_refused(cfg: CfgNode, register, kind: str) -> None:
+def test_other_names_are_refused(heads, register, kind: str) -> None:
     metadata = {f"{kind}_classes": ["cat", "dog", "bird"]}
     message = "x.pth was trained for cat, dog, bird; dataset trained_classes_toy has"
     for names in (("cat", "dog"), ("cat", "dog", "fish"), ("cat", "dog", "bird", "fish")):
         register(*names)
         with pytest.raises(ValueError, match=f"{message} {', '.join(names)}"):
-            class_mapping(cfg, metadata, NAME, "x.pth")
-    register("dog", "cat", "bird", evaluator="coco_panoptic_seg")  # whose ids cannot be mapped
-    with pytest.raises(ValueError, match=message):
-        class_mapping(cfg, metadata, NAME, "x.pth")
+            class_mapping(heads, metadata, NAME, "x.pth")
 
 
-def test_unknown_names_are_counted(cfg: CfgNode, register) -> None:
+def test_tasks_whose_outputs_cannot_be_mapped_are_refused(register, kind: str) -> None:
+    metadata, head = {f"{kind}_classes": ["cat", "dog", "bird"]}, (HeadClasses("X", kind), 3)
+    register("dog", "cat", "bird", evaluator="coco_panoptic_seg")
+    with pytest.raises(
+        ValueError, match=r"another order, which cannot be mapped \(for the task coco_panoptic"
+    ):
+        class_mapping([head], metadata, NAME, "x.pth")
+    register("dog", "cat", "cat")
+    twice = {f"{kind}_classes": ["cat", "dog", "cat"]}
+    with pytest.raises(ValueError, match="two classes have one name"):
+        class_mapping([head], twice, NAME, "x.pth")
+
+
+def test_a_head_for_every_class_on_a_dataset_of_things(register, kind: str) -> None:
+    (head,) = registered_heads("MaskFormer")
+    metadata = {"stuff_classes": ["cat", "dog"]}
+    register("dog", "cat")
+    assert class_mapping([(head, 2)], metadata, NAME, "x.pth") == [1, 0]
+
+
+def test_unknown_names_are_counted(heads, register) -> None:
     register("a", "b", "c")
-    assert class_mapping(cfg, {}, NAME, "x.pth") is None
+    assert class_mapping(heads, {}, NAME, "x.pth") is None
     register("a", "b")
+    if heads is None or heads[0][1] is None:
+        assert class_mapping(heads, {}, NAME, "x.pth") is None
+        return
     with pytest.raises(ValueError, match="NUM_CLASSES = 3, but dataset .* has 2"):
-        class_mapping(cfg, {}, NAME, "x.pth")
+        class_mapping(heads, {}, NAME, "x.pth")
+
+
+def test_heads_are_known_by_the_name_of_the_model() -> None:
+    assert [h.kind for h in registered_heads("DenseCLIPRCNN")] == ["thing"]
+    assert [h.kind for h in registered_heads("PanopticFPN")] == ["thing", "stuff"]
+    assert registered_heads("PixelTextSupervised") is None  # its config names the wrapped model
+    assert registered_heads("FVLM") is None  # an open vocabulary
 
 
 def test_outputs_get_the_ids_of_the_dataset() -> None:

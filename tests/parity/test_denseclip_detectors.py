@@ -260,7 +260,7 @@ def test_every_key_of_full_size_files_is_converted(golden):
     assert layout.name == "denseclip_retinanet" if "retinanet" in golden.id else "denseclip_mask_rcnn"
     converted = convert_model(file)
     options = config_options(converted)
-    assert options["MODEL.LANGUAGE.CLASSES"] == classes == converted.metadata["options"]["classes"]
+    assert options["MODEL.LANGUAGE.CLASSES"] == classes == converted.metadata["thing_classes"]
     cfg = get_cfg()
     add_clipdense_config(cfg)
     set_options(cfg, options, golden.id)

@@ -106,8 +106,8 @@ def test_weights_bring_the_config_keys_that_they_need(config: Path, tmp_path: Pa
 
 def test_published_weights_of_other_classes_are_refused(config: Path, tmp_path: Path) -> None:
     weights, classes = tmp_path / "converted.safetensors", [*CLASSES[:2], "pink box"]
-    options = {"classes": classes, "config": {"MODEL.LANGUAGE.CLASSES": classes}}
-    save_checkpoint(weights, {"level": torch.tensor(128.0)}, {"layout": "clipdense", "options": options})
+    metadata = {"layout": "clipdense", "options": {"config": {"MODEL.LANGUAGE.CLASSES": classes}}}
+    save_checkpoint(weights, {"level": torch.tensor(128.0)}, metadata | {"thing_classes": classes})
     with pytest.raises(ConfigError, match="class 2: 'pink box' in the file, 'blue box' expected"):
         Predictor(config, weights)
 

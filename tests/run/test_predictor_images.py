@@ -1,5 +1,8 @@
 """`Predictor` on images of every kind, one by one and in batches."""
 
+import resource
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,9 @@ import torch
 from PIL import Image
 
 from clipdense.data.image import BadImageError, array_to_image, image_to_array, load_image
+from clipdense.run.memory import available_memory, is_out_of_memory, within_memory
 from clipdense.run.predictor import Predictor
-from tests.helpers.bright_box import check_box, scene
+from tests.helpers.bright_box import CLASSES, check_box, scene, write_model
 
 ORIENTATIONS = range(1, 9)
 
@@ -202,6 +206,57 @@ def test_a_batch_that_does_not_fit_is_predicted_in_pieces(
     assert first["instances"].image_size == (40, 50) and last["instances"].image_size == (50, 50)
     assert isinstance(failed, MemoryError) and "60 x 50 pixels" in str(failed)
     assert sizes == [3, 1, 1, 1]
+
+
+HUGE = """
+import sys
+import torch
+import clipdense
+from clipdense.run import predictor as room
+from tests.helpers.bright_box import BrightBox
+
+forward = BrightBox.forward
+def convolve(self, batch):
+    for sample in batch:
+        torch.nn.functional.conv2d(sample["image"][None].float(), torch.ones(16, 3, 3, 3), stride=2)
+    return forward(self, batch)
+BrightBox.forward = convolve
+
+cfg, *images = sys.argv[1:]
+predictor = clipdense.Predictor(cfg, opts=["INPUT.MIN_SIZE_TEST", 2800, "INPUT.MAX_SIZE_TEST", 100000])
+room.available_memory = lambda: 2**29
+for output in predictor.batch(images):
+    print(output if isinstance(output, Exception) else f"{len(output['instances'])} found")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="main memory is bounded on Linux only")
+def test_an_image_whose_input_does_not_fit_is_an_error_and_the_others_are_done(
+    run_python: Callable[..., str], tmp_path: Path
+) -> None:
+    """Real requests of a convolution, for an input of 2800 x 28000 pixels, with 512 MiB to spare."""
+    config, paths = write_model(tmp_path, thing_classes=CLASSES), []
+    for i, size in enumerate([(10, 10), (100, 10), (12, 10)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+        paths.append(str(tmp_path / f"{i}.png"))
+    lines = run_python(HUGE, str(config), *paths).splitlines()[-3:]
+    assert [line.endswith("found") for line in lines] == [True, False, True]
+    assert lines[1].startswith(
+        "not enough memory for an image of 10 x 100 pixels (2800 x 28000 in the model)"
+    )
+
+
+def test_the_limit_on_memory_is_lifted_again() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with within_memory(2**28):
+        with pytest.raises(RuntimeError) as error:
+            torch.ones(2**28)  # 1 GiB
+        assert is_out_of_memory(error.value)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert torch.ones(2**26).sum() == 2**26
+    with within_memory(None):
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert available_memory() is None or available_memory() > 2**20
 
 
 def test_an_image_too_large_to_read_is_an_error(

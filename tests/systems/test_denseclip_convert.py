@@ -56,7 +56,8 @@ def test_retinanet(tmp_path: Path) -> None:
     assert done.dropped == {"not part of the model": ["meta", "optimizer"]}
     read = read_checkpoint(tmp_path / "r.safetensors")
     assert read.metadata["layout"] == "clipdense" and read.metadata["source"] == "denseclip_retinanet"
-    assert read.metadata["options"] == {"config": done.options, "classes": list(files.CLASSES)}
+    assert read.metadata["options"] == {"config": done.options}
+    assert read.metadata["thing_classes"] == list(files.CLASSES)
     state, theirs = read.state, content["state_dict"]
     # anchor 1 of ours is scale 0, ratio 1, which is anchor 3 of theirs (ratio 1, scale 0)
     ours = state["head.cls_score.weight"].unflatten(0, (9, 3))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from clipdense.data.image import header_size
 from clipdense.data.json_files import load_json
 from clipdense.data.validation.report import Report
-from clipdense.data.validation.segmentation import box_fault, has_mask, mask_fault
+from clipdense.data.validation.segmentation import box_fault, box_place, has_mask, mask_fault
 
 __all__ = ["CocoKind", "Row", "id_order", "read_categories", "read_coco"]
 
@@ -256,12 +256,22 @@ def _annotations(
             report.add(
                 "note", "annotations without an id", str(rows[0])[:60], "They are numbered internally."
             )
-    kept = []
+    kept, foreign = [], 0
     for index, row in enumerate(rows):
+        row = _whole_references(row)
         label = f"annotation {row.get('id', index)!r}"
         image_id = row.get("image_id")
         image = by_id.get(image_id) if isinstance(image_id, int | str) else None
+        if image is None and isinstance(image_id, int | str) and _other_type(image_id) in by_id:
+            report.add(
+                "error",
+                "image ids of another type than the images'",
+                f"{label} has image_id {image_id!r}, the image id {_other_type(image_id)!r}",
+                "Write both as numbers, or both as text.",
+            )
+            continue
         if image is None:
+            foreign += 1
             unusable = not isinstance(image_id, int | str) or isinstance(image_id, bool)
             report.add(
                 "error" if unusable else "note",
@@ -281,9 +291,33 @@ def _annotations(
             checked = _instance(row, image, label, category_ids, report)
         if checked is not None:
             kept.append(checked)
+    if rows and foreign == len(rows):
+        report.add(
+            "error",
+            "annotations of other images alone",
+            f"none of {len(rows)} annotations belongs to one of {len(by_id)} images",
+            "Give the annotations of these images.",
+        )
     if kind == "panoptic":
         _check_distinct_maps(kept, report)
     return kept
+
+
+def _whole_references(row: Row) -> Row:
+    """Return an annotation whose ids that are whole floats, as pandas writes them, are integers."""
+    ids = {
+        key: int(row[key])
+        for key in ("image_id", "category_id")
+        if isinstance(row.get(key), float) and row[key].is_integer()
+    }
+    return row | ids if ids else row
+
+
+def _other_type(identity: int | str) -> int | str | None:
+    """Return an id as text if it is a number, and as a number if it is the text of one."""
+    if isinstance(identity, int):
+        return str(identity)
+    return int(identity) if identity.isascii() and identity.isdecimal() else None
 
 
 def _check_distinct_maps(annotations: Iterable[Row], report: Report) -> None:
@@ -374,6 +408,15 @@ def _instance(row: Row, image: Row, label: str, category_ids: set[Any], report: 
     if fault := box_fault(row.get("bbox")):
         report.add("error", "unusable boxes", f"{label}: {fault}", "Mend or remove the annotation.")
         return None
+    if fault := box_place(row["bbox"], image["height"], image["width"]):
+        report.add(
+            "note",
+            f"boxes {fault}",
+            f"{label}: {row['bbox']}",
+            "Training leaves them out; evaluation counts them, as pycocotools does."
+            if fault != "that exceed their image"
+            else "Training clips them; evaluation takes them as they are, as pycocotools does.",
+        )
     crowd = row.get("iscrowd", 0)
     if crowd not in (0, 1):
         report.add("error", "iscrowd that is neither 0 nor 1", f"{label}: {crowd!r}", "Set it to 0 or 1.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["box_fault", "has_mask", "mask_fault", "rle_fault", "rle_length"]
+__all__ = ["box_fault", "box_place", "has_mask", "mask_fault", "rle_fault", "rle_length"]
 
 _MAX_PIXELS = 2**28
 """Masks of more pixels are refused: 16,384 x 16,384."""
@@ -28,6 +28,25 @@ def box_fault(box: Any) -> str | None:
         return f"bbox {_shown(box)} holds something that is not a number"
     if not all(math.isfinite(value) and abs(value) < 1e9 for value in box):
         return f"bbox {_shown(box)} holds NaN, infinity or a number above 1e9"
+    return None
+
+
+def box_place(box: Sequence[float], height: int, width: int) -> str | None:
+    """Describe a usable box that does not lie in its image, or return None.
+
+    A box that exceeds its image by half a pixel is rounded, not misplaced.
+
+    Args:
+        box: x, y, width, height in pixels, for which `box_fault` is None.
+        height, width: of its image, in pixels.
+    """
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return "without area"
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        return "outside their image"
+    if min(x, y) < -0.5 or x + w > width + 0.5 or y + h > height + 0.5:
+        return "that exceed their image"
     return None
 
 

@@ -245,6 +245,7 @@ FVIT = register_layout(
             any(key.startswith(prefix) for key in state)
             for prefix in (f"{_VISUAL}blocks.", "backbone.interpolate1.", _BOX)
         ),
+        classes="thing_classes",
         convert=_convert,
         options=_options,
         prefixes=_prefixes,

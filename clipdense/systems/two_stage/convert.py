@@ -201,6 +201,7 @@ def _layout(
             name=name,
             about=about,
             matches=matches,
+            classes="stuff_classes",
             convert=_convert,
             options=options,
             metadata=_metadata,

@@ -115,6 +115,106 @@ def test_refused_by_name(read, change, message):
         report.raise_errors()
 
 
+REFERENCES = {
+    "image id as text": (first("annotations", image_id="1"), "image_id '1', the image id 1"),
+    "all of other images": (
+        lambda c: [row.update(image_id=99) for row in c["annotations"]] and None,
+        "none of 2 annotations belongs to one of 2 images",
+    ),
+    "objects to ignore": (first("annotations", ignore=1), 'objects with "ignore"'),
+    "keypoints of text": (first("annotations", keypoints=["a", 1, 2]), "keypoints"),
+    "crowd of 2": (first("annotations", iscrowd=2), "iscrowd"),
+}
+
+
+@pytest.mark.parametrize("change, message", REFERENCES.values(), ids=REFERENCES.keys())
+def test_fields_without_one_meaning_are_refused(read, change, message):
+    with pytest.raises(DataError, match=f"train.json.*(?:{message})"):
+        read(change)[1].raise_errors()
+
+
+def test_whole_floats_are_ids(read):
+    def change(content):
+        for key in ("images", "categories", "annotations"):
+            for row in content[key]:
+                row.update({k: float(v) for k, v in row.items() if k == "id" or k.endswith("_id")})
+
+    content, report = read(change)
+    assert report.findings == {} and len(content["annotations"]) == 2
+    assert all(type(row["image_id"]) is type(row["category_id"]) is int for row in content["annotations"])
+
+
+@pytest.mark.parametrize("identity", [-1, 0, 2**63])
+def test_negative_and_large_ids_are_ids(read, identity):
+    def change(content):
+        for key, name in (("images", "image_id"), ("categories", "category_id")):
+            content[key][0]["id"] = content["annotations"][0][name] = identity
+
+    content, report = read(change)
+    assert report.findings == {} and content["annotations"][0]["category_id"] == identity
+
+
+@pytest.mark.parametrize(
+    "box, found",
+    [
+        ([5, 6, 0, 10], "boxes without area"),
+        ([5, 6, -3, 10], "boxes without area"),
+        ([60, 6, 5, 5], "boxes outside their image"),
+        ([-9, 6, 9, 5], "boxes outside their image"),
+        ([50, 6, 20, 5], "boxes that exceed their image"),
+        ([50, 6, 10.4, 5], None),
+    ],
+)
+def test_boxes_that_do_not_lie_in_their_image_are_noticed(read, box, found):
+    content, report = read(first("annotations", bbox=box))
+    assert list(report.findings) == ([found] if found else [])
+    assert not report.errors and content["annotations"][0]["bbox"] == box
+
+
+def test_polygons_of_fewer_than_three_points_are_left_out_beside_others(read):
+    square = GOOD["annotations"][0]["segmentation"][0]
+    content, report = read(first("annotations", segmentation=[[1, 1, 2, 2], square, []]))
+    assert content["annotations"][0]["segmentation"] == [square]
+    assert [f.severity for f in report.findings.values()] == ["repaired"]
+
+
+PANOPTIC = {
+    "no isthing": (lambda c: None, "category 1 .cat.: None"),
+    "id twice": (lambda c: c["annotations"].append(dict(c["annotations"][0])), "share their image_id"),
+    "unknown category": (
+        lambda c: c["annotations"][0]["segments_info"][0].update(category_id=9),
+        "category_id 9",
+    ),
+    "segment id twice": (
+        lambda c: c["annotations"][0]["segments_info"].append({"id": 5, "category_id": 1}),
+        "segments that share an id",
+    ),
+    "no segments": (lambda c: c["annotations"][0].pop("segments_info") and None, "segments_info without id"),
+}
+
+
+@pytest.mark.parametrize("change, message", PANOPTIC.values(), ids=PANOPTIC.keys())
+def test_panoptic_faults(read, change, message):
+    def edit(content):
+        content["annotations"] = [
+            {"image_id": i, "file_name": f"{i}.png", "segments_info": [{"id": 5, "category_id": 1}]}
+            for i in (1, 2)
+        ]
+        if not message.startswith("category 1"):
+            for row in content["categories"]:
+                row["isthing"] = 1
+        change(content)
+
+    with pytest.raises(DataError, match=f"train.json.*(?:{message})"):
+        read(edit, "panoptic")[1].raise_errors()
+
+
+@pytest.mark.parametrize("lists", [{"neg_category_ids": 5}, {"not_exhaustive_category_ids": [[1]]}])
+def test_lvis_lists_of_categories(read, lists):
+    with pytest.raises(DataError, match="train.json.*that are not lists of ids: a.png"):
+        read(first("images", **lists), "lvis")[1].raise_errors()
+
+
 def test_null_fields_are_absent(read):
     content, report = read(first("annotations", iscrowd=None, area=None))
     assert not report.errors
