@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from clipdense.engine.options import ConfigError
 from detectron2.config import CfgNode
 
 __all__ = ["load_yaml", "merge_config_file", "read_config_file"]
+
+logger = logging.getLogger(__name__)
 
 _BASE = "_BASE_"
 _SUFFIXES = (".yaml", ".yml")
@@ -61,6 +64,8 @@ def load_yaml(path: str | os.PathLike[str]) -> Any:
 def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a config file and the files that its `_BASE_` names; what stands in a file wins over its bases.
 
+    A file that sets ``SOLVER.MAX_ITER`` but not ``SOLVER.MAX_SECONDS`` lifts the time limit of its bases.
+
     Args:
         path: a .yaml file. `_BASE_` is a path, or a list of paths, absolute or relative to the file's folder;
             ``~`` is expanded.
@@ -75,8 +80,11 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _read(Path(path), ())
 
 
-def merge_config_file(cfg: CfgNode, path: str | os.PathLike[str]) -> None:
+def merge_config_file(cfg: CfgNode, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Set the keys of a config file in ``cfg`` (in place), as `CfgNode.merge_from_file` does, but safely.
+
+    Returns:
+        The keys and values of the file and its bases, and its VERSION.
 
     Raises:
         ConfigError: If the file cannot be read (see `read_config_file`).
@@ -92,6 +100,7 @@ def merge_config_file(cfg: CfgNode, path: str | os.PathLike[str]) -> None:
         plain = Path(folder, Path(path).name)
         plain.write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
         cfg.merge_from_file(str(plain), allow_unsafe=False)  # upgrades configs of older versions
+    return content
 
 
 def _read(path: Path, opened: tuple[Path, ...]) -> dict[str, Any]:
@@ -109,8 +118,23 @@ def _read(path: Path, opened: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in bases:
         _merge(_read(_base_path(path, name), (*opened, resolved)), merged, path)
+    _lift_time_limit(content, merged, path)
     _merge(content, merged, path)
     return merged
+
+
+def _lift_time_limit(content: Mapping[str, Any], base: dict[str, Any], path: Path) -> None:
+    """Remove the ``SOLVER.MAX_SECONDS`` of a base config if a file sets ``SOLVER.MAX_ITER`` alone."""
+    own, solver = content.get("SOLVER"), base.get("SOLVER")
+    if not isinstance(own, dict) or not isinstance(solver, dict) or not solver.get("MAX_SECONDS"):
+        return
+    if "MAX_ITER" in own and "MAX_SECONDS" not in own:
+        logger.warning(
+            "%s sets SOLVER.MAX_ITER, so SOLVER.MAX_SECONDS %s of its base config does not apply. To keep "
+            "the limit, set SOLVER.MAX_SECONDS as well.",
+            path,
+            solver.pop("MAX_SECONDS"),
+        )
 
 
 def _base_path(path: Path, name: Any) -> Path:

@@ -22,7 +22,7 @@ from clipdense.engine.output import prepare_output_dir
 from clipdense.engine.run_config import RunConfig, run_config
 from clipdense.files import write_text
 from clipdense.run.config import add_clipdense_config
-from clipdense.run.config_file import load_yaml, merge_config_file, read_config_file
+from clipdense.run.config_file import load_yaml, merge_config_file
 from clipdense.run.config_rules import check_config, check_files, config_remarks, expand_paths, expanded
 from clipdense.run.fetching import backbone_is_in, checkpoint_to_resume, downloads_weights
 from clipdense.run.keys import config_keys, config_value, unknown_key_error
@@ -105,8 +105,8 @@ def _parse_config(
     cfg = get_cfg()
     add_clipdense_config(cfg)
     with _named_errors(cfg, str(path)):
-        merge_config_file(cfg, path)
-    return _merge(cfg, overrides, config_keys(read_config_file(path)), weights)
+        content = merge_config_file(cfg, path)
+    return _merge(cfg, overrides, config_keys(content), weights)
 
 
 def complete_config(

@@ -79,7 +79,7 @@ def draw_clusters(
             colors = np.array([class_color(k) for k in range(int(labels[i].max()) + 1)])
             ax.imshow(colors[labels[i]], interpolation="nearest")
     for ax, title in zip(axes[0], ["image", *maps], strict=True):
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=9, parse_math=False)
     for ax in axes.flat:
         ax.set_axis_off()
     with atomic_path(os.fspath(path)) as part:

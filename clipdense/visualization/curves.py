@@ -92,7 +92,9 @@ def _plot(ax: Axes, title: str, lines: dict[str, Series]) -> None:
         ax.yaxis.set_minor_formatter("{x:g}")
         ax.tick_params(axis="y", which="minor", labelsize=7)
     if title != "learning rate":
-        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        legend = ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a class name may contain "$"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:

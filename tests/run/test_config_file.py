@@ -33,6 +33,19 @@ def test_a_file_wins_over_its_bases(write):
     assert read_config_file(path) == {"SOLVER": {"MAX_ITER": 3, "BASE_LR": 0.2}, "SEED": 5}
 
 
+def test_iterations_lift_the_time_limit_of_a_base(write, caplog):
+    base = "SOLVER: {MAX_ITER: 5, MAX_SECONDS: 300.0}\nVERSION: 2"
+    path = write(a="_BASE_: b.yaml\nSOLVER: {MAX_ITER: 9}", b=base)
+    assert load_config(str(path)).SOLVER.MAX_SECONDS == 0
+    assert caplog.text.count("a.yaml sets SOLVER.MAX_ITER, so SOLVER.MAX_SECONDS 300.0 of its base") == 1
+    for solver in ("{MAX_ITER: 9, MAX_SECONDS: 60.0}", "{BASE_LR: 0.1}"):
+        limited = load_config(str(write(a=f"_BASE_: b.yaml\nSOLVER: {solver}", b=base))).SOLVER
+        expected = 60 if "MAX_SECONDS" in solver else 300
+        assert expected == limited.MAX_SECONDS
+    assert load_config(str(write(b=base))).SOLVER.MAX_SECONDS == 300
+    assert caplog.text.count("does not apply") == 1
+
+
 def test_tuples_are_kept(write):
     path = write(a="SOLVER: {STEPS: !!python/tuple [10, 20]}\nINPUT: {MIN_SIZE_TRAIN: [64]}")
     assert read_config_file(path)["SOLVER"]["STEPS"] == (10, 20)

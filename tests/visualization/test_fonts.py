@@ -1,16 +1,22 @@
 """Class names in any script, and with signs that matplotlib reads as mathematics."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image
 
+from clipdense.systems.mining.report import draw_pairs
 from clipdense.visualization import fonts
 from clipdense.visualization.canvas import Canvas
+from clipdense.visualization.clusters import draw_clusters
+from clipdense.visualization.curves import draw_curve
 from clipdense.visualization.fonts import DEFAULT_FONT, drawable_name, drawable_text, find_font, load_font
 from clipdense.visualization.pictures import add_title, list_contents
 
@@ -98,6 +104,32 @@ def test_dollars_are_literal(installed: list[str]) -> None:
     wide = Canvas(IMAGE, 256)
     wide.things(np.array([[30.0, 30, 90, 80]]), None, [0], Metadata(thing_classes=["$\\frac$"]))
     assert wide.picture().shape == (192, 256, 3)  # invalid mathematics is no error
+
+
+def test_dollars_in_curves_and_titles_are_literal(tmp_path: Path) -> None:
+    """Invalid mathematics would be an error."""
+    rows = [{"iteration": i, "total_loss": 1.0, "bbox/AP-$\\frac$": 9.0} for i in range(3)]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    draw_curve(tmp_path / "metrics.json", tmp_path / "curve.png")
+    draw_clusters([IMAGE], {"$\\frac$": [np.zeros(IMAGE.shape[:2], np.int32)]}, tmp_path / "clusters.png")
+    assert (tmp_path / "curve.png").is_file() and (tmp_path / "clusters.png").is_file()
+
+
+def test_mined_nouns_of_any_script(installed: list[str], cat_font: str, tmp_path: Path) -> None:
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    mask = {"size": list(IMAGE.shape[:2]), "counts": [0, IMAGE.shape[0] * IMAGE.shape[1]]}
+    mask = mask_util.frPyObjects(mask, *IMAGE.shape[:2])
+
+    def sheet(noun: str) -> np.ndarray:
+        pair = {"file_name": str(tmp_path / "a.png"), "segmentation": mask, "noun": noun, "score": 0.5}
+        draw_pairs([pair], tmp_path / "sheet.png")
+        return np.asarray(Image.open(tmp_path / "sheet.png"))
+
+    assert np.array_equal(sheet(CAT), sheet("?"))  # no font has it
+    for cache in CACHES:
+        cache.cache_clear()
+    installed.append(cat_font)
+    assert not np.array_equal(sheet(CAT), sheet("?"))
 
 
 def test_legends_show_numbers(installed: list[str]) -> None:

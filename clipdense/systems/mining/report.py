@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tabulate import tabulate
 
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_image
 from clipdense.systems.mining.proposals import RLE, ground_truth_masks
+from clipdense.visualization.fonts import drawable_text, load_font
 from clipdense.visualization.pictures import save_picture
 
 __all__ = ["ClassAgreement", "MiningStatistics", "draw_pairs", "statistics_table"]
@@ -184,14 +185,15 @@ def draw_pairs(pairs: Sequence[Record], path: Path, *, cell: int = 128, columns:
         cell: side of a crop in pixels.
         columns: crops in a row.
     """
-    strip, font = 28, ImageFont.load_default(11)
+    strip = 28
     rows = max(1, -(-len(pairs) // columns))
     sheet = Image.new("RGB", (columns * (cell + 4), rows * (cell + strip)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, pair in enumerate(pairs):
         left, top = i % columns * (cell + 4), i // columns * (cell + strip)
         sheet.paste(_crop(pair, cell), (left, top))
-        noun = pair["noun"]
+        noun = drawable_text(pair["noun"])
+        font = load_font(11, noun)
         while draw.textlength(noun, font) > cell:
             noun = noun[:-2]
         draw.text((left, top + cell), f"{noun}\n{pair['score']:.3f}", "black", font, spacing=0)
