@@ -189,7 +189,7 @@ def show(
     results: Results,
 ) -> str:
     """Draw the pictures of one image and add its results; return the kind of output drawn."""
-    image = read_image(path)
+    image = read_image(path, max_pixels=predictor.max_pixels)
     cell = int(np.clip(max(image.shape[:2]), MIN_SIDE, MAX_SIDE))
     picture, kind = names.take(path.stem), output_kind(output, args.show)
     drawn = draw_output(

@@ -124,16 +124,18 @@ def file_format(path: str | os.PathLike[str]) -> str:
         return str(image.format)
 
 
-def load_image(source: ImageSource, format: ImageFormat = "RGB") -> Uint8:
+def load_image(source: ImageSource, format: ImageFormat = "RGB", *, max_pixels: int = MAX_PIXELS) -> Uint8:
     """Load an image from a file, a PIL image or an array, as `read_image` returns it.
 
     Args:
         source: a file, a PIL image of any mode (its EXIF orientation is applied), or an array (see
             `array_to_image`).
+        format: order of the channels.
+        max_pixels: larger files are refused before they are decoded.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        BadImageError: If the source cannot be decoded as an image.
+        BadImageError: If the source cannot be decoded as an image, or a file is larger than ``max_pixels``.
         ValueError: If an array is not an image, see `array_to_image`.
     """
     if isinstance(source, np.ndarray):
@@ -142,7 +144,7 @@ def load_image(source: ImageSource, format: ImageFormat = "RGB") -> Uint8:
         with _decoding(getattr(source, "filename", "") or "the PIL image"):
             source.load()
         return image_to_array(_upright(source), format)
-    return read_image(source, format)
+    return read_image(source, format, max_pixels=max_pixels)
 
 
 def array_to_image(array: npt.NDArray[Any]) -> Image.Image:

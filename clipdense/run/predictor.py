@@ -20,7 +20,7 @@ from tqdm import tqdm
 from clipdense.backbone.score_map import score_classes, score_maps
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.heads import head_classes
-from clipdense.data.image import ImageSource, load_image
+from clipdense.data.image import MAX_PIXELS, ImageSource, load_image
 from clipdense.data.mappers import map_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.denormals import flush_denormals
@@ -217,6 +217,11 @@ class Predictor:
                     bar.update()
 
     @property
+    def max_pixels(self) -> int:
+        """Largest image that is read, in pixels (INPUT.MAX_PIXELS)."""
+        return getattr(self._mapper, "max_pixels", MAX_PIXELS)
+
+    @property
     def score_classes(self) -> tuple[str, ...]:
         """Names of the classes of `score_map`.
 
@@ -248,7 +253,8 @@ class Predictor:
         return vocabulary
 
     def _load_sample(self, image: ImageSource) -> dict[str, Any]:
-        return map_image(self._mapper, load_image(image, self._mapper.image_format))
+        pixels = load_image(image, self._mapper.image_format, max_pixels=self.max_pixels)
+        return map_image(self._mapper, pixels)
 
     def _load_sample_or_error(self, image: ImageSource) -> dict[str, Any] | Exception:
         try:

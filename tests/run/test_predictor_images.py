@@ -174,6 +174,14 @@ def test_batches_keep_order_and_go_on_after_bad_images(predictor: Predictor, tmp
         list(predictor.batch(images, batch_size=0))
 
 
+def test_the_largest_image_is_that_of_the_config(config: Path, tmp_path: Path) -> None:
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    pixels = scene().shape[0] * scene().shape[1]
+    Predictor(config, opts=["INPUT.MAX_PIXELS", pixels])(tmp_path / "a.png")
+    with pytest.raises(BadImageError, match=r"a\.png: .* raise INPUT\.MAX_PIXELS"):
+        Predictor(config, opts=["INPUT.MAX_PIXELS", pixels - 1])(tmp_path / "a.png")
+
+
 def test_one_bad_image_raises(predictor: Predictor, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.png"):
         predictor(tmp_path / "none.png")
@@ -262,7 +270,7 @@ def test_the_limit_on_memory_is_lifted_again() -> None:
 def test_an_image_too_large_to_read_is_an_error(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("clipdense.run.predictor.load_image", refuse)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipdense.data.image import header_size, read_labels
+from clipdense.data.image import MAX_PIXELS, header_size, read_labels
 from clipdense.data.validation.report import Report
 
 __all__ = ["check_image_files", "check_label_maps", "header_size"]
@@ -42,6 +42,13 @@ def _check_header(path: Path, record: Mapping[str, Any], report: Report) -> None
             "error", "files that are not images", str(path), "Replace the file, or remove it from the data."
         )
         return
+    if size[0] * size[1] > MAX_PIXELS:
+        report.add(
+            "note",
+            f"images of more than {MAX_PIXELS} pixels",
+            f"{path} is {size[0]} x {size[1]}",
+            "They are refused unless INPUT.MAX_PIXELS is larger.",
+        )
     stated = (record.get("height"), record.get("width"))
     if None in stated or stated == size:
         return

@@ -62,6 +62,14 @@ def test_turned_photographs(tmp_path, report):
     assert [finding.severity for finding in report.findings.values()] == ["note"]
 
 
+def test_very_large_images_are_noticed_by_their_header(tmp_path, report):
+    path = tmp_path / "a.ppm"
+    path.write_bytes(b"P6 20000 15000 255\n")  # a header alone
+    check_image_files([{"file_name": str(path), "height": 15000, "width": 20000}], report)
+    (finding,) = report.findings.values()
+    assert finding.severity == "note" and finding.examples == [f"{path} is 15000 x 20000"]
+
+
 def test_label_maps(tmp_path, report):
     record = save(tmp_path / "a.png")
     for name, labels in {
