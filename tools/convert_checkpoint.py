@@ -20,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("input", help="the published file")
     parser.add_argument("output", help="the safetensors file to write")
     names = parser.add_mutually_exclusive_group()
-    names.add_argument("--dataset", help="dataset whose thing classes the file must have")
+    names.add_argument("--dataset", help="registered dataset whose classes the file must have")
     names.add_argument(
         "--classes",
         help="class names that the file must have: a .txt or .json file, or comma-separated names",
@@ -47,11 +47,12 @@ if __name__ == "__main__":
 import yaml
 
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.checks import check_dataset_names, dataset_classes
 from clipdense.engine.options import ConfigError
 from clipdense.run.boundary import tool_errors
 from clipdense.run.conversion import convert_weights
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
 
 def main() -> None:
@@ -78,9 +79,13 @@ def main() -> None:
 def class_names(arguments: argparse.Namespace) -> list[str] | None:
     if arguments.dataset is None:
         return None if arguments.classes is None else list(Vocabulary.parse(arguments.classes).names)
-    if arguments.dataset not in DatasetCatalog.list():
-        raise ConfigError(f"dataset {arguments.dataset!r} is not registered")
-    return list(MetadataCatalog.get(arguments.dataset).thing_classes)
+    name = arguments.dataset
+    check_dataset_names([name])
+    detection = MetadataCatalog.get(name).get("evaluator_type") in ("coco", "lvis")
+    for kind in ("thing", "stuff") if detection else ("stuff", "thing"):
+        if classes := dataset_classes(name, kind):
+            return classes
+    raise ConfigError(f"dataset {name} names no classes; give them with --classes")
 
 
 def option(text: str) -> tuple[str, Any]:

@@ -14,6 +14,8 @@ from clipdense.engine.options import ConfigError
 from tests.helpers import denseclip_files as files
 from tests.helpers import eva_files
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 HEADS = [
     "--option",
@@ -91,13 +93,26 @@ def test_refusals(run: Callable[..., None], tmp_path: Path) -> None:
     names = [tmp_path / "r.pth", tmp_path / "r.safetensors", *HEADS]
     with pytest.raises(CheckpointError, match="3 classes in the file, 80 expected"):
         run(*names, "--dataset", "coco_2017_val")
-    with pytest.raises(ConfigError, match="'coco_2018_val' is not registered"):
+    with pytest.raises(ValueError, match="'coco_2018_val' is not registered. Did you mean .*coco_2017_val"):
         run(*names, "--dataset", "coco_2018_val")
     with pytest.raises(ConfigError, match="KEY=VALUE, not 'MODEL.LANGUAGE.TAU'"):
         run(*names, "--option", "MODEL.LANGUAGE.TAU")
     with pytest.raises(FileNotFoundError, match="no weight file"):
         run(tmp_path / "none.pth", tmp_path / "r.safetensors")
     assert not (tmp_path / "r.safetensors").exists()
+
+
+def test_the_classes_of_a_dataset_of_any_task(
+    run: Callable[..., None], tmp_path: Path, catalogs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(files.retinanet(), tmp_path / "r.pth")
+    names = [tmp_path / "r.pth", tmp_path / "r.safetensors", *HEADS, "--dataset", "convert_toy"]
+    DatasetCatalog.register("convert_toy", list)
+    with pytest.raises(ConfigError, match="dataset convert_toy names no classes; give them with --classes"):
+        run(*names)
+    MetadataCatalog.get("convert_toy").set(evaluator_type="sem_seg", stuff_classes=list(files.CLASSES))
+    run(*names)
+    assert "classes: 3, as listed" in capsys.readouterr().out
 
 
 def test_a_pickle_needs_the_flag(run: Callable[..., None], tmp_path: Path) -> None:
