@@ -17,7 +17,7 @@ from clipdense.data.checks import (
     drop_objects_without_mask,
     mark_objects_without_mask,
 )
-from clipdense.data.mappers import build_mapper
+from clipdense.data.mappers import DetectionMapper, build_mapper
 from clipdense.data.samplers import GlobalBatchSampler, RepeatFactorSampler, ResumableTrainingSampler
 from clipdense.data.validation import DataError
 
@@ -68,7 +68,8 @@ def build_train_loader(
         mapper: default: ``INPUT.MAPPER``.
         dataset: dataset dicts, or a map-style dataset of them (default: ``DATASETS.TRAIN``).
         masks_optional: whether the model trains objects that have a box but no mask, see
-            `clipdense.engine.mask_loss`. Without it, they are left out if masks are trained.
+            `clipdense.engine.mask_loss`. Without it, or with another mapper than `DetectionMapper`, they are
+            left out if masks are trained.
 
     Raises:
         ValueError: If a dataset or the sampler is unknown, or the batch cannot be divided evenly among the
@@ -79,7 +80,8 @@ def build_train_loader(
     if dataset is None:
         dataset = clean_annotations(load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, training=True))
         if cfg.MODEL.MASK_ON:
-            handle = mark_objects_without_mask if masks_optional else drop_objects_without_mask
+            optional = masks_optional and isinstance(mapper, DetectionMapper)
+            handle = mark_objects_without_mask if optional else drop_objects_without_mask
             dataset = handle(dataset, ", ".join(cfg.DATASETS.TRAIN))
     if seed is None:
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()

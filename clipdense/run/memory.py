@@ -21,9 +21,10 @@ def available_memory() -> int | None:
     """Return the bytes of main memory that this process may still take, by the machine's and the container's
     limits; None if they are not known."""
     found = []
-    with suppress(OSError, ValueError, TypeError):
-        text = Path("/proc/meminfo").read_text()
-        found.append(1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]))  # type: ignore[index]
+    with suppress(OSError, ValueError):
+        lines = re.findall(r"(MemAvailable|SwapFree):\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        if "MemAvailable" in dict(lines):
+            found.append(1024 * sum(int(value) for _, value in lines))
     with suppress(OSError, ValueError):  # "max" is no number
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))

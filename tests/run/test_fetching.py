@@ -62,8 +62,8 @@ def test_data_are_checked_before_the_weight_file_is_read(own: Any, eval_only: bo
         setup(own(eval_only))
 
 
-@pytest.fixture
-def cfg(monkeypatch: pytest.MonkeyPatch) -> CfgNode:
+@pytest.fixture(params=[CONFIG, "configs/shapes/denseclip_mask_rcnn_rn.yaml"], ids=["trunk", "language"])
+def cfg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
     """A detector on a CLIP whose weights would have to be downloaded; a download fails."""
 
     def fail(*args: Any, **kwargs: Any) -> str:
@@ -71,7 +71,7 @@ def cfg(monkeypatch: pytest.MonkeyPatch) -> CfgNode:
 
     monkeypatch.setattr(sources, "download_pretrained", fail)
     plain = ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"]  # no text, for which a whole CLIP is needed
-    return load_config(CONFIG, [*plain, "MODEL.CLIP.NAME", "RN50", "MODEL.CLIP.PRETRAINED", "openai"])
+    return load_config(request.param, [*plain, "MODEL.CLIP.NAME", "RN50", "MODEL.CLIP.PRETRAINED", "openai"])
 
 
 def stored(cfg: CfgNode) -> Checkpoint:

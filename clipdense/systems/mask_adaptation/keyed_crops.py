@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pycocotools.mask as mask_util
 
 from clipdense.data.image import BadImageError, file_format, read_image
-
 from clipdense.files import read_text
 
 __all__ = ["BACKGROUND", "keyed_mask", "read_keyed_csv", "read_keyed_pair"]
