@@ -67,7 +67,7 @@ def convert_model(file: Checkpoint, classes: Sequence[str] | None = None) -> Che
         model = layout.metadata(file.state, names)
     except CheckpointError as e:
         raise CheckpointError(f"{file.path}, of layout {layout.name}: {e}") from e
-    known = {layout.classes: names} if names else {}
+    known: dict[str, Any] = {layout.classes: names} if names else {}
     metadata = {**model, **known, "layout": MODEL_LAYOUT, "source": layout.name, "options": options}
     return replace(file, state=state, metadata=metadata, extras={})
 

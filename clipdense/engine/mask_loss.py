@@ -23,12 +23,11 @@ def leave_out_objects_without_mask(model: nn.Module) -> bool:
         Whether the model has such mask heads: Detectron2's `BaseMaskRCNNHead`, on pooled regions. Other
         models, such as mask transformers, cannot train an object without a mask.
     """
-    heads = [
-        parent.mask_head
-        for parent in model.modules()
-        if isinstance(getattr(parent, "mask_head", None), BaseMaskRCNNHead)
-        and getattr(parent, "mask_pooler", parent) is not None
-    ]
+    heads = []
+    for parent in model.modules():
+        head = getattr(parent, "mask_head", None)
+        if isinstance(head, BaseMaskRCNNHead) and getattr(parent, "mask_pooler", parent) is not None:
+            heads.append(head)
     for head in heads:
         head.register_forward_pre_hook(_only_with_masks)
     return bool(heads)
