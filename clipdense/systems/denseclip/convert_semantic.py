@@ -140,6 +140,7 @@ DENSECLIP_SEMANTIC_FPN = register_layout(
         name="denseclip_semantic_fpn",
         about="DenseCLIP's segmentor as mmsegmentation saves it: backbone.*, text_encoder.*, decode_head.*",
         matches=_is_segmentor,
+        classes="stuff_classes",
         convert=_convert,
         options=_options,
         prefixes=_prefixes,
