@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,7 +31,9 @@ def checkpoint_to_resume(output_dir: str) -> Path | None:
 def downloads_weights(cfg: CfgNode) -> bool:
     """Return whether the backbone of a config starts with weights that have to be downloaded."""
     clip, timm = cfg.MODEL.CLIP, cfg.MODEL.TIMM
-    names = _names(cfg.MODEL)
+    names = {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.TRUNK.NAME, cfg.MODEL.LANGUAGE.TRUNK}
+    if "BesideTrunk" in names:
+        names.add(cfg.MODEL.LANGUAGE.BESIDE)
     of_clip = not clip.CONFIG and without_weights(clip.NAME, clip.PRETRAINED) != clip.PRETRAINED
     of_timm = bool(names & {"TimmTrunk", "SwinTrunk"}) and not is_local(timm.PRETRAINED)
     return of_clip or of_timm
@@ -58,11 +59,3 @@ def backbone_is_in(cfg: CfgNode, checkpoint: Checkpoint | Path) -> bool:
         return False
     ends = {key.partition("backbone.")[2] for key in checkpoint.state}
     return bool(keys) and set(keys) <= ends
-
-
-def _names(node: Any) -> set[str]:
-    """Return every text among the values of a config."""
-    found = set()
-    for value in node.values():
-        found |= _names(value) if isinstance(value, CfgNode) else {value} if isinstance(value, str) else set()
-    return found
