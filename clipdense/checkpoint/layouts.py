@@ -51,9 +51,9 @@ class ModelLayout(Layout):
             checkpoint's metadata (`clipdense.open_vocabulary.CheckpointMetadata`).
     """
 
-    classes: Literal["thing_classes", "stuff_classes"]
     options: Callable[[Mapping[str, Tensor], Sequence[str] | None], dict[str, Any]]
     prefixes: Callable[[Mapping[str, Tensor]], dict[str, str]]
+    classes: Literal["thing_classes", "stuff_classes"] = "stuff_classes"
     licence: str = ""
     metadata: Callable[[Mapping[str, Tensor], Sequence[str] | None], dict[str, Any]] = lambda *_: {}
 
