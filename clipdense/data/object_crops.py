@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from clipdense.data.mappers import MAPPER_REGISTRY, read_image_or_skip
+from clipdense.data.image import MAX_PIXELS, Orientation
+from clipdense.data.mappers import MAPPER_REGISTRY, check_orientation, read_image_or_skip
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog
@@ -91,6 +92,8 @@ class ObjectCropMapper:
         flip: whether images are flipped at random.
         skip_bad_images: return None for a damaged image, with a warning, instead of raising an error (in
             training only).
+        exif_orientation: "auto", "apply" or "ignore", see `clipdense.data.image.read_image`.
+        max_pixels: largest image, in pixels.
     """
 
     @configurable
@@ -103,9 +106,14 @@ class ObjectCropMapper:
         scale: tuple[float, float] = (0.5, 1.0),
         flip: bool = True,
         skip_bad_images: bool = False,
+        exif_orientation: Orientation = "auto",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.is_train, self.size, self.context, self.scale, self.flip = is_train, size, context, scale, flip
         self.skip_bad_images = skip_bad_images and is_train
+        check_orientation(exif_orientation)
+        self.exif_orientation: Orientation = exif_orientation
+        self.max_pixels = max_pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -118,6 +126,8 @@ class ObjectCropMapper:
             "scale": tuple(keys.SCALE),
             "flip": cfg.INPUT.RANDOM_FLIP == "horizontal",
             "skip_bad_images": cfg.INPUT.SKIP_BAD_IMAGES,
+            "exif_orientation": cfg.INPUT.EXIF_ORIENTATION,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -139,7 +149,9 @@ class ObjectCropMapper:
                 f"{dataset_dict.get('file_name')}: INPUT.MAPPER ObjectCropMapper reads objects; list the "
                 "dataset in DATASETS.OBJECT_CROPS"
             )
-        pixels = read_image_or_skip(dataset_dict, "RGB", self.skip_bad_images)
+        pixels = read_image_or_skip(
+            dataset_dict, "RGB", self.skip_bad_images, self.exif_orientation, self.max_pixels
+        )
         if pixels is None:
             return None
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

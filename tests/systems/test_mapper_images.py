@@ -9,13 +9,16 @@ import pytest
 from PIL import Image
 
 from clipdense.data.image import BadImageError, file_format
+from clipdense.data.object_crops import ObjectCropMapper
 from clipdense.regions import CropRule
 from clipdense.run.config import add_clipdense_config
 from clipdense.systems.clipself.mapper import CLIPSelfMapper
 from clipdense.systems.mask_adaptation.keyed_crops import BACKGROUND, read_keyed_pair
 from clipdense.systems.mask_adaptation.mapper import MaskPairMapper
+from clipdense.systems.segclip.mapper import SegCLIPMapper
 
 from detectron2.config import get_cfg
+from detectron2.structures import BoxMode
 
 Mapper = Callable[..., Any]
 
@@ -60,6 +63,23 @@ def test_the_stated_size_and_the_key_decide_the_orientation(build: Mapper, recor
         build(exif_orientation="never")
 
 
+def object_crops(**rules: Any) -> ObjectCropMapper:
+    return ObjectCropMapper(size=16, **rules)
+
+
+def segclip(**rules: Any) -> SegCLIPMapper:
+    return SegCLIPMapper(size=16, patch=8, **rules)
+
+
+@pytest.mark.parametrize("build", [object_crops, segclip])
+def test_mappers_of_crops_refuse_large_images(build: Mapper, record: dict[str, Any]) -> None:
+    record |= {"bbox": [2, 3, 8, 9], "bbox_mode": BoxMode.XYXY_ABS, "label": 0, "captions": ["a kite"]}
+    with pytest.raises(BadImageError, match=r"0\.png: 40 x 20 are more than 799 pixels"):
+        build(max_pixels=799)(record)
+    with pytest.raises(ValueError, match="EXIF_ORIENTATION"):
+        build(exif_orientation="never")
+
+
 def test_training_reads_images_in_the_same_orientation(record: dict[str, Any]) -> None:
     # letterboxed to 32: a wide image leaves the lower half empty, a tall one the right half
     assert not clipself()(record)["image"][:, 16:].any()
@@ -77,7 +97,7 @@ def test_large_images_are_refused(build: Mapper, is_train: bool, record: dict[st
     assert build(is_train, max_pixels=800)(record) is not None
 
 
-@pytest.mark.parametrize("kind", [CLIPSelfMapper, MaskPairMapper])
+@pytest.mark.parametrize("kind", [CLIPSelfMapper, MaskPairMapper, ObjectCropMapper, SegCLIPMapper])
 def test_the_rules_come_from_the_config(kind: Any) -> None:
     cfg = get_cfg()
     add_clipdense_config(cfg)

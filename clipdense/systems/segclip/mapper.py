@@ -9,7 +9,13 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from clipdense.data.mappers import MAPPER_REGISTRY, DetectionMapper, read_image_or_skip
+from clipdense.data.image import MAX_PIXELS, Orientation
+from clipdense.data.mappers import (
+    MAPPER_REGISTRY,
+    DetectionMapper,
+    check_orientation,
+    read_image_or_skip,
+)
 from clipdense.systems.segclip.loss import patch_segments
 
 from detectron2.config import CfgNode, configurable
@@ -33,6 +39,8 @@ class SegCLIPMapper:
         test_mapper: mapper of evaluation.
         skip_bad_images: return None for a damaged image, with a warning, instead of raising an error (in
             training only).
+        exif_orientation: "auto", "apply" or "ignore", see `clipdense.data.image.read_image`.
+        max_pixels: largest image, in pixels.
 
     Raises:
         ValueError: If the patch does not divide the size.
@@ -50,12 +58,17 @@ class SegCLIPMapper:
         patch_label: str = "majority",
         test_mapper: DetectionMapper | None = None,
         skip_bad_images: bool = False,
+        exif_orientation: Orientation = "auto",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if size % patch:
             raise ValueError(f"INPUT.SEGCLIP.SIZE {size} is not a multiple of INPUT.SEGCLIP.PATCH {patch}")
         self.is_train, self.size, self.patch, self.crop_scale = is_train, size, patch, crop_scale
         self.superpixels, self.patch_label = superpixels, patch_label
         self.test_mapper, self.skip_bad_images = test_mapper, skip_bad_images
+        check_orientation(exif_orientation)
+        self.exif_orientation: Orientation = exif_orientation
+        self.max_pixels = max_pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -70,6 +83,8 @@ class SegCLIPMapper:
             "patch_label": keys.PATCH_LABEL,
             "test_mapper": None if is_train else DetectionMapper(cfg, False),
             "skip_bad_images": cfg.INPUT.SKIP_BAD_IMAGES,
+            "exif_orientation": cfg.INPUT.EXIF_ORIENTATION,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -93,7 +108,9 @@ class SegCLIPMapper:
                 f"{dataset_dict.get('file_name')} has no captions; INPUT.MAPPER SegCLIPMapper trains on "
                 "images with captions"
             )
-        pixels = read_image_or_skip(dataset_dict, "RGB", self.skip_bad_images)
+        pixels = read_image_or_skip(
+            dataset_dict, "RGB", self.skip_bad_images, self.exif_orientation, self.max_pixels
+        )
         if pixels is None:
             return None
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
