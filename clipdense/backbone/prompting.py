@@ -8,7 +8,7 @@ from typing import Any
 
 from clipdense.clip.image_prompts import ConditionalPrompts, InstancePrompts, PreModelPrompts
 from clipdense.clip.model import ClipModel
-from clipdense.clip.prompt_files import PromptFile, load_prompts
+from clipdense.clip.prompt_files import PromptFile, load_prompts, load_visual_prompts
 from clipdense.clip.prompts import ClassPrompts, ContextPrompts, require_text_tower
 from clipdense.clip.towers import Tower
 from clipdense.clip.visual_prompts import VisualPrompts
@@ -42,7 +42,7 @@ def build_class_prompts(cfg: CN, clip: ClipModel, classes: Sequence[str]) -> Cla
     if keys.METHOD not in METHODS:
         raise ValueError(f"MODEL.PROMPT.METHOD must be one of {', '.join(METHODS[1:])}, not {keys.METHOD!r}")
     width, dim = require_text_tower(clip).width, clip.embed_dim
-    if (stored := _stored(cfg)) is not None and stored.text is not None:
+    if (stored := _stored(cfg, classes)) is not None and stored.text is not None:
         _check_file(stored.text, clip, keys.WEIGHTS)
         return stored.text
     if not keys.METHOD:
@@ -117,22 +117,24 @@ def build_visual_prompts(cfg: CN, tower: Tower) -> VisualPrompts | None:
         ValueError: If the tower is not a ViT, or the file does not fit it.
         CheckpointError: If the file cannot be read.
     """
-    keys = cfg.MODEL.PROMPT.VISUAL
-    stored = _stored(cfg)
-    if stored is not None and stored.visual is not None:
-        stored.visual.check(tower)
-        stored.visual.dropout.p = keys.DROPOUT
-        return stored.visual
+    keys, path = cfg.MODEL.PROMPT.VISUAL, cfg.MODEL.PROMPT.WEIGHTS
+    stored = load_visual_prompts(path, allow_pickle=cfg.MODEL.ALLOW_PICKLE) if path else None
+    if stored is not None:
+        stored.check(tower)
+        stored.dropout.p = keys.DROPOUT
+        return stored
     if not keys.N_TOKENS:
         return None
     return VisualPrompts.of(tower, keys.N_TOKENS, deep=keys.DEEP, project=keys.PROJECT, dropout=keys.DROPOUT)
 
 
-def _stored(cfg: CN) -> PromptFile | None:
+def _stored(cfg: CN, classes: Sequence[str] = ()) -> PromptFile | None:
     keys = cfg.MODEL.PROMPT
     if not keys.WEIGHTS:
         return None
-    return load_prompts(keys.WEIGHTS, position=keys.POSITION, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    return load_prompts(
+        keys.WEIGHTS, position=keys.POSITION, classes=classes, allow_pickle=cfg.MODEL.ALLOW_PICKLE
+    )
 
 
 def _check_file(prompts: ClassPrompts, clip: ClipModel, path: str) -> None:

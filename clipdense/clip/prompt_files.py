@@ -14,7 +14,15 @@ from clipdense.clip.image_prompts import ConditionalPrompts, InstancePrompts, Pr
 from clipdense.clip.prompts import ClassPrompts, ContextPrompts
 from clipdense.clip.visual_prompts import VisualPrompts
 
-__all__ = ["LAYOUT", "PromptFile", "convert_coop", "load_prompts", "prompt_state", "save_prompts"]
+__all__ = [
+    "LAYOUT",
+    "PromptFile",
+    "convert_coop",
+    "load_prompts",
+    "load_visual_prompts",
+    "prompt_state",
+    "save_prompts",
+]
 
 LAYOUT = "clipdense_prompts"
 """Value of ``layout`` in the metadata of a file of prompts."""
@@ -79,12 +87,15 @@ def save_prompts(
     save_checkpoint(path, *prompt_state(text, visual, clip))
 
 
-def load_prompts(path: str | Path, *, position: str = "end", allow_pickle: bool = False) -> PromptFile:
+def load_prompts(
+    path: str | Path, *, position: str = "end", classes: Sequence[str] = (), allow_pickle: bool = False
+) -> PromptFile:
     """Load prompts from a file of `save_prompts`, an export of a training, or a file of CoOp or CoCoOp.
 
     Args:
         path: the file. Sizes are read from its tensors.
         position: place of the class name; read only for a published file, which does not say.
+        classes: names of the classes of class-specific contexts; read only for a published file.
         allow_pickle: see `clipdense.checkpoint.read_checkpoint`, whose errors this raises.
 
     Raises:
@@ -93,21 +104,33 @@ def load_prompts(path: str | Path, *, position: str = "end", allow_pickle: bool 
     file = read_checkpoint(path, allow_pickle=allow_pickle)
     options = file.metadata.get("options", {})
     if file.metadata.get("layout") != LAYOUT:
-        return PromptFile(text=convert_coop(file.state, position=position, source=str(path)))
+        prompts = convert_coop(file.state, position=position, classes=classes, source=str(path))
+        return PromptFile(text=prompts)
+    described = options.get("text", {})
+    if not isinstance(described, Mapping):
+        raise CheckpointError(f"{path}: its description of the prompts is damaged: export the prompts again")
     parts = {
         prefix: {k.removeprefix(prefix): v for k, v in file.state.items() if k.startswith(prefix)}
         for prefix in (_TEXT, _IMAGE)
     }
     if unknown := [key for key in file.state if not key.startswith((_TEXT, _IMAGE))]:
         raise CheckpointError(f"{path}: {unknown[:5]} are not tensors of prompts: export the prompts again")
-    text = visual = None
+    text = None
     if parts[_TEXT]:
-        text = _build_text(parts[_TEXT], options.get("text", {}), str(path))
+        text = _build_text(parts[_TEXT], described, str(path))
         load_strict(text, parts[_TEXT], source=str(path))
-    if parts[_IMAGE]:
-        visual = _build_visual(parts[_IMAGE], str(path))
-        load_strict(visual, parts[_IMAGE], source=str(path))
+    visual = _build_visual(parts[_IMAGE], str(path)) if parts[_IMAGE] else None
     return PromptFile(text, visual, str(options.get("clip", "")))
+
+
+def load_visual_prompts(path: str | Path, *, allow_pickle: bool = False) -> VisualPrompts | None:
+    """Load the visual prompts of a file alone; None if it has none.
+
+    Arguments and errors as of `load_prompts`.
+    """
+    file = read_checkpoint(path, allow_pickle=allow_pickle)
+    state = {k.removeprefix(_IMAGE): v for k, v in file.state.items() if k.startswith(_IMAGE)}
+    return _build_visual(state, str(path)) if state and file.metadata.get("layout") == LAYOUT else None
 
 
 def convert_coop(
@@ -204,11 +227,13 @@ def _build_text(state: Mapping[str, Tensor], options: Mapping[str, Any], source:
 
 
 def _build_visual(state: Mapping[str, Tensor], source: str) -> VisualPrompts:
-    """Build the visual prompts of a file, with the sizes of its tensors."""
+    """Build and load the visual prompts of a file, with the sizes of its tensors."""
     tokens, deep = state.get("prompt_embeddings"), state.get("deep_prompt_embeddings")
     projection = state.get("prompt_proj.weight")
     if tokens is None:
         raise CheckpointError(f"{source}: the visual prompts lack prompt_embeddings")
     width, project = (tokens.shape[2], 0) if projection is None else (len(projection), tokens.shape[2])
     blocks = 1 if deep is None else len(deep) + 1
-    return VisualPrompts(tokens.shape[1], width, blocks, deep=deep is not None, project=project)
+    prompts = VisualPrompts(tokens.shape[1], width, blocks, deep=deep is not None, project=project)
+    load_strict(prompts, state, source=source)
+    return prompts

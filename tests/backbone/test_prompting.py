@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from clipdense.backbone import CLIPTrunk
 from clipdense.backbone.class_text import ClassText
@@ -189,6 +190,18 @@ def test_visual_prompts_train_on_a_frozen_trunk(deep: bool, tmp_path: Path) -> N
     frozen = build_backbone(cfg, ShapeSpec(channels=3)).eval()
     torch.testing.assert_close(next(iter(frozen(images).values())), trunk.eval()(images)["res3"])
     assert frozen.frozen
+
+
+def test_published_class_specific_contexts_load_with_the_classes_of_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "coop.safetensors"
+    cfg = config("MODEL.PROMPT.WEIGHTS", str(path), "MODEL.PROMPT.POSITION", "front", clip="shapes-vit")
+    clip = clip_from_config(cfg)
+    contexts = torch.randn(3, 2, clip.text.width)
+    save_file({"ctx": contexts, "token_prefix": torch.ones(3, 1, clip.text.width)}, path)
+    prompts = build_class_prompts(cfg, clip, CLASSES)
+    assert (prompts.classes, prompts.position) == (tuple(CLASSES), "front")
+    assert torch.equal(prompts.contexts, contexts)
+    assert build_visual_prompts(cfg, clip.visual) is None
 
 
 def test_visual_prompts_that_nobody_trains_are_refused() -> None:

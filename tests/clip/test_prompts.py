@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from clipdense.checkpoint import CheckpointError
+from clipdense.checkpoint import CheckpointError, save_checkpoint
 from clipdense.clip import TowerRequest, load_clip
 from clipdense.clip.image_prompts import (
     ConditionalPrompts,
@@ -13,7 +13,7 @@ from clipdense.clip.image_prompts import (
     PreModelPrompts,
     alignment_loss,
 )
-from clipdense.clip.prompt_files import load_prompts, save_prompts
+from clipdense.clip.prompt_files import load_prompts, prompt_state, save_prompts
 from clipdense.clip.prompts import AffixPrompts, ContextPrompts, encode_with_contexts, insert_contexts
 from clipdense.clip.text import TextBank
 from clipdense.clip.visual_prompts import VisualPrompts, chain_hooks
@@ -214,5 +214,21 @@ def test_files_without_prompts(tmp_path):
     save_file({"ctx": torch.ones(3, 2, 4)}, tmp_path / "csc.safetensors")
     with pytest.raises(CheckpointError, match="of 3 classes, but 0 class names"):
         load_prompts(tmp_path / "csc.safetensors")
+    own = load_prompts(tmp_path / "csc.safetensors", classes=NAMES).text
+    assert own.classes == tuple(NAMES) and own.contexts.shape == (3, 2, 4)
     save_file({"ctx": torch.ones(2, 4), "token_prefix": torch.ones(1)}, tmp_path / "ctx.safetensors")
     assert load_prompts(tmp_path / "ctx.safetensors", position="front").text.position == "front"
+
+
+def test_damaged_descriptions_are_named(tmp_path):
+    state, metadata = prompt_state(ContextPrompts(2, 4), None)
+    for text, message in (
+        ("contexts", "description of the prompts is damaged"),
+        ({"kind": "cocoop"}, "of kind 'cocoop' are incomplete"),
+        ({"kind": "poems"}, "unknown prompts of kind 'poems'"),
+        ({"position": "left"}, "are incomplete .*'left'"),
+    ):
+        damaged = {"layout": metadata["layout"], "options": {"text": text}}
+        save_checkpoint(tmp_path / "p.safetensors", state, damaged)
+        with pytest.raises(CheckpointError, match=message):
+            load_prompts(tmp_path / "p.safetensors")
