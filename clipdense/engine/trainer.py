@@ -435,6 +435,8 @@ class Trainer(TrainerBase):
             return
         if resume:
             logger.info("No checkpoint in %s: training starts at iteration 0", self.options.output_dir)
+            if comm.is_main_process():  # rows of a run that was killed before its first checkpoint
+                drop_rows_from(Path(self.options.output_dir, "metrics.json"), 0)
         self.checkpointer.load_weights(self.options.weights, file=weights)
         if self.ema is not None:
             self.ema.load(self.model.state_dict())

@@ -80,6 +80,29 @@ def test_a_kill_in_an_evaluation_repeats_it(
     assert records[0] == records[1]
 
 
+def test_a_kill_before_the_first_checkpoint_doubles_no_metrics(build_trainer: Build) -> None:
+    settings = ("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.LOG_PERIOD", 1)
+    whole = build_trainer(*settings, folder="whole")
+    whole.train()
+    killed = build_trainer(*settings)
+    after_step = killed.after_step
+
+    def kill_in_third() -> None:
+        if killed.iter == 2:
+            raise Killed
+        after_step()
+
+    killed.after_step = kill_in_third  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        killed.train()
+    assert len(metrics(killed)) == 2
+
+    resumed = build_trainer(*settings, resume=True)
+    resumed.train()
+    assert resumed.start_iter == 0
+    assert metrics(resumed) == metrics(whole)
+
+
 def test_an_evaluation_that_is_recorded_is_not_repeated(build_trainer: Build) -> None:
     first = build_trainer(*SETTINGS)
     first.train()
