@@ -39,7 +39,7 @@ class World:
         root = self._shapes("lvis_val", 8)
         (root / "shapes").mkdir(exist_ok=True)  # coco_url names the images below "shapes"
         if not (root / "shapes/lvis_val").exists():
-            (root / "shapes/lvis_val").symlink_to(root / "lvis_val")
+            (root / "shapes/lvis_val").symlink_to("../lvis_val")
         return root
 
     def prepare(self) -> None:
