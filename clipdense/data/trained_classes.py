@@ -17,7 +17,7 @@ __all__ = ["class_mapping", "map_classes", "trained_classes"]
 
 _MAPPED_BY: dict[Literal["thing", "stuff"], tuple[str, ...]] = {
     "thing": ("coco", "lvis"),
-    "stuff": ("sem_seg",),
+    "stuff": ("sem_seg", "cityscapes_sem_seg"),
 }
 """Tasks (``evaluator_type``) whose outputs `map_classes` maps."""
 

@@ -15,6 +15,7 @@ from clipdense.backbone.score_map import joint_features, score_maps
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
 from clipdense.data.checks import check_classes
+from clipdense.data.heads import head_classes
 from clipdense.engine.build import build_model
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.run.setup import load_config
@@ -237,12 +238,38 @@ def test_export_without_text_tower(tmp_path: Path) -> None:
         torch.testing.assert_close(other(x)[0]["sem_seg"], model(x)[0]["sem_seg"])
 
 
-def test_a_score_map_head_needs_a_score_map_of_the_classes() -> None:
+def test_a_score_map_segments_other_classes_without_training(tmp_path: Path) -> None:
+    name, weights = "configs/shapes/denseclip_score_map_rn.yaml", tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    trained = build_model(load_config(name))
+    save_checkpoint(weights, trained.state_dict(), {"stuff_classes": list(trained.backbone.text.classes)})
+    words = ["MODEL.LANGUAGE.CLASSES", "['red star', 'grass', 'sky']", "MODEL.WEIGHTS", str(weights)]
+    cfg = load_config(name, words)
+    assert head_classes(cfg) == ()
+    model = build_model(cfg).eval()
+    TrainingCheckpointer(model).load_weights(str(weights), complete=True)
+    x = sample()
+    with torch.no_grad():
+        assert model([x])[0]["sem_seg"].shape == (3, 64, 96)
+        first = trained.eval()([x])[0]["sem_seg"][list(trained.backbone.text.classes).index("red star")]
+    # the map of a class does not depend on the others, except through the context decoder at its start
+    torch.testing.assert_close(model([x])[0]["sem_seg"][0], first, atol=0.05, rtol=0.05)
+
+
+def test_heads_that_do_not_fit_are_refused() -> None:
     name = "configs/shapes/denseclip_score_map_rn.yaml"
-    with pytest.raises(ValueError, match="needs a backbone with a score map"):
-        build_model(load_config(name, ["MODEL.BACKBONE.NAME", "CLIPTrunk"]))
-    with pytest.raises(ValueError, match="the score map has 88 classes, but the dataset 80"):
-        build_model(load_config(name, ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "80"]))
+    for words, message in (
+        (["MODEL.BACKBONE.NAME", "CLIPTrunk"], "needs a backbone with a score map"),
+        (["MODEL.SEM_SEG_HEAD.NAME", "UPerNetHead"], "ScoreMapSegmentor has no decoder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_model(load_config(name, words))
+    with pytest.raises(ValueError, match="a Linear has no `layers`"):
+        WindowedSemanticSegmentor(
+            backbone=Pixels(), sem_seg_head=nn.Linear(1, 1), pixel_mean=[0.0], pixel_std=[1.0]
+        )
+    with pytest.raises(KeyError, match=r"a\.jpg has no 'sem_seg'"):
+        segmentor().train()([{"image": torch.rand(3, 8, 8), "file_name": "a.jpg"}])
 
 
 # ---- the trunk over blocks of a ViT

@@ -8,7 +8,11 @@ from clipdense.systems.denseclip.heads import ScoreMapHead, SemanticFPNHead, UPe
 from clipdense.systems.denseclip.loss import PixelTextLoss
 from clipdense.systems.denseclip.meta_arch import DenseCLIPRCNN, DenseCLIPRetinaNet, PixelTextSupervised
 from clipdense.systems.denseclip.retinanet import MMDetRetinaNet
-from clipdense.systems.denseclip.semantic import DenseCLIPSemanticSegmentor, WindowedSemanticSegmentor
+from clipdense.systems.denseclip.semantic import (
+    DenseCLIPSemanticSegmentor,
+    ScoreMapSegmentor,
+    WindowedSemanticSegmentor,
+)
 
 __all__ = [
     "DenseCLIPRCNN",
@@ -19,6 +23,7 @@ __all__ = [
     "PixelTextSupervised",
     "MMDetRetinaNet",
     "ScoreMapHead",
+    "ScoreMapSegmentor",
     "SemanticFPNHead",
     "UPerNetHead",
     "WindowedSemanticSegmentor",

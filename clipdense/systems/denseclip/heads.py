@@ -228,11 +228,6 @@ class ScoreMapHead(nn.Module):
             raise ValueError(
                 "ScoreMapHead needs a backbone with a score map: set MODEL.BACKBONE.NAME LanguageTrunk"
             )
-        if input_shape[SCORE].channels != keys.NUM_CLASSES:
-            raise ValueError(
-                f"the score map has {input_shape[SCORE].channels} classes, but the dataset "
-                f"{keys.NUM_CLASSES} (MODEL.SEM_SEG_HEAD.NUM_CLASSES)"
-            )
         return {
             "ignore_value": keys.IGNORE_VALUE,
             "loss_weight": keys.LOSS_WEIGHT,

@@ -13,13 +13,19 @@ from clipdense.backbone import SCORE
 from clipdense.data.heads import register_head_classes
 from clipdense.inference import average_views, semantic_output, slide_windows
 from clipdense.regions.lazy_maps import LazyMaps
+from clipdense.systems.denseclip.heads import ScoreMapHead
 from clipdense.systems.denseclip.meta_arch import LOSS, PixelTextModel
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
 from detectron2.structures import ImageList
 
-__all__ = ["DenseCLIPSemanticSegmentor", "SemanticInference", "WindowedSemanticSegmentor"]
+__all__ = [
+    "DenseCLIPSemanticSegmentor",
+    "ScoreMapSegmentor",
+    "SemanticInference",
+    "WindowedSemanticSegmentor",
+]
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,16 @@ class WindowedSemanticSegmentor(SemanticSegmentor):
         Args:
             inference: settings of inference; None: the whole image at once.
             kwargs: arguments of `SemanticSegmentor`; the head is a `SemanticHead`.
+
+        Raises:
+            ValueError: If the head is not a `SemanticHead`.
         """
         super().__init__(**kwargs)
+        if not hasattr(self.sem_seg_head, "layers"):
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.NAME: a {type(self.sem_seg_head).__name__} has no `layers`, which "
+                "sliding windows need: use SemanticFPNHead, UPerNetHead, DeepLabHead or ScoreMapHead"
+            )
         self.inference = inference or SemanticInference()
 
     @classmethod
@@ -121,6 +135,11 @@ class WindowedSemanticSegmentor(SemanticSegmentor):
             return [self._segment_input(x) for x in batched_inputs]
         divisor = self.backbone.size_divisibility
         images = ImageList.from_tensors([self._normalize(x) for x in batched_inputs], divisor).tensor
+        for x in batched_inputs:
+            if "sem_seg" not in x:
+                raise KeyError(
+                    f"{x.get('file_name', 'an image')} has no 'sem_seg': train on a dataset of label maps"
+                )
         targets = ImageList.from_tensors(
             [x["sem_seg"].to(self.device) for x in batched_inputs], divisor, self.sem_seg_head.ignore_value
         ).tensor
@@ -224,6 +243,31 @@ class DenseCLIPSemanticSegmentor(PixelTextModel, WindowedSemanticSegmentor):
     ) -> dict[str, Tensor]:
         """Return "loss_pixel_text"."""
         return {LOSS: self.pixel_text_loss(features[SCORE], batched_inputs, padded_size)}
+
+
+@META_ARCH_REGISTRY.register()
+class ScoreMapSegmentor(WindowedSemanticSegmentor):
+    """Segmentation by the score map alone, for any class names.
+
+    No weight depends on the number of classes: a model that was trained on the classes of one dataset
+    segments those of another, which the config names.
+    """
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        """
+        Args:
+            kwargs: arguments of `WindowedSemanticSegmentor`; the head is a `ScoreMapHead`.
+
+        Raises:
+            ValueError: If the model has another head.
+        """
+        super().__init__(**kwargs)
+        if not isinstance(self.sem_seg_head, ScoreMapHead):
+            raise ValueError(
+                "ScoreMapSegmentor has no decoder: set MODEL.SEM_SEG_HEAD.NAME ScoreMapHead, or "
+                "MODEL.META_ARCHITECTURE DenseCLIPSemanticSegmentor"
+            )
 
 
 register_head_classes("WindowedSemanticSegmentor", base="SemanticSegmentor")
