@@ -258,9 +258,10 @@ def test_a_score_map_segments_other_classes_without_training(tmp_path: Path) -> 
 
 def test_heads_that_do_not_fit_are_refused() -> None:
     name = "configs/shapes/denseclip_score_map_rn.yaml"
+    decoder = ["MODEL.SEM_SEG_HEAD.NAME", "UPerNetHead", "MODEL.SEM_SEG_HEAD.IN_FEATURES", "['res3', 'res5']"]
     for words, message in (
         (["MODEL.BACKBONE.NAME", "CLIPTrunk"], "needs a backbone with a score map"),
-        (["MODEL.SEM_SEG_HEAD.NAME", "UPerNetHead"], "ScoreMapSegmentor has no decoder"),
+        (decoder, "ScoreMapSegmentor has no decoder"),
     ):
         with pytest.raises(ValueError, match=message):
             build_model(load_config(name, words))
