@@ -105,6 +105,7 @@ def test_takes_a_step(
     instances.gt_masks = BitMasks(torch.ones(1, 128, 160, dtype=torch.bool))
     segment = torch.ones(128, 160, dtype=torch.int64)
     maps = {"pan_seg": segment, "segments_info": [{"id": 1, "category_id": last}], "sem_seg": segment}
+    maps["phrases"] = ["red star", "grass"]
     with EventStorage():
         losses = model([image | {"instances": instances} | maps])
     total = torch.stack(list(losses.values())).sum()

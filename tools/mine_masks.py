@@ -124,20 +124,20 @@ import clipdense  # noqa: F401
 from clipdense.checkpoint import config_leaves
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.captions import captioned_images
 from clipdense.data.checks import check_named_datasets
 from clipdense.data.datasets.own import register_from_config
 from clipdense.data.mappers import build_mapper
 from clipdense.data.mask_pairs import write_pairs
 from clipdense.data.nouns import noun_model
+from clipdense.data.proposals import FileProposals, GroundTruthProposals
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.options import ConfigError
 from clipdense.files import json_text, write_text
 from clipdense.open_vocabulary.protocols import Proposals
 from clipdense.run.boundary import tool_errors
 from clipdense.run.setup import available_device, load_config
-from clipdense.systems.mining.captions import captioned_images
 from clipdense.systems.mining.pairs import Filters, MaskMiner, NounEmbedder
-from clipdense.systems.mining.proposals import FileProposals, GroundTruthProposals
 from clipdense.systems.mining.report import (
     ClassAgreement,
     MiningStatistics,

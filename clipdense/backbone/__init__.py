@@ -4,7 +4,7 @@ from clipdense.backbone.beside import BesideTrunk
 from clipdense.backbone.clip_blocks import CLIPBlockTrunk
 from clipdense.backbone.clip_trunk import CLIPTrunk
 from clipdense.backbone.fpn import FPN, build_trunk_fpn_backbone
-from clipdense.backbone.frozen_clip import FrozenCLIPTrunk
+from clipdense.backbone.frozen_clip import FrozenCLIPTrunk, find_frozen_clip
 from clipdense.backbone.interpolated import InterpolatedTrunk
 from clipdense.backbone.language import LanguageTrunk
 from clipdense.backbone.pooler import AnyStridePooler
@@ -35,4 +35,5 @@ __all__ = [
     "Trunk",
     "build_trunk_fpn_backbone",
     "build_trunk_simple_pyramid_backbone",
+    "find_frozen_clip",
 ]

@@ -81,6 +81,9 @@ def _add_frozen_clip_keys(cfg: CN) -> None:
     # ConvNeXts, SigLIP); or a mode of its dense map ("clipself", "plain", ...), without weights.
     cfg.MODEL.FROZEN_CLIP.JOINT = "pooling"
 
+    # Train the tower all the same, with the learning rate that SOLVER.PARAM_GROUPS sets for it (OVRCOAT).
+    cfg.MODEL.FROZEN_CLIP.TRAIN_TOWER = False
+
     # InterpolatedTrunk: F-ViT's pyramid over the blocks of a FrozenCLIPTrunk. CLIPBlockTrunk: DenseCLIP's
     # over those of MODEL.TRUNK.BLOCKS.
     cfg.MODEL.INTERPOLATED = CN()

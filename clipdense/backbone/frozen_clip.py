@@ -19,9 +19,9 @@ from clipdense.regions import pool_boxes, pool_masks
 from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-__all__ = ["FrozenCLIPTrunk"]
+__all__ = ["FrozenCLIPTrunk", "find_frozen_clip"]
 
 POOLING = "pooling"
 
@@ -30,9 +30,12 @@ POOLING = "pooling"
 class FrozenCLIPTrunk(CLIPTrunk):
     """A frozen CLIP image tower (F-VLM, Kuo et al., ICLR 2023; F-ViT, Wu et al., CLIPSelf, ICLR 2024).
 
-    The tower always stays in evaluation mode and runs without autograd. In evaluation, the same forward also
-    returns the map "joint", from which :meth:`embed_regions` pools region embeddings in CLIP's joint space.
+    The tower always stays in evaluation mode, and runs without autograd unless it is trained. In evaluation,
+    and in the training of the tower, the same forward also returns the map "joint", from which
+    :meth:`embed_regions` pools region embeddings in CLIP's joint space.
     """
+
+    train_tower: bool = False
 
     @configurable
     def __init__(
@@ -43,6 +46,7 @@ class FrozenCLIPTrunk(CLIPTrunk):
         blocks: Sequence[int] = (),
         last_block: str = "plain",
         joint: str = POOLING,
+        train_tower: bool = False,
         window_size: int = 0,
         global_blocks: Collection[int] = (),
         pixels: PixelConversion | None = None,
@@ -58,6 +62,7 @@ class FrozenCLIPTrunk(CLIPTrunk):
             joint: "pooling": the input of the tower's own region pooling (ResNet's attention pool, the heads
                 of ConvNeXt and SigLIP); or a mode of the tower's dense map, which is pooled without weights
                 as in CLIPSelf.
+            train_tower: Fine-tune the whole tower (OVRCOAT). Batch norms stay constant.
 
         Raises:
             ValueError: If the tower lacks a block, the mode or the region pooling.
@@ -65,8 +70,10 @@ class FrozenCLIPTrunk(CLIPTrunk):
         super().__init__(
             tower,
             out_features=out_features,
-            freeze_at=5,
+            freeze_at=0 if train_tower else 5,
             norm="FrozenBN",
+            joint=train_tower,
+            dense="plain" if joint == POOLING else joint,
             window_size=window_size,
             global_blocks=global_blocks,
             pixels=pixels,
@@ -92,6 +99,8 @@ class FrozenCLIPTrunk(CLIPTrunk):
                 f"block{i}": ShapeSpec(channels=channels[i], stride=self.tower.stride) for i in blocks
             }
         self._pooling = joint == POOLING
+        self.train_tower = train_tower
+        self.train(self.training)
         self._request = TowerRequest(taps=tuple(blocks) or self._request.taps, tap_mode=last_block)
         self._joint_request = replace(self._request, **({"pre": True} if self._pooling else {"dense": joint}))
 
@@ -107,12 +116,19 @@ class FrozenCLIPTrunk(CLIPTrunk):
         for key in ("freeze_at", "norm"):
             del arguments[key]
         keys = cfg.MODEL.FROZEN_CLIP
-        return arguments | {"blocks": keys.BLOCKS, "last_block": keys.LAST_BLOCK, "joint": keys.JOINT}
+        return arguments | {
+            "blocks": keys.BLOCKS,
+            "last_block": keys.LAST_BLOCK,
+            "joint": keys.JOINT,
+            "train_tower": keys.TRAIN_TOWER,
+        }
 
     def train(self, mode: bool = True) -> FrozenCLIPTrunk:
-        """Keep the tower in evaluation mode; training only leaves "joint" out of the outputs."""
-        self._joint_enabled = not mode
+        """Keep the tower in evaluation mode; training of a frozen tower only leaves "joint" out of the
+        outputs."""
+        self._joint_enabled = not mode or self.train_tower
         super().train(mode)
+        self.tower.eval()
         return self
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -128,7 +144,6 @@ class FrozenCLIPTrunk(CLIPTrunk):
             maps[JOINT] = out.pre if self._pooling else out.dense
         return maps
 
-    @torch.no_grad()
     def embed_regions(
         self, joint: Tensor, *, boxes: Sequence[Tensor] | None = None, masks: Tensor | None = None
     ) -> Tensor:
@@ -145,6 +160,10 @@ class FrozenCLIPTrunk(CLIPTrunk):
         Raises:
             ValueError: If not exactly one of boxes and masks is given.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_tower):
+            return self._embed_regions(joint, boxes, masks)
+
+    def _embed_regions(self, joint: Tensor, boxes: Sequence[Tensor] | None, masks: Tensor | None) -> Tensor:
         if self._pooling:
             return self.tower.embed_regions(joint, boxes=boxes, masks=masks)
         if (boxes is None) == (masks is None):
@@ -153,3 +172,18 @@ class FrozenCLIPTrunk(CLIPTrunk):
             return pool_boxes(joint, boxes, scale=1 / self.tower.stride, pooling="clipself")
         assert masks is not None
         return pool_masks(joint, masks, pooling="clipself").unflatten(0, masks.shape[:2])
+
+
+def find_frozen_clip(backbone: Backbone) -> FrozenCLIPTrunk:
+    """Find the frozen CLIP in a backbone.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = next((m for m in backbone.modules() if isinstance(m, FrozenCLIPTrunk)), None)
+    if found is None:
+        raise ValueError(
+            f"the model needs a frozen CLIP in its backbone, but {type(backbone).__name__} has none: set the "
+            "backbone or MODEL.TRUNK.NAME to FrozenCLIPTrunk or InterpolatedTrunk"
+        )
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from clipdense.checkpoint import DropRule, Layout, count_parts, register_layout, shown_size
+from clipdense.clip.convnext import CONVNEXT_CLIP
 from clipdense.clip.eva import EVA02_CLIP
 
 # Only TorchScript state dicts have these entries.
@@ -151,29 +152,72 @@ def config_from_tensors(
             "the tensors do not determine the image tower (only those of CLIP's ResNet and ViT, and of "
             "EVA02-CLIP B and L, do): name the model"
         )
-    if "text.text_projection" not in shape:
-        raise ValueError("the tensors do not determine the text tower: name the model")
-    width, embed_dim = shape["text.text_projection"]
     attended = vision["width"] * (32 if vision["patch_size"] is None else 1)
-    heads = text_heads or width // head_width
-    for what, value, parts in (("image", attended, attended // head_width), ("text", width, heads)):
-        if not parts or value % parts:
-            raise ValueError(
-                f"width {value} of the {what} attention cannot be split into heads: "
-                f"pass head_width and text_heads"
-            )
+    _check_heads("image", attended, attended // head_width)
+    text = text_config(state, text_heads, head_width)
     return {
-        "embed_dim": embed_dim,
+        "embed_dim": shape["text.text_projection"][1],
         "custom_text": True,
         "vision_cfg": {**vision, "head_width": head_width},
-        "text_cfg": {
-            "context_length": shape["text.positional_embedding"][0],
-            "vocab_size": shape["text.token_embedding.weight"][0],
-            "width": width,
-            "heads": heads,
-            "layers": len(_children(shape, "text.transformer.resblocks.")),
-            "mlp_ratio": _mlp_ratio(shape, "text.transformer"),
-        },
+        "text_cfg": text,
+    }
+
+
+def text_config(
+    state: Mapping[str, Tensor], text_heads: int | None = None, head_width: int = 64
+) -> dict[str, Any]:
+    """Return open_clip's `text_cfg` of a converted text transformer.
+
+    Args:
+        state: tensors with our keys; those of other modules are ignored.
+        text_heads: number of heads, which tensors do not show; None: heads of width ``head_width``.
+        head_width: see ``text_heads``.
+
+    Raises:
+        ValueError: If the tensors are of another family, or the width cannot be split into heads.
+    """
+    shape = {key: tuple(value.shape) for key, value in state.items() if key.startswith("text.")}
+    if "text.text_projection" not in shape:
+        raise ValueError("the tensors do not determine the text tower: name the model")
+    width, _ = shape["text.text_projection"]
+    heads = text_heads or width // head_width
+    _check_heads("text", width, heads)
+    return {
+        "context_length": shape["text.positional_embedding"][0],
+        "vocab_size": shape["text.token_embedding.weight"][0],
+        "width": width,
+        "heads": heads,
+        "layers": len(_children(shape, "text.transformer.resblocks.")),
+        "mlp_ratio": _mlp_ratio(shape, "text.transformer"),
+    }
+
+
+def _check_heads(what: str, width: int, heads: int) -> None:
+    if not heads or width % heads:
+        raise ValueError(
+            f"width {width} of the {what} attention cannot be split into heads: "
+            f"pass head_width and text_heads"
+        )
+
+
+def convnext_vision_config(state: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
+    """Return open_clip's `vision_cfg` of a ConvNeXt image tower.
+
+    Args:
+        state: tensors with our keys; those of other modules are ignored.
+        image_size: native size in pixels, which tensors do not show.
+
+    Raises:
+        CheckpointError: If the tensors that show a size are missing.
+    """
+    stages = range(count_parts(state, "visual.trunk.stages."))
+    prefix = "visual.trunk.stages.{}.blocks."
+    return {
+        "timm_model_name": CONVNEXT_CLIP,
+        "layers": [count_parts(state, prefix.format(i)) for i in stages],
+        "widths": [shown_size(state, (f"{prefix.format(i)}0.conv_dw.weight", 0)) for i in stages],
+        "timm_proj": "mlp" if "visual.head.mlp.fc1.weight" in state else "linear",
+        "image_size": image_size,
     }
 
 

@@ -28,6 +28,7 @@ from clipdense.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from clipdense.clip.convnext import CONVNEXT_CLIP, ConvNeXtModel
 from clipdense.clip.eva import EVA02_CLIP, EVA02Model
 from clipdense.clip.layouts import EVA_CLIP, JIT_ENTRIES, MASK_PROMPTS, OPENAI_CLIP, config_from_tensors
 from clipdense.clip.pixels import normalize_pixels
@@ -342,6 +343,8 @@ def build_clip(
     cfg["vision_cfg"]["timm_model_pretrained"] = False
     if cfg["vision_cfg"].get("timm_model_name") == EVA02_CLIP:
         visual: nn.Module = EVA02Model(cfg["embed_dim"], cfg["vision_cfg"])
+    elif cfg["vision_cfg"].get("timm_model_name") == CONVNEXT_CLIP:
+        visual = ConvNeXtModel(cfg["embed_dim"], cfg["vision_cfg"])
     else:
         visual = _build_vision_tower(cfg["embed_dim"], cfg["vision_cfg"], cfg.get("quick_gelu", False))
     _set_native_size(visual, cfg["vision_cfg"]["image_size"])

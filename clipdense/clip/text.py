@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,13 +189,16 @@ class TextBank(TextEmbedder):
         self.prompts = prompts
         self.batch_size = batch_size
         self.progress = progress
-        self._tokenizer = _PromptTokenizer(
-            clip.tokenizer, clip.text.context_length, 0 if prompts is None else prompts.length
-        )
         self._folder = default_cache_dir() / "text" if cache_dir == "auto" else cache_dir and Path(cache_dir)
         self._stores: dict[str, RowStore] = {}
         self._memory: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._memory_size = memory
+
+    @cached_property
+    def _tokenizer(self) -> _PromptTokenizer:
+        assert self.clip.text is not None
+        reserved = 0 if self.prompts is None else self.prompts.length
+        return _PromptTokenizer(self.clip.tokenizer, self.clip.text.context_length, reserved)
 
     @property
     def dim(self) -> int:

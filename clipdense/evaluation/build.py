@@ -135,6 +135,14 @@ def crop_classification(cfg: CfgNode, dataset_name: str, output_dir: str, probes
 
 
 @EVALUATOR_REGISTRY.register()
+def cityscapes_panoptic_seg(
+    cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes
+) -> DatasetEvaluator:
+    """Same as `coco_panoptic_seg`, for Detectron2's registration of Cityscapes."""
+    return coco_panoptic_seg(cfg, dataset_name, output_dir, probes)
+
+
+@EVALUATOR_REGISTRY.register()
 def pascal_voc(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
     """Evaluate boxes under Pascal VOC's rules, with Detectron2's evaluator."""
     return PascalVOCDetectionEvaluator(dataset_name)

@@ -12,6 +12,7 @@ from clipdense.maskformer.layers import MLP
 from clipdense.maskformer.masked_decoder import MultiScaleMaskedTransformerDecoder
 from clipdense.maskformer.matcher import HungarianMatcher
 from clipdense.maskformer.meta_arch import MaskFormer
+from clipdense.maskformer.open_vocabulary import OpenVocabularyMaskFormer
 from clipdense.maskformer.pixel_decoder import BasePixelDecoder, TransformerEncoderPixelDecoder
 from clipdense.maskformer.prediction import (
     PIXEL_DECODER_REGISTRY,
@@ -39,6 +40,7 @@ __all__ = [
     "MaskPrediction",
     "MaskProposals",
     "MultiScaleMaskedTransformerDecoder",
+    "OpenVocabularyMaskFormer",
     "PixelFeatures",
     "SetCriterion",
     "StandardTransformerDecoder",

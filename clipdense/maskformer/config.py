@@ -73,6 +73,11 @@ def add_maskformer_config(cfg: CN) -> None:
     cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
     # Output the masks of all queries; their evaluator assigns oracle classes to measure the masks alone.
     cfg.MODEL.MASK_FORMER.TEST.PROPOSALS_ON = False
+    # Open-vocabulary systems: the masks that are classified. "network": those of the queries;
+    # "ground_truth": the annotations of DATASETS.TEST; a path: a JSON file (a list of image_id and
+    # segmentation, COCO RLE) or a folder of PNG files (clipdense.data.proposals). Masks that have no query
+    # are classified by CLIP alone.
+    cfg.MODEL.MASK_FORMER.TEST.MASK_SOURCE = "network"
     # Panoptic: class probability that a query must exceed, and share of its mask that it must win. Published
     # for both versions on COCO: 0.8, 0.8.
     cfg.MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD = 0.8

@@ -34,6 +34,7 @@ from clipdense.run.config_checks import (
     text,
     whole,
 )
+from clipdense.run.config_table_mask_pooling import MASK_POOLING_CHECKS
 from clipdense.run.config_zero_shot import ZERO_SHOT
 from clipdense.systems.catseg.loss import IgnoredPixels
 from clipdense.systems.catseg.meta_arch import FineTune
@@ -365,6 +366,7 @@ _MASK_FORMER: dict[str, Check] = {
     "TRAIN_NUM_POINTS": _COUNT,
     "OVERSAMPLE_RATIO": number(1),
     "IMPORTANCE_SAMPLE_RATIO": _SHARE,
+    "TEST.MASK_SOURCE": text(r"(?s)\s*\S.*", "network, ground_truth, or the path of masks"),
     "TEST.OBJECT_MASK_THRESHOLD": _SHARE,
     "TEST.OVERLAP_THRESHOLD": _SHARE,
     "TEST.PIXEL_THRESHOLD": _SHARE,
@@ -492,6 +494,7 @@ CHECKS: dict[str, Check] = {
     **{f"MODEL.TWO_STAGE.{key}": check for key, check in _CROP.items()},
     **{f"MODEL.MASK_ADAPTED_CLIP.{key}": check for key, check in _CROP.items()},
     **{f"MODEL.ZERO_SHOT.{key}": check for key, check in ZERO_SHOT.items()},
+    **MASK_POOLING_CHECKS,
     **_SYSTEMS,
 }
 """Full name of a key -> the check of its value."""

@@ -11,11 +11,18 @@ from PIL import Image
 
 from clipdense.data.checks import check_classes
 from clipdense.data.datasets.layouts import load_lvis, load_sem_seg
-from clipdense.data.datasets.standard import ADE20K_CLASSES, ADE20K_THINGS, register_standard
+from clipdense.data.datasets.standard import (
+    ADE20K_CLASSES,
+    ADE20K_THINGS,
+    MAPILLARY_CLASSES,
+    MAPILLARY_THINGS,
+    register_standard,
+)
 from clipdense.data.image import read_labels
 from clipdense.data.loader import build_test_loader, build_train_loader
 from clipdense.data.preparation.ade20k import ade20k_panoptic
 from clipdense.data.preparation.labels import convert_labels, panoptic_to_semantic
+from clipdense.evaluation.build import EVALUATOR_REGISTRY
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
@@ -173,3 +180,40 @@ def test_registered_names():
     assert metadata.evaluator_type == "ade20k_panoptic_seg" and len(metadata.thing_classes) == 150
     assert len(metadata.thing_dataset_id_to_contiguous_id) == 100
     assert {"lvis_v1_train", "lvis_v1_val", "voc_2012_val", "coco_2017_train"} <= set(DatasetCatalog.list())
+
+
+def test_mapillary_vistas(tmp_path: Path, catalogs):
+    """Category ids count from 1 in the panoptic file, and labels from 0 in the maps."""
+    assert (len(MAPILLARY_CLASSES), len(MAPILLARY_THINGS)) == (65, 37)
+    folder = tmp_path / "mapillary_vistas" / "validation"
+    for name in ("images", "labels", "panoptic"):
+        (folder / name).mkdir(parents=True)
+    road, car = MAPILLARY_CLASSES.index("Road"), MAPILLARY_CLASSES.index("Car")
+    assert car in MAPILLARY_THINGS and road not in MAPILLARY_THINGS
+    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(folder / "images" / "a.jpg")
+    Image.fromarray(np.full((2, 3), road, np.uint8)).save(folder / "labels" / "a.png")
+    ids = np.zeros((2, 3, 3), np.uint8)
+    ids[..., 0] = 7
+    Image.fromarray(ids).save(folder / "panoptic" / "a.png")
+    categories = [
+        {"id": i + 1, "name": name, "isthing": int(i in MAPILLARY_THINGS)}
+        for i, name in enumerate(MAPILLARY_CLASSES)
+    ]
+    segment = {"id": 7, "category_id": road + 1, "area": 6, "bbox": [0, 0, 3, 2], "iscrowd": 0}
+    content = {
+        "images": [{"id": "a", "file_name": "a.jpg", "height": 2, "width": 3}],
+        "annotations": [{"image_id": "a", "file_name": "a.png", "segments_info": [segment]}],
+        "categories": categories,
+    }
+    (folder / "panoptic" / "panoptic_2018.json").write_text(json.dumps(content))
+    DatasetCatalog.clear()
+    MetadataCatalog.clear()
+    register_standard(tmp_path)
+    (record,) = DatasetCatalog.get("mapillary_vistas_panoptic_val")
+    assert record["segments_info"][0]["category_id"] == road
+    assert Path(record["sem_seg_file_name"]).is_file()
+
+
+def test_detectron2s_cityscapes_have_evaluators():
+    for name in ("cityscapes_fine_panoptic_val", "cityscapes_fine_sem_seg_val"):
+        assert MetadataCatalog.get(name).evaluator_type in EVALUATOR_REGISTRY

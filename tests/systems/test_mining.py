@@ -12,10 +12,10 @@ from PIL import Image
 from clipdense.clip import load_clip
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.captions import captioned_images
 from clipdense.data.mask_pairs import pair_mask
-from clipdense.systems.mining.captions import captioned_images
+from clipdense.data.proposals import FileProposals, GroundTruthProposals
 from clipdense.systems.mining.pairs import Filters, MaskMiner, NounEmbedder, assign
-from clipdense.systems.mining.proposals import FileProposals, GroundTruthProposals
 from clipdense.systems.mining.report import ClassAgreement, MiningStatistics
 from clipdense.systems.mining.run import mine_shard
 

@@ -282,3 +282,29 @@ def test_an_adapted_clip_is_kept_on_load(model: OVSeg, tmp_path: Path) -> None:
 def test_renamed_keys_are_refused_with_the_new_name(old: str, value: Any, new: str) -> None:
     with pytest.raises(KeyError, match=new):
         small_config().merge_from_list([f"MODEL.TWO_STAGE.{old}", value])
+
+
+class UpperHalf:
+    """A source of masks: the upper half of each image, and an empty mask."""
+
+    def propose_masks(self, sample: dict[str, Any]) -> torch.Tensor:
+        masks = torch.zeros(2, sample["height"], sample["width"], dtype=torch.bool)
+        masks[0, : sample["height"] // 2] = True
+        return masks
+
+
+@torch.no_grad()
+def test_masks_from_elsewhere_are_classified_by_their_crops(model: OVSeg) -> None:
+    model.mask_source = UpperHalf()
+    try:
+        proposals = model.propose(batch())
+        scores = model.classify(proposals, batch())
+        output = model(batch())[1]
+    finally:
+        model.mask_source = None
+    for classes in scores:
+        torch.testing.assert_close(classes[0].sum(), torch.tensor(1.0))
+        assert classes[0, -1] == 0 and classes[1].tolist() == [0.0] * len(CLASSES) + [1.0]
+    height = batch()[1]["height"]
+    assert (output["sem_seg"][:, : height // 2 - 1].sum(0) > 0.9).all()
+    assert (output["sem_seg"][:, height // 2 + 2 :].sum(0) < 0.1).all()

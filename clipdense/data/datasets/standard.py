@@ -1,4 +1,5 @@
-"""COCO, LVIS, ADE20K and Pascal VOC in their standard layouts, where Detectron2 does not register them.
+"""COCO, LVIS, ADE20K, Mapillary Vistas and Pascal VOC in their standard layouts, where Detectron2 does not
+register them.
 
 `datasets/README.md` describes the layouts. The root folder is ``DETECTRON2_DATASETS`` (default ``datasets``),
 read at import.
@@ -23,7 +24,15 @@ from clipdense.files import read_text
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, _get_builtin_metadata
 
-__all__ = ["ADE20K_CLASSES", "ADE20K_THINGS", "VOC_CLASSES", "load_voc21", "register_standard"]
+__all__ = [
+    "ADE20K_CLASSES",
+    "ADE20K_THINGS",
+    "MAPILLARY_CLASSES",
+    "MAPILLARY_THINGS",
+    "VOC_CLASSES",
+    "load_voc21",
+    "register_standard",
+]
 
 ADE20K_CLASSES: list[str] = [name.strip() for name in ADE20K_SEM_SEG_CATEGORIES]
 """The 150 classes, each with its synonyms separated by commas."""
@@ -38,11 +47,27 @@ VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 ]
+
+MAPILLARY_CLASSES = [
+    "Bird", "Ground Animal", "Curb", "Fence", "Guard Rail", "Barrier", "Wall", "Bike Lane",
+    "Crosswalk - Plain", "Curb Cut", "Parking", "Pedestrian Area", "Rail Track", "Road", "Service Lane",
+    "Sidewalk", "Bridge", "Building", "Tunnel", "Person", "Bicyclist", "Motorcyclist", "Other Rider",
+    "Lane Marking - Crosswalk", "Lane Marking - General", "Mountain", "Sand", "Sky", "Snow", "Terrain",
+    "Vegetation", "Water", "Banner", "Bench", "Bike Rack", "Billboard", "Catch Basin", "CCTV Camera",
+    "Fire Hydrant", "Junction Box", "Mailbox", "Manhole", "Phone Booth", "Pothole", "Street Light", "Pole",
+    "Traffic Sign Frame", "Utility Pole", "Traffic Light", "Traffic Sign (Back)", "Traffic Sign (Front)",
+    "Trash Can", "Bicycle", "Boat", "Bus", "Car", "Caravan", "Motorcycle", "On Rails", "Other Vehicle",
+    "Trailer", "Truck", "Wheeled Slow", "Car Mount", "Ego Vehicle",
+]
+"""The 65 classes of Mapillary Vistas 1.2, in the order of the label maps' values."""
+
+MAPILLARY_THINGS = [0, 1, 8, *range(19, 24), *range(32, 43), *range(44, 58), *range(59, 63)]
 # fmt: on
 
 ADE20K_THINGS: list[int] = [i for i in range(len(ADE20K_CLASSES)) if i not in _ADE20K_STUFF]
 """Indices of the 100 thing classes of ADE20K's instance annotations (Places challenge 2017) among the 150."""
 
+_MAPILLARY_JSON = "panoptic_2018.json"
 _SEMANTIC = {"evaluator_type": "sem_seg", "ignore_label": 255}
 
 
@@ -60,6 +85,7 @@ def register_standard(root: Path | None = None) -> None:
     | lvis_v1_*, lvis_v0.5_* (Detectron2's names) | lvis/, images in coco/ | lvis |
     | ade20k_panoptic_{train,val} | ADEChallengeData2016/ | ade20k_panoptic_seg |
     | ade20k_instance_{train,val} (100 things) | the same | coco |
+    | mapillary_vistas_panoptic_{train,val} | mapillary_vistas/ | coco_panoptic_seg |
     | pascalvoc20_sem_seg_{train,val} (no background) | VOC2012/annotations_detectron2/ | sem_seg |
     | pascalvoc21_sem_seg_{train,val} (background is class 0) | VOC2012/SegmentationClass/ | sem_seg |
     """
@@ -67,6 +93,7 @@ def register_standard(root: Path | None = None) -> None:
     for split, folder in (("train", "training"), ("val", "validation")):
         _register_coco(root / "coco", split)
         _register_ade20k(root / "ADEChallengeData2016", split, folder)
+        _register_mapillary(root / "mapillary_vistas" / folder, split)
         _register_voc(root / "VOC2012", split)
     if find_spec("lvis") is None:
         _replace_lvis_readers()
@@ -147,6 +174,34 @@ def _register_ade20k(root: Path, split: str, folder: str) -> None:
         thing_dataset_id_to_contiguous_id=instance_ids,
         image_root=str(images),
         json_file=str(instances),
+    )
+
+
+def _register_mapillary(root: Path, split: str) -> None:
+    panoptic, images, labels = root / "panoptic", root / "images", root / "labels"
+    ids, things = range(len(MAPILLARY_CLASSES)), set(MAPILLARY_THINGS)
+    _register(
+        f"mapillary_vistas_panoptic_{split}",
+        partial(
+            load_panoptic,
+            panoptic / _MAPILLARY_JSON,
+            images,
+            panoptic,
+            {i + 1: i for i in ids},
+            things,
+            labels,
+        ),
+        evaluator_type="coco_panoptic_seg",
+        thing_classes=MAPILLARY_CLASSES,
+        stuff_classes=MAPILLARY_CLASSES,
+        thing_dataset_id_to_contiguous_id={i + 1: i for i in ids if i in things},
+        stuff_dataset_id_to_contiguous_id={i + 1: i for i in ids if i not in things},
+        ignore_label=len(MAPILLARY_CLASSES),  # "Unlabeled"
+        label_divisor=1000,
+        image_root=str(images),
+        panoptic_root=str(panoptic),
+        panoptic_json=str(panoptic / _MAPILLARY_JSON),
+        sem_seg_root=str(labels),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipdense.backbone import JOINT, FrozenCLIPTrunk
+from clipdense.backbone import JOINT, FrozenCLIPTrunk, find_frozen_clip
 from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
@@ -61,7 +61,7 @@ class FVLM(OpenVocabularyModel, GeneralizedRCNN):
             ValueError: If the backbone has no `FrozenCLIPTrunk`.
         """
         super().__init__(**kwargs)
-        find_trunk(self.backbone)
+        find_frozen_clip(self.backbone)
         self.text_embedder = text_embedder
         self.square_size = square_size
         self.init_vocabulary(vocabulary)
@@ -73,7 +73,7 @@ class FVLM(OpenVocabularyModel, GeneralizedRCNN):
         background, base = None, None
         if embedder is None or vocabulary is None:
             num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if vocabulary is None else len(vocabulary)
-            text = torch.zeros(num_classes, find_trunk(backbone).tower.embed_dim)
+            text = torch.zeros(num_classes, find_frozen_clip(backbone).tower.embed_dim)
         else:
             text = embed_on_cpu(embedder, vocabulary)
         if cfg.MODEL.FVLM.BACKGROUND == "text":
@@ -103,7 +103,7 @@ class FVLM(OpenVocabularyModel, GeneralizedRCNN):
     @property
     def trunk(self) -> FrozenCLIPTrunk:
         """Frozen CLIP in the backbone."""
-        return find_trunk(self.backbone)
+        return find_frozen_clip(self.backbone)
 
     def encode_vocabulary(self, vocabulary: Vocabulary, training: bool) -> TextEmbeddings:
         """Embed classes as ``classes`` (K, D), unit length; see `OpenVocabularyModel`."""
@@ -203,18 +203,3 @@ def keep_base_objects(sample: dict[str, Any], base: Tensor) -> dict[str, Any]:
     """Return a training sample without the objects of novel classes; ``base`` (K,) bool."""
     instances = sample["instances"]
     return sample | {"instances": instances[base.to(instances.gt_classes.device)[instances.gt_classes]]}
-
-
-def find_trunk(backbone: Backbone) -> FrozenCLIPTrunk:
-    """Find the frozen CLIP in a backbone.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    found = next((m for m in backbone.modules() if isinstance(m, FrozenCLIPTrunk)), None)
-    if found is None:
-        raise ValueError(
-            f"FVLM needs a frozen CLIP in its backbone, but {type(backbone).__name__} has none: set "
-            "MODEL.TRUNK.NAME to FrozenCLIPTrunk or InterpolatedTrunk"
-        )
-    return found

@@ -20,9 +20,9 @@ from torch import Tensor
 from clipdense.clip.text import TextBank
 from clipdense.clip.tokenizer import token_counts
 from clipdense.data.mappers import map_image
+from clipdense.data.proposals import RLE, encode_mask
 from clipdense.open_vocabulary.protocols import Proposals
 from clipdense.regions.encoder import cosine_logits
-from clipdense.systems.mining.proposals import RLE, encode_mask
 
 __all__ = ["Filters", "MaskMiner", "NounEmbedder", "assign"]
 

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_image
-from clipdense.systems.mining.proposals import RLE, ground_truth_masks
+from clipdense.data.proposals import RLE, ground_truth_masks
 from clipdense.visualization.fonts import drawable_text, load_font
 from clipdense.visualization.pictures import save_picture
 

@@ -14,9 +14,16 @@ from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip.prompts import AffixPrompts
 from clipdense.clip.text import LearnedPrompts, TextBank
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.inference import merge_queries
-from clipdense.maskformer import EmbeddingHead, MaskFormer, MaskFormerHead, MaskPrediction, MaskProposals
-from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
+from clipdense.maskformer import (
+    EmbeddingHead,
+    MaskFormer,
+    MaskFormerHead,
+    MaskPrediction,
+    MaskProposals,
+    OpenVocabularyMaskFormer,
+)
+from clipdense.maskformer.open_vocabulary import mask_source_from_config, output_size
+from clipdense.open_vocabulary import Proposals, TextEmbeddings
 from clipdense.open_vocabulary.build import label_vocabulary
 from clipdense.regions import LazyMaps, RegionEncoder, cosine_logits
 from clipdense.systems.two_stage.build import build_encoder
@@ -32,7 +39,7 @@ _TEXT = "encoder.clip.text."
 
 
 @META_ARCH_REGISTRY.register()
-class OVSeg(OpenVocabularyModel, MaskFormer):
+class OVSeg(OpenVocabularyMaskFormer):
     """Two-stage open-vocabulary segmentation (OVSeg, Liang et al., CVPR 2023; zsseg, Xu et al., ECCV 2022;
     ZegFormer, Ding et al., CVPR 2022).
 
@@ -59,6 +66,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         keep_encoder: bool = False,
         crop_scale: float = 100.0,
         vocabulary: Vocabulary | None = None,
+        mask_source: Proposals | None = None,
         **kwargs: Any,
     ) -> None:
         """
@@ -75,6 +83,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
             keep_encoder: Keep this encoder when weights are loaded, except its text tower.
             crop_scale: Factor of the cosines of crops; 0: CLIP's learned scale.
             vocabulary: Classes of the training data; None if there are none.
+            mask_source: See `OpenVocabularyMaskFormer`; such masks are classified by their crops alone.
             kwargs: Arguments of `MaskFormer`.
         """
         super().__init__(**kwargs)
@@ -83,6 +92,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         self.prompts = prompts if prompts is None else prompts.requires_grad_(False)
         self.scoring = Scoring() if scoring is None else scoring
         self.keep_encoder = keep_encoder
+        self.mask_source = mask_source
         self.crop_scale = crop_scale
         names = [templates, train_templates or templates, crop_templates or templates]
         context = fixed_prompts if prompts is None else prompts
@@ -128,6 +138,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
             "keep_encoder": bool(keys.ADAPTED_CLIP),
             "crop_scale": keys.CROP_SCALE,
             "vocabulary": label_vocabulary(cfg),
+            "mask_source": mask_source_from_config(cfg),
         }
 
     def encode_vocabulary(self, vocabulary: Vocabulary, training: bool) -> TextEmbeddings:
@@ -153,32 +164,25 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
         With Q queries, V of which have a crop, and K classes: query logits (Q, K + 1), crop embeddings (V,
         D), crop logits (V, K).
         """
-        text, base = self.text_embeddings(), self.base_flags()
-        query_logits = self.classifier(proposals.require_query_embeddings(), text["queries"]).float()
-        if self.scoring.source == "proposals":
+        text, base, scoring = self.text_embeddings(), self.base_flags(), self.scoring
+        if self.mask_source is None:
+            query_logits = self.classifier(proposals.require_query_embeddings(), text["queries"]).float()
+        else:  # masks without queries
+            query_logits = proposals.mask_logits.new_zeros(
+                *proposals.mask_logits.shape[:2], len(text["crops"]) + 1
+            )
+            scoring = replace(scoring, source="clip", clip_background=False, min_query_score=0.0)
+        if scoring.source == "proposals":
             return query_logits.softmax(-1).unbind()
         scale = self.crop_scale or self.encoder.clip.logit_scale.exp()
         scores = []
         for b, sample in enumerate(batched_inputs):
             masks = self._mask_values(proposals, b)
-            query_mask = self.scoring.query_mask(query_logits[b])
+            query_mask = scoring.query_mask(query_logits[b])
             embeddings, valid = self.encoder(self._rgb(sample["image"]), masks, query_mask)
             crop_logits = cosine_logits(embeddings, text["crops"], scale)
-            scores.append(self.scoring(query_logits[b], crop_logits, valid, base, query_mask))
+            scores.append(scoring(query_logits[b], crop_logits, valid, base, query_mask))
         return scores
-
-    def merge(self, scores: Tensor, masks: LazyMaps, sample: dict[str, Any]) -> dict[str, Any]:
-        """Merge the classified masks of one image to the enabled outputs. See `merge_queries`."""
-        image_size = masks.shape[1:]
-        return merge_queries(
-            scores,
-            masks,
-            self.merging,
-            image_size=image_size,
-            output_size=_output_size(sample, image_size),
-            things=self._thing_classes(),
-            base=self.base_flags(),
-        )
 
     def propose_masks(self, sample: dict[str, Any]) -> Tensor:
         """Predict the binary masks that the crops of one image are cut with; needs no vocabulary.
@@ -191,7 +195,7 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
             (Q, height, width) bool, the pixels above the crop rule's threshold.
         """
         rule, masks = self.encoder.rule, self.propose([sample]).masks(0)
-        masks = masks.resize(_output_size(sample, masks.shape[1:]))
+        masks = masks.resize(output_size(sample, masks.shape[1:]))
         values = masks if rule.padded_logits else masks.apply(torch.sigmoid)
         return values.apply(lambda values: values > rule.threshold).compute()
 
@@ -218,12 +222,3 @@ class OVSeg(OpenVocabularyModel, MaskFormer):
     def _rgb(self, image: Tensor) -> Tensor:
         image = image.to(self.device)
         return image if self.input_format == "RGB" else image.flip(0)
-
-    def _thing_classes(self) -> frozenset[int]:
-        """Return the things of the evaluation vocabulary, or of the dataset if it does not mark them."""
-        flags = None if self.vocabulary is None else self.vocabulary.thing
-        return self.things if flags is None else frozenset(i for i, thing in enumerate(flags) if thing)
-
-
-def _output_size(sample: dict[str, Any], image_size: tuple[int, int]) -> tuple[int, int]:
-    return sample.get("height", image_size[0]), sample.get("width", image_size[1])

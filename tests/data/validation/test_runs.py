@@ -14,9 +14,9 @@ from clipdense.data.datasets.layouts import load_captions, load_instances, load_
 from clipdense.data.datasets.own import register_from_config
 from clipdense.data.loader import build_train_loader, load_dataset_dicts
 from clipdense.data.mask_pairs import pair_mask, read_pairs
+from clipdense.data.proposals import FileProposals
 from clipdense.data.validation import DataError, check_dataset, check_datasets
 from clipdense.engine.run_config import run_config
-from clipdense.systems.mining.proposals import FileProposals
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 

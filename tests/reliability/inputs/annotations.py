@@ -149,8 +149,8 @@ def _panoptic(world: World, path: Path) -> str:
 
 
 def _captions(world: World, path: Path) -> int:
+    from clipdense.data.captions import captioned_images
     from clipdense.data.image import read_image
-    from clipdense.systems.mining.captions import captioned_images
 
     records = captioned_images(str(path), str(world.shapes4 / "val"), captions=2)
     for record in records:
@@ -195,7 +195,7 @@ def _pairs(world: World, path: Path) -> int:
 
 
 def _proposals(world: World, path: Path) -> int:
-    from clipdense.systems.mining.proposals import FileProposals
+    from clipdense.data.proposals import FileProposals
 
     proposals, count = FileProposals(str(path)), 0
     for i in range(4):

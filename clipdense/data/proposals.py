@@ -1,6 +1,6 @@
-"""Sources of mask proposals that need no model: the annotations of a dataset, or a file of masks.
+"""Sources of mask proposals that need no model: annotations of a dataset, a file of masks, a folder of maps.
 
-Both follow the protocol `clipdense.open_vocabulary.Proposals`, as OVSeg does.
+All follow the protocol `clipdense.open_vocabulary.Proposals`, as OVSeg does.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,20 @@ from clipdense.data.json_files import load_json
 from clipdense.data.mask_pairs import labelled_segments
 from clipdense.data.validation import DataError, rle_fault
 
-__all__ = ["RLE", "FileProposals", "GroundTruthProposals", "encode_mask", "ground_truth_masks"]
+from detectron2.data import DatasetCatalog
+
+__all__ = [
+    "RLE",
+    "DatasetProposals",
+    "FileProposals",
+    "FolderProposals",
+    "GroundTruthProposals",
+    "build_mask_source",
+    "encode_mask",
+    "ground_truth_masks",
+]
+
+NETWORK, GROUND_TRUTH = "network", "ground_truth"
 
 RLE = dict[str, Any]
 
@@ -43,10 +57,10 @@ class GroundTruthProposals:
         """Return the segments (Q, H, W) bool of an image; none if the dataset does not contain it.
 
         Args:
-            sample: with ``file_name`` (absolute), and ``height`` and ``width`` in pixels.
+            sample: with ``file_name``, and ``height`` and ``width`` in pixels.
         """
         size = sample["height"], sample["width"]
-        record = self._records.get(sample["file_name"])
+        record = self._records.get(os.path.abspath(sample["file_name"]))
         segments = [] if record is None else ground_truth_masks(record, size, self._ignore_label)
         return _decode([mask for _, mask in segments], size)
 
@@ -99,6 +113,107 @@ class FileProposals:
                     f"{mask['size'][0]} x {mask['size'][1]}"
                 )
         return _decode(masks, size)
+
+
+class DatasetProposals:
+    """`GroundTruthProposals` of registered datasets, which are loaded when the first image is seen.
+
+    Args:
+        names: registered datasets with segments.
+        ignore_label: void in semantic maps.
+    """
+
+    def __init__(self, names: Sequence[str], ignore_label: int = 255) -> None:
+        self.names, self._ignore_label = tuple(names), ignore_label
+
+    @cached_property
+    def _source(self) -> GroundTruthProposals:
+        records = [record for name in self.names for record in DatasetCatalog.get(name)]
+        return GroundTruthProposals(records, self._ignore_label)
+
+    def propose_masks(self, sample: Mapping[str, Any]) -> Tensor:
+        """Return the segments (Q, H, W) bool of an image; see `GroundTruthProposals.propose_masks`."""
+        return self._source.propose_masks(sample)
+
+
+class FolderProposals:
+    """Masks from a folder of PNG files.
+
+    The masks of ``name.jpg`` are in ``name.png``, a map whose values above 0 are segments without overlap
+    (one channel of 8 or 16 bits, or the RGB ids of COCO panoptic); or in the folder ``name``, one black and
+    white PNG file per mask, which may overlap.
+
+    Args:
+        folder: of the files.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"no folder of masks '{folder}'")
+
+    def propose_masks(self, sample: Mapping[str, Any]) -> Tensor:
+        """Return the masks (Q, H, W) bool of an image; none if the folder has no file of it.
+
+        Args:
+            sample: with ``file_name``, and ``height`` and ``width`` in pixels.
+
+        Raises:
+            DataError: If the masks have another size than the image.
+        """
+        size = sample["height"], sample["width"]
+        target = self.folder / Path(sample["file_name"]).stem
+        if target.is_dir():
+            files = sorted(target.glob("*.png"))
+            masks = [_read_map(path, size) > 0 for path in files]
+        else:
+            path = target.with_name(f"{target.name}.png")
+            labels = _read_map(path, size) if path.is_file() else np.zeros(size, np.int64)
+            masks = [labels == value for value in np.unique(labels) if value > 0]
+        if not masks:
+            return torch.zeros(0, *size, dtype=torch.bool)
+        return torch.from_numpy(np.stack(masks))
+
+
+def build_mask_source(
+    source: str, datasets: Sequence[str], ignore_label: int = 255
+) -> DatasetProposals | FileProposals | FolderProposals | None:
+    """Build the source of masks that ``MODEL.MASK_FORMER.TEST.MASK_SOURCE`` names.
+
+    Args:
+        source: "network" (no other source), "ground_truth", the path of a JSON file (`FileProposals`), or the
+            path of a folder (`FolderProposals`).
+        datasets: registered datasets whose annotations "ground_truth" takes.
+        ignore_label: void in semantic maps.
+
+    Returns:
+        The source; None for "network".
+
+    Raises:
+        ValueError: If ground truth is wanted and there are no datasets.
+        FileNotFoundError: If the file or folder does not exist.
+        DataError: If the file is damaged.
+    """
+    if source == NETWORK:
+        return None
+    if source == GROUND_TRUTH:
+        if not datasets:
+            raise ValueError("MODEL.MASK_FORMER.TEST.MASK_SOURCE ground_truth needs DATASETS.TEST")
+        return DatasetProposals(datasets, ignore_label)
+    return FolderProposals(source) if Path(source).is_dir() else FileProposals(source)
+
+
+def _read_map(path: Path, size: tuple[int, int]) -> npt.NDArray[np.int64]:
+    labels = np.asarray(read_labels(path), np.int64)
+    if labels.shape != size:
+        raise DataError(
+            f"{path} has {labels.shape[0]} x {labels.shape[1]} pixels, but its image has "
+            f"{size[0]} x {size[1]}"
+        )
+    return labels
 
 
 def ground_truth_masks(
