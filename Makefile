@@ -67,7 +67,7 @@ format: env
 lock: env
 	cd requirements && echo $(PB1) | $(UV) pip compile --quiet --universal --upgrade --no-annotate --no-header --no-emit-index-url \
 		--python ../$(BIN)/python --python-version 3.10 --no-build-isolation --override overrides.txt --output-file lock.txt \
-		base.txt extras.txt mining.txt detectron2.txt test.txt -
+		base.txt extras.txt mining.txt sam.txt detectron2.txt test.txt -
 
 clean:
 	rm -rf .venv output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
@@ -86,7 +86,7 @@ clean:
 
 .venv/.base: $(wildcard requirements/*.txt) setup.py | .venv/bin/python
 	@echo "Installing into .venv (the first time this downloads about 3 GB) ..."
-	$(PIP) -r requirements/base.txt -r requirements/extras.txt -r requirements/mining.txt -r requirements/test.txt
+	$(PIP) -r requirements/base.txt -r requirements/extras.txt -r requirements/mining.txt -r requirements/sam.txt -r requirements/test.txt
 	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-EXTRAS = {"efficientnet": "extras.txt", "mining": "mining.txt", "test": "test.txt"}
+EXTRAS = {"efficientnet": "extras.txt", "mining": "mining.txt", "sam": "sam.txt", "test": "test.txt"}
 
 
 def requirements(name: str) -> list[str]:

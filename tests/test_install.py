@@ -104,7 +104,7 @@ def test_what_the_package_imports_is_required():
     distributions = packages_distributions()
     folder = ROOT / "requirements"
     known = set.union(
-        *(_names(folder / f"{name}.txt") for name in ("base", "detectron2", "extras", "mining"))
+        *(_names(folder / f"{name}.txt") for name in ("base", "detectron2", "extras", "mining", "sam"))
     )
     unknown = {
         module

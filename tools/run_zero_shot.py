@@ -157,6 +157,5 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    with tool_errors("interrupted; finished rows are in results.json"):
+    with tool_errors("interrupted; finished rows are in results.json"), torch.no_grad():
         sys.exit(main())

@@ -50,7 +50,7 @@ def test_half_precision_tables_keep_their_type():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown position rule 'nearest'; known: bicubic, bilinear, crop"):
+    with pytest.raises(ValueError, match="unknown position rule 'nearest'; known: bicubic, .*bilinear, crop"):
         resize_table(TABLE, (4, 6), (2, 2), "nearest")
     with pytest.raises(ValueError, match=r"25 rows is not 1 \+ 5 x 5"):
         resize_table(TABLE, (5, 5), (2, 2), "crop")

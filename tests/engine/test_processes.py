@@ -18,6 +18,8 @@ EQUAL = [
     *("CLIPSelf", "RegionCLIPBaseline"),
     *("a NaN on one process", "a signal to one process"),
 ]
+# CLIP's temperature magnifies the rounding of sums in another order.
+TOLERANCES = {"ContrastiveCLIP": 1e-4}
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -38,7 +40,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for name in EQUAL:
         assert expected[name].keys() == found[name].keys(), name
         for key, value in expected[name].items():
-            assert difference(found[name][key], value) <= 1e-5, (name, key)
+            assert difference(found[name][key], value) <= TOLERANCES.get(name, 1e-5), (name, key)
     control = expected["training without sync"]  # and they would not without synchronised norms
     assert max(difference(found["training without sync"][k], v) for k, v in control.items()) > 1e-3
     compare_runs(one / "run", two / "run")

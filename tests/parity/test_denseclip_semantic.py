@@ -130,8 +130,8 @@ class observed:
         self.handles.append(self.tower.ln_pre.register_forward_pre_hook(before))
         self.original = self.tower._run
 
-        def run(mode, index, stream, guidance=None):
-            result = self.original(mode, index, stream, guidance)
+        def run(mode, index, *inputs):
+            result = self.original(mode, index, *inputs)
             self.seen[f"block_{index}"] = result.x
             return result
 

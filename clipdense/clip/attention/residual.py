@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipdense.clip.attention.block import History, TokenStream
+from clipdense.clip.attention.calibration import DEPTH
 from clipdense.clip.attention.correlation import finish, gaussian_window
 from clipdense.clip.attention.mode import dense_mode
 
@@ -23,7 +24,7 @@ def rcs(
     full: bool = False,
     gaussian_std: float = 5.0,
     cross: tuple[float, float] | None = (2.0, 0.3),
-    blocks: tuple[int, ...] = (5, 6, 7, 8),
+    blocks: tuple[int, ...] | None = None,
 ) -> TokenStream:
     """Mix the attention of middle blocks into the last block's: tau ((1 - lambda) A + lambda R).
 
@@ -33,7 +34,8 @@ def rcs(
         full: keep residual and MLP.
         gaussian_std: of "naclip", in patches.
         cross: tau and lambda of R, the mean attention of the middle blocks; None leaves R out.
-        blocks: indices of the middle blocks; those that the tower does not have are left out.
+        blocks: indices of the middle blocks; those that the tower does not have are left out. None: the
+            published 5 to 8 of 12, scaled to the depth of the tower.
 
     Raises:
         ValueError: If the base is unknown, or the tower has none of the blocks.
@@ -52,7 +54,7 @@ def resclip(
     full: bool = False,
     gaussian_std: float = 5.0,
     cross: tuple[float, float] | None = (2.0, 0.3),
-    blocks: tuple[int, ...] = (5, 6, 7, 8),
+    blocks: tuple[int, ...] | None = None,
     semantic: tuple[float, float] = (2.1, 0.7),
 ) -> TokenStream:
     """Run `rcs` with logits tau ((1 - lambda) logits + lambda B) that a first segmentation has steered.
@@ -79,7 +81,7 @@ def _attend(
     full: bool,
     gaussian_std: float,
     cross: tuple[float, float] | None,
-    blocks: tuple[int, ...],
+    blocks: tuple[int, ...] | None,
     semantic: tuple[float, float] | None,
 ) -> TokenStream:
     if base not in BASES:
@@ -103,13 +105,16 @@ def _attend(
     return finish(block, stream, (weights @ v).transpose(1, 2).flatten(2), full)
 
 
-def middle_attention(history: History, blocks: tuple[int, ...]) -> Tensor:
-    """Return the mean attention (B, heads, L, L) of blocks; those that the tower does not have are left out.
+def middle_attention(history: History, blocks: tuple[int, ...] | None) -> Tensor:
+    """Return the mean attention (B, heads, L, L) of blocks, see `rcs`.
 
     Raises:
         ValueError: If the tower has none of the blocks before its last one.
     """
-    present = [i for i in blocks if i < len(history) - 1]
+    last = len(history) - 1
+    if blocks is None:
+        blocks = tuple(dict.fromkeys(min(round(i * len(history) / DEPTH), last - 1) for i in (5, 6, 7, 8)))
+    present = [i for i in blocks if 0 <= i < last]
     if not present:
         raise ValueError(f"blocks {blocks}: the tower has {len(history)} blocks, the last one not counted")
     return torch.stack([history.weights(i) for i in present]).mean(0)

@@ -53,7 +53,7 @@ class SamModel(nn.Module):
             from transformers import SamConfig
             from transformers import SamModel as Module
         except ImportError as error:
-            raise ImportError("SAM needs the package transformers: pip install transformers") from error
+            raise ImportError("SAM needs the package transformers: pip install 'clipdense[sam]'") from error
         if pretrained == "random":
             return cls(Module._from_config(SamConfig(), attn_implementation="eager"))
         try:
