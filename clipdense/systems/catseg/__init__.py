@@ -3,6 +3,7 @@ successor SED (Xie et al., CVPR 2024).
 """
 
 from clipdense.systems.catseg import convert as convert
+from clipdense.systems.catseg import sed_convert as sed_convert
 from clipdense.systems.catseg.config import add_catseg_config
 from clipdense.systems.catseg.cost import AggregationSettings, CostAggregator
 from clipdense.systems.catseg.meta_arch import CATSeg
