@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Find the weights of FC-CLIP's ensemble on a dataset: one forward per image, one fusion per pair of weights.
 
-    tools/tune_ensemble.py output/grid --config-file configs/shapes/fcclip_vit.yaml MODEL.WEIGHTS fcclip.pth
-    tools/tune_ensemble.py output/grid --config-file ... --alpha 0.2 0.4 0.6 --metric panoptic_seg/PQ
+    tools/tune_ensemble.py --config-file configs/shapes/fcclip_vit.yaml MODEL.WEIGHTS fcclip.pth
+    tools/tune_ensemble.py --config-file ... --alpha 0.2,0.4,0.6 --metric panoptic_seg/PQ
 
 ALPHA weighs CLIP's scores of base classes and BETA those of novel classes (MODEL.MASK_POOLING.ENSEMBLE).
 Writes the metrics of each pair to grid.json and pictures of the chosen metrics to grid.png. Tune on other
@@ -23,29 +23,35 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output", type=Path, help="folder to write to")
     parser.add_argument("--config-file", required=True, help="config of an FC-CLIP")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/grid"), help="folder to write to (default: %(default)s)"
+    )
     parser.add_argument(
         "--dataset", default="", help="registered dataset (default: the first of DATASETS.TEST)"
     )
-    parser.add_argument("--alpha", type=float, nargs="+", default=STEPS, help="0..1 (default: %(default)s)")
-    parser.add_argument("--beta", type=float, nargs="+", default=STEPS, help="0..1 (default: %(default)s)")
+    for name in ("alpha", "beta"):
+        parser.add_argument(
+            f"--{name}", type=weights, default=STEPS, help="0..1, separated by commas (default: %(default)s)"
+        )
     parser.add_argument(
         "--metric",
-        nargs="+",
+        type=lambda text: text.split(","),
         default=METRICS,
-        help="task/metric to draw, if the dataset has it (default: %(default)s)",
+        help="task/metric to draw, separated by commas, if the dataset has it (default: %(default)s)",
     )
     parser.add_argument(
         "opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. MODEL.WEIGHTS FILE"
     )
-    arguments = parser.parse_args(argv)
-    for name in ("alpha", "beta"):
-        values = sorted(set(getattr(arguments, name)))
-        if not 0 <= values[0] <= values[-1] <= 1:
-            parser.error(f"--{name}: weights must lie in 0..1")
-        setattr(arguments, name, values)
-    return arguments
+    return parser.parse_args(argv)
+
+
+def weights(text: str) -> list[float]:
+    """Parse weights in 0..1 that commas separate."""
+    values = sorted({float(part) for part in text.split(",")})
+    if not 0 <= values[0] <= values[-1] <= 1:
+        raise argparse.ArgumentTypeError("weights must lie in 0..1")
+    return values
 
 
 if __name__ == "__main__":
@@ -92,11 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpointer.load_weights(cfg.MODEL.WEIGHTS, complete=True)
     model.set_vocabulary(dataset_vocabulary(cfg, name))
     grid = weight_grid(arguments.alpha, arguments.beta, model.base_flags() is not None)
+    loader = build_test_loader(cfg, name)  # draws the embedded data before evaluators read it
     evaluators = {
         pair: build_evaluator(cfg, name, str(arguments.output / f"alpha_{pair[0]}_beta_{pair[1]}"))
         for pair in grid
     }
-    results = evaluate_grid(model, tqdm(build_test_loader(cfg, name), unit="batch"), evaluators)
+    results = evaluate_grid(model, tqdm(loader, unit="batch"), evaluators)
     rows = [{"alpha": alpha, "beta": beta, **results[alpha, beta]} for alpha, beta in grid]
     write_text(arguments.output / "grid.json", json_text({"dataset": name, "rows": rows}))
     alphas = list(dict.fromkeys(alpha for alpha, _ in grid))

@@ -36,7 +36,7 @@ SHORT = {
     "evaluate_regions.py": "--images 2",
     "dense_clusters.py": "--images 2",
     "make_shapes.py": "--images 2",
-    "tune_ensemble.py": "--alpha 0.4 --beta 0.4 0.8",
+    "tune_ensemble.py": "--alpha 0.4 --beta 0.4,0.8",
 }
 
 pytestmark = pytest.mark.usefixtures("small_shapes")

@@ -62,7 +62,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     for classes in (1203, 20):
         _set_classes(model, classes)
         peaks.append(peak_memory(_classify_and_merge(model, proposals, batch)) / 1e9)
-    yield Row("fcclip/k1203_memory", *peaks, "GB", what=WHAT_MEMORY)
+    yield Row("fcclip/k1203_memory", peaks[0], peaks[1], "GB", what=WHAT_MEMORY)
 
 
 def _model(config_file: str, device: str) -> Any:
