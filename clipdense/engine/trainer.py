@@ -165,6 +165,7 @@ class Trainer(TrainerBase):
                 self._save_after_error(e)
                 raise
             finally:
+                self._batches = iter(())  # ends the loading processes, which must not outlive the loader
                 self.after_train()
         if comm.is_main_process():
             with self._averaged_weights():

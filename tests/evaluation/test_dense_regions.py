@@ -285,16 +285,12 @@ def test_a_dataset_without_regions(probe, tmp_path, register):
 
 
 @pytest.fixture
-def coco_val(data_dir):
+def coco_val(data_dir, catalogs):
     """The sample's COCO panoptic validation set, registered for one test."""
-    before = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
-    name = "coco_2017_val_panoptic_with_sem_seg"
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        for known in [n for n in catalog.list() if n.startswith(("coco_2017", "ade20k_", "pascalvoc2"))]:
-            catalog.pop(known)
+    DatasetCatalog.clear()
+    MetadataCatalog.clear()
     register_standard(data_dir)
-    yield name
-    DatasetCatalog.data, MetadataCatalog.data = before
+    return "coco_2017_val_panoptic_with_sem_seg"
 
 
 @pytest.mark.parametrize("model", ["shapes-vit", "shapes-rn"])
