@@ -1,5 +1,6 @@
 """The commands that the READMEs print: run in short, or checked as far as their missing data allow."""
 
+import copy
 import re
 import runpy
 import shlex
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from clipdense.run.setup import load_config
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("projects/*/README.md"))]
@@ -88,10 +91,13 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         words = ["python", *shlex.split(recipe[1])]
     tool = words[1]
     monkeypatch.setattr(sys, "argv", [*words[1:], *SHORT.get(Path(tool).name, "").split()])
+    catalogs = dict(DatasetCatalog.data), copy.deepcopy(MetadataCatalog.data)
     try:
         runpy.run_path(tool, run_name="__main__")
     except SystemExit as end:
         assert not end.code, f"{shlex.join(words)} ended with {end.code}"
+    finally:
+        DatasetCatalog.data, MetadataCatalog.data = catalogs
 
 
 @pytest.mark.slow
