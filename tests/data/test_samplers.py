@@ -78,7 +78,7 @@ def test_global_batches(kind: str, groups: list[int] | None):
 
 
 def test_groups_lose_no_sample():
-    """Positions of grouped batches are, but for the few that still wait, those of the stream."""
+    """Grouped batches hold the positions of the stream, except the few that wait for a full group."""
     groups = [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     sampler = GlobalBatchSampler(ResumableTrainingSampler(10, seed=0), 4, groups=groups)
     seen = sorted(p for batch in islice(sampler, 100) for p, _ in batch)

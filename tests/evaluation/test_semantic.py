@@ -139,7 +139,7 @@ def test_both_definitions_on_random_confusions() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         confusion = rng.integers(0, 9, (7, 7)) * (rng.random((7, 7)) < 0.5)
-        confusion[rng.random(7) < 0.4] = 0  # nowhere labelled, but for some predicted
+        confusion[rng.random(7) < 0.4] = 0  # not in the labels; some of these are predicted
         confusion[0, 0] += 1
         confusion[:, rng.choice(np.arange(1, 7), 2)] = 0
         got = segmentation_metrics(confusion)[0]

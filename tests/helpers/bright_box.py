@@ -143,7 +143,7 @@ VERSION: 2
 
 
 def scene(color: tuple[int, int, int] = (0, 0, 220)) -> np.ndarray:
-    """(60, 80, 3) uint8 RGB, black but for a box of columns 20 to 49 and rows 10 to 29."""
+    """(60, 80, 3) uint8 RGB, black except for a box at columns 20 to 49 and rows 10 to 29."""
     image = np.zeros((60, 80, 3), np.uint8)
     image[10:30, 20:50] = color
     return image

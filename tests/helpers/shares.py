@@ -96,7 +96,7 @@ def training(folder: str, *overrides: Any) -> dict[str, Tensor]:
     """Losses of four iterations, gradients of the first, weights after the last."""
     Path(folder).mkdir(exist_ok=True)
     torch.manual_seed(0)
-    # not AdamW, which takes full steps where the gradient is zero but for rounding (a bias before a norm)
+    # not AdamW: it takes full steps where the gradient is only rounding (a bias before a norm)
     settings = ("MODEL.TOY.DROPOUT", 0.0, "SOLVER.MAX_ITER", 4, "SOLVER.OPTIMIZER", "SGD")
     trainer = Trainer(toy_config(folder, *settings, *overrides))
     trainer.resume_or_load(False)

@@ -247,7 +247,7 @@ def test_any_grid(grid: tuple[int, int]) -> None:
 
 @torch.no_grad()
 def test_padded_windows_see_no_padding() -> None:
-    """The last rows of a map that is no multiple of the window do not depend on what lies beyond."""
+    """If the window does not divide the map, the last rows do not depend on the padding."""
     layer = SpatialAggregation(8, 4, 2, window=4).eval()
     layer.blocks[1].attn.shift = 0
     x, guidance = torch.randn(1, 1, 8, 6, 8), torch.randn(1, 8, 6, 4)
