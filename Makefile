@@ -24,6 +24,8 @@ PYTHON ?= $(shell for python in python3 python python3.12 python3.11 python3.10 
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/python -m uv)
 PIP = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements/lock.txt --override requirements/overrides.txt
 
+EXTRAS := $(addsuffix .txt,base docs export extras mining sam scale supervision test track web)
+
 # pb1-detectron2 ships detectron2 0.6 as source; its C++ extension is skipped (clipdense/compat.py stands in for it).
 SKIP_EXTENSION := --config-settings-package pb1-detectron2:--global-option=build_py \
 	--config-settings-package pb1-detectron2:--build-option=--skip-build
@@ -67,7 +69,7 @@ format: env
 lock: env
 	cd requirements && echo $(PB1) | $(UV) pip compile --quiet --universal --upgrade --no-annotate --no-header --no-emit-index-url \
 		--python ../$(BIN)/python --python-version 3.10 --no-build-isolation --override overrides.txt --output-file lock.txt \
-		base.txt extras.txt mining.txt sam.txt detectron2.txt test.txt -
+		$(EXTRAS) detectron2.txt -
 
 clean:
 	rm -rf .venv output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
@@ -86,7 +88,7 @@ clean:
 
 .venv/.base: $(wildcard requirements/*.txt) setup.py | .venv/bin/python
 	@echo "Installing into .venv (the first time this downloads about 3 GB) ..."
-	$(PIP) -r requirements/base.txt -r requirements/extras.txt -r requirements/mining.txt -r requirements/sam.txt -r requirements/test.txt
+	$(PIP) $(EXTRAS:%=-r requirements/%)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 

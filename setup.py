@@ -6,7 +6,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-EXTRAS = {"efficientnet": "extras.txt", "mining": "mining.txt", "sam": "sam.txt", "test": "test.txt"}
+EXTRAS = {
+    "docs": "docs.txt",
+    "efficientnet": "extras.txt",
+    "export": "export.txt",
+    "mining": "mining.txt",
+    "sam": "sam.txt",
+    "scale": "scale.txt",
+    "supervision": "supervision.txt",
+    "test": "test.txt",
+    "track": "track.txt",
+    "web": "web.txt",
+}
 
 
 def requirements(name: str) -> list[str]:
