@@ -42,9 +42,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` if the block succeeds and is removed if it fails.
 
     Whatever happens meanwhile (full disk, Ctrl-C, kill), ``path`` holds either its old content or all of the
-    new content. The parent folder is created. The temporary path has no suffix: pass the file format to
-    libraries that derive it from the suffix. Temporary files that a killed process left for the same target
-    are removed; one that a living process writes is locked and stays.
+    new content. The parent folder is created. The temporary path has the same name, in a hidden folder beside
+    ``path``: what a library leaves beside the file that it writes is removed, too. Temporary folders that a
+    killed process left for the same target are removed; the folder of a living process is locked and stays.
 
     Args:
         path: file to write.
@@ -55,36 +55,37 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    partial = Path(name)
+    folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    handle = os.open(folder, os.O_RDONLY)
+    partial = Path(folder, path.name)
     try:
         with suppress(OSError):  # file systems without locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield partial
         except OSError as error:
-            if error.errno in _DISK_ERRORS and error.filename in (None, name):
+            if error.errno in _DISK_ERRORS and error.filename in (None, str(partial)):
                 raise write_error(path, error) from error
             raise
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp creates private files
+        partial.chmod(0o666 & ~umask)  # some libraries create private files
         partial.replace(path)
     finally:
         os.close(handle)
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Delete the temporary files for a target that no living process has locked."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+    """Delete the temporary folders for a target that no living process has locked."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????/"):
         with suppress(OSError):  # locked, or removed meanwhile
             handle = os.open(leftover, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
+                shutil.rmtree(leftover)
             finally:
                 os.close(handle)
 

@@ -119,7 +119,9 @@ def test_cache_folder(monkeypatch):
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
     code = (
         "import os, sys; from clipdense.files import atomic_path\n"
-        "with atomic_path(sys.argv[1]) as partial: partial.write_bytes(b'half'); os.kill(os.getpid(), 9)"
+        "with atomic_path(sys.argv[1]) as partial:\n"
+        "    partial.write_bytes(b'half'); partial.with_name('.tmp_of_a_library').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "a.bin"], check=False)
     (tmp_path / ".b.bin.12345678").touch()
