@@ -23,6 +23,7 @@ __all__ = [
     "cache_dir",
     "json_text",
     "read_text",
+    "remove_leftovers",
     "write_atomically",
     "write_error",
     "write_text",
@@ -54,7 +55,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path.parent, glob.escape(path.name))
     folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
     handle = os.open(folder, os.O_RDONLY)
     partial = Path(folder, path.name)
@@ -78,9 +79,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Delete the temporary folders for a target that no living process has locked."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????/"):
+def remove_leftovers(folder: str | os.PathLike[str], pattern: str) -> None:
+    """Delete the temporary folders that killed processes left within `atomic_path`; those in use stay.
+
+    Args:
+        folder: folder of the files.
+        pattern: glob pattern of the files' names.
+    """
+    for leftover in Path(folder).glob(f".{pattern}.????????/"):
         with suppress(OSError):  # locked, or removed meanwhile
             handle = os.open(leftover, os.O_RDONLY)
             try:

@@ -14,7 +14,7 @@ from torch import nn
 
 from clipdense.checkpoint import LAYOUTS, Checkpoint, CheckpointError, convert_model, read_checkpoint
 from clipdense.checkpoint.io import refuse_nonfinite_save, require_finite
-from clipdense.files import WriteError, write_atomically, write_text
+from clipdense.files import WriteError, remove_leftovers, write_atomically, write_text
 from clipdense.open_vocabulary import CheckpointMetadata, LoadHook, move_vocabulary_buffer
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -165,8 +165,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
     def remove_leftovers(self) -> None:
         """Delete incomplete files of a killed process."""
-        for path in Path(self.save_dir).glob(".model_*.pth.*") if self.save_dir else ():
-            path.unlink(missing_ok=True)
+        if self.save_dir:
+            remove_leftovers(self.save_dir, "model_*.pth")
 
     def load_weights(
         self, path: str, complete: bool = False, file: Checkpoint | None = None

@@ -90,7 +90,7 @@ def test_killed_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path, s
     whole = here(config, tmp_path / "whole")
     output = finish(start(tmp_path / "killed", options=("--kill-at", "8")), code=-signal.SIGKILL)
     assert "iter 8/12" in output and len(rows(tmp_path / "killed")) == 8
-    (tmp_path / "killed" / ".model_0000009.pth.half").write_bytes(b"half")
+    (tmp_path / "killed" / ".model_0000009.pth.12345678").mkdir()
     resumed = here(config, tmp_path / "killed", resume=True)
     assert resumed == pytest.approx(whole, abs=1e-5)
     assert len(rows(tmp_path / "whole")) == 13  # the last one is the final evaluation

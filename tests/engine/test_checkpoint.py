@@ -76,7 +76,8 @@ def test_keeps_the_latest(tmp_path: Path) -> None:
     kept = sorted(p.stem for p in tmp_path.glob("*.pth"))
     assert kept == ["model_0000002", "model_0000003", "model_best", "model_final"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-    (tmp_path / ".model_0000004.pth.x1").write_bytes(b"half")
+    (tmp_path / ".model_0000004.pth.12345678").mkdir()
+    (tmp_path / ".model_0000004.pth.12345678" / "model_0000004.pth").write_bytes(b"half")
     checkpointer.remove_leftovers()
     assert not list(tmp_path.glob(".*"))
 
