@@ -40,6 +40,7 @@ setup(
         "clipdense": ["py.typed", "**/*.json", "**/*.safetensors", "**/*.txt"],
         "clipdense.configs": ["**/*.yaml", "**/*.py"],
     },
+    entry_points={"console_scripts": ["clipdense = clipdense.run.cli:main"]},
     install_requires=requirements("base.txt"),
     extras_require={name: requirements(file) for name, file in EXTRAS.items()},
 )

@@ -10,7 +10,6 @@ python tools/convert_checkpoint.py eva_vitb16_coco_clipself_proposals.pt clipsel
 """
 
 import argparse
-from typing import Any
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,58 +43,21 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # --help and wrong options end here, before the imports that take seconds
 
-import yaml
-
-from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.checks import check_dataset_names, dataset_classes
-from clipdense.engine.options import ConfigError
 from clipdense.run.boundary import tool_errors
-from clipdense.run.conversion import convert_weights
-
-from detectron2.data import MetadataCatalog
+from clipdense.run.conversion import convert_and_describe
 
 
 def main() -> None:
     arguments = parse_arguments()
-    done = convert_weights(
+    lines = convert_and_describe(
         arguments.input,
         arguments.output,
-        classes=class_names(arguments),
-        options=dict(map(option, arguments.option)),
+        dataset=arguments.dataset,
+        classes=arguments.classes,
+        options=arguments.option,
         allow_pickle=arguments.allow_pickle,
     )
-    print(f"{arguments.input} has layout {done.layout}; {done.num_tensors} tensors written")
-    for rule, keys in done.dropped.items():
-        print(f"left out, {rule}: {', '.join(keys)}")
-    print(f"classes: {len(done.classes)}, as listed" if done.classes else "classes: none listed in the file")
-    if done.options:
-        lines = (f"  {key}: {value}" for key, value in done.options.items())
-        print("config keys in the file:", *lines, sep="\n")
-    print(f"written to {arguments.output}")
-    if done.licence:
-        print(f"licence of the published weights: {done.licence}")
-
-
-def class_names(arguments: argparse.Namespace) -> list[str] | None:
-    if arguments.dataset is None:
-        return None if arguments.classes is None else list(Vocabulary.parse(arguments.classes).names)
-    name = arguments.dataset
-    check_dataset_names([name])
-    detection = MetadataCatalog.get(name).get("evaluator_type") in ("coco", "lvis")
-    for kind in ("thing", "stuff") if detection else ("stuff", "thing"):
-        if classes := dataset_classes(name, kind):
-            return classes
-    raise ConfigError(f"dataset {name} names no classes; give them with --classes")
-
-
-def option(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise ConfigError(f"--option takes KEY=VALUE, not {text!r}")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"--option {key}: {value!r} is not a YAML value") from e
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

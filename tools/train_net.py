@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,42 +46,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # --help and wrong options end here, before the imports that take seconds
 
-from clipdense.engine.build import evaluate_weights
-from clipdense.engine.launch import launch
-from clipdense.engine.report import print_results
-from clipdense.engine.run_config import run_config
-from clipdense.engine.trainer import Trainer
 from clipdense.run.boundary import tool_errors
-from clipdense.run.setup import setup
+from clipdense.run.training import INTERRUPTED, run_arguments
+from clipdense.run.training import train_or_evaluate as main
 
-_INTERRUPTED = "interrupted; --resume continues a training from its last checkpoint"
-
-
-def main(args: argparse.Namespace) -> dict[str, float]:
-    loaded = setup(args)
-    if args.eval_only:
-        results = evaluate_weights(loaded.cfg, args.resume, loaded.weights, loaded.fetch_weights)
-        print_results(results)
-    else:
-        trainer = Trainer(loaded.cfg, fetch_weights=loaded.fetch_weights)
-        trainer.resume_or_load(args.resume, loaded.weights)
-        loaded = replace(loaded, weights=None)  # free the memory of the file
-        results = trainer.train()
-    run_config(loaded.cfg).verify(results)
-    return results
-
-
-def process(args: argparse.Namespace) -> None:
-    """Run `main` in a process of the launcher, which prints its own error."""
-    with tool_errors(_INTERRUPTED):
-        main(args)
-
-
-def run() -> None:
-    args = parse_arguments()
-    launch(process, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
-
+__all__ = ["main", "parse_arguments"]
 
 if __name__ == "__main__":
-    with tool_errors(_INTERRUPTED):
-        run()
+    with tool_errors(INTERRUPTED):
+        run_arguments(parse_arguments())

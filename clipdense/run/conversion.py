@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from clipdense.checkpoint import (
     Checkpoint,
@@ -27,15 +28,18 @@ from clipdense.checkpoint import (
 from clipdense.checkpoint.allowed import allowed_options
 from clipdense.clip import load_clip
 from clipdense.clip.layouts import MASK_PROMPTS
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.checks import check_dataset_names, dataset_classes
 from clipdense.data.heads import head_classes
 from clipdense.engine.options import ConfigError
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.keys import config_value, set_options
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
-__all__ = ["Conversion", "account_model", "convert_weights"]
+__all__ = ["Conversion", "account_model", "convert_and_describe", "convert_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +124,72 @@ def convert_weights(
     save_checkpoint(target, state, metadata)
     names = metadata.get(layout.classes)
     return Conversion(layout.name, len(state), _dropped(report, read), stored, names, layout.licence)
+
+
+def convert_and_describe(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dataset: str | None = None,
+    classes: str | None = None,
+    options: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> list[str]:
+    """Convert a published file as `convert_weights` does, from the words of a command.
+
+    Args:
+        source: the published file.
+        target: the safetensors file to write.
+        dataset: registered dataset whose classes the file must have.
+        classes: class names that the file must have, see `Vocabulary.parse`; not together with ``dataset``.
+        options: KEY=VALUE, with values in YAML.
+        allow_pickle: whether to open a pickle.
+
+    Returns:
+        Lines that tell what was written and what was left out.
+
+    Raises:
+        ConfigError: If an option is not KEY=VALUE or does not exist, or the dataset names no classes.
+        ValueError: If there is no such dataset.
+        CheckpointError: See `convert_weights`.
+        FileNotFoundError: See `convert_weights`.
+    """
+    names = None if classes is None else list(Vocabulary.parse(classes).names)
+    done = convert_weights(
+        source,
+        target,
+        classes=names if dataset is None else _classes_of(dataset),
+        options=dict(map(_option, options)),
+        allow_pickle=allow_pickle,
+    )
+    lines = [f"{source} has layout {done.layout}; {done.num_tensors} tensors written"]
+    lines += [f"left out, {rule}: {', '.join(keys)}" for rule, keys in done.dropped.items()]
+    lines.append(
+        f"classes: {len(done.classes)}, as listed" if done.classes else "classes: none listed in the file"
+    )
+    if done.options:
+        lines += ["config keys in the file:", *(f"  {key}: {value}" for key, value in done.options.items())]
+    lines.append(f"written to {target}")
+    return lines + ([f"licence of the published weights: {done.licence}"] if done.licence else [])
+
+
+def _classes_of(dataset: str) -> list[str]:
+    check_dataset_names([dataset])
+    detection = MetadataCatalog.get(dataset).get("evaluator_type") in ("coco", "lvis")
+    for kind in ("thing", "stuff") if detection else ("stuff", "thing"):
+        if classes := dataset_classes(dataset, kind):
+            return classes
+    raise ConfigError(f"dataset {dataset} names no classes; give them with --classes")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--option takes KEY=VALUE, not {text!r}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"--option {key}: {value!r} is not a YAML value") from e
 
 
 def _convert_clip(
