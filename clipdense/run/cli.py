@@ -52,6 +52,8 @@ COMMANDS: dict[str, Command] = {
         "Convert published weights to safetensors.",
         "interrupted; nothing was written",
     ),
+    "push": Command(f"{_COMMANDS}.push:push", "Share a trained model: on the hub, or as a folder."),
+    "pull": Command(f"{_COMMANDS}.pull:pull", "Copy a shared model from the hub into a folder."),
     "doctor": Command(
         f"{_COMMANDS}.doctor:doctor", "Print versions, devices, caches, and what is not installed."
     ),
