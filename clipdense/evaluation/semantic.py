@@ -32,12 +32,16 @@ logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float64]
 
+NO_CLASS = -1
+"""Label of a pixel that a model rejects, e.g. because its best score is low and no class is background."""
+
 
 class SemanticEvaluator(TaskEvaluator):
     """IoU of ``"sem_seg"`` (K, H, W), or of ``"sem_seg_labels"`` (H, W) for large vocabularies.
 
     Results are ``{"sem_seg": {"mIoU", "mIoU_d2", "fwIoU", "mACC", "pACC"}}`` in percent (see
-    `segmentation_metrics`), Detectron2's keys. Groups of classes in the metadata add ``mIoU_<group>`` and
+    `segmentation_metrics`), Detectron2's keys. A pixel labelled -1 has no predicted class: it counts as
+    missed, and for no other class. Groups of classes in the metadata add ``mIoU_<group>`` and
     ``mIoU_d2_<group>``; base and novel classes together add their harmonic means ``hIoU`` and ``hIoU_d2``.
     `per_class` adds ``IoU-<class>`` and ``ACC-<class>``; `allowed_pairs` adds ``mIoU_relaxed``,
     ``mIoU_d2_relaxed`` and ``pACC_relaxed``. The predictions are written to ``sem_seg_predictions.json`` in
@@ -86,8 +90,10 @@ class SemanticEvaluator(TaskEvaluator):
         if predicted.shape != actual.shape:
             raise ValueError(f"{file_name}: prediction of shape {predicted.shape}, labels of {actual.shape}")
         k = len(self._classes)
-        self._check(predicted[evaluated], f"prediction of {file_name}")
-        counts = np.bincount(actual[evaluated] * k + predicted[evaluated], minlength=k * k)
+        predicted = predicted[evaluated]
+        self._check(predicted[predicted != NO_CLASS], f"prediction of {file_name}")
+        predicted = np.where(predicted == NO_CLASS, k, predicted)  # the last column
+        counts = np.bincount(actual[evaluated] * (k + 1) + predicted, minlength=k * (k + 1))
         cells = np.flatnonzero(counts)
         return cells, counts[cells], self._encode(file_name, labels) if self._output_dir else []
 
@@ -110,12 +116,12 @@ class SemanticEvaluator(TaskEvaluator):
     def score(self, records: list[Any]) -> Results:
         """Compute means of IoU and accuracy, over all classes and over groups."""
         k = len(self._classes)
-        pixels = np.zeros(k * k, np.int64)
+        pixels = np.zeros(k * (k + 1), np.int64)
         for cells, counts, _ in records:
             pixels[cells] += counts
         if self._output_dir:
             self.save("sem_seg_predictions.json", [segment for record in records for segment in record[2]])
-        confusion = pixels.reshape(k, k)
+        confusion = pixels.reshape(k, k + 1)
         metrics, iou, accuracy = segmentation_metrics(confusion, self._groups)
         if self._allowed is not None:
             relaxed = segmentation_metrics(relax_confusion(confusion, self._allowed))[0]
@@ -131,6 +137,7 @@ class SemanticEvaluator(TaskEvaluator):
 
     def _encode(self, file_name: str, labels: Any) -> list[dict[str, Any]]:
         present = labels.unique()
+        present = present[present != NO_CLASS]
         masks: Iterable[RLE] = encode_masks(labels[None] == present[:, None, None])
         return [
             {"file_name": file_name, "category_id": self._dataset_ids.get(i, i), "segmentation": mask}
@@ -149,7 +156,8 @@ def segmentation_metrics(
     """Compute semantic segmentation metrics from a confusion matrix.
 
     Args:
-        confusion: (K, K) pixel counts, (actual, predicted).
+        confusion: (K, K) pixel counts, (actual, predicted); a further column counts pixels without a
+            predicted class.
         groups: group name -> classes.
 
     Returns:
@@ -160,7 +168,8 @@ def segmentation_metrics(
         percent: zero if it is predicted but never labelled, NaN if neither. Then accuracy of each class (K,)
         in percent: NaN if not labelled.
     """
-    hit, actual, predicted = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
+    hit, actual = np.diag(confusion).astype(float), confusion.sum(1)
+    predicted = confusion[:, : len(confusion)].sum(0)
     unknown = np.full(len(hit), np.nan)
     iou = 100 * np.divide(hit, actual + predicted - hit, out=unknown.copy(), where=actual + predicted > 0)
     accuracy = 100 * np.divide(hit, actual, out=unknown.copy(), where=actual > 0)
@@ -189,11 +198,14 @@ def relax_confusion(
     """Count allowed confusions as correct: move them to the diagonal of a confusion matrix.
 
     Args:
-        confusion: (K, K) pixel counts, (actual, predicted).
+        confusion: (K, K) or (K, K + 1) pixel counts, see `segmentation_metrics`.
         allowed: (K, K) bool, True where the predicted class is accepted for the actual one.
     """
-    moved = np.where(allowed, confusion, 0)
-    return np.asarray(confusion - moved + np.diag(moved.sum(1)))
+    k = len(confusion)
+    moved = np.where(allowed, confusion[:, :k], 0)
+    relaxed = confusion.copy()
+    relaxed[:, :k] += np.diag(moved.sum(1)) - moved
+    return relaxed
 
 
 def load_allowed_pairs(path: str | os.PathLike[str], classes: Sequence[str]) -> npt.NDArray[np.bool_]:

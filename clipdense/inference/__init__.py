@@ -2,6 +2,7 @@
 background rules, refinement and propagation of maps."""
 
 from clipdense.inference.background import max_over_synonyms, reject_pixels, suppress_absent_classes
+from clipdense.inference.maskclip import Refinements, maskclip_cosines, projected_keys, refine_cosines
 from clipdense.inference.pamr import pamr, pamr_weights, refine_masks
 from clipdense.inference.patches import patch_modes
 from clipdense.inference.propagation import (
@@ -52,6 +53,7 @@ __all__ = [
     "PixelGraph",
     "Prompts",
     "RefineSettings",
+    "Refinements",
     "average_views",
     "best_masks",
     "centred_padding",
@@ -62,6 +64,7 @@ __all__ = [
     "fold_windows",
     "instance_inference",
     "map_windows",
+    "maskclip_cosines",
     "max_over_synonyms",
     "merge_class_maps",
     "merge_queries",
@@ -73,9 +76,11 @@ __all__ = [
     "patch_graph",
     "patch_modes",
     "patch_positions",
+    "projected_keys",
     "propagate_patches",
     "propagate_pixels",
     "refine_by_prompts",
+    "refine_cosines",
     "refine_masks",
     "reject_pixels",
     "semantic_labels",

@@ -35,7 +35,7 @@ from clipdense.run.config_checks import (
     whole,
 )
 from clipdense.run.config_table_mask_pooling import MASK_POOLING_CHECKS
-from clipdense.run.config_zero_shot import ZERO_SHOT
+from clipdense.run.config_zero_shot import ZERO_SHOT_CHECKS
 from clipdense.systems.catseg.loss import IgnoredPixels
 from clipdense.systems.catseg.meta_arch import FineTune
 from clipdense.systems.denseclip.loss import SOURCES, Average
@@ -493,7 +493,7 @@ CHECKS: dict[str, Check] = {
     **{f"MODEL.MASK_FORMER.{key}": check for key, check in _MASK_FORMER.items()},
     **{f"MODEL.TWO_STAGE.{key}": check for key, check in _CROP.items()},
     **{f"MODEL.MASK_ADAPTED_CLIP.{key}": check for key, check in _CROP.items()},
-    **{f"MODEL.ZERO_SHOT.{key}": check for key, check in ZERO_SHOT.items()},
+    **ZERO_SHOT_CHECKS,
     **MASK_POOLING_CHECKS,
     **_SYSTEMS,
 }

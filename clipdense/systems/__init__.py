@@ -6,6 +6,7 @@ from clipdense.systems.denseclip import add_denseclip_config
 from clipdense.systems.fvlm import add_fvlm_config
 from clipdense.systems.mask_adaptation import add_adaptation_config
 from clipdense.systems.mask_pooling import add_mask_pooling_config
+from clipdense.systems.maskclip_plus import add_maskclip_plus_config
 from clipdense.systems.prompting import add_prompting_config
 from clipdense.systems.segclip import add_segclip_config
 from clipdense.systems.text_rcnn import add_text_rcnn_config
@@ -25,6 +26,7 @@ def add_systems_config(cfg: CN) -> None:
     add_two_stage_config(cfg)
     add_adaptation_config(cfg)
     add_mask_pooling_config(cfg)
+    add_maskclip_plus_config(cfg)
     add_prompting_config(cfg)
     add_segclip_config(cfg)
     add_training_free_config(cfg)

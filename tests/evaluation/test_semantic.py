@@ -101,6 +101,25 @@ def test_equals_hotcoco_on_real_labels(data_dir: Path, register: Any) -> None:
         assert 5 < got[ours] < 99
 
 
+def test_pixels_without_a_class_are_missed(make: Any, tmp_path: Path) -> None:
+    """A rejected pixel lowers the IoU and the accuracy of its true class, and counts for no other class."""
+    actual = np.array([[0, 0, 0, 1], [1, 1, 255, 255]], np.uint8)
+    predicted = np.array([[0, 0, -1, 1], [-1, -1, -1, 0]])
+    name = make([actual], ["a", "b", "c"])
+    table = tmp_path / "pairs.json"
+    table.write_text(json.dumps({"b": ["a"]}))
+    kwargs = {"per_class": True, "output_dir": str(tmp_path / "out"), "allowed_pairs": table}
+    got = evaluate(name, [predicted], **kwargs)
+    assert got["IoU-a"] == pytest.approx(100 * 2 / 3) and got["IoU-b"] == pytest.approx(100 / 3)
+    assert math.isnan(got["IoU-c"]) and got["mIoU"] == pytest.approx(50)
+    assert got["ACC-b"] == pytest.approx(100 / 3) and got["pACC"] == pytest.approx(50)
+    assert got["mIoU_relaxed"] == pytest.approx(50) and got["pACC_relaxed"] == pytest.approx(50)
+    saved = json.loads((tmp_path / "out" / "sem_seg_predictions.json").read_text())
+    assert sorted(segment["category_id"] for segment in saved) == [0, 1]
+    with pytest.raises(ValueError, match=r"prediction of 0\.jpg: labels -2 to 1"):
+        evaluate(name, [np.where(predicted == -1, -2, 1)])
+
+
 def test_no_labelled_pixels(make: Any) -> None:
     name = make([np.full((4, 4), 255, np.uint8)], ["a", "b"], novel_classes=["a"])
     got = evaluate(name, [np.zeros((4, 4), np.int64)])

@@ -12,7 +12,7 @@ from PIL import Image
 from clipdense.clip import load_clip
 from clipdense.clip.attention import Block, History, TokenStream
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.inference import text_cosines
+from clipdense.inference import Refinements, text_cosines
 from clipdense.run.setup import load_config
 from clipdense.systems.training_free import (
     METHODS,
@@ -21,7 +21,6 @@ from clipdense.systems.training_free import (
     DenseEncoder,
     FeatureModel,
     Memo,
-    Refinements,
     SamModel,
     ScoreSettings,
     WindowSettings,

@@ -53,7 +53,8 @@ def add_training_free_config(cfg: CN) -> None:
     # CorrCLIP: a folder of label maps (.png) named as the images, or "sam".
     keys.REGIONS = ""
     # The second model of proxyclip, trident, corrclip and lposs: a name of timm, such as
-    # vit_base_patch8_224.dino. PRETRAINED: "" for its weights, "random", or a file in timm's layout.
+    # vit_base_patch8_224.dino, or clip: and the name of another CLIP. PRETRAINED: "" for its weights,
+    # "random", or a file in timm's layout (of a CLIP: as MODEL.CLIP.PRETRAINED).
     keys.FEATURES = CN()
     keys.FEATURES.NAME = ""
     keys.FEATURES.PRETRAINED = ""

@@ -15,21 +15,22 @@ from clipdense.clip.attention import History, get_mode
 from clipdense.clip.attention.residual import semantic_feedback
 from clipdense.clip.towers import TransformerTower
 from clipdense.inference import (
+    Refinements,
     confident_labels,
-    denoise_prompts,
     map_windows,
     merge_windows,
     pamr,
     patch_graph,
     patch_modes,
     patch_positions,
+    projected_keys,
     propagate_patches,
-    smooth_by_keys,
+    refine_cosines,
     text_cosines,
     window_starts,
 )
 from clipdense.systems.training_free.corrclip import PADDING_REGION, corrclip_dense
-from clipdense.systems.training_free.features import FeatureModel, Statistics
+from clipdense.systems.training_free.features import FeatureModel, Statistics, TowerFeatures
 from clipdense.systems.training_free.methods import METHODS
 from clipdense.systems.training_free.sam import SamModel
 from clipdense.systems.training_free.trident import (
@@ -40,7 +41,7 @@ from clipdense.systems.training_free.trident import (
     window_tokens,
 )
 
-__all__ = ["Cosines", "DenseEncoder", "Memo", "Refinements", "WindowSettings"]
+__all__ = ["Cosines", "DenseEncoder", "Memo", "WindowSettings"]
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,6 @@ class WindowSettings:
     stride: int = 112
     padding: int = -1
     batch_size: int = 16
-
-
-@dataclass(frozen=True)
-class Refinements:
-    """MaskCLIP's refinements of the cosines; 0 leaves one out.
-
-    Attributes:
-        prompt_denoising: threshold of `denoise_prompts`.
-        key_smoothing: threshold of `smooth_by_keys`.
-        normalize_tokens: see `smooth_by_keys`.
-    """
-
-    prompt_denoising: float = 0.0
-    key_smoothing: float = 0.0
-    normalize_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +137,7 @@ class DenseEncoder(nn.Module):
         options: Mapping[str, Any] | None = None,
         windows: WindowSettings | None = None,
         refinements: Refinements | None = None,
-        features: FeatureModel | None = None,
+        features: FeatureModel | TowerFeatures | None = None,
         sam: SamModel | None = None,
         memo: Memo | None = None,
     ) -> None:
@@ -281,25 +267,15 @@ class DenseEncoder(nn.Module):
         return found
 
     def _refined(self, crops: Tensor, text: Tensor) -> Tensor:
-        """Denoise prompts, then smooth by keys, as MaskCLIP does."""
-        tower, settings = self.clip.visual, self.refinements
+        """Return the cosines with MaskCLIP's refinements."""
+        tower = self.clip.visual
         if isinstance(tower, TransformerTower):
             history = self._history(crops)
-            dense = tower.dense(history, self.method.mode, None, self.options)
-            block, patches = history.block, history.stream.patches
-            keys = block.out(block.key(block.normed(patches)))  # MaskCLIP projects keys, too
-            keys = keys.transpose(1, 2).reshape(len(crops), -1, *history.stream.grid)
+            dense, keys = tower.dense(history, self.method.mode, None, self.options), projected_keys(history)
         else:
             out = tower(crops, TowerRequest(dense=self.method.mode, keys=True))
             dense, keys = out.dense, out.keys
-        logits = text_cosines(dense, text)
-        if settings.prompt_denoising:
-            logits = denoise_prompts(logits, settings.prompt_denoising)
-        if settings.key_smoothing:
-            logits = smooth_by_keys(
-                logits, keys, settings.key_smoothing, normalize_tokens=settings.normalize_tokens
-            )
-        return logits
+        return refine_cosines(text_cosines(dense, text), keys, self.refinements)
 
     def _resclip(self, crops: Tensor, text: Tensor, scale: float) -> Tensor:
         """Segment windows by a first pass, and let the labels of the patches steer a second one.

@@ -1,4 +1,5 @@
-"""Patch features of a second image model (DINO, DINOv2, DINOv3 from timm) that steer CLIP's last block."""
+"""Patch features of a second image model (DINO, DINOv2, DINOv3 from timm, or another CLIP) that steer CLIP's
+last block."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from clipdense.clip import ClipModel, TowerRequest, load_clip
 from clipdense.clip.position import resize_table
 from clipdense.clip.towers.base import to_map
 
-__all__ = ["FeatureModel", "Output", "renormalize"]
+__all__ = ["FeatureModel", "Output", "TowerFeatures", "build_features", "renormalize"]
+
+CLIP_PREFIX = "clip:"
+"""Begin of a name that is a CLIP's, not timm's."""
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of RGB images in 0..1."""
@@ -118,3 +123,39 @@ class FeatureModel(nn.Module):
         x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], 1) + positions
         y: Tensor = trunk.norm(trunk.blocks(trunk.norm_pre(x)))
         return y
+
+
+class TowerFeatures(nn.Module):
+    """The image tower of a CLIP as second model: its last map before the projection, for every `Output`.
+
+    Args:
+        clip: its pixel statistics and image tower are used.
+    """
+
+    def __init__(self, clip: ClipModel) -> None:
+        super().__init__()
+        self.visual = clip.visual.eval().requires_grad_(False)
+        self.statistics: Statistics = (clip.pixel_mean, clip.pixel_std)
+        self.patch_size: int = clip.visual.stride
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, statistics: Statistics) -> Tensor:
+        """Compute features (B, C, h, w); see `FeatureModel.forward`."""
+        images = renormalize(images, statistics, self.statistics)
+        features: Tensor = self.visual(images, TowerRequest(pre=True)).pre
+        return features
+
+
+def build_features(
+    name: str, pretrained: str = "", output: Output = "tokens"
+) -> FeatureModel | TowerFeatures:
+    """Build a second model.
+
+    Args:
+        name: of timm, see `FeatureModel.create`; or "clip:" and the name of a CLIP, see `load_clip`.
+        pretrained: weights of the model.
+        output: see `Output`.
+    """
+    if name.startswith(CLIP_PREFIX):
+        return TowerFeatures(load_clip(name.removeprefix(CLIP_PREFIX), pretrained or None, text=False))
+    return FeatureModel.create(name, pretrained, output)

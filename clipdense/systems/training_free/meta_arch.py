@@ -18,6 +18,7 @@ from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary, canonical
 from clipdense.data.image import read_labels
 from clipdense.inference import (
+    Refinements,
     RefineSettings,
     class_probabilities,
     confident_labels,
@@ -32,8 +33,8 @@ from clipdense.inference import (
 from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
 from clipdense.systems.training_free.config import option_pairs
 from clipdense.systems.training_free.corrclip import correct_labels
-from clipdense.systems.training_free.encoder import Cosines, DenseEncoder, Memo, Refinements, WindowSettings
-from clipdense.systems.training_free.features import FeatureModel
+from clipdense.systems.training_free.encoder import Cosines, DenseEncoder, Memo, WindowSettings
+from clipdense.systems.training_free.features import build_features
 from clipdense.systems.training_free.methods import METHODS
 from clipdense.systems.training_free.names import protocol_names
 from clipdense.systems.training_free.sam import SamModel
@@ -154,7 +155,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
         method = METHODS.get(keys.METHOD)
         features, sam = None, None
         if keys.FEATURES.NAME and method is not None and method.features:
-            features = FeatureModel.create(keys.FEATURES.NAME, keys.FEATURES.PRETRAINED, method.features)
+            features = build_features(keys.FEATURES.NAME, keys.FEATURES.PRETRAINED, method.features)
         if keys.SAM.NAME:
             sam = SamModel.create(keys.SAM.NAME, keys.SAM.PRETRAINED)
         refine = RefineSettings(
