@@ -44,14 +44,33 @@ def test_demo_draws_masks_of_an_untrained_clip(tmp_path: Path) -> None:
 
 
 def test_table_of_methods(tmp_path: Path, small_shapes: None, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--config-file", str(ROOT / "configs/shapes/Base-ZeroShot.yaml"), "--towers", "shapes-vit"]
-    words += ["--methods", "maskclip", "sclip", "--images", "1", "--output", str(tmp_path)]
+    """Options of the command line replace entries of the file; a method that does not fit says why."""
+    (tmp_path / "table.yaml").write_text(
+        f"config: {ROOT / 'configs/shapes/Base-ZeroShot.yaml'}\n"
+        "towers: [shapes-eva]\nimages: 2\n"
+        "methods: [maskclip, {name: smooth, method: maskclip, "
+        "overrides: {MODEL.ZERO_SHOT.KEY_SMOOTHING: 1.0}}, sclip]\n"
+    )
+    words = ["--table", str(tmp_path / "table.yaml"), "--towers", "shapes-vit", "shapes-rn"]
+    words += ["--images", "1", "--output", str(tmp_path)]
     assert tool("run_zero_shot").main(words) == 0
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["method"] for row in rows] == ["maskclip", "sclip"]
-    assert all(0 <= row["mIoU"] <= 100 for row in rows)
+    names = [(row["tower"], row["method"]) for row in rows]
+    assert names == [(t, m) for t in ("shapes-vit", "shapes-rn") for m in ("maskclip", "smooth", "sclip")]
+    assert all(0 <= row["mIoU"] <= 100 and row["images"] == 1 for row in rows[:5])
+    assert rows[0]["pACC"] != rows[1]["pACC"] and rows[0]["classes"] == 88
+    assert "needs a ViT" in rows[5]["note"] and "mIoU" not in rows[5]
     assert "| shapes-vit" in (tmp_path / "table.md").read_text()
     assert "sclip" in capsys.readouterr().out
+
+
+def test_benchmark_counts_memory_of_many_classes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    assert (
+        tool("benchmark").main(["zero_shot", "--rows", "k847", "--device", "meta", "--json", str(path)]) == 0
+    )
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["name"] == "zero_shot/k847_extra_gb" and row["ours"] < 1.0 < row["other"]
 
 
 def test_benchmark_counts_forwards(tmp_path: Path) -> None:
