@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from clipdense.clip.towers.text import TextTower
 
-__all__ = ["DinoTxtHead", "DinoTxtParts", "build_dinotxt", "patch_text", "stretch_to_patches"]
+__all__ = [
+    "DinoTxtHead",
+    "DinoTxtParts",
+    "build_dinotxt",
+    "dinotxt_state",
+    "patch_text",
+    "stretch_to_patches",
+]
 
 _HEAD = (
     (r"^(visual_model\.)?(head\.)?block_list\.", "blocks."),
@@ -106,6 +113,19 @@ def build_dinotxt(state: Mapping[str, Tensor], *, heads: int, text_heads: int) -
     Raises:
         RuntimeError: If keys or shapes do not fit.
     """
+    visual, text = dinotxt_state(state)
+    depth = 1 + max(int(key.split(".")[1]) for key in visual if key.startswith("blocks."))
+    hidden, dim = visual["blocks.0.mlp.fc1_g.weight"].shape
+    head = DinoTxtHead(dim, heads, depth, hidden)
+    head.load_state_dict(visual)
+    return DinoTxtParts(head.eval(), _text_tower(text, text_heads), state.get("logit_scale"))
+
+
+def dinotxt_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Rename published tensors to those of `DinoTxtHead`, and of open_clip's text tower.
+
+    The attention of open_clip's tower has biases, which are 0 here. ``logit_scale`` is in neither.
+    """
     visual: dict[str, Tensor] = {}
     text: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -114,18 +134,17 @@ def build_dinotxt(state: Mapping[str, Tensor], *, heads: int, text_heads: int) -
         is_text = key.startswith(("text_model.", "backbone.", "head.linear_projection."))
         name = _rename(key, _TEXT if is_text else _HEAD)
         (text if is_text else visual)[name] = value
-    depth = 1 + max(int(key.split(".")[1]) for key in visual if key.startswith("blocks."))
-    hidden, dim = visual["blocks.0.mlp.fc1_g.weight"].shape
-    head = DinoTxtHead(dim, heads, depth, hidden)
-    head.load_state_dict(visual)
-    return DinoTxtParts(head.eval(), _text_tower(text, text_heads), state.get("logit_scale"))
+    if "text_projection" in text:
+        text["text_projection"] = text["text_projection"].T.contiguous()
+    for key in [key for key in text if key.endswith("attn.in_proj_weight")]:
+        text[key.replace("in_proj_weight", "in_proj_bias")] = torch.zeros(len(text[key]))
+    return visual, text
 
 
 def _text_tower(state: dict[str, Tensor], heads: int) -> TextTower:
-    """Build open_clip's text tower; its attention has biases, which are 0 here."""
+    """Build open_clip's text tower."""
     blocks = {int(key.split(".")[2]) for key in state if key.startswith("transformer.resblocks.")}
     vocabulary, width = state["token_embedding.weight"].shape
-    projection = state["text_projection"].T.contiguous()
     hidden = len(state["transformer.resblocks.0.mlp.c_fc.weight"])
     module = TextTransformer(
         context_length=len(state["positional_embedding"]),
@@ -134,10 +153,9 @@ def _text_tower(state: dict[str, Tensor], heads: int) -> TextTower:
         heads=heads,
         layers=len(blocks),
         mlp_ratio=hidden / width,
-        output_dim=projection.shape[1],
+        output_dim=state["text_projection"].shape[1],
     )
-    biases = {f"transformer.resblocks.{i}.attn.in_proj_bias": torch.zeros(3 * width) for i in blocks}
-    module.load_state_dict({**state, **biases, "text_projection": projection})
+    module.load_state_dict(state)
     return TextTower(module).eval()
 
 

@@ -34,6 +34,13 @@ from clipdense.clip.layouts import EVA_CLIP, JIT_ENTRIES, MASK_PROMPTS, OPENAI_C
 from clipdense.clip.pixels import normalize_pixels
 from clipdense.clip.sources import Source, resolve
 from clipdense.clip.stored import stored_config, stored_text
+from clipdense.clip.text_aligned import (
+    AlignedTower,
+    aligned_text,
+    aligned_visual,
+    is_aligned,
+    published_state,
+)
 from clipdense.clip.tokenizer import CLIP_VOCABULARY, build_tokenizer, token_counts
 from clipdense.clip.towers import TextTower, Tower, TowerOutput, TowerRequest, build_tower
 
@@ -182,8 +189,9 @@ def load_clip(
 
     Args:
         model: open_clip model name, "shapes-rn" | "shapes-vit" | "shapes-eva", "hf-hub:organisation/name",
-            "local-dir:folder", a weight file, or "" with a weight file as ``pretrained``; or an open_clip
-            module, whose parameters the result shares.
+            "local-dir:folder", a weight file, or "" with a weight file as ``pretrained``; a text-aligned DINO
+            (`clipdense.clip.aligned_configs`), with the folder of its published files as ``pretrained``; or
+            an open_clip module, whose parameters the result shares.
         pretrained: tag, "hf-hub:organisation/name", weight file in the layout of OpenAI (also TorchScript),
             EVA-CLIP (also CLIPSelf), open_clip or clipdense, "random", or "random:" and a tag (random weights
             in the model of that tag). None or "": the weights that come with a nano, hub or local-dir model.
@@ -215,6 +223,8 @@ def load_clip(
         return _finish(_wrap(model, text, position_rule), precision)
     source = resolve(str(model), str(pretrained or ""), cache_dir)
     files = [read_checkpoint(path, allow_pickle=allow_pickle) for path in source.files]
+    if source.config is not None and is_aligned(source.config) and not all(map(stored_config, files)):
+        return _finish(_load_published_dino(source, files, text), precision)
     states = [(_layout(file), file) for file in files]
     config = _config(source, states, quick_gelu, text_heads, head_width)
     if image_size is not None:
@@ -340,6 +350,10 @@ def build_clip(
             f"'{name}' has a Hugging Face text tower, which is not supported: load it with text=False and "
             f"give its text embeddings as a precomputed table"
         )
+    if is_aligned(config):
+        scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        side = aligned_text(config) if text else None
+        return ClipModel(name, aligned_visual(config), side, scale, None, config)
     cfg["vision_cfg"]["timm_model_pretrained"] = False
     if cfg["vision_cfg"].get("timm_model_name") == EVA02_CLIP:
         visual: nn.Module = EVA02Model(cfg["embed_dim"], cfg["vision_cfg"])
@@ -423,6 +437,25 @@ def _load(
     report = load_strict(clip, state, source=source, drops=drops, optional=optional, remedy=remedy)
     for rule, keys in report.dropped.items():
         logger.info("%s: ignored %d keys (%s)", source, len(keys), rule)
+
+
+def _load_published_dino(source: Source, files: Sequence[Checkpoint], text: bool) -> ClipModel:
+    """Build a text-aligned DINO and load its published files."""
+    assert source.config is not None
+    clip = build_clip(source.name, source.config, text=text)
+    assert isinstance(clip.visual, AlignedTower)
+    state = published_state([file.state for file in files], clip.visual)
+    drops = [] if text else [DropRule("text tower", r"text\..*", "loaded with text=False")]
+    load_strict(
+        clip,
+        state,
+        source=" and ".join(str(file.path) for file in files),
+        drops=drops,
+        optional="logit_scale",
+        remedy="give the folder with all files: DINO's weights, and dino.txt's head and text tower, or "
+        "Talk2DINO's projection and OpenAI's CLIP",
+    )
+    return clip
 
 
 def _finish(clip: ClipModel, precision: str) -> ClipModel:

@@ -15,6 +15,7 @@ import open_clip
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
+from clipdense.clip.aligned_configs import ALIGNED_MODELS
 from clipdense.clip.nano import NANO_MODELS, nano_config, nano_files
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ def resolve(model: str, pretrained: str | None, cache_dir: str | None = None) ->
     if model in NANO_MODELS:
         files = nano_files(model) if pretrained is None else _file(pretrained)
         return Source(model, nano_config(model), files)
+    if model in ALIGNED_MODELS:
+        return _from_aligned(model, pretrained)
     if model.startswith((HUB, LOCAL)):
         return _from_repository(model, pretrained, cache_dir)
     name = model if model in open_clip.list_models() else model.replace("/", "-")
@@ -74,7 +77,7 @@ def resolve(model: str, pretrained: str | None, cache_dir: str | None = None) ->
         return Source(Path(file).stem, None, _file(file))
     if _looks_like_path(model):
         raise FileNotFoundError(f"no weight file {model}")
-    names = [*NANO_MODELS, *open_clip.list_models()]
+    names = [*NANO_MODELS, *ALIGNED_MODELS, *open_clip.list_models()]
     raise ValueError(f"unknown CLIP model '{model}'; {_near(model, names)}")
 
 
@@ -160,6 +163,22 @@ def _from_repository(model: str, pretrained: str | None, cache_dir: str | None) 
             raise FileNotFoundError(f"no weight file in {folder}")
         source.files = preferred[:1]
     return source
+
+
+def _from_aligned(model: str, pretrained: str | None) -> Source:
+    """Find the files of a text-aligned DINO: one that clipdense wrote, or a folder of published ones."""
+    if pretrained is None:
+        raise ValueError(
+            f"no weights named for '{model}': pass a folder with DINO's weights and the published files of "
+            "head and text side, a file that clipdense wrote, or 'random'"
+        )
+    if not Path(pretrained).is_dir():
+        return Source(model, ALIGNED_MODELS[model], _file(pretrained))
+    suffixes = (".safetensors", ".pt", ".pth", ".bin")
+    files = sorted(path for path in Path(pretrained).iterdir() if path.suffix in suffixes)
+    if not files:
+        raise FileNotFoundError(f"no weight file in {pretrained}")
+    return Source(model, ALIGNED_MODELS[model], files)
 
 
 def _file(pretrained: str) -> list[Path]:

@@ -14,6 +14,7 @@ __all__ = [
     "clean_background",
     "head_embeddings",
     "pair_similarity",
+    "projection_state",
     "soft_masks",
     "talk2dino_loss",
 ]
@@ -63,13 +64,18 @@ class TextProjection(nn.Module):
         Raises:
             RuntimeError: If the file has other keys or shapes.
         """
-        renamed = {key.replace("linear_layer2.", "hidden_layers.0."): value for key, value in state.items()}
+        renamed = projection_state(state)
         weight = renamed.get("linear_layer.weight")
         if weight is None:
             raise RuntimeError(f"no linear_layer.weight among {sorted(state)}: not a Talk2DINO projection")
         projection = cls(weight.shape[1], weight.shape[0])
         projection.load_state_dict(renamed)
         return projection
+
+
+def projection_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a published projection under the names of `TextProjection`."""
+    return {key.replace("linear_layer2.", "hidden_layers.0."): value for key, value in state.items()}
 
 
 def class_token_logits(qkv: Tensor, heads: int, prefix: int, scale: float = ATTENTION_SCALE) -> Tensor:

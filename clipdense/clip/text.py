@@ -27,6 +27,7 @@ from clipdense.files import cache_dir as default_cache_dir
 
 if TYPE_CHECKING:
     from clipdense.clip.model import ClipModel
+    from clipdense.clip.towers import TextTower
 
 __all__ = ["LearnedPrompts", "TextBank", "TextEmbedder"]
 
@@ -211,9 +212,14 @@ class TextBank(TextEmbedder):
         return next(self._text.parameters()).device
 
     @property
-    def _text(self) -> nn.Module:
+    def _text(self) -> TextTower:
         assert self.clip.text is not None
         return self.clip.text
+
+    @property
+    def _averages_first(self) -> bool:
+        """Whether prompts are averaged before the last step of the tower; learned prompts never are."""
+        return self._text.averages_first and self.prompts is None
 
     def fingerprint(self) -> str:
         """Hash everything that determines the row of a name, except the name."""
@@ -295,10 +301,13 @@ class TextBank(TextEmbedder):
                 owners = [name for name in block for _ in range(count)]
                 embedded = self._forward(prompts, owners, bar)[prompts.inverse]
                 means = embedded.reshape(len(block), count, -1).double().mean(1).float()
+                if self._averages_first:
+                    means = self._text.finish(means.to(self.device)).cpu()
                 yield {name: row.clone() for name, row in zip(block, means, strict=True)}
 
     def _forward(self, prompts: _Prompts, owners: list[str], bar: Any) -> Tensor:
-        """Return L2-normalised embeddings (n, D) of distinct prompts, float32 on the CPU.
+        """Return embeddings (n, D) of distinct prompts, float32 on the CPU: L2-normalised, unless the tower
+        averages first.
 
         Prompts are sorted by length, because the tower runs a batch at the length of its longest prompt.
 
@@ -315,13 +324,15 @@ class TextBank(TextEmbedder):
         for chunk in torch.split(order, self.batch_size):
             tokens = prompts.tokens[chunk].to(device, torch.long)
             with torch.autocast(device.type, enabled=False):
-                if self.prompts is None:
+                if self._averages_first:
+                    features = self._text.unfinished(tokens)
+                elif self.prompts is None:
                     features = self.clip.encode_text(tokens)
                 elif self.prompts.classes:
                     features = self.prompts(self.clip, tokens, [names[i] for i in chunk.tolist()])
                 else:
                     features = self.prompts(self.clip, tokens)
-            out.append(F.normalize(features.float(), dim=-1))
+            out.append(features.float() if self._averages_first else F.normalize(features.float(), dim=-1))
             bar.update(len(chunk))
         rows = torch.cat(out).cpu()
         if not rows.isfinite().all():

@@ -27,7 +27,11 @@ class TextTower(nn.Module):
         pool_type: token whose state is the text embedding: "argmax" (the largest id, which ends CLIP's
             texts), "eos", "last" or "first".
         eos_id: id of the end token for "eos".
+        averages_first: whether the prompts of a name are averaged, un-normalised, between `unfinished` and
+            `finish` (Talk2DINO). Otherwise normalised embeddings are averaged.
     """
+
+    averages_first: bool = False
 
     token_embedding: nn.Embedding
     positional_embedding: nn.Parameter
@@ -82,6 +86,15 @@ class TextTower(nn.Module):
         if self.pool_type == "argmax" and self.causal and len(tokens):
             tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
         return self.encode(self.token_embedding(tokens), self.end(tokens))
+
+    def unfinished(self, tokens: Tensor) -> Tensor:
+        """Embed token ids (n, L) as far as each prompt of a name is embedded alone."""
+        embeddings: Tensor = self(tokens)
+        return embeddings
+
+    def finish(self, embeddings: Tensor) -> Tensor:
+        """Turn results of `unfinished` (n, D'), or means of them, into embeddings (n, D)."""
+        return embeddings
 
     def end(self, tokens: Tensor) -> Tensor:
         """Return the position (n,) of each text whose state is the text embedding."""
