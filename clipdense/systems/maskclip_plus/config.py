@@ -8,13 +8,13 @@ def add_maskclip_plus_config(cfg: CN) -> None:
     keys = cfg.MODEL.MASKCLIP_PLUS = CN()
     # The meta-architecture that is trained: any that takes label maps ("sem_seg").
     keys.SEGMENTOR = "WindowedSemanticSegmentor"
-    # "annotation_free": every pixel is labelled by MaskCLIP, and label maps are not needed; "zero_shot":
+    # "annotation_free": every pixel is labelled by MaskCLIP, and label maps have no influence; "zero_shot":
     # labels of seen classes are kept, and pixels of unseen classes are labelled as one of these.
     keys.SETTING = "annotation_free"
     # zero_shot: names of the unseen classes; []: novel_classes of the first training dataset's metadata.
     keys.UNSEEN = []
-    # annotation_free: pixels that a label map ignores have no loss (published); False: label maps are not
-    # read.
+    # annotation_free: pixels that a label map ignores have no loss (published); False: label maps have
+    # no influence.
     keys.KEEP_IGNORED = False
     # First iteration, counted from 1, in which the labels are the model's own predictions instead of
     # MaskCLIP's; 0: never. Published zero_shot: a tenth of the iterations, such as 4000 of 40000.
