@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from clipdense.clip import TowerRequest, load_clip
+from clipdense.run.setup import read_config
 from clipdense.systems.training_free import Sweep, Variant, load_sweep
 from clipdense.systems.training_free.features import FeatureModel, TowerFeatures, build_features, renormalize
 
@@ -57,10 +59,20 @@ def test_faults_are_named(tmp_path: Path, change: tuple[str, str], message: str)
         load_sweep(path)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("projects/ZeroShot/tables/*.yaml")), ids=lambda p: p.stem)
-def test_shipped_tables(path: Path) -> None:
+FILES = sorted(ROOT.glob("projects/*/tables/*.yaml"))
+SHIPPED = [path for path in FILES if "towers" in yaml.safe_load(path.read_text())]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_tables(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", "datasets")
     sweep: Any = load_sweep(path)
-    assert isinstance(sweep, Sweep) and (ROOT / sweep.config).is_file() and len(sweep.variants) > 5
+    assert isinstance(sweep, Sweep) and len(sweep.variants) > 1
+    common = [str(word) for pair in sweep.overrides.items() for word in pair]
+    for variant in sweep.variants:
+        overrides = variant.config_overrides(next(iter(sweep.benchmarks), ""))
+        cfg = read_config(str(ROOT / sweep.config), [*common, *overrides]).cfg
+        assert variant.method == cfg.MODEL.ZERO_SHOT.METHOD and cfg.DATASETS.TEST
 
 
 def test_another_clip_as_second_model() -> None:
