@@ -26,7 +26,7 @@ NOT_RUN = {
     r"birds/": "tests/e2e/test_own_json.py runs it on data of that layout",
     r"projects/\w+/configs|configs/coco|<": "needs full-size datasets or weights",
     r"convert_checkpoint|EVA02": "needs published weights; test_convert_checkpoint.py runs the tool",
-    r"run_zero_shot\.py": "takes minutes or needs published weights; tests/e2e/test_zero_shot.py runs the tool",
+    r"run_zero_shot\.py": "takes minutes, or needs weights; tests/e2e/test_zero_shot.py runs the tool",
     r"run_table\.py": "takes hours; tests/e2e/test_run_table.py runs the tool",
     r"benchmark\.py": "takes minutes; tests/e2e/test_benchmark.py runs the tool",
     r"^torchrun": "starts further processes; tests/engine/test_processes.py does so",
