@@ -11,6 +11,7 @@ from PIL import Image
 
 from clipdense.clip import load_clip
 from clipdense.clip.attention import Block, History, TokenStream
+from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.inference import Refinements, text_cosines
 from clipdense.run.setup import load_config
@@ -202,6 +203,23 @@ def test_thresholds(clip):
     assert (predict(rejected)["sem_seg_labels"] != int(peaks.argmin())).all()
 
 
+def test_a_text_table_replaces_the_text_tower(clip, tmp_path):
+    """The same scores, from a CLIP without text tower; a table of other classes is refused."""
+    expected = predict(segmentor(clip))["sem_seg"]
+    rows, _ = TextBank(clip, "single").per_synonym(VOCABULARY)
+    path = tmp_path / "table.npy"
+    np.save(path, rows.numpy())
+    overrides = ["MODEL.CLIP.NAME", "shapes-vit", "MODEL.ZERO_SHOT.TEXT_TABLE", str(path)]
+    cfg = load_config("configs/shapes/Base-ZeroShot.yaml", [*overrides, "DATASETS.TEST", "[]"])
+    model = ZeroShotSegmentor(cfg).eval()
+    model.encoder.windows = WINDOWS
+    assert model.encoder.clip.text is None
+    model.set_vocabulary(VOCABULARY)
+    torch.testing.assert_close(predict(model)["sem_seg"], expected)
+    with pytest.raises(ValueError, match="does not fit 2 classes with 2 names"):
+        model.set_vocabulary(Vocabulary.from_names(["square", "disc"]))
+
+
 def test_background_names_replace_the_word(clip):
     plain, named = segmentor(clip), segmentor(clip, background="sky|wall")
     embeddings = named.text_embeddings()
@@ -236,6 +254,21 @@ def test_methods_share_forwards_through_a_memo(clip, monkeypatch):
     memo.clear()
     predict(shared["sclip"])
     assert len(calls) == 2
+
+
+def test_methods_share_a_resnet_through_a_memo(monkeypatch):
+    clip, memo, calls = load_clip("shapes-rn"), Memo(), []
+    features = type(clip.visual).features
+    settings = {"clip": None, "maskclip": None, "smooth": Refinements(0.5, 1.0)}
+    methods = {"clip": "clip", "maskclip": "maskclip", "smooth": "maskclip"}
+    alone = {n: predict(segmentor(clip, m, refinements=settings[n]))["sem_seg"] for n, m in methods.items()}
+    monkeypatch.setattr(
+        type(clip.visual), "features", lambda self, *args: calls.append(1) or features(self, *args)
+    )
+    for name, method in methods.items():
+        model = segmentor(clip, method, refinements=settings[name], memo=memo)
+        torch.testing.assert_close(predict(model)["sem_seg"], alone[name], atol=1e-5, rtol=1e-4)
+    assert len(calls) == 1
 
 
 def test_maskclip_refinements(clip):

@@ -66,8 +66,17 @@ class ResNetTower(Tower):
         out.taps = [(maps[tap], self.tap_strides[tap]) for tap in request.taps]
         if request.pre:
             out.pre = x
-        if self.attnpool is None:
-            return out
+        return out if self.attnpool is None else self.read(x, request, out)
+
+    def read(self, x: Tensor, request: TowerRequest, out: TowerOutput | None = None) -> TowerOutput:
+        """Compute the requested keys, dense map and embedding from the trunk's last map.
+
+        Args:
+            x: `TowerOutput.pre` (B, C, h, w).
+            request: the other outputs are left out.
+            out: output to complete; None: a new one.
+        """
+        out = TowerOutput() if out is None else out
         if request.keys:
             out.keys = _pointwise(x, self.attnpool.k_proj)
         if request.dense in ("value", "maskclip"):

@@ -24,6 +24,9 @@ def add_training_free_config(cfg: CN) -> None:
     keys.BATCH_SIZE = 16
     # Prompt templates: the name of a set, or one sentence with {} in it.
     keys.TEMPLATES = "clip_80"
+    # File with embeddings of the class names instead of the text tower and TEMPLATES, a row for each class
+    # or name (see clipdense.clip.tables): its path, also relative to the folder of the datasets; "": none.
+    keys.TEXT_TABLE = ""
     # Published list of class names for the datasets of DATASETS.TEST, such as voc21_sclip
     # (clipdense/systems/training_free/class_names.json); "": the names of the datasets.
     keys.CLASS_NAMES = ""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clipdense.clip import ClipModel, TowerRequest
 from clipdense.clip.attention import History, get_mode
 from clipdense.clip.attention.residual import semantic_feedback
-from clipdense.clip.towers import TransformerTower
+from clipdense.clip.towers import ResNetTower, TowerOutput, TransformerTower
 from clipdense.inference import (
     Refinements,
     confident_labels,
@@ -240,14 +240,23 @@ class DenseEncoder(nn.Module):
 
     def _dense(self, crops: Tensor) -> Tensor:
         method = self.method
-        guidance = None if not method.features else self._features(crops)
+        guidance = self._features(crops) if method.features and method.kind == "mode" else None
         options = {k: v for k, v in {**method.options, **self.options}.items() if k in self._mode_options()}
         tower = self.clip.visual
         if self.memo is not None and isinstance(tower, TransformerTower):
             return tower.dense(self._history(crops), method.mode, guidance, options)
         request = TowerRequest(dense=method.mode, guidance=guidance, options=options)
-        dense: Tensor = tower(crops, request).dense
-        return dense
+        return self._outputs(crops, request).dense
+
+    def _outputs(self, crops: Tensor, request: TowerRequest) -> TowerOutput:
+        """Return outputs of the tower; a memo keeps the last map of a ResNet."""
+        tower = self.clip.visual
+        if self.memo is None or not isinstance(tower, ResNetTower):
+            found: TowerOutput = tower(crops, request)
+            return found
+        tower.check(crops, request)
+        last = self.memo.get(tower, crops, lambda: tower(crops, TowerRequest(pre=True)).pre)
+        return tower.read(last, request)
 
     def _history(self, crops: Tensor) -> History:
         tower = self.clip.visual
@@ -273,7 +282,7 @@ class DenseEncoder(nn.Module):
             history = self._history(crops)
             dense, keys = tower.dense(history, self.method.mode, None, self.options), projected_keys(history)
         else:
-            out = tower(crops, TowerRequest(dense=self.method.mode, keys=True))
+            out = self._outputs(crops, TowerRequest(dense=self.method.mode, keys=True))
             dense, keys = out.dense, out.keys
         return refine_cosines(text_cosines(dense, text), keys, self.refinements)
 
@@ -350,8 +359,7 @@ class DenseEncoder(nn.Module):
         grid = (features.shape[2], features.shape[3])
 
         def cosines(crops: Tensor) -> Tensor:
-            request = TowerRequest(dense=self.method.mode)
-            dense = F.normalize(self.clip.visual(crops, request).dense, dim=1)
+            dense = F.normalize(self._dense(crops), dim=1)
             if dense.shape[2:] != grid:
                 dense = F.interpolate(dense, grid, mode="bilinear", align_corners=False)
             return text_cosines(dense, text)

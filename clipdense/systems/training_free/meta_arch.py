@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip import ClipModel
-from clipdense.clip.text import TextBank
+from clipdense.clip.tables import TextTable, find_table
+from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary, canonical
 from clipdense.data.image import read_labels
 from clipdense.inference import (
@@ -31,6 +32,7 @@ from clipdense.inference import (
     suppress_small_classes,
 )
 from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
+from clipdense.paths import datasets_root
 from clipdense.systems.training_free.config import option_pairs
 from clipdense.systems.training_free.corrclip import correct_labels
 from clipdense.systems.training_free.encoder import Cosines, DenseEncoder, Memo, WindowSettings
@@ -102,6 +104,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
         scores: ScoreSettings | None = None,
         templates: str | Sequence[str] = "clip_80",
         background: str = "",
+        text_table: Path | None = None,
         names: Mapping[tuple[tuple[str, ...], ...], Vocabulary] | None = None,
         regions: str = "",
         input_format: str = "RGB",
@@ -113,13 +116,16 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
             scores: from cosines to labels.
             templates: prompt templates (`clipdense.clip.templates.get`).
             background: names, separated by bars, that replace those of a class called "background".
+            text_table: file with precomputed embeddings of the class names, see `TextTable.load`; the CLIP
+                then needs no text tower.
             names: synonyms of a vocabulary -> the names to embed instead, class by class.
             regions: source of region ids (CorrCLIP): a folder of label maps named as the images, or "sam".
             input_format: order of the channels of images, "RGB" or "BGR".
             max_dense_classes: with more classes, only labels and no class maps are returned; 0: no limit.
 
         Raises:
-            ValueError: If the CLIP has no text tower, or regions come from a SAM that is not set.
+            ValueError: If there is neither a text tower nor a table, or regions come from a SAM that is not
+                set.
         """
         super().__init__()
         self.encoder = encoder
@@ -129,7 +135,8 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
         self.regions = regions
         self.input_format = input_format
         self.max_dense_classes = max_dense_classes
-        self.bank = TextBank(encoder.clip, templates)
+        self.text_table = text_table
+        self.bank = None if text_table is not None else TextBank(encoder.clip, templates)
         if encoder.sam is None and (regions == "sam" or self.scores.sam_refinement is not None):
             raise ValueError("SAM is asked for, but there is none: set MODEL.ZERO_SHOT.SAM.NAME")
         if encoder.method.kind == "corrclip" and not regions:
@@ -151,7 +158,10 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
             memo: see `DenseEncoder`.
         """
         keys = cfg.MODEL.ZERO_SHOT
-        clip = clip_from_config(cfg) if clip is None else clip
+        table = None
+        if keys.TEXT_TABLE:
+            table = find_table(keys.TEXT_TABLE, datasets_root(), key="MODEL.ZERO_SHOT.TEXT_TABLE")
+        clip = clip_from_config(cfg, text=table is None) if clip is None else clip
         method = METHODS.get(keys.METHOD)
         features, sam = None, None
         if keys.FEATURES.NAME and method is not None and method.features:
@@ -187,6 +197,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
             ),
             "templates": keys.TEMPLATES,
             "background": keys.BACKGROUND,
+            "text_table": table,
             "names": protocol_names(cfg),
             "regions": keys.REGIONS,
             "input_format": cfg.INPUT.FORMAT,
@@ -206,7 +217,12 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
             synonyms = list(vocabulary.synonyms)
             synonyms[place] = tuple(name.strip() for name in self.background.split("|") if name.strip())
             vocabulary = Vocabulary(tuple(synonyms))
-        text, classes = self.bank.per_synonym(vocabulary)
+        embedder: TextEmbedder | None = self.bank
+        if self.text_table is not None:
+            dim = self.encoder.clip.embed_dim
+            embedder = TextTable.load(self.text_table, vocabulary, dim=dim)
+        assert embedder is not None
+        text, classes = embedder.per_synonym(vocabulary)
         return {"text": text, "classes": classes}
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
