@@ -180,9 +180,9 @@ def _evaluate_dataset(
 def _config(args: argparse.Namespace, sweep: Sweep, variant: Variant, benchmark: str, tower: str) -> Any:
     # the CLIP is built once, outside of the config
     name = ["MODEL.CLIP.NAME", tower.partition(":")[0], "MODEL.CLIP.PRETRAINED", "random"]
-    common = [str(entry) for pair in sweep.overrides.items() for entry in pair]
-    own = variant.config_overrides(benchmark)
-    return load_config(sweep.config, [*common, *own, *name, *args.opts])
+    return load_config(
+        sweep.config, [*variant.config_overrides(benchmark, sweep.overrides), *name, *args.opts]
+    )
 
 
 def _model(cfg: Any, clip: ClipModel, memo: Memo) -> ZeroShotSegmentor:

@@ -31,7 +31,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_overrides_of_a_variant(tmp_path: Path) -> None:
-    """Its own overrides follow the published settings, so that they win."""
+    """Its own overrides follow those of the table, and these the published settings."""
     sweep = load_sweep(write(tmp_path, TABLE))
     plain, refined = sweep.variants
     assert plain == Variant("sclip", "sclip") and refined.name == "naclip with PAMR"
@@ -40,6 +40,10 @@ def test_overrides_of_a_variant(tmp_path: Path) -> None:
     published = words.index("MODEL.ZERO_SHOT.PAMR_STEPS")
     assert words[-2:] == ["MODEL.ZERO_SHOT.PAMR_STEPS", "10"] and published < len(words) - 2
     assert "['pascal_context_59_sem_seg_val']" in words
+    common = {"MODEL.ZERO_SHOT.WINDOW": 64, "MODEL.ZERO_SHOT.PAMR_STEPS": 3}
+    words = refined.config_overrides("context59", common)
+    assert words[-4:] == ["MODEL.ZERO_SHOT.WINDOW", "64", "MODEL.ZERO_SHOT.PAMR_STEPS", "10"]
+    assert words.index("MODEL.ZERO_SHOT.WINDOW") < len(words) - 4
 
 
 @pytest.mark.parametrize(
@@ -68,10 +72,9 @@ def test_shipped_tables(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", "datasets")
     sweep: Any = load_sweep(path)
     assert isinstance(sweep, Sweep) and len(sweep.variants) > 1
-    common = [str(word) for pair in sweep.overrides.items() for word in pair]
     for variant in sweep.variants:
-        overrides = variant.config_overrides(next(iter(sweep.benchmarks), ""))
-        cfg = read_config(str(ROOT / sweep.config), [*common, *overrides]).cfg
+        overrides = variant.config_overrides(next(iter(sweep.benchmarks), ""), sweep.overrides)
+        cfg = read_config(str(ROOT / sweep.config), overrides).cfg
         assert variant.method == cfg.MODEL.ZERO_SHOT.METHOD and cfg.DATASETS.TEST
 
 

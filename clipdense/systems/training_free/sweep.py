@@ -7,7 +7,7 @@ A table file (YAML)::
     towers: [shapes-vit, shapes-eva]      # open_clip models, NAME or NAME:WEIGHTS, or CLIPs of this package
     benchmarks: [voc21, context59]        # with published settings; left out: the datasets of the config
     images: 100                           # the first images of each dataset only; left out: all
-    overrides: {MODEL.DEVICE: cuda}       # for every method
+    overrides: {MODEL.DEVICE: cuda}       # for every method; over the published settings
     methods:
       - sclip
       - name: naclip with PAMR
@@ -45,13 +45,18 @@ class Variant:
     method: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
-    def config_overrides(self, benchmark: str = "") -> list[str]:
-        """Return KEY VALUE in turn: the published settings on a benchmark, if one is given, then its own."""
+    def config_overrides(self, benchmark: str = "", common: Mapping[str, Any] | None = None) -> list[str]:
+        """Return KEY VALUE in turn; later ones win.
+
+        Args:
+            benchmark: its published settings come first; "": those of the config.
+            common: the overrides of all methods, which come before the variant's own.
+        """
         if benchmark:
             published = protocol_overrides(self.method, benchmark)
         else:
             published = ["MODEL.ZERO_SHOT.METHOD", self.method]
-        own = [entry for pair in self.overrides.items() for entry in pair]
+        own = [entry for pair in {**(common or {}), **self.overrides}.items() for entry in pair]
         return [str(entry) for entry in (*published, *own)]
 
 
