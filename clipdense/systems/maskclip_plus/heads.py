@@ -150,7 +150,7 @@ class DeepLabV2TextHead(nn.Module):
         self.ignore_value, self.loss_weight = ignore_value, loss_weight
         self.hard_pixels = hard_pixels or HardPixels()
         width = classifier.text.shape[1]
-        self.branches = nn.ModuleList(
+        branches = [
             Conv2d(
                 shape.channels,
                 width,
@@ -162,9 +162,10 @@ class DeepLabV2TextHead(nn.Module):
                 activation=F.relu,
             )
             for dilation in dilations
-        )
-        for branch in self.branches:
+        ]
+        for branch in branches:
             nn.init.kaiming_normal_(branch.weight, mode="fan_out", nonlinearity="relu")
+        self.branches = nn.ModuleList(branches)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:

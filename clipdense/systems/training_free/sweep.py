@@ -18,7 +18,7 @@ A table file (YAML)::
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,14 @@ class Sweep:
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names):
             raise ValueError(f"two methods have one name: {', '.join(names)}; give each a name of its own")
-        for value, known, what in (
-            *((variant.method, METHODS, "method") for variant in self.variants),
-            *((benchmark, DATASETS, "benchmark") for benchmark in self.benchmarks),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        _check_known("method", [variant.method for variant in self.variants], METHODS)
+        _check_known("benchmark", self.benchmarks, DATASETS)
+
+
+def _check_known(what: str, names: Sequence[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
 
 def load_sweep(path: str | os.PathLike[str]) -> Sweep:
