@@ -29,7 +29,9 @@ DETECTORS = [
     name.removeprefix("configs/")
     for name in CONFIGS
     if name.startswith("configs/")
-    and not Path(name).name.startswith(("adapt_", "clip_", "clipself_", "prompt_", "segclip_", "zero_shot_"))
+    and not Path(name).name.startswith(
+        ("adapt_", "clip_", "clippy_", "clipself_", "pacl_", "prompt_", "segclip_", "zero_shot_")
+    )
 ]
 UNTRAINED = [name for name in CONFIGS if Path(name).name.startswith("zero_shot_")]
 PROJECTS = [name for name in CONFIGS if name.startswith("projects/")]

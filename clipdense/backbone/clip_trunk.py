@@ -185,7 +185,8 @@ def clip_from_config(cfg: CN, *, text: bool = True, in_backbone: bool = False) -
             whether its weights are downloaded.
 
     Raises:
-        ValueError: If MODEL.CLIP.CONFIG is set together with MODEL.CLIP.PRETRAINED. See also `load_clip`.
+        ValueError: If MODEL.CLIP.CONFIG is set together with MODEL.CLIP.PRETRAINED, or a key does not fit the
+            image tower. See also `load_clip`.
     """
     keys = cfg.MODEL.CLIP
     if keys.CONFIG:
@@ -208,6 +209,8 @@ def clip_from_config(cfg: CN, *, text: bool = True, in_backbone: bool = False) -
         )
     if keys.POSITION_GRID:
         clip.visual.resize_positions(keys.POSITION_GRID)
+    if keys.PATCH_STRIDE:
+        clip.visual.set_patch_stride(keys.PATCH_STRIDE)
     if keys.DOUBLE_CLASS_EMBEDDING:
         clip.visual.double_class_embedding()
     if keys.DROP_PATH:

@@ -147,7 +147,8 @@ def freeze_unused(tower: Tower, request: TowerRequest) -> None:
         request: outputs among ``dense`` and ``pooled`` that the loss is computed from.
     """
     parameters = [p for p in tower.parameters() if p.requires_grad]
-    image = torch.zeros(1, 3, tower.stride, tower.stride, device=parameters[0].device)
+    side = tower.smallest_side
+    image = torch.zeros(1, 3, side, side, device=parameters[0].device)
     with torch.enable_grad():
         output = tower(image, request)
         total = output.pooled.sum() if request.pooled else image.new_zeros(())

@@ -128,6 +128,7 @@ def rope_table(
     temperature: float = 10000.0,
     offset: float = 0.0,
     order: str = "ij",
+    spacing: float = 1.0,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute sine and cosine (h * w, head_dim) of axial RoPE, tokens row-major.
@@ -143,15 +144,18 @@ def rope_table(
         temperature: base of the frequencies.
         offset: added to every position (Perception Encoder: 1).
         order: "ij" puts the row half first, "xy" the column half.
+        spacing: distance of neighbouring patches, as a share of a patch; less than 1 if patches overlap.
+            Positions count whole patches, and each patch has that of its centre.
         device: device of the result.
     """
     steps = torch.arange(head_dim // 4, device=device, dtype=torch.float32)
     bands = temperature ** (-steps / (head_dim // 4))
     axes = []
     for axis, size in enumerate(grid):
-        position = torch.arange(size, device=device, dtype=torch.float32) + offset
+        centre = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) * spacing
+        position = centre - 0.5 + offset
         if reference is not None:
-            position = position / size * reference[axis]
+            position = position / (size * spacing) * reference[axis]
         axes.append(torch.outer(position, bands).repeat_interleave(2, dim=1))
     rows = axes[0][:, None].expand(*grid, -1)
     columns = axes[1][None].expand(*grid, -1)

@@ -87,7 +87,7 @@ class VisualPrompts(nn.Module):
             count,
             tower.tap_channels[0],
             len(tower.blocks),
-            patch_size=tower.stride,
+            patch_size=tower.patch_size,
             deep=deep,
             project=project,
             dropout=dropout,

@@ -29,6 +29,11 @@ def add_data_config(cfg: CN) -> None:
     # Images without annotations: a list of "name:folder", "name:images.json:image_folder" (COCO's list of
     # images) or "name:shards/{000..331}.tar" (webdataset). "~" and environment variables are expanded.
     cfg.DATASETS.IMAGES = []
+    # Images with captions: a list of "name:captions.json:image_folder" (COCO's captions),
+    # "name:captions.jsonl" (file_name and a list of captions in each line), "name:folder" or
+    # "name:shards/{000..331}.tar" (webdataset); in the last two, each image has a text file of the same name
+    # with one caption a line. "~" and environment variables are expanded.
+    cfg.DATASETS.CAPTIONS = []
     # Mask-category pairs: a list of "name:pairs.jsonl" (images beside it), "name:pairs.parquet:image_folder",
     # or "name:dataset": the annotated segments of a registered dataset with their class names.
     # Several names in DATASETS.TRAIN are mixed, uniformly over all pairs.
@@ -37,6 +42,15 @@ def add_data_config(cfg: CN) -> None:
     # "name:dataset" (all objects), "name:dataset:shots" (that many of each class) or
     # "name:dataset:shots:seed".
     cfg.DATASETS.OBJECT_CROPS = []
+    # CaptionMapper (images with captions): side of the training images in pixels.
+    cfg.INPUT.CAPTION = CN()
+    cfg.INPUT.CAPTION.SIZE = 224
+    # Range of the area of a random crop, as a share of the image.
+    cfg.INPUT.CAPTION.CROP_SCALE = (0.5, 1.0)
+    # Share of the captions, 0 to 1, that are replaced by a prompt about one of their nouns (needs spaCy), and
+    # the templates of these prompts.
+    cfg.INPUT.CAPTION.NOUN_SHARE = 0.0
+    cfg.INPUT.CAPTION.NOUN_TEMPLATES = "sub_imagenet_7"
     # ObjectCropMapper: side of the images in pixels.
     cfg.INPUT.OBJECT_CROP = CN()
     cfg.INPUT.OBJECT_CROP.SIZE = 224

@@ -11,9 +11,12 @@ from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
+from clipdense.evaluation.patches import CoherenceEvaluator, GroupingEvaluator
 from clipdense.evaluation.probes import (
     CLIPProbe,
     DenseProbe,
+    MapProbe,
+    PatchProbe,
     Probes,
     RegionEncoderProbe,
     RegionProbe,
@@ -24,15 +27,19 @@ from clipdense.evaluation.semantic import SemanticEvaluator
 
 __all__ = [
     "CLIPProbe",
+    "CoherenceEvaluator",
     "CropClassificationEvaluator",
     "DenseProbe",
     "DenseRegionEvaluator",
     "DenseView",
     "EVALUATOR_REGISTRY",
+    "GroupingEvaluator",
     "InstanceEvaluator",
+    "MapProbe",
     "MaskClassificationEvaluator",
     "OracleClassEvaluator",
     "PanopticEvaluator",
+    "PatchProbe",
     "Probes",
     "RegionEncoderProbe",
     "RegionProbe",

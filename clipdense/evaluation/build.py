@@ -11,6 +11,7 @@ from clipdense.evaluation.dense_regions import DenseRegionEvaluator, DenseView
 from clipdense.evaluation.instances import InstanceEvaluator
 from clipdense.evaluation.mask_classification import MaskClassificationEvaluator
 from clipdense.evaluation.panoptic import PanopticEvaluator
+from clipdense.evaluation.patches import CoherenceEvaluator, GroupingEvaluator
 from clipdense.evaluation.probes import DenseProbe, Probes
 from clipdense.evaluation.proposals import OracleClassEvaluator
 from clipdense.evaluation.semantic import SemanticEvaluator
@@ -72,11 +73,12 @@ def lvis(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> Da
 @EVALUATOR_REGISTRY.register()
 def sem_seg(cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes) -> DatasetEvaluator:
     """Evaluate semantic segmentation, and the oracles that apply: classes of mask proposals, and of
-    ground-truth masks if the model provides a region probe."""
+    ground-truth masks if the model provides a region probe. ``TEST.PATCHES`` adds the measures of patches."""
     return AlternativeEvaluators(
         [
             *_semantic_and_oracle(cfg, dataset_name, output_dir),
             *_mask_classification(cfg, dataset_name, output_dir, probes),
+            *_patch_measures(cfg, dataset_name, output_dir, probes),
         ]
     )
 
@@ -191,6 +193,20 @@ def _mask_classification(
             separator="," if cfg.DATASETS.SPLIT_NAMES else None,
         )
     ]
+
+
+def _patch_measures(
+    cfg: CfgNode, dataset_name: str, output_dir: str, probes: Probes
+) -> list[DatasetEvaluator]:
+    """Build the evaluators of ``TEST.PATCHES``; empty without any, or if the model has no patch probe."""
+    keys, evaluators = cfg.TEST.PATCHES, list[DatasetEvaluator]()
+    if probes.patches is not None and keys.COHERENCE:
+        evaluators.append(CoherenceEvaluator(dataset_name, probes.patches, output_dir))
+    if probes.patches is not None and keys.GROUPS:
+        evaluators.append(
+            GroupingEvaluator(dataset_name, probes.patches, output_dir, groups=keys.GROUPS, how=keys.GROUPING)
+        )
+    return evaluators
 
 
 def _semantic_and_oracle(cfg: CfgNode, dataset_name: str, output_dir: str) -> list[DatasetEvaluator]:

@@ -41,6 +41,16 @@ def add_evaluation_config(cfg: CN) -> None:
     # File with the class embeddings, used instead of the text encoder (see tools/make_text_table.py).
     cfg.TEST.DENSE_REGIONS.TABLE = ""
 
+    # Measures of patch features on semantic datasets, for models that provide a patch probe (PACL, CLIPpy,
+    # ZeroShotSegmentor). Semantic coherence: how well the cosine of two patches tells whether they have one
+    # class.
+    cfg.TEST.PATCHES = CN()
+    cfg.TEST.PATCHES.COHERENCE = False
+    # Perceptual grouping: number of groups in an image that are compared with its segments; 0: not measured.
+    cfg.TEST.PATCHES.GROUPS = 0
+    # How patches are grouped: "kmeans", or "principal" (the leading principal directions are the centres).
+    cfg.TEST.PATCHES.GROUPING = "kmeans"
+
     # Classification of ground-truth masks, for models that provide a region probe.
     cfg.TEST.MASK_CLASSIFICATION = CN()
     # Templates for classifying ground-truth masks.

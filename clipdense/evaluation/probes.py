@@ -9,28 +9,32 @@ evaluator never sees the model, and a model never returns itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipdense.clip import ClipModel
 from clipdense.clip.text import TextBank
 from clipdense.clip.towers import Tower
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.clip.windows import dense_map
+from clipdense.clip.windows import dense_map, tile_map
 from clipdense.data.letterbox import letterbox
 from clipdense.regions import RegionEncoder
 
 __all__ = [
     "CLIPProbe",
     "DenseProbe",
+    "MapProbe",
+    "PatchProbe",
     "Probes",
     "ProvidesDenseProbe",
+    "ProvidesPatchProbe",
     "ProvidesRegionProbe",
     "RegionEncoderProbe",
     "RegionProbe",
@@ -89,6 +93,25 @@ class RegionProbe(Protocol):
         """Embed the class names as L2-normalised vectors (K, D) on the CPU, in the order of the classes."""
 
 
+class PatchProbe(Protocol):
+    """Features of the patches of an image, in a space of their own: no class embeddings are needed."""
+
+    def patch_features(self, image: Uint8) -> Tensor:
+        """Compute the features of an image (H, W, 3), uint8 RGB.
+
+        Returns:
+            (C, h, w) float32 on the CPU, not L2-normalised; its cells divide the image evenly.
+        """
+
+
+@runtime_checkable
+class ProvidesPatchProbe(Protocol):
+    """A model that `CoherenceEvaluator` and `GroupingEvaluator` can measure."""
+
+    def patch_probe(self) -> PatchProbe:
+        """Return a probe of the current weights; it is used in evaluation mode, without gradients."""
+
+
 @runtime_checkable
 class ProvidesDenseProbe(Protocol):
     """A model that `DenseRegionEvaluator` can measure."""
@@ -111,6 +134,7 @@ class Probes:
 
     dense: DenseProbe | None = None
     regions: RegionProbe | None = None
+    patches: PatchProbe | None = None
 
 
 def model_probes(model: Any) -> Probes:
@@ -118,6 +142,7 @@ def model_probes(model: Any) -> Probes:
     return Probes(
         dense=model.dense_probe() if isinstance(model, ProvidesDenseProbe) else None,
         regions=model.region_probe() if isinstance(model, ProvidesRegionProbe) else None,
+        patches=model.patch_probe() if isinstance(model, ProvidesPatchProbe) else None,
     )
 
 
@@ -181,6 +206,37 @@ class CLIPProbe:
     def _normalize(self, images: Uint8) -> Tensor:
         """Convert (B, H, W, 3) uint8 RGB to the (B, 3, H, W) input of the CLIP, on its device."""
         return self.clip.normalize(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+class MapProbe:
+    """The `PatchProbe` of a function from normalised images to maps.
+
+    Args:
+        encode: from (1, 3, H, W), normalised, to (1, C, H // stride, W // stride).
+        normalize: from RGB images (1, 3, H, W), 0..255, to normalised ones on the model's device.
+        stride: of the maps, in pixels; images are resized bilinearly to multiples of it.
+        window: side in pixels of the windows that are encoded on their own, see `tile_map`; 0: whole images.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        normalize: Callable[[Tensor], Tensor],
+        stride: int,
+        *,
+        window: int = 0,
+    ) -> None:
+        self.encode, self.normalize = encode, normalize
+        self.stride, self.window = stride, window
+
+    @torch.no_grad()
+    def patch_features(self, image: Uint8) -> Tensor:
+        """See `PatchProbe.patch_features`."""
+        pixels = self.normalize(torch.from_numpy(image).permute(2, 0, 1)[None])
+        size = [max(1, round(side / self.stride)) * self.stride for side in pixels.shape[-2:]]
+        if size != list(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
+        return tile_map(self.encode, pixels, self.stride, self.window)[0].float().cpu()
 
 
 class RegionEncoderProbe:

@@ -4,6 +4,7 @@ background rules, refinement and propagation of maps."""
 from clipdense.inference.background import max_over_synonyms, reject_pixels, suppress_absent_classes
 from clipdense.inference.maskclip import Refinements, maskclip_cosines, projected_keys, refine_cosines
 from clipdense.inference.pamr import pamr, pamr_weights, refine_masks
+from clipdense.inference.patch_windows import PatchWindows, segment_by_patches
 from clipdense.inference.patches import patch_modes
 from clipdense.inference.propagation import (
     PixelGraph,
@@ -50,6 +51,7 @@ from clipdense.inference.zero_shot import (
 __all__ = [
     "MaskDecoder",
     "MergeSettings",
+    "PatchWindows",
     "PixelGraph",
     "Prompts",
     "RefineSettings",
@@ -83,6 +85,7 @@ __all__ = [
     "refine_cosines",
     "refine_masks",
     "reject_pixels",
+    "segment_by_patches",
     "semantic_labels",
     "semantic_map",
     "semantic_output",

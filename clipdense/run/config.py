@@ -60,6 +60,9 @@ def _add_clip_keys(cfg: CN) -> None:
     # Side of the grid to which the position table is resized (bilinearly) when the model is built, in cells;
     # 0 keeps the pretrained grid.
     cfg.MODEL.CLIP.POSITION_GRID = 0
+    # ViTs: distance of neighbouring patches in pixels, 1 to the patch size; 0: the patch size. A smaller
+    # one lets patches overlap: half of it gives a map of twice the height and width.
+    cfg.MODEL.CLIP.PATCH_STRIDE = 0
     # ViTs: add the class embedding twice, as the published segmentors of DenseCLIP do. False is CLIP.
     cfg.MODEL.CLIP.DOUBLE_CLASS_EMBEDDING = False
     # ViTs: rate of stochastic depth in the last block of the image tower; it rises linearly from 0 in the

@@ -34,6 +34,7 @@ from clipdense.run.config_checks import (
     text,
     whole,
 )
+from clipdense.run.config_table_captions import CAPTION_CHECKS
 from clipdense.run.config_table_mask_pooling import MASK_POOLING_CHECKS
 from clipdense.run.config_zero_shot import ZERO_SHOT_CHECKS
 from clipdense.systems.catseg.loss import IgnoredPixels
@@ -296,6 +297,7 @@ _MODEL: dict[str, Check] = {
 _CLIP: dict[str, Check] = {
     "MODEL.CLIP.POSITION_RULE": choice(*POSITION_RULES),
     "MODEL.CLIP.POSITION_GRID": _COUNT,
+    "MODEL.CLIP.PATCH_STRIDE": _COUNT,
     "MODEL.CLIP.DROP_PATH": number(0, below=1),
     "MODEL.TRUNK.BLOCKS": items(_COUNT),
     "MODEL.TRUNK.NAME": _entries(BACKBONE_REGISTRY),
@@ -456,26 +458,6 @@ _SYSTEMS: dict[str, Check] = {
     "MODEL.TWO_STAGE.SCORES.BETA": _SHARE,
     "MODEL.TWO_STAGE.SCORES.MIN_QUERY_SCORE": _SHARE,
     "MODEL.TWO_STAGE.CALIBRATION": number(),
-    "MODEL.SEGCLIP.CENTERS": _POSITIVE,
-    "MODEL.SEGCLIP.GROUP_LAYERS": _POSITIVE,
-    "MODEL.SEGCLIP.CROSS_LAYERS": _COUNT,
-    "MODEL.SEGCLIP.RECONSTRUCT_LAYERS": _COUNT,
-    "MODEL.SEGCLIP.DECODER.WIDTH": _POSITIVE,
-    "MODEL.SEGCLIP.DECODER.DEPTH": _COUNT,
-    "MODEL.SEGCLIP.DECODER.HEADS": _POSITIVE,
-    "MODEL.SEGCLIP.KEEP": number(above=0, below=1),
-    "MODEL.SEGCLIP.RECONSTRUCTION_WEIGHT": _AT_LEAST_0,
-    "MODEL.SEGCLIP.SUPERPIXEL_WEIGHT": _AT_LEAST_0,
-    "MODEL.SEGCLIP.MAX_LOGIT_SCALE": number(1),
-    "MODEL.SEGCLIP.TEMPLATES": _TEMPLATES,
-    "MODEL.SEGCLIP.WINDOW": _POSITIVE,
-    "MODEL.SEGCLIP.STRIDE": _POSITIVE,
-    "MODEL.SEGCLIP.TOP_CLASSES": _COUNT,
-    "INPUT.SEGCLIP.SIZE": _POSITIVE,
-    "INPUT.SEGCLIP.PATCH": _POSITIVE,
-    "INPUT.SEGCLIP.CROP_SCALE": _RANGE,
-    "INPUT.SEGCLIP.SUPERPIXELS": items(_AT_LEAST_0, length=3),
-    "INPUT.SEGCLIP.PATCH_LABEL": choice("majority", "mean"),
     "MODEL.PROMPTED_CLIP.TEMPLATES": _TEMPLATES,
     "MODEL.PROMPTED_CLIP.DENSE": choice(*MODES),
     "MODEL.PROMPTED_CLIP.ALIGNMENT_WEIGHT": _AT_LEAST_0,
@@ -494,6 +476,7 @@ CHECKS: dict[str, Check] = {
     **{f"MODEL.TWO_STAGE.{key}": check for key, check in _CROP.items()},
     **{f"MODEL.MASK_ADAPTED_CLIP.{key}": check for key, check in _CROP.items()},
     **ZERO_SHOT_CHECKS,
+    **CAPTION_CHECKS,
     **MASK_POOLING_CHECKS,
     **_SYSTEMS,
 }

@@ -80,7 +80,7 @@ class Tower(nn.Module):
     Attributes:
         embed_dim: D of the joint space.
         stride: stride of `dense` and `pre`, in pixels.
-        grid: (h, w) of the native dense map.
+        grid: (h, w) of the dense map on which the tower was trained, and of its position table.
         image_size: native (H, W), in pixels.
         tap_channels: number of channels by tap.
         tap_strides: stride in pixels by tap.
@@ -115,11 +115,12 @@ class Tower(nn.Module):
         """Compute the requested outputs.
 
         Args:
-            images: (B, 3, H, W), normalised; both sides at least one stride.
+            images: (B, 3, H, W), normalised; both sides at least `smallest_side`.
             request: outputs to compute.
 
         Raises:
-            ValueError: If an image is smaller than the stride, or the tower does not have a requested output.
+            ValueError: If an image is smaller than `smallest_side`, or the tower does not have a requested
+                output.
         """
         self.check(images, request)
         return self.features(images.to(self.dtype), request)
@@ -171,6 +172,14 @@ class Tower(nn.Module):
         owner.positional_embedding = nn.Parameter(table.contiguous())
         self.grid = (side, side)
 
+    def set_patch_stride(self, stride: int) -> None:
+        """Set the distance of neighbouring patches in pixels; see `TransformerTower.set_patch_stride`.
+
+        Raises:
+            ValueError: If the tower has no patches, or the stride does not fit them.
+        """
+        raise self.cannot("another patch stride", "only ViTs have patches")
+
     def double_class_embedding(self) -> None:
         """Add the class embedding twice from now on, as the published segmentors of DenseCLIP do.
 
@@ -200,16 +209,21 @@ class Tower(nn.Module):
         raise self.cannot("region embeddings of masks", _POOL_DENSE)
 
     @property
+    def smallest_side(self) -> int:
+        """Smallest side of an image in pixels."""
+        return self.stride
+
+    @property
     def dtype(self) -> torch.dtype:
         """Data type of the weights; images are cast to it."""
         return next(p.dtype for p in self.parameters() if p.dim() == 4)
 
     def check(self, images: Tensor, request: TowerRequest) -> None:
         """Raise ValueError for images or requested outputs that do not fit the tower."""
-        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.stride:
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.smallest_side:
             raise ValueError(
-                f"{type(self).__name__} takes images (B, 3, H, W) of at least {self.stride} px a side, not "
-                f"{tuple(images.shape)}"
+                f"{type(self).__name__} takes images (B, 3, H, W) of at least {self.smallest_side} px a "
+                f"side, not {tuple(images.shape)}"
             )
         for tap in request.taps:
             if tap not in self.tap_channels:

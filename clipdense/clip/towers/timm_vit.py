@@ -49,7 +49,7 @@ class TimmViTTower(TransformerTower):
             raise ValueError(
                 f"this {type(rope).__name__} is not supported, only axial RoPE of interleaved pairs"
             )
-        self.stride = patches.patch_size[0]
+        self.stride = self.patch_size = patches.patch_size[0]
         self.grid, self.image_size = tuple(patches.grid_size), tuple(patches.img_size)
         self.prefix, self.class_token = trunk.num_prefix_tokens, trunk.cls_token is not None
         self.pools_class_token = self.class_token and trunk.global_pool == "token"
@@ -125,7 +125,7 @@ class TimmViTTower(TransformerTower):
     def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
         """Embed images: norm_pre([class; registers; patches] + positions), with the grid's RoPE table."""
         trunk = self.trunk
-        patches = trunk.patch_embed.proj(images)
+        patches = self.convolve_patches(images, trunk.patch_embed.proj)
         h, w = patches.shape[-2:]
         patches = trunk.patch_embed.norm(patches.flatten(2).transpose(1, 2))
         stream = TokenStream(patches, (h, w), rope=self._rope((h, w)))
@@ -191,6 +191,7 @@ class TimmViTTower(TransformerTower):
             temperature=rope.temperature,
             offset=rope.grid_offset,
             order=rope.grid_indexing,
+            spacing=self.stride / self.patch_size,
             device=rope.bands.device,
         )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +45,7 @@ class TransformerTower(Tower):
     `pre` is the normed patch map, the input of `project`. `keys` are the keys of the last block.
 
     Attributes:
+        patch_size: side of a patch in pixels; `stride` equals it unless `set_patch_stride` changed it.
         prefix: number of tokens before the patches.
         class_token: whether the first of them is a class token.
         pools_class_token: whether the image embedding is project(norm_tokens(class token)).
@@ -52,6 +54,7 @@ class TransformerTower(Tower):
     """
 
     has_keys = True
+    patch_size: int
     prefix: int
     class_token: bool = True
     pools_class_token: bool
@@ -81,6 +84,45 @@ class TransformerTower(Tower):
     def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
         """Embed images as the token stream that enters block 0."""
         raise NotImplementedError
+
+    def set_patch_stride(self, stride: int) -> None:
+        """Let patches overlap: a smaller stride of the patch convolution gives a larger map.
+
+        The images are extended by half the overlap on each side, with copies of their border. A cell of the
+        map is therefore the middle of its patch, the map has H // stride rows, and each patch keeps the
+        position of its centre. (PACL and others do not extend the image: the map has (H - patch) // stride +
+        1 rows and covers the image without its border.) The number of tokens grows with
+        (patch size / stride)^2, and the cost of the attention with the square of that.
+
+        Args:
+            stride: in pixels, 1 to the patch size. The patch size restores the plain tower.
+
+        Raises:
+            ValueError: If the stride is larger than the patch size, or smaller than 1.
+
+        Source: Mukhoti et al., PACL, CVPR 2023, section 4 (inference); Amir et al., Deep ViT Features, 2021.
+        """
+        if not 1 <= stride <= self.patch_size:
+            raise self.cannot(
+                f"a patch stride of {stride} pixels", f"its patches allow 1 to {self.patch_size}"
+            )
+        self.stride = stride
+        self.tap_strides = dict.fromkeys(self.tap_strides, stride)
+
+    @property
+    def smallest_side(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_size
+
+    def convolve_patches(self, images: Tensor, convolution: nn.Conv2d) -> Tensor:
+        """Embed the patches of images (B, 3, H, W) as a map (B, C, H // stride, W // stride)."""
+        overlap = self.patch_size - self.stride
+        if not overlap:
+            patches: Tensor = convolution(images)
+            return patches
+        before, after = overlap // 2, overlap - overlap // 2
+        extended = F.pad(images, (before, after, before, after), mode="replicate")
+        return F.conv2d(extended, convolution.weight, convolution.bias, stride=self.stride)
 
     def norm_tokens(self, x: Tensor) -> Tensor:
         """Apply the final norm to tokens (B, L, C)."""

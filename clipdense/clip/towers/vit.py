@@ -47,7 +47,7 @@ class ViTTower(TransformerTower):
             )
         if visual.patch_size[0] != visual.patch_size[1]:
             raise ValueError(f"patches of {visual.patch_size} are not square")
-        self.stride = visual.patch_size[0]
+        self.stride = self.patch_size = visual.patch_size[0]
         self.grid, self.image_size = tuple(visual.grid_size), tuple(visual.image_size)
         self.embed_dim = visual.output_dim
         self.pool_type, self.pool_first = visual.pool_type, visual.final_ln_after_pool
@@ -92,7 +92,7 @@ class ViTTower(TransformerTower):
 
     def embed(self, images: Tensor, hook: BlockHook | None) -> TokenStream:
         """Embed images: ln_pre([class; patches] + positions)."""
-        patches = self.conv1(images)
+        patches = self.convolve_patches(images, self.conv1)
         h, w = patches.shape[-2:]
         stream = TokenStream(patches.flatten(2).transpose(1, 2), (h, w))
         if hook:

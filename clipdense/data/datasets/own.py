@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from clipdense.data.datasets.captions import register_captions
 from clipdense.data.datasets.images import register_images
 from clipdense.data.datasets.label_maps import register_label_maps
 from clipdense.data.datasets.layouts import DatasetDicts, load_instances
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def register_from_config(cfg: CfgNode) -> None:
-    """Register the datasets of ``DATASETS.COCO_JSON``, ``LABEL_MAPS``, ``IMAGES``, ``MASK_PAIRS`` and
-    ``OBJECT_CROPS``.
+    """Register the datasets of ``DATASETS.COCO_JSON``, ``LABEL_MAPS``, ``IMAGES``, ``CAPTIONS``,
+    ``MASK_PAIRS`` and ``OBJECT_CROPS``.
 
     The set-up of a run, `Predictor` and the tools call it once for each process; everything else takes
     registered names. Calling it again with the same entries changes nothing.
@@ -42,6 +43,13 @@ def register_from_config(cfg: CfgNode) -> None:
         "name:folder, name:images.json:image_folder or name:shards.tar (example: photos:data/photos)",
     ):
         register_images(*fields)
+    for fields in _entries(
+        cfg,
+        "CAPTIONS",
+        "name:captions.json:image_folder, name:captions.jsonl, name:folder or name:shards.tar "
+        "(example: pairs:data/pairs.tar)",
+    ):
+        register_captions(*fields)
     for fields in _entries(
         cfg,
         "MASK_PAIRS",

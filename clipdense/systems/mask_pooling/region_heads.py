@@ -76,7 +76,8 @@ def embed_token_regions(
     """
     tower = token_tower(clip.visual)
     pixels = F.interpolate(images.float(), size=tower.image_size, mode="bilinear", align_corners=False)
-    weights = region_masks(mask_logits, tower.grid, masks, cell=tower.stride)
+    grid = (tower.image_size[0] // tower.stride, tower.image_size[1] // tower.stride)
+    weights = region_masks(mask_logits, grid, masks, cell=tower.stride)
     embeddings = embed_mask_tokens(tower, clip.normalize(pixels), weights.float())
     return RegionEmbeddings(embeddings, weights.flatten(2).any(2))
 

@@ -63,11 +63,14 @@ class SegCLIPTower(nn.Module):
             cross_layers, mixed_keys: see `SemanticGroups`.
 
         Raises:
-            ValueError: If the tower is not open_clip's ViT with a class token, or has too few blocks.
+            ValueError: If the tower is not open_clip's ViT with a class token, has too few blocks, or has
+                overlapping patches.
         """
         super().__init__()
         if not isinstance(tower, ViTTower) or not tower.pools_class_token:
             raise tower.cannot("semantic groups", "SegCLIP needs open_clip's ViT with a class token")
+        if tower.stride != tower.patch_size:
+            raise tower.cannot("semantic groups", "its patches overlap: set MODEL.CLIP.PATCH_STRIDE 0")
         blocks = list(tower.blocks)
         if not 0 < group_layers < len(blocks) or reconstruct_layers > len(blocks):
             raise tower.cannot(
@@ -75,7 +78,7 @@ class SegCLIPTower(nn.Module):
                 f"it has {len(blocks)} blocks, of which at least one works on patches",
             )
         width, heads = tower.conv1.out_channels, tower.block(0).heads
-        self.native_grid, self.patch_size = tower.grid, tower.stride
+        self.native_grid, self.patch_size = tower.grid, tower.patch_size
         self.position_rule = tower.position_rule
         self.conv1, self.ln_pre, self.ln_post = tower.conv1, tower.ln_pre, tower.ln_post
         # in the published files; the class token is dropped before the first block

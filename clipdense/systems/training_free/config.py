@@ -10,7 +10,7 @@ def add_training_free_config(cfg: CN) -> None:
     """Add ``MODEL.ZERO_SHOT``, the keys of ``MODEL.META_ARCHITECTURE: ZeroShotSegmentor`` (in place)."""
     keys = cfg.MODEL.ZERO_SHOT = CN()
     # The method: clip, maskclip, sclip, clearclip, gem, naclip, resclip, scclip, sfp, radseg, proxyclip,
-    # trident, corrclip or lposs. clip and maskclip also fit ResNets, the others need a ViT.
+    # trident, corrclip, pacl or lposs. clip, maskclip and pacl also fit ResNets, the others need a ViT.
     keys.METHOD = "sclip"
     # Options of the method, names and values in turn, such as ["gaussian_std", 3.0, "full", True]. A wrong
     # name is an error that lists those of the method.
@@ -53,6 +53,8 @@ def add_training_free_config(cfg: CN) -> None:
     keys.PROMPT_DENOISING = 0.0
     keys.KEY_SMOOTHING = 0.0
     keys.KEY_NORM = "channels"
+    # pacl: file of the patch embedder (export.safetensors of a training of PACL on the same CLIP).
+    keys.EMBEDDER = ""
     # CorrCLIP: a folder of label maps (.png) named as the images, or "sam".
     keys.REGIONS = ""
     # The second model of proxyclip, trident, corrclip and lposs: a name of timm, such as

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clipdense.clip import ClipModel, TowerRequest
 from clipdense.clip.attention import History, get_mode
 from clipdense.clip.attention.residual import semantic_feedback
+from clipdense.clip.patch_embedder import PatchEmbedder, patch_channels
 from clipdense.clip.towers import ResNetTower, TowerOutput, TransformerTower
 from clipdense.inference import (
     Refinements,
@@ -122,11 +123,12 @@ class DenseEncoder(nn.Module):
         refinements: MaskCLIP's refinements.
         features: second model, for methods that read one.
         sam: SAM, for Trident.
+        embedder: patch embedder, for PACL; on CPU or the device of the CLIP.
         memo: shared by the encoders of one CLIP that see the same images; None computes everything anew.
 
     Raises:
         ValueError: If the method is unknown or does not fit the tower, an option is unknown, or a second
-            model is missing.
+            model is missing or does not fit.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class DenseEncoder(nn.Module):
         refinements: Refinements | None = None,
         features: FeatureModel | TowerFeatures | None = None,
         sam: SamModel | None = None,
+        embedder: PatchEmbedder | None = None,
         memo: Memo | None = None,
     ) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class DenseEncoder(nn.Module):
         self.name, self.method = method, METHODS[method]
         self.windows = windows or WindowSettings()
         self.refinements = refinements or Refinements()
-        self.features, self.sam = features, sam
+        self.features, self.sam, self.embedder = features, sam, embedder
         self.options = dict(options or {})
         self._check()
         padding = self.windows.padding if self.windows.padding >= 0 else self.method.padding
@@ -173,11 +176,28 @@ class DenseEncoder(nn.Module):
             )
         if method.kind == "trident" and self.sam is None:
             raise ValueError("method 'trident' needs SAM: set MODEL.ZERO_SHOT.SAM.NAME")
+        if method.embedder:
+            self._check_embedder()
         known = {*_STEP_OPTIONS[method.kind], *self._mode_options()}
         if unknown := sorted(set(self.options) - known):
             raise ValueError(
                 f"method '{self.name}' has no option {', '.join(unknown)}; its options are "
                 f"{', '.join(sorted(known)) or 'none'}"
+            )
+
+    def _check_embedder(self) -> None:
+        if self.embedder is None:
+            raise ValueError(
+                "method 'pacl' needs a patch embedder: set MODEL.ZERO_SHOT.EMBEDDER to the "
+                "export.safetensors of a training with MODEL.META_ARCHITECTURE PACL"
+            )
+        tower, embedder = self.clip.visual, self.embedder
+        expected = patch_channels(tower), self.clip.embed_dim
+        found = embedder.in_channels, embedder.embed_dim
+        if found != expected or embedder.mode not in tower.dense_modes:
+            raise ValueError(
+                f"MODEL.ZERO_SHOT.EMBEDDER maps {found[0]} to {found[1]} channels of mode '{embedder.mode}', "
+                f"and '{self.clip.name}' has {expected[0]} and {expected[1]}: it was trained on another CLIP"
             )
 
     def _mode_options(self) -> tuple[str, ...]:
@@ -236,7 +256,22 @@ class DenseEncoder(nn.Module):
             return text_cosines(self._resclip(crops, text, scale), text)
         if self.refinements.key_smoothing or self.refinements.prompt_denoising:
             return self._refined(crops, text)
-        return text_cosines(self._dense(crops), text)
+        return text_cosines(self.patch_map(crops), text)
+
+    @torch.no_grad()
+    def patch_map(self, crops: Tensor) -> Tensor:
+        """Embed the patches of normalised windows (n, 3, H, W) as (n, D, h, w), not L2-normalised.
+
+        Raises:
+            ValueError: If the method compares more than the patches of a window with the names.
+        """
+        if self.method.kind != "mode":
+            raise ValueError(f"method '{self.name}' has no map of patches alone: measure another method")
+        if self.embedder is not None and self.method.embedder:
+            request = TowerRequest(pre=True, dense=self.embedder.mode)
+            embedded: Tensor = self.embedder(self.clip.visual(crops, request).pre)
+            return embedded
+        return self._dense(crops)
 
     def _dense(self, crops: Tensor) -> Tensor:
         method = self.method

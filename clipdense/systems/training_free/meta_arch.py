@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip import ClipModel
+from clipdense.clip.patch_embedder import load_patch_embedder
 from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary, canonical
 from clipdense.data.image import read_labels
+from clipdense.evaluation.probes import MapProbe, PatchProbe
 from clipdense.inference import (
     Refinements,
     RefineSettings,
@@ -163,9 +165,11 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
             table = find_table(keys.TEXT_TABLE, datasets_root(), key="MODEL.ZERO_SHOT.TEXT_TABLE")
         clip = clip_from_config(cfg, text=table is None) if clip is None else clip
         method = METHODS.get(keys.METHOD)
-        features, sam = None, None
+        features, sam, embedder = None, None, None
         if keys.FEATURES.NAME and method is not None and method.features:
             features = build_features(keys.FEATURES.NAME, keys.FEATURES.PRETRAINED, method.features)
+        if keys.EMBEDDER and method is not None and method.embedder:
+            embedder = load_patch_embedder(keys.EMBEDDER)
         if keys.SAM.NAME:
             sam = SamModel.create(keys.SAM.NAME, keys.SAM.PRETRAINED)
         refine = RefineSettings(
@@ -182,6 +186,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
                 refinements=Refinements(keys.PROMPT_DENOISING, keys.KEY_SMOOTHING, keys.KEY_NORM == "tokens"),
                 features=features,
                 sam=sam,
+                embedder=embedder,
                 memo=memo,
             ),
             "scores": ScoreSettings(
@@ -203,6 +208,16 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
             "input_format": cfg.INPUT.FORMAT,
             "max_dense_classes": cfg.TEST.MAX_DENSE_CLASSES,
         }
+
+    def patch_probe(self) -> PatchProbe:
+        """See `ProvidesPatchProbe`: the patches that the method compares with the names, in its windows."""
+        encoder = self.encoder
+        return MapProbe(
+            encoder.patch_map,
+            encoder.clip.normalize,
+            encoder.clip.visual.stride,
+            window=encoder.windows.window,
+        )
 
     @property
     def device(self) -> torch.device:

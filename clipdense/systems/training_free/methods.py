@@ -25,6 +25,7 @@ class Method:
         features: features of the second model that the method reads; "" if it has none.
         padding: windows are padded to multiples of it; 0 for none, -1 for the patch size.
         resnet: whether the method also exists for CLIP's ResNets.
+        embedder: whether the patches go through a trained `PatchEmbedder`, which also sets the mode.
     """
 
     mode: str
@@ -34,6 +35,7 @@ class Method:
     features: Output | Literal[""] = ""
     padding: int = 0
     resnet: bool = False
+    embedder: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -56,5 +58,6 @@ METHODS: dict[str, Method] = {
         features="queries_keys",
         padding=56,
     ),
+    "pacl": Method("plain", "PACL (Mukhoti et al., CVPR 2023)", padding=-1, resnet=True, embedder=True),
     "lposs": Method("value", "LPOSS (Stojnic et al., CVPR 2025)", kind="lposs", features="values"),
 }
