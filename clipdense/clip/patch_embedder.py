@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.checkpoint import CheckpointError, CheckpointMismatch, account, read_checkpoint
-from clipdense.clip.towers import Tower, TowerRequest
+from clipdense.clip.towers import ResNetTower, Tower, TowerRequest, TransformerTower
+from clipdense.clip.towers.resnet import value_map
 
 __all__ = ["LAYOUT", "PatchEmbedder", "load_patch_embedder", "patch_channels"]
 
@@ -39,6 +40,27 @@ class PatchEmbedder(nn.Module):
         self.shortcut = nn.Linear(in_channels, embed_dim)
         self.hidden = nn.Linear(in_channels, embed_dim)
         self.output = nn.Linear(embed_dim, embed_dim)
+
+    @torch.no_grad()
+    def start_from_projection(self, tower: Tower) -> None:
+        """Set the weights so that e(v) is CLIP's own dense map at the start of training.
+
+        The shortcut becomes CLIP's linear projection of patches (ResNets: value and output projection of the
+        attention pool), and the last layer of the other branch becomes 0. The paper starts from random
+        weights, which takes many more image-text pairs.
+
+        Args:
+            tower: the image tower.
+
+        Raises:
+            ValueError: If the tower has no linear projection of patches.
+        """
+        vectors = torch.cat([torch.zeros(1, self.in_channels), torch.eye(self.in_channels)])
+        projected = _project(tower, vectors.to(next(tower.parameters())))
+        self.shortcut.bias.copy_(projected[0])
+        self.shortcut.weight.copy_((projected[1:] - projected[0]).T)
+        self.output.weight.zero_()
+        self.output.bias.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
         """Embed a map (B, C, h, w) as (B, D, h, w), not L2-normalised."""
@@ -85,6 +107,15 @@ def load_patch_embedder(path: str | Path) -> PatchEmbedder:
         raise CheckpointMismatch(str(path), report, "the file is damaged: export it again")
     embedder.load_state_dict(file.state)
     return embedder.eval().requires_grad_(False)
+
+
+def _project(tower: Tower, vectors: Tensor) -> Tensor:
+    """Project patch vectors (n, C) linearly to the joint space (n, D), as the tower's dense map does."""
+    if isinstance(tower, TransformerTower) and not tower.pools_regions:
+        return tower.project(vectors[None])[0]
+    if isinstance(tower, ResNetTower) and tower.attnpool is not None:
+        return value_map(tower.attnpool, vectors.T[None, :, :, None])[0, :, :, 0].T
+    raise tower.cannot("a linear projection of patches", "set MODEL.PACL.INIT random")
 
 
 @torch.no_grad()

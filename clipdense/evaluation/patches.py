@@ -204,15 +204,19 @@ class CoherenceEvaluator(_PatchEvaluator):
         chosen = np.sort(random.permutation(chosen)[: self.per_image])
         return sample["file_name"], features.flatten(1).T[chosen], cells.ravel()[chosen]
 
-    def score(self, records: list[Any]) -> Results:
-        """Compute the areas over the patches of all images."""
+    def measure(self, records: list[Any]) -> tuple[dict[str, float], list[Any]]:
+        """Return the metrics over the patches of all images, and the curve, see `coherence_curve`."""
         records = sorted(records, key=lambda record: record[0])
         features = torch.cat([record[1] for record in records])
         labels = np.concatenate([record[2] for record in records])
         images = np.repeat(np.arange(len(records)), [len(record[2]) for record in records])
         chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[: self.patches])
         areas, curve = coherence_curve(features[chosen], labels[chosen], images[chosen])
-        metrics = {**areas, "patches": float(len(chosen))}
+        return {**areas, "patches": float(len(chosen))}, curve
+
+    def score(self, records: list[Any]) -> Results:
+        """Compute the areas over the patches of all images."""
+        metrics, curve = self.measure(records)
         self.save("coherence.json", {**metrics, "curve": curve})
         logger.info("%s, semantic coherence:\n%s", self._name, create_small_table(metrics))
         return Results(coherence=metrics)

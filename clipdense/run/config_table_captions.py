@@ -26,6 +26,7 @@ CAPTION_CHECKS: dict[str, Check] = {
     "INPUT.CAPTION.NOUN_TEMPLATES": _TEMPLATES,
     "TEST.PATCHES.GROUPS": _COUNT,
     "TEST.PATCHES.GROUPING": choice(*get_args(Grouping)),
+    "MODEL.PACL.INIT": choice("random", "projection"),
     "MODEL.PACL.MODE": choice(*_MODES),
     "MODEL.PACL.PATCH_TEMPERATURE": _ABOVE_0,
     "MODEL.PACL.LOGIT_SCALE": _AT_LEAST_0,

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from clipdense.checkpoint import CheckpointError, save_checkpoint
+from clipdense.clip import TowerRequest
 from clipdense.clip.patch_embedder import PatchEmbedder, load_patch_embedder
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.report import export
 from clipdense.run.setup import load_config
 from clipdense.systems.pacl import PACL, patch_alignment, patch_contrastive_loss
+from tests.helpers.towers import tower_pair
 
 from detectron2.modeling import build_model
 
@@ -75,6 +77,22 @@ def test_only_embedder_and_temperature_learn(tower: str) -> None:
     parts = {f"embedder.{k}" for k in built.embedder.state_dict()}
     assert trained == {"logit_scale", *parts}
     assert all(built.get_parameter(n).grad is not None for n in trained)
+
+
+@pytest.mark.parametrize("tower", ["vit", "eva", "rn"])
+@torch.no_grad()
+def test_an_embedder_can_start_from_the_projection(tower: str) -> None:
+    built = model("MODEL.PACL.INIT", "projection", "MODEL.PACL.MODE", "value", tower=tower)
+    images = torch.randn(2, 3, 64, 96)
+    request = TowerRequest(dense="value")
+    torch.testing.assert_close(
+        built.dense_map(images), built.clip.visual(images, request).dense, atol=1e-5, rtol=1e-4
+    )
+    random = model("MODEL.PACL.MODE", "value", tower=tower)
+    assert not torch.allclose(random.dense_map(images), built.dense_map(images), atol=0.1)
+    map_head = tower_pair("siglip")[1]
+    with pytest.raises(ValueError, match=r"set MODEL\.PACL\.INIT random"):
+        PatchEmbedder(24, 24).start_from_projection(map_head)
 
 
 def test_the_published_embedder_has_a_million_parameters() -> None:

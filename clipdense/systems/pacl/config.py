@@ -9,6 +9,9 @@ def add_pacl_config(cfg: CN) -> None:
     keys = cfg.MODEL.PACL = CN()
     # Last-block mode of the image tower whose patches, before the projection, are embedded (plain).
     keys.MODE = "plain"
+    # Weights with which the embedder starts: "random" (published), or "projection": e(v) is the CLIP's own
+    # dense map.
+    keys.INIT = "random"
     # Temperature of the softmax over the patches, which weights them by their cosine with a text.
     keys.PATCH_TEMPERATURE = 1.0
     # Initial inverse temperature of the contrastive loss, which is learned; 0: that of the CLIP.

@@ -95,9 +95,12 @@ class PACL(OpenVocabularyModel, nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the constructor arguments from ``MODEL.CLIP`` and ``MODEL.PACL``."""
         keys, clip = cfg.MODEL.PACL, clip_from_config(cfg)
+        embedder = PatchEmbedder(patch_channels(clip.visual), clip.embed_dim, keys.MODE)
+        if keys.INIT == "projection":
+            embedder.start_from_projection(clip.visual)
         return {
             "clip": clip,
-            "embedder": PatchEmbedder(patch_channels(clip.visual), clip.embed_dim, keys.MODE),
+            "embedder": embedder,
             "patch_temperature": keys.PATCH_TEMPERATURE,
             "logit_scale": keys.LOGIT_SCALE,
             "max_logit_scale": keys.MAX_LOGIT_SCALE,
