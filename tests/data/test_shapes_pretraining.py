@@ -16,7 +16,12 @@ from clipdense.clip.position import resize_table
 from clipdense.data.shapes import world
 from clipdense.data.shapes.captions import SYNONYMS
 from clipdense.data.shapes.draw import Rng
-from clipdense.data.shapes.pretraining import ContrastiveCLIP, CropCaptionMapper, CropRetrievalEvaluator
+from clipdense.data.shapes.pretraining import (
+    ContrastiveCLIP,
+    CropCaptionMapper,
+    CropPairMapper,
+    CropRetrievalEvaluator,
+)
 from clipdense.data.shapes.pretraining.crops import CONTENT_SIZE, AnnotatedThing, CropSampler
 from clipdense.data.shapes.pretraining.local_pool import POOL_CHANNELS, localize_pool
 from clipdense.data.shapes.pretraining.mapper import CropView
@@ -225,14 +230,16 @@ def test_retrieval_finds_equal_content():
     assert evaluator.evaluate()["retrieval"]["image_to_text_R@1"] < 100
 
 
-def test_mapper_reads_scenes_from_disk(tmp_path):
+@pytest.fixture
+def record(tmp_path):
+    """A scene on disk, as a record of shapes_clip_*."""
     scene = world.render(4, 1)
     labels = scene.ground + np.uint8(K)
     for thing in scene.things:
         labels[thing.mask] = thing.category
     Image.fromarray(scene.image).save(tmp_path / "0.png")
     Image.fromarray(labels).save(tmp_path / "0_labels.png")
-    record = {
+    return {
         "file_name": str(tmp_path / "0.png"),
         "sem_seg_file_name": str(tmp_path / "0_labels.png"),
         "image_id": 0,
@@ -245,6 +252,9 @@ def test_mapper_reads_scenes_from_disk(tmp_path):
             for t in scene.things
         ],
     }
+
+
+def test_mapper_reads_scenes_from_disk(record):
     cfg = get_cfg()
     clipdense.add_clipdense_config(cfg)
     whole = {"SIZE": 128, "PER_IMAGE": 1, "SHARE": 1.0, "OBJECTS": 0.0, "WINDOWS": 1.0}
@@ -264,3 +274,16 @@ def test_mapper_reads_scenes_from_disk(tmp_path):
     del record["sem_seg_file_name"]
     with pytest.raises(KeyError, match=r"0\.png.*shapes_clip"):
         test(record)
+
+
+def test_pairs_are_single_crops_of_the_view(record):
+    cfg = get_cfg()
+    clipdense.add_clipdense_config(cfg)
+    cfg.INPUT.CROP_CAPTION.VIEWS = [
+        {"SIZE": 32, "PER_IMAGE": 1, "SHARE": 1.0, "OBJECTS": 1.0, "WINDOWS": 0.0}
+    ]
+    pairs = [CropPairMapper(cfg, is_train=True)(record) for _ in range(20)]
+    assert all(p["image"].shape == (3, 32, 32) and p["image"].dtype == torch.uint8 for p in pairs)
+    assert len({p["caption"] for p in pairs}) > 1 and all(" and " not in p["caption"] for p in pairs)
+    whole = CropPairMapper(cfg, is_train=False)(record)  # in evaluation, Detectron2's input
+    assert whole["image"].shape[1] > 32 and "caption" not in whole

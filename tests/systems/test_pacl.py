@@ -88,7 +88,7 @@ def test_an_embedder_can_start_from_the_projection(tower: str) -> None:
     torch.testing.assert_close(
         built.dense_map(images), built.clip.visual(images, request).dense, atol=1e-5, rtol=1e-4
     )
-    random = model("MODEL.PACL.MODE", "value", tower=tower)
+    random = model("MODEL.PACL.INIT", "random", "MODEL.PACL.MODE", "value", tower=tower)
     assert not torch.allclose(random.dense_map(images), built.dense_map(images), atol=0.1)
     map_head = tower_pair("siglip")[1]
     with pytest.raises(ValueError, match=r"set MODEL\.PACL\.INIT random"):
@@ -118,7 +118,7 @@ def test_segmentation_and_classification_agree_with_the_patches() -> None:
     cosines = torch.einsum("bdhw,sd->bshw", e, text)
     cosines = F.interpolate(F.interpolate(cosines, (64, 64), mode="bilinear"), (32, 48), mode="bilinear")
     assert torch.equal(output["sem_seg"].argmax(0), classes[cosines[0].argmax(0)])
-    phi = patch_alignment(e.flatten(2).transpose(1, 2), text)[0]
+    phi = patch_alignment(e.flatten(2).transpose(1, 2), text, built.patch_temperature)[0]
     torch.testing.assert_close(output["class_scores"], torch.stack([phi[0], phi[1:3].max(), phi[3]]))
     flipped = model("MODEL.PACL.WINDOW", 0, "MODEL.PACL.STRIDE", 0, "INPUT.FORMAT", "BGR").eval()
     flipped.set_vocabulary(NAMES)
@@ -145,7 +145,7 @@ def test_overlapping_patches_give_a_finer_map() -> None:
 
 @torch.no_grad()
 def test_the_export_is_a_method_of_the_zero_shot_segmentor(tmp_path: Path) -> None:
-    built = model("MODEL.PACL.MODE", "value").eval()
+    built = model("MODEL.PACL.MODE", "value", "MODEL.PACL.WINDOW", 128, "MODEL.PACL.STRIDE", 64).eval()
     built.set_vocabulary(NAMES)
     path = tmp_path / "export.safetensors"
     export(built, path)

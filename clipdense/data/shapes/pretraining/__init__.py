@@ -5,7 +5,13 @@ The text tower can be locked (LiT, Zhai et al., 2022).
 
 from clipdense.data.shapes.pretraining.config import add_shapes_pretraining_config
 from clipdense.data.shapes.pretraining.evaluator import CropRetrievalEvaluator
-from clipdense.data.shapes.pretraining.mapper import CropCaptionMapper
+from clipdense.data.shapes.pretraining.mapper import CropCaptionMapper, CropPairMapper
 from clipdense.data.shapes.pretraining.meta_arch import ContrastiveCLIP
 
-__all__ = ["ContrastiveCLIP", "CropCaptionMapper", "CropRetrievalEvaluator", "add_shapes_pretraining_config"]
+__all__ = [
+    "ContrastiveCLIP",
+    "CropCaptionMapper",
+    "CropPairMapper",
+    "CropRetrievalEvaluator",
+    "add_shapes_pretraining_config",
+]

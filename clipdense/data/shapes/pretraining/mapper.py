@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from clipdense.data.image import read_image, read_labels
-from clipdense.data.mappers import MAPPER_REGISTRY
+from clipdense.data.mappers import MAPPER_REGISTRY, DetectionMapper
 from clipdense.data.shapes.draw import Rng
 from clipdense.data.shapes.pretraining.crops import AnnotatedThing, CropSampler
 from clipdense.data.shapes.world import CLASSES, GROUNDS
@@ -116,4 +116,49 @@ class CropCaptionMapper:
             "captions": [c.caption for c in crops],
             "paraphrases": [c.paraphrase for c in crops],
             "contents": torch.from_numpy(np.stack([c.content for c in crops])),
+        }
+
+
+@MAPPER_REGISTRY.register()
+class CropPairMapper(CropCaptionMapper):
+    """Mapper from an annotated scene to one captioned crop: image-text pairs as `CaptionMapper` gives them.
+
+    A caption of a whole scene names things that a crop of it lacks; these captions describe their crops. In
+    evaluation it is `DetectionMapper`.
+
+    Args:
+        views: see `CropCaptionMapper`; only the first crop of a view is used.
+        is_train: whether crops are drawn.
+        test_mapper: mapper of evaluation.
+    """
+
+    @configurable
+    def __init__(
+        self, *, views: Sequence[CropView], is_train: bool, test_mapper: DetectionMapper | None = None
+    ) -> None:
+        super().__init__(views=views, is_train=is_train)
+        self.test_mapper = test_mapper
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Return the constructor arguments from ``INPUT.CROP_CAPTION``."""
+        test_mapper = None if is_train else DetectionMapper(cfg, False)
+        return {**super().from_config(cfg, is_train), "test_mapper": test_mapper}
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        """Draw a crop of one image.
+
+        Args:
+            dataset_dict: see `CropCaptionMapper`.
+
+        Returns:
+            In training ``file_name``, ``image`` (3, S, S) uint8 RGB and ``caption``.
+        """
+        if self.test_mapper is not None:
+            return self.test_mapper(dataset_dict)
+        crops = super().__call__(dataset_dict)
+        return {
+            "file_name": crops["file_name"],
+            "image": crops["crops"][0],
+            "caption": crops["captions"][0],
         }
