@@ -39,9 +39,9 @@ def check_dataset_names(names: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
             hint = f"Did you mean {', '.join(near)}?" if near else "No registered name is similar."
             raise ValueError(
-                f"dataset {name!r} is not registered. {hint} List your own data in DATASETS.COCO_JSON (label "
-                "maps in DATASETS.LABEL_MAPS), or images without annotations in DATASETS.IMAGES (in your own "
-                "program, then call clipdense.data.datasets.own.register_from_config)."
+                f"dataset {name!r} is not registered. {hint} List your own data in DATASETS.COCO_JSON, "
+                "COCO_PANOPTIC, LABEL_MAPS, YOLO or VOC, or images without annotations in IMAGES (in your "
+                "own program, then call clipdense.data.datasets.own.register_from_config)."
             )
 
 

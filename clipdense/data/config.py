@@ -22,10 +22,23 @@ def add_data_config(cfg: CN) -> None:
     # Your own data in COCO's format: a list of "name:annotations.json:image_folder". "~" and environment
     # variables are expanded. Use the names in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []
-    # Your own label maps: a list of "name:image_folder:label_folder:classes.txt", or the same and
-    # ":ignored_value" (default 255). Label maps have one channel or a palette, and the names of the images;
-    # the file has one class name a line, in the order of the values from 0 (or is a JSON list).
+    # Your own label maps: a list of "name:image_folder:label_folder:classes.txt", and any of the options
+    # ":ignored_value" (default 255), ":zero_unlabelled" (classes are numbered from 1), ":unknown_ignored"
+    # (colours that are no class's are left out) and ":list.txt" (names of the images to use). Label maps have
+    # one channel or a palette, and the names of the images; the file has one class name a line, in the order
+    # of the values (or is a JSON list). If its lines have a colour ("R G B name", "name,R,G,B", CVAT's
+    # labelmap.txt), label maps are pictures in these colours; the ignored value is then the name of a class.
     cfg.DATASETS.LABEL_MAPS = []
+    # Your own COCO panoptic annotations: a list of "name:panoptic.json:png_folder:image_folder", or the same
+    # and ":semantic" (label maps of all classes) or ":instances" (things with masks).
+    cfg.DATASETS.COCO_PANOPTIC = []
+    # Your own YOLO boxes or polygons: a list of "name:data.yaml:train" (or another part of the file), or
+    # "name:image_folder:label_folder:classes.txt".
+    cfg.DATASETS.YOLO = []
+    # Your own data in Pascal VOC's layout: a list of "name:folder:split", or the same and ":boxes" (XML
+    # files, default), ":masks" (objects of SegmentationObject) or ":semantic" (SegmentationClass). The split
+    # is a list in ImageSets; "all" for every image.
+    cfg.DATASETS.VOC = []
     # Images without annotations: a list of "name:folder", "name:images.json:image_folder" (COCO's list of
     # images) or "name:shards/{000..331}.tar" (webdataset). "~" and environment variables are expanded.
     cfg.DATASETS.IMAGES = []

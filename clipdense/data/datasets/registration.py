@@ -9,7 +9,7 @@ from clipdense.data.datasets.layouts import DatasetDicts
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-__all__ = ["dataset_root", "register_once"]
+__all__ = ["dataset_root", "is_registered", "register_once"]
 
 
 def dataset_root() -> Path:
@@ -37,10 +37,20 @@ def register_once(
     Raises:
         ValueError: If the name belongs to a dataset with another source.
     """
-    if name in DatasetCatalog.list():
-        registered = MetadataCatalog.get(name)
-        if any(registered.get(key) != value for key, value in source.items()):
-            raise ValueError(f"the dataset name {name} is already in use; choose another name")
-        return
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(**source, **(metadata or {}))
+    if not is_registered(name, source):
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(**{**source, **(metadata or {})})
+
+
+def is_registered(name: str, source: dict[str, str]) -> bool:
+    """Return whether a dataset is already registered from a source, see `register_once`.
+
+    Raises:
+        ValueError: If the name belongs to a dataset with another source.
+    """
+    if name not in DatasetCatalog.list():
+        return False
+    registered = MetadataCatalog.get(name)
+    if any(registered.get(key) != value for key, value in source.items()):
+        raise ValueError(f"the dataset name {name} is already in use; choose another name")
+    return True

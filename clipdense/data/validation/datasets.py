@@ -176,6 +176,7 @@ def _check(name: str, metadata: Mapping[str, Any], kind: CocoKind | None, thorou
             records = [{**r, "file_name": str(Path(root) / _name(r))} for r in records]
         if kind == "panoptic":
             _check_panoptic_files(content["annotations"], Path(metadata["panoptic_root"]), report)
+    report.source = metadata.get("source", report.source)
     if kind is None or root is not None:
         check_image_files(records, report, headers=every)
     if kind is None and metadata.get("stuff_classes"):
