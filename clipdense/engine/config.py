@@ -57,12 +57,32 @@ def add_engine_config(cfg: CN) -> None:
     cfg.SOLVER.RANK_TIMEOUT = 20.0
     # Period of log lines and rows of metrics.json, in iterations.
     cfg.SOLVER.LOG_PERIOD = 20
+    # Services that get the metrics and the pictures of the predictions, beside metrics.json (JSON lines),
+    # which is always written: any of "tensorboard", "wandb" (WANDB_MODE=offline keeps the data in OUTPUT_DIR)
+    # and "trackio". The last two need pip install "clipdense[track]".
+    cfg.SOLVER.LOGGERS = ("tensorboard",)
+    # Name under which wandb and trackio group runs; a run has the name of its output folder.
+    cfg.SOLVER.LOGGER_PROJECT = "clipdense"
 
-    # Metric that selects model_best.pth, e.g. "bbox/AP50" ("dataset/bbox/AP50" with several test datasets);
-    # "": no best checkpoint.
+    # Metric that selects model_best.pth, e.g. "bbox/AP50" ("dataset/bbox/AP50" with several test datasets),
+    # or "validation/total_loss" (with BEST_MODE "min" and TEST.LOSS.PERIOD); "": no best checkpoint.
     cfg.TEST.BEST_METRIC = ""
     # Whether the best value is the "max" or the "min".
     cfg.TEST.BEST_MODE = "max"
+
+    # Loss on validation data, logged as validation/total_loss and validation/<loss>. Norms use their running
+    # statistics, nothing is dropped out, and order, augmentation and random regions are the same each time;
+    # the training is not affected.
+    cfg.TEST.LOSS = CN()
+    # Iterations between two measurements; 0: none.
+    cfg.TEST.LOSS.PERIOD = 0
+    # Datasets with annotations and the classes of the training datasets; empty: DATASETS.TEST.
+    cfg.TEST.LOSS.DATASETS = ()
+    # Largest number of batches of SOLVER.IMS_PER_BATCH images; 0: all images.
+    cfg.TEST.LOSS.MAX_BATCHES = 0
+    cfg.TEST.EARLY_STOPPING = CN()
+    # Number of evaluations without a better TEST.BEST_METRIC after which training ends; 0: never.
+    cfg.TEST.EARLY_STOPPING.PATIENCE = 0
 
     # Whether batch norms compute their statistics over all processes (on CPU and GPU).
     cfg.MODEL.SYNC_BN = False

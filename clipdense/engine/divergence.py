@@ -9,8 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from clipdense.engine.checkpoint import TrainingCheckpointer
+
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
 __all__ = [
     "describe_divergence",
+    "divergence_error",
     "file_names",
     "last_good_checkpoint",
     "non_finite_gradients",
@@ -118,3 +124,30 @@ def _is_usual(losses: Mapping[int, float], iteration: int) -> bool:
         return True
     earlier = [value for k, value in losses.items() if k < iteration]
     return math.isfinite(loss) and (not earlier or loss <= _EXPLOSION * median(earlier))
+
+
+def divergence_error(
+    storage: EventStorage,
+    checkpointer: TrainingCheckpointer,
+    iteration: int,
+    values: list[str],
+    images: list[str],
+    losses: dict[str, float],
+) -> FloatingPointError:
+    """Build the error of a diverged training, and let `--resume` start from the last good checkpoint.
+
+    Args:
+        storage: with the losses of the run.
+        checkpointer: of the run.
+        iteration: at which the training diverged.
+        values: descriptions of the non-finite values.
+        images: images of the batch.
+        losses: all losses, if they are known.
+    """
+    total = storage.histories().get("total_loss")
+    good, suspects = last_good_checkpoint(
+        checkpointer.save_dir, iteration, total.values() if total is not None else []
+    )
+    if good is not None and suspects and comm.is_main_process():
+        checkpointer.tag_last_checkpoint(good.name)
+    return FloatingPointError(describe_divergence(iteration, values, images, losses, good, suspects))

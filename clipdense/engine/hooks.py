@@ -1,4 +1,4 @@
-"""Hooks of every run: checkpoints, evaluation, metric files and progress.
+"""Hooks of every run: checkpoints, evaluation, early stopping, loggers and progress.
 
 `IterationTimer`, `EvalHook`, `BestCheckpointer` and `PeriodicWriter` are Detectron2's. The subclasses below
 add what exact resuming and full disks need.
@@ -8,7 +8,6 @@ import datetime
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,21 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clipdense.checkpoint import CheckpointError
+from clipdense.engine.loggers import LOGGERS, JSONLinesLogger, RunInfo, RunLoggers
+from clipdense.engine.options import TrainerOptions
+from clipdense.engine.validation_loss import ValidationLoss
 from clipdense.files import WriteError
 
 from detectron2.engine.hooks import BestCheckpointer, EvalHook, IterationTimer, PeriodicWriter
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventStorage
 
 __all__ = [
     "BestCheckpoint",
+    "EarlyStopping",
     "Evaluation",
-    "MetricWriter",
+    "MetricRows",
     "PeriodicCheckpoint",
     "Progress",
     "default_hooks",
@@ -45,11 +48,17 @@ def default_hooks(trainer: Any) -> list[HookBase]:
         PeriodicCheckpoint(options.checkpoint_period),
         Evaluation(options.eval_period, trainer.test),
     ]
+    if trainer.validation_batches is not None:
+        hooks.append(ValidationLoss(options.loss_period, trainer.validation_batches))
+    best = BestCheckpoint(trainer) if options.best_metric and comm.is_main_process() else None
+    if best is not None:
+        hooks.append(best)
+    if options.early_stopping_patience:
+        hooks.append(EarlyStopping(best, options.best_period, options.early_stopping_patience))
     if comm.is_main_process():
-        if options.best_metric:
-            hooks.append(BestCheckpoint(trainer))
-        writer = MetricWriter(options.output_dir)
-        hooks += [MetricRows([writer], options.log_period, options.eval_period), Progress(options.log_period)]
+        run = RunInfo(Path(options.output_dir), options.logger_project)
+        loggers = RunLoggers(run, [JSONLinesLogger, *(LOGGERS[name] for name in options.loggers)])
+        hooks += [MetricRows(loggers, options), Progress(options.log_period)]
     return hooks
 
 
@@ -109,7 +118,7 @@ class BestCheckpoint(BestCheckpointer):
 
     def __init__(self, trainer: Any) -> None:
         options = trainer.options
-        super().__init__(options.eval_period, self, options.best_metric, options.best_mode)
+        super().__init__(options.best_period, self, options.best_metric, options.best_mode)
         self.metric, self.record = options.best_metric, Path(options.output_dir, "model_best.json")
 
     def before_train(self) -> None:
@@ -138,65 +147,68 @@ class BestCheckpoint(BestCheckpointer):
             logger.error("%s\nTraining continues.", e)
 
 
+class EarlyStopping(HookBase):
+    """Ends the training if the best metric has not improved for ``patience`` evaluations.
+
+    The best value and its iteration are those of `BestCheckpoint`, which a resumed run restores. So a run
+    that is interrupted and resumed ends where it would have ended, and a run that has ended stays so unless
+    its patience is raised.
+
+    Args:
+        best: hook of the main process; None in other processes.
+        period: iterations between two evaluations.
+        patience: number of evaluations.
+    """
+
+    def __init__(self, best: BestCheckpoint | None, period: int, patience: int) -> None:
+        self._best, self._period, self._patience = best, period, patience
+
+    def before_train(self) -> None:
+        """End a resumed run that has ended before."""
+        if self.trainer.start_iter and self._is_due(self.trainer.start_iter):
+            self.trainer.stop_early(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        """End the training if it is time."""
+        done = self.trainer.iter + 1
+        if done % self._period == 0 and done < self.trainer.max_iter and self._is_due(done):
+            self.trainer.stop_early(done)
+
+    def _is_due(self, done: int) -> bool:
+        due = False
+        if self._best is not None:
+            best = -1 if self._best.best_iter is None else self._best.best_iter
+            due = done // self._period - (best + 1) // self._period >= self._patience
+        return any(comm.all_gather(due))
+
+
 class MetricRows(PeriodicWriter):
     """Detectron2's hook that writes metrics; writes them after every evaluation as well.
 
     A resumed run thus finds in metrics.json which evaluations are done.
+
+    Args:
+        loggers: where the metrics are written.
+        options: with the periods of logging and of evaluations.
     """
 
-    def __init__(self, writers: list[EventWriter], period: int, eval_period: int) -> None:
-        super().__init__(writers, period)
-        self._eval_period = eval_period
+    def __init__(self, loggers: RunLoggers, options: TrainerOptions) -> None:
+        super().__init__([loggers], options.log_period)
+        self._loggers, self._options = loggers, options
 
     def after_step(self) -> None:
         """Write the metrics if they are due."""
         done = self.trainer.iter + 1
-        evaluated = self._eval_period > 0 and done % self._eval_period == 0
-        if evaluated and done % self._period and done < self.trainer.max_iter:
-            for writer in self._writers:
-                writer.write()
+        if self._options.row_is_due(done) and done % self._period and done < self.trainer.max_iter:
+            self._loggers.write()
         super().after_step()
 
     def after_train(self) -> None:
         """Write the last metrics, unless the run stopped early: it will write them when it is resumed."""
         if self.trainer.finished:
-            super().after_train()
-        else:
-            for writer in self._writers:
-                writer.close()
-
-
-class MetricWriter(EventWriter):
-    """Writes metrics.json and TensorBoard events; continues if the disk is full.
-
-    The files are opened at the first write, so that a resumed run can correct them first (see
-    `clipdense.engine.metrics.drop_rows_from`).
-    """
-
-    def __init__(self, output_dir: str) -> None:
-        self.output_dir = output_dir
-        self._writers: list[EventWriter] = []
-
-    def write(self) -> None:
-        """Write the latest metrics."""
-        if not self._writers:
-            Path(self.output_dir).mkdir(parents=True, exist_ok=True)
-            path = str(Path(self.output_dir, "metrics.json"))
-            self._writers = [JSONWriter(path), TensorboardXWriter(self.output_dir)]
-        for writer in self._writers:
-            self._attempt(writer.write)
-
-    def close(self) -> None:
-        """Close the files, which writes what they have buffered."""
-        for writer in self._writers:
-            self._attempt(writer.close)
-
-    def _attempt(self, action: Callable[[], object]) -> None:
-        """Call a function that writes; log an error of the disk instead of raising it."""
-        try:
-            action()
-        except OSError as e:
-            logger.error("cannot write metrics to %s: %s. Training continues.", self.output_dir, e.strerror)
+            self._loggers.write()
+            self._loggers.write_pictures(self.trainer.iter)
+        self._loggers.close()
 
 
 class Progress(HookBase):
@@ -243,7 +255,7 @@ class Progress(HookBase):
         names = ["total_loss"]
         if self._bar is None:
             parts.append(f"eta {self._time_left()}")
-            names += [name for name in latest if "loss" in name and name != "total_loss"]
+            names += [n for n in latest if "loss" in n and n != "total_loss" and "validation/" not in n]
         parts += [f"{name} {latest[name][0]:.4g}" for name in names if name in latest]
         parts += [f"{name} {latest[name][0]:.3g}" for name in ("lr", "time", "data_time") if name in latest]
         if torch.cuda.is_available():

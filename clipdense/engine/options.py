@@ -26,6 +26,8 @@ class TrainerOptions:
         weights: weight file to start from.
         weights_skip: patterns of parameters that may differ from the weight file.
         seed: random seed of initial weights and data order; stored in every checkpoint.
+        loss_period: iterations between two measurements of the validation loss.
+        loggers: names in `clipdense.engine.loggers.LOGGERS`, beside metrics.json.
         metadata: entries stored in every checkpoint, such as the classes of the training data.
 
     Raises:
@@ -48,6 +50,10 @@ class TrainerOptions:
     eval_period: int = 0
     best_metric: str = ""
     best_mode: str = "max"
+    loss_period: int = 0
+    early_stopping_patience: int = 0
+    loggers: tuple[str, ...] = ("tensorboard",)
+    logger_project: str = "clipdense"
     weights: str = ""
     weights_skip: tuple[str, ...] = ()
     allow_pickle: bool = False
@@ -67,6 +73,21 @@ class TrainerOptions:
                 "max_seconds must be at least 0, and ema_decay in 0..1 (excluding 1), got "
                 f"{self.max_seconds} and {self.ema_decay}"
             )
+        if self.early_stopping_patience and not (self.best_metric and self.best_period):
+            raise ConfigError(
+                f"TEST.EARLY_STOPPING.PATIENCE {self.early_stopping_patience} needs TEST.BEST_METRIC, and "
+                "TEST.EVAL_PERIOD (for a metric validation/...: TEST.LOSS.PERIOD) above 0"
+            )
+
+    @property
+    def best_period(self) -> int:
+        """Iterations between two values of the best metric."""
+        return self.loss_period if self.best_metric.startswith("validation/") else self.eval_period
+
+    def row_is_due(self, done: int) -> bool:
+        """Return whether metrics are measured or written after ``done`` iterations."""
+        periods = (self.eval_period, self.loss_period, self.log_period)
+        return any(period > 0 and done % period == 0 for period in periods)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, metadata: dict[str, Any]) -> "TrainerOptions":
@@ -89,6 +110,10 @@ class TrainerOptions:
             eval_period=cfg.TEST.EVAL_PERIOD,
             best_metric=cfg.TEST.BEST_METRIC,
             best_mode=cfg.TEST.BEST_MODE,
+            loss_period=cfg.TEST.LOSS.PERIOD,
+            early_stopping_patience=cfg.TEST.EARLY_STOPPING.PATIENCE,
+            loggers=tuple(s.LOGGERS),
+            logger_project=s.LOGGER_PROJECT,
             weights=cfg.MODEL.WEIGHTS,
             weights_skip=tuple(cfg.MODEL.WEIGHTS_SKIP),
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,

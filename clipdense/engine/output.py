@@ -24,6 +24,9 @@ _OWN_FILES = (
     "model_best.json",
     "results.json",
     "predictions_*.png",
+    "scores_*.png",
+    "run_id.txt",
+    "wandb",
     "curve.png",
 )
 

@@ -23,6 +23,11 @@ from clipdense.engine.options import ConfigError, TrainerOptions
 from clipdense.engine.run_base import Key, RunConfig, check_mapper, map_by_name, training_classes
 from clipdense.engine.run_lazy import LazyRunConfig
 from clipdense.engine.schedule import build_schedule
+from clipdense.engine.validation_loss import (
+    build_validation_batches,
+    check_loss_classes,
+    loss_datasets,
+)
 from clipdense.evaluation import EVALUATOR_REGISTRY
 from clipdense.files import write_text
 
@@ -73,7 +78,8 @@ class YacsRunConfig(RunConfig):
 
     def check_datasets(self, training: bool) -> list[str]:
         """See `RunConfig.check_datasets`."""
-        names = [*self.cfg.DATASETS.TEST, *(self.cfg.DATASETS.TRAIN if training else ())]
+        trained = [*self.cfg.DATASETS.TRAIN, *loss_datasets(self.cfg)] if training else []
+        names = [*self.cfg.DATASETS.TEST, *trained]
         if names:
             check_dataset_names(names)
         for name in self.cfg.DATASETS.TEST:
@@ -85,7 +91,7 @@ class YacsRunConfig(RunConfig):
                 )
         return check_datasets(
             self.cfg.DATASETS.TEST,
-            training=self.cfg.DATASETS.TRAIN if training else (),
+            training=trained,
             masks=self.cfg.MODEL.MASK_ON,
             objects_required=self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         )
@@ -93,6 +99,7 @@ class YacsRunConfig(RunConfig):
     def check_classes(self) -> None:
         """See `RunConfig.check_classes`."""
         check_classes(self.cfg)
+        check_loss_classes(self.cfg)
 
     def class_names(self) -> list[str]:
         """See `RunConfig.class_names`."""
@@ -142,13 +149,13 @@ class YacsRunConfig(RunConfig):
                 raise ConfigError(f"TEST.{key} is not supported here; {remedy}")
         run = YacsRunConfig(cfg)
         model = run.build_model(fetch_weights)
+        masks_optional = leave_out_objects_without_mask(model)
         return {
             "optimizer": build_optimizer(cfg, model),
             "model": model,
             "schedule": build_schedule(cfg),
-            "train_loader": partial(
-                build_train_loader, cfg, seed=cfg.SEED, masks_optional=leave_out_objects_without_mask(model)
-            ),
+            "train_loader": partial(build_train_loader, cfg, seed=cfg.SEED, masks_optional=masks_optional),
+            "validation_batches": build_validation_batches(cfg, masks_optional),
             "evaluate": run.evaluate if cfg.DATASETS.TEST else None,
             "options": TrainerOptions.from_config(cfg, training_classes(cfg.DATASETS.TRAIN)),
         }

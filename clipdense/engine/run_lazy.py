@@ -132,6 +132,8 @@ class LazyRunConfig(RunConfig):
             "metadata": training_classes(n for n in self._names("train") if n in DatasetCatalog.list()),
             **{name: train[name] for name in TrainerOptions.__dataclass_fields__ if name in train},
         }
+        if options.get("loss_period"):
+            raise ConfigError("train.loss_period: the validation loss needs a .yaml config; remove the key")
         options["weights_skip"] = tuple(options.get("weights_skip", ()))
         if options.get("seed", -1) < 0:
             options["seed"] = comm.shared_random_seed()

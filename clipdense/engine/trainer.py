@@ -19,9 +19,8 @@ from clipdense.engine.checkpoint import TrainingCheckpointer, check_training_sta
 from clipdense.engine.denormals import flush_denormals
 from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
 from clipdense.engine.divergence import (
-    describe_divergence,
+    divergence_error,
     file_names,
-    last_good_checkpoint,
     non_finite_gradients,
     non_finite_weights,
 )
@@ -79,6 +78,7 @@ class Trainer(TrainerBase):
         evaluate: (model, final) -> nested dict of metrics, empty except in the main process; None disables
             evaluation.
         options: all other settings.
+        validation_batches: returns the same batches at each call, for the validation loss; None: no loss.
 
     Attributes:
         ema: moving average of the weights; None if it is disabled.
@@ -98,6 +98,7 @@ class Trainer(TrainerBase):
         train_loader: Callable[[int], Iterable[Batch]],
         evaluate: Callable[[nn.Module, bool], dict[str, Any]] | None,
         options: TrainerOptions,
+        validation_batches: Callable[[], Iterable[Batch]] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.optimizer, self.schedule, self.options = model, optimizer, schedule, options
@@ -116,6 +117,7 @@ class Trainer(TrainerBase):
         self._clip = build_clipper(options.clip_type, options.clip_value, options.clip_norm_type)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.train_loader, self.evaluate = train_loader, evaluate
+        self.validation_batches, self._stopped_early = validation_batches, False
         self._batches: Iterator[Batch]
         self._batch: Batch = []
         self._random_state: dict[str, Any] | None = None
@@ -176,17 +178,25 @@ class Trainer(TrainerBase):
     @property
     def ended_by(self) -> str:
         """Name of the setting that ends the training at the current iteration."""
+        if self._stopped_early:
+            return "TEST.EARLY_STOPPING.PATIENCE"
         return "SOLVER.MAX_ITER" if self._done >= self.options.max_iter else "SOLVER.MAX_SECONDS"
 
     def _describe_end(self) -> str:
         """Describe which setting has ended the training, and how to continue it."""
         text = f"Training ended after {self._done} of {self.options.max_iter} iterations by {self.ended_by}"
-        if self.ended_by == "SOLVER.MAX_ITER":
+        if self.ended_by != "SOLVER.MAX_SECONDS":
             return text
         return (
             f"{text} {self.options.max_seconds:g}. To continue: --resume with a larger SOLVER.MAX_SECONDS, "
             "or 0 for no limit."
         )
+
+    def stop_early(self, done: int) -> None:
+        """End the training after ``done`` iterations, with a final checkpoint; every process must call it."""
+        self.max_iter, self._stopped_early = done, True
+        if self._done > self.start_iter:
+            self.save("model_final")
 
     def progress(self, iteration: int) -> float:
         """Return the share of the training (0..1) that ``iteration`` iterations and the elapsed time make."""
@@ -200,7 +210,7 @@ class Trainer(TrainerBase):
 
     def _prepare(self) -> None:
         self.train_mode()
-        if self.progress(self.start_iter) >= 1.0:
+        if self.progress(self.start_iter) >= 1.0 or self._stopped_early:
             logger.info("%s holds a finished run", self.options.output_dir)
             self.max_iter = self.start_iter
             return
@@ -306,23 +316,9 @@ class Trainer(TrainerBase):
     def _divergence(
         self, values: list[str], images: list[str] | None = None, losses: dict[str, float] | None = None
     ) -> FloatingPointError:
-        """Build the error of a diverged training; `--resume` then starts from the last good checkpoint.
-
-        Args:
-            values: descriptions of the non-finite values.
-            images: images of the batch; by default those of this process.
-            losses: all losses, if they are known.
-        """
-        total = self.storage.histories().get("total_loss")
-        good, suspects = last_good_checkpoint(
-            self.options.output_dir, self.iter, total.values() if total is not None else []
-        )
-        if good is not None and suspects and comm.is_main_process():
-            self.checkpointer.tag_last_checkpoint(good.name)
+        """Build the error of a diverged training, see `divergence_error`; default: images of this process."""
         images = file_names(self._batch) if images is None else images
-        return FloatingPointError(
-            describe_divergence(self.iter, values, images, losses or {}, good, suspects)
-        )
+        return divergence_error(self.storage, self.checkpointer, self.iter, values, images, losses or {})
 
     def _stop_if_requested(self) -> None:
         # with several processes, use the signal that all of them have agreed on
@@ -361,7 +357,7 @@ class Trainer(TrainerBase):
         self.train_mode()
         self.results = {name: float(value) for name, value in flatten_results_dict(results).items()}
         best = self.options.best_metric
-        if best and results and best not in self.results:
+        if best and results and best not in self.results and not best.startswith("validation/"):
             logger.error(
                 "TEST.BEST_METRIC %r is not among the metrics: %s", best, ", ".join(sorted(self.results))
             )
@@ -405,7 +401,8 @@ class Trainer(TrainerBase):
         """Write the evaluated weights as ``<name>.pth`` and the metric's value as ``<name>.json``."""
         with self._averaged_weights():
             self.checkpointer.save(name, tag=False, iteration=self._done - 1, metadata=self.options.metadata)
-        record = {"metric": metric, "value": self.results[metric], "iteration": self._done - 1}
+        value = self.storage.latest()[metric][0]
+        record = {"metric": metric, "value": value, "iteration": self._done - 1}
         write_text(Path(self.options.output_dir, f"{name}.json"), json_text(record))
 
     def resume_or_load(self, resume: bool = True, weights: Checkpoint | None = None) -> None:
@@ -480,8 +477,7 @@ class Trainer(TrainerBase):
 
     def _row_is_due(self, done: int) -> bool:
         """Return whether metrics are evaluated or written after ``done`` iterations."""
-        periods = (self.options.eval_period, self.options.log_period)
-        return self.progress(done) >= 1.0 or any(period > 0 and done % period == 0 for period in periods)
+        return self.progress(done) >= 1.0 or self.options.row_is_due(done)
 
 
 def distribute(model: nn.Module, find_unused_parameters: bool = False) -> nn.Module:

@@ -36,6 +36,7 @@ from clipdense.run.config_checks import (
 )
 from clipdense.run.config_table_captions import CAPTION_CHECKS
 from clipdense.run.config_table_mask_pooling import MASK_POOLING_CHECKS
+from clipdense.run.config_table_runs import RUN_CHECKS
 from clipdense.run.config_zero_shot import ZERO_SHOT_CHECKS
 from clipdense.systems.catseg.loss import IgnoredPixels
 from clipdense.systems.catseg.meta_arch import FineTune
@@ -131,7 +132,6 @@ _TRAINING: dict[str, Check] = {
     "SOLVER.EMA_DECAY": number(0, below=1),
     "SOLVER.CHECKPOINT_PERIOD": _POSITIVE,
     "SOLVER.CHECKPOINT_KEEP": _COUNT,
-    "SOLVER.LOG_PERIOD": _POSITIVE,
     "SOLVER.AMP.DTYPE": choice("float16", "bfloat16"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": choice("value", "norm", "full_model"),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _ABOVE_0,
@@ -139,13 +139,6 @@ _TRAINING: dict[str, Check] = {
 }
 
 _DATA: dict[str, Check] = {
-    "DATASETS.TRAIN": _NAMES,
-    "DATASETS.TEST": _NAMES,
-    "DATASETS.COCO_JSON": _NAMES,
-    "DATASETS.LABEL_MAPS": _NAMES,
-    "DATASETS.IMAGES": _NAMES,
-    "DATASETS.MASK_PAIRS": _NAMES,
-    "DATASETS.OBJECT_CROPS": _NAMES,
     "DATALOADER.NUM_WORKERS": _COUNT,
     "DATALOADER.SAMPLER_TRAIN": choice("TrainingSampler", "RepeatFactorTrainingSampler"),
     "DATALOADER.REPEAT_THRESHOLD": _AT_LEAST_0,
@@ -178,10 +171,7 @@ _DATA: dict[str, Check] = {
 }
 
 _EVALUATION: dict[str, Check] = {
-    "TEST.EVAL_PERIOD": _COUNT,
     "TEST.DETECTIONS_PER_IMAGE": whole(-1),
-    "TEST.BEST_METRIC": text(),
-    "TEST.BEST_MODE": choice("max", "min"),
     "TEST.METRIC_BACKEND": choice(*BACKENDS),
     "TEST.MAX_DETS": _COUNT,
     "TEST.MAX_DENSE_CLASSES": _COUNT,
@@ -478,6 +468,7 @@ CHECKS: dict[str, Check] = {
     **ZERO_SHOT_CHECKS,
     **CAPTION_CHECKS,
     **MASK_POOLING_CHECKS,
+    **RUN_CHECKS,
     **_SYSTEMS,
 }
 """Full name of a key -> the check of its value."""

@@ -32,6 +32,7 @@ _METRICS = ("AP", "AP50", "APr", "AP_novel", "AP50_novel", "AP_base", "PQ", "mIo
     "maskpool.stuff.macc1",
     "crops.thing.macc1",
 )
+_VALIDATION = "validation/total_loss"
 _OTHER = ("lr", "time", "data_time", "eta_seconds", "rank_data_time", "iteration")
 
 
@@ -48,7 +49,7 @@ def draw_curve(metrics_json: str | os.PathLike[str], path: str | os.PathLike[str
         ValueError: If the file has no losses, learning rates or metrics.
     """
     series = read_metrics(metrics_json)
-    losses = {n: s for n, s in series.items() if "loss" in n.rpartition("/")[2] and "/" not in n}
+    losses = {n: s for n, s in series.items() if "loss" in n and ("/" not in n or n == _VALIDATION)}
     metrics = {n: s for n, s in series.items() if "/" in n and n.rpartition("/")[2] in _METRICS}
     rates = {n: s for n, s in series.items() if n == "lr"}
     parts = [(t, s) for t, s in (("loss", losses), ("learning rate", rates), ("evaluation", metrics)) if s]
@@ -76,12 +77,12 @@ _CROWDED = 60
 def _plot(ax: Axes, title: str, lines: dict[str, Series]) -> None:
     ordered = sorted(lines.items(), key=lambda item: item[0] != "total_loss")
     for i, (name, (x, y)) in enumerate(ordered):
-        total = name == "total_loss"
+        total = name in ("total_loss", _VALIDATION)
         color = "black" if total or name == "lr" else class_color(i)
         if title == "loss" and len(y) > _CROWDED:
             ax.plot(x, y, color=color, lw=0.8, alpha=0.2)
             y = _smooth(y).tolist()
-        marker = "o" if title == "evaluation" else None
+        marker = "o" if title == "evaluation" or name == _VALIDATION else None
         ax.plot(x, y, color=color, lw=2.2 if total else 1.5, marker=marker, ms=3.5, label=name)
     ax.set_ylabel("evaluation (%)" if title == "evaluation" else title)
     ax.grid(color="0.9")
