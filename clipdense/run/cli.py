@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "push": Command(f"{_COMMANDS}.push:push", "Share a trained model: on the hub, or as a folder."),
     "pull": Command(f"{_COMMANDS}.pull:pull", "Copy a shared model from the hub into a folder."),
+    "data": Command(f"{_COMMANDS}.data:app", "Check your own data before training, and split them."),
     "doctor": Command(
         f"{_COMMANDS}.doctor:doctor", "Print versions, devices, caches, and what is not installed."
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -27,7 +28,7 @@ from clipdense.visualization.pictures import (
 )
 from clipdense.visualization.segments import output_kind
 
-__all__ = ["draw_panel", "draw_score_panel"]
+__all__ = ["draw_panel", "draw_score_panel", "draw_sheet"]
 
 
 def draw_panel(
@@ -67,6 +68,33 @@ def draw_panel(
                 add_title(right, _describe(record["output"], score_threshold)),
             )
         )
+    save_picture(_grid(tiles, columns), path)
+
+
+def draw_sheet(
+    records: Sequence[Mapping[str, Any]],
+    metadata: Any,
+    path: str | os.PathLike[str],
+    *,
+    columns: int = 6,
+    cell: int = 256,
+) -> None:
+    """Draw a contact sheet: images with their ground truth, as a PNG.
+
+    Args:
+        records: Detectron2 dataset dicts, see `draw_panel`; without annotations, the image alone is drawn.
+        metadata: metadata of the dataset, with its class names.
+        path: file to write.
+        columns: number of images per row.
+        cell: longer side of an image, in pixels.
+
+    Raises:
+        ValueError: If there are no records.
+    """
+    tiles = [
+        add_title(draw_truth(_image(record), record, metadata, cell=cell), Path(record["file_name"]).name)
+        for record in records
+    ]
     save_picture(_grid(tiles, columns), path)
 
 
