@@ -213,7 +213,6 @@ found = sqlite3.connect(database).execute("select step, metrics from metrics").f
 steps = [(step, text if isinstance(text, str) else text.decode()) for step, text in found]
 print("trackio", sorted({step for step, text in steps if "total_loss" in text}))
 print("trackio pictures", any("predictions_toy" in text for _, text in steps))
-print("wandb", len(list(folder.glob("wandb/offline-run-*/*.wandb"))))
 """
 
 
@@ -232,6 +231,6 @@ def test_every_logger_gets_rows_and_pictures(run_python: Callable[..., str], tmp
     )
     assert "tensorboard [0, 1, 2, 3, 4, 5] ['predictions_toy']" in out
     assert "trackio [0, 1, 2, 3, 4, 5]" in out and "trackio pictures True" in out
-    assert "wandb 2" in out
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
     pictures = list(run.glob("wandb/offline-run-*/files/media/images/predictions_toy*.png"))
-    assert len(pictures) == 2
+    assert len(pictures) == 2  # one of each part
