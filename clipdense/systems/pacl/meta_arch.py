@@ -82,8 +82,8 @@ class PACL(OpenVocabularyModel, nn.Module):
             raise tower.cannot(f"patches of mode {mode!r} (MODEL.PACL.MODE)", why)
         self.clip = clip.eval().requires_grad_(False)
         self.embedder = embedder
-        initial = math.log(logit_scale) if logit_scale else float(clip.logit_scale)
-        self.logit_scale = nn.Parameter(torch.tensor(initial))
+        initial = torch.tensor(math.log(logit_scale)) if logit_scale else clip.logit_scale.detach().clone()
+        self.logit_scale = nn.Parameter(initial)
         self.patch_temperature, self.max_logit_scale = patch_temperature, max_logit_scale
         self.windows = windows or PatchWindows(multiple=tower.stride)
         self.max_dense_classes = max_dense_classes
