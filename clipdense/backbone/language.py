@@ -206,7 +206,7 @@ class LanguageTrunk(Backbone):
         """Return t (B, K, D) of each image, which prompts may compute from g and z."""
         if isinstance(self.text, ClassText) and self.text.image_dependent:
             return self.text(g, z)
-        return self.text().expand(len(z), -1, -1)
+        return self.text().expand(z.shape[0], -1, -1)
 
     def refine(self, t: Tensor, g: Tensor | None, z: Tensor) -> Tensor:
         """Compute t' (B, K, D) from t (B, K, D), global features g (B, D) and dense maps z (B, D, h, w)."""

@@ -58,8 +58,7 @@ class AnyStridePooler(nn.Module):
         index = torch.arange(len(boxes), device=device).repeat_interleave(counts)
         corners = torch.cat([b.tensor for b in boxes]).float()
         rois = torch.cat([index[:, None].to(corners), corners], dim=1)
-        size = (corners[:, 2:] - corners[:, :2]).clamp(min=0).prod(1).sqrt()
-        levels = torch.log2(size / self.finest + 1e-6).floor().clamp(0, len(self.strides) - 1)
+        levels = self.levels(corners)
         pooled = features[0].new_zeros(len(rois), features[0].shape[1], side, side)
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             chosen = (levels == level).nonzero().squeeze(1)
@@ -68,3 +67,8 @@ class AnyStridePooler(nn.Module):
             )
             pooled.index_copy_(0, chosen, cells)
         return pooled
+
+    def levels(self, boxes: Tensor) -> Tensor:
+        """Return the level, a whole number as a float, that each box (N, 4) is pooled from: (N,)."""
+        size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1).sqrt()
+        return torch.log2(size / self.finest + 1e-6).floor().clamp(0, len(self.strides) - 1)

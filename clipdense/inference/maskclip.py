@@ -55,7 +55,7 @@ def projected_keys(history: History) -> Tensor:
     """Return the patches' keys (B, C, h, w) of a ViT's last attention, through its output projection."""
     block, stream = history.block, history.stream
     keys = block.out(block.key(block.normed(stream.patches)))
-    return keys.transpose(1, 2).reshape(len(keys), -1, *stream.grid)
+    return keys.transpose(1, 2).unflatten(2, stream.grid)
 
 
 @torch.no_grad()

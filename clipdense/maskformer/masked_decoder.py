@@ -164,7 +164,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             to_tokens(x) + embedding for x, embedding in zip(projected, self.level_embed.weight, strict=True)
         ]
         query_position = self.query_embed.weight
-        x = self.query_feat.weight.expand(len(mask_features), -1, -1)
+        x = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)
         predictions = []
         masks = self._masks(x, mask_features)
         for i, (cross, attend, ffn) in enumerate(

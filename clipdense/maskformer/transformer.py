@@ -114,7 +114,7 @@ class TransformerDecoder(nn.Module):
         Returns:
             (L, B, Q, C), the queries after each layer and the norm. The next layer reads them without norm.
         """
-        x = torch.zeros_like(query_position).expand(len(memory), -1, -1)
+        x = torch.zeros_like(query_position).expand(memory.shape[0], -1, -1)
         outputs = []
         for layer in self.layers:
             x = layer(x, query_position, memory, position)

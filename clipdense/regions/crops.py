@@ -20,7 +20,7 @@ from clipdense.clip.roi_align import roi_align
 from clipdense.regions.boxes import mask_extent
 from clipdense.regions.lazy_maps import WHOLE, slices
 
-__all__ = ["CROP_RULES", "CropRule", "MaskCrops", "crop_masks", "get_crop_rule"]
+__all__ = ["CROP_RULES", "CropRule", "MaskCrops", "crop_masks", "expand_boxes", "get_crop_rule"]
 
 Sampling = Literal["bicubic", "roi_align", "stretch"]
 Fill = Literal["mean", "zero"]
@@ -274,7 +274,7 @@ def crop_masks(
         rule=rule,
         valid=valid,
         index=index,
-        boxes=_expand(boxes[source], rule.expand, masks.shape[-2:]),
+        boxes=expand_boxes(boxes[source], rule.expand, masks.shape[-2:]),
         source=source,
         image=normalised,
         masks=masks,
@@ -303,13 +303,13 @@ def _distinct(masks: Tensor, kept: Tensor, signature: Tensor, rule: CropRule) ->
     return kept[leaders], index
 
 
-def _expand(boxes: Tensor, factor: float, size: Sequence[int]) -> Tensor:
+def expand_boxes(boxes: Tensor, factor: float, size: Sequence[int] | Tensor) -> Tensor:
     """Scale boxes about their centres; truncate corners to whole pixels and clip them to the image (h, w)."""
     if factor == 1:
         return boxes
     low, high = boxes[:, :2].double(), boxes[:, 2:].double()
     centre, half = (low + high) / 2, factor * (high - low) / 2
-    limit = boxes.new_tensor([size[1], size[0]])
+    limit = torch.as_tensor(size, device=boxes.device, dtype=boxes.dtype).flip(0)
     start = (centre - half).trunc().long().clamp(min=0)
     end = torch.minimum((centre + half).trunc().long(), limit)
     return torch.cat([start, torch.maximum(end, start + 1)], dim=1)

@@ -136,22 +136,18 @@ def pool_masks(
     """
     policy = get_pooling(pooling)
     features, dtype = _prepare(features, policy)
+    if isinstance(masks, Tensor) and masks.dim() == 4 and batch_index is None:
+        _check_batch(masks, features)
+        grouped = masks.flatten(2).to(features.device)  # (B, n, hw): nothing to sort
+        grouped = grouped if masks.dtype == torch.bool else grouped.to(features.dtype)
+        return _masked_means(features, grouped, policy).flatten(0, 1).to(dtype)
     flat, index = _flat(masks, batch_index, features, "masks", *features.shape[-2:])
     order = index.argsort(stable=True)
     counts = index.bincount(minlength=len(features)).tolist()
     grouped = pad_sequence(
         list(torch.split(flat[order].flatten(1), counts)), batch_first=True
     )  # (B, max n, hw)
-    if policy.threshold is not None:
-        grouped = grouped > policy.threshold
-    weights, values = grouped.to(features.dtype), features.flatten(2).transpose(1, 2)
-    with torch.autocast(features.device.type, enabled=False):
-        area = weights.sum(2, keepdim=True)
-        pooled = weights @ values / (area + policy.eps)
-    if policy.empty == "global":
-        pooled = torch.where(area == 0, values.mean(1, keepdim=True), pooled)
-    if policy.normalize:
-        pooled = F.normalize(pooled, dim=2)
+    pooled = _masked_means(features, grouped, policy)
     rows = torch.cat([image[:n] for image, n in zip(pooled, counts, strict=True)])
     return rows[order.argsort()].to(dtype)
 
@@ -192,6 +188,29 @@ def _prepare(features: Tensor, policy: Pooling) -> tuple[Tensor, torch.dtype]:
     return (F.normalize(features, dim=1) if policy.normalize_map else features), dtype
 
 
+def _masked_means(features: Tensor, masks: Tensor, policy: Pooling) -> Tensor:
+    """Pool each image's own masks (B, n, h * w) of maps (B, C, h, w): (B, n, C)."""
+    if policy.threshold is not None:
+        masks = masks > policy.threshold
+    weights, values = masks.to(features.dtype), features.flatten(2).transpose(1, 2)
+    with torch.autocast(features.device.type, enabled=False):
+        area = weights.sum(2, keepdim=True)
+        pooled = weights @ values / (area + policy.eps)
+    if policy.empty == "global":
+        pooled = torch.where(area == 0, values.mean(1, keepdim=True), pooled)
+    return F.normalize(pooled, dim=2) if policy.normalize else pooled
+
+
+def _check_batch(masks: Tensor, features: Tensor) -> None:
+    """Raise ValueError unless masks (B, n, h, w) fit maps (B, C, h, w)."""
+    if masks.shape[0] != features.shape[0]:
+        raise ValueError(f"{len(masks)} lists of masks for {len(features)} images")
+    if masks.shape[2:] != features.shape[2:]:
+        h, w = features.shape[2:]
+        flat = tuple(masks.flatten(0, 1).shape)
+        raise ValueError(f"masks {flat} do not fit (N, {h}, {w}) (see `resize_masks`)")
+
+
 def _flat(
     regions: Sequence[Tensor] | Tensor, batch_index: Tensor | None, features: Tensor, what: str, *shape: int
 ) -> tuple[Tensor, Tensor]:
@@ -208,10 +227,8 @@ def _flat(
                 f"{len(regions)} lists of {what} for {len(features)} images"
                 + (", and a `batch_index`, which is for flat ones" if batch_index is not None else "")
             )
-        counts = torch.tensor([len(r) for r in regions], device=features.device)
         flat = torch.cat(list(regions))
-        index = torch.arange(len(regions), device=features.device)
-        index = index.repeat_interleave(counts, output_size=len(flat))  # avoids a host sync
+        index = torch.cat([torch.full((len(r),), i, device=features.device) for i, r in enumerate(regions)])
     if flat.shape[1:] != shape:
         hint = " (see `resize_masks`)" if what == "masks" else ""
         raise ValueError(f"{what} {tuple(flat.shape)} do not fit (N, {', '.join(map(str, shape))}){hint}")

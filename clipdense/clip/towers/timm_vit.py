@@ -132,7 +132,7 @@ class TimmViTTower(TransformerTower):
         if hook:
             stream = hook(-1, stream)
         x = stream.x
-        tokens = [t.expand(len(x), -1, -1) for t in (trunk.cls_token, trunk.reg_token) if t is not None]
+        tokens = [t.expand(x.shape[0], -1, -1) for t in (trunk.cls_token, trunk.reg_token) if t is not None]
         if trunk.pos_embed is None:
             x = torch.cat([*tokens, x], dim=1)
         else:

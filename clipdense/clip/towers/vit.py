@@ -97,7 +97,10 @@ class ViTTower(TransformerTower):
         stream = TokenStream(patches.flatten(2).transpose(1, 2), (h, w))
         if hook:
             stream = hook(-1, stream)
-        cls = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1) * self.class_embedding_factor
+        cls = (
+            self.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)
+            * self.class_embedding_factor
+        )
         positions = resize_table(self.positional_embedding, self.grid, (h, w), self.position_rule)
         stream.x = self.ln_pre(torch.cat([cls, stream.x], dim=1) + positions.to(patches.dtype))
         return stream

@@ -100,8 +100,8 @@ def _from_windows(y: Tensor, heads: int, side: int, shift: int, shape: torch.Siz
     """Invert `_windows`: to maps (B, T, h, w, C) of a shape."""
     h, w = shape[2:4]
     rows, columns = -(-h // side), -(-w // side)
-    y = y.reshape(len(y), rows, columns, heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
-    y = y.reshape(len(y), rows * side, columns * side, -1)
+    y = y.reshape(y.shape[0], rows, columns, heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    y = y.reshape(y.shape[0], rows * side, columns * side, -1)
     if shift:
         y = y.roll((shift, shift), dims=(1, 2))
     return y[:, :h, :w].reshape(shape)

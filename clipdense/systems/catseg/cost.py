@@ -177,7 +177,7 @@ class CostAggregator(nn.Module):
             settings: default: no pooling, everything at once, no rejection.
         """
         settings = settings or AggregationSettings()
-        text = text.expand(len(dense), *text.shape[-3:])
+        text = text.expand(dense.shape[0], *text.shape[-3:])
         guides = [F.relu(layer(map_)) for layer, map_ in zip(self.decoder_guidance, guidance, strict=True)]
         maps = F.relu(self.image_guidance(dense)).permute(0, 2, 3, 1)
         if not settings.rejection_topk:

@@ -53,7 +53,7 @@ class DoubleConv(nn.Module):
         own, common, further = self.conv1.weight.split(self.parts, dim=1)
         if extra is not None:
             x, own = torch.cat([x, extra], 1), torch.cat([own, further], 1)
-        images = len(shared)
+        images = shared.shape[0]
         y = F.conv2d(x, own, padding=1).unflatten(0, (images, -1))
         y = (y + F.conv2d(shared, common, padding=1)[:, None]).flatten(0, 1)
         y = F.relu(self.norm1(y))
@@ -92,7 +92,7 @@ class CostDecoder(nn.Module):
 
     def forward(self, x: Tensor, guidance: Sequence[Tensor]) -> Tensor:
         """Compute logits (B, T, H, W) from (B, T, h, w, C) and the guidance (B, G, ., .) of each stage."""
-        batch, maps = len(x), x.flatten(0, 1).permute(0, 3, 1, 2)
+        batch, maps = x.shape[0], x.flatten(0, 1).permute(0, 3, 1, 2)
         for stage, guide in zip(self.stages, guidance, strict=True):
             maps = stage(maps, guide)
         logits: Tensor = self.head(maps)

@@ -137,9 +137,9 @@ class SEDAggregator(nn.Module):
         self, dense: Tensor, text: Tensor, guides: Sequence[Tensor], settings: AggregationSettings
     ) -> CostLogits:
         """Run the stages on all classes, or reject classes before each of them; B is 1 with rejection."""
-        classes, chunk = len(text), class_chunk(len(dense), settings)
-        index = torch.arange(classes, device=dense.device).expand(len(dense), -1)
-        text = text.expand(len(dense), *text.shape)
+        classes, chunk = text.shape[0], class_chunk(dense.shape[0], settings)
+        index = torch.arange(classes, device=dense.device).expand(dense.shape[0], -1)
+        text = text.expand(dense.shape[0], *text.shape)
 
         x = in_chunks(lambda part: self.embed_cost(cost_volume(dense, part)), text, 1, chunk)
         rejection: list[Tensor] = []

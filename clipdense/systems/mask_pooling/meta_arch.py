@@ -279,9 +279,12 @@ class FCCLIP(OpenVocabularyMaskFormer):
 
     def _region_logits(self, embeddings: Tensor, text: TextEmbeddings) -> Tensor:
         """Compare region embeddings (..., D) with all names and return class logits (..., K)."""
+        return max_logits(self.region_name_logits(embeddings, text["rows"]), text["classes"])
+
+    def region_name_logits(self, embeddings: Tensor, rows: Tensor) -> Tensor:
+        """Compare region embeddings (..., D) with unit text embeddings of names (N, D): logits (..., N)."""
         scale = self.clip.logit_scale.exp().clamp(max=MAX_SCALE)
-        cosines = F.normalize(embeddings.float(), dim=-1) @ text["rows"].T
-        return max_logits(scale * cosines, text["classes"])
+        return scale * (F.normalize(embeddings.float(), dim=-1) @ rows.T)
 
     def _region_loss(self, features: Mapping[str, Tensor], targets: Sequence[Targets]) -> Tensor:
         """Compute the cross-entropy of the ground-truth masks in the out-of-vocabulary classifier."""

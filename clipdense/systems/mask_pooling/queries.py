@@ -108,9 +108,13 @@ class SynonymClassifier(nn.Module):
         Returns:
             (..., K + 1) logits, void last.
         """
-        text = self.project(torch.cat([rows, self.void]))
-        logits = (self.scale * F.normalize(embeddings, dim=-1) @ text.T).float()
+        logits = self.name_logits(embeddings, rows)
         return torch.cat([max_logits(logits[..., :-1], classes), logits[..., -1:]], dim=-1)
+
+    def name_logits(self, embeddings: Tensor, rows: Tensor) -> Tensor:
+        """Compare query embeddings (..., D) with names (N, D_text): logits (..., N + 1), void last."""
+        text = self.project(torch.cat([rows, self.void]))
+        return (self.scale * F.normalize(embeddings, dim=-1) @ text.T).float()
 
 
 def max_logits(logits: Tensor, classes: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ class DenseEncoder(nn.Module):
             images = torch.cat([images, ids], 1)
 
         def function(crops: Tensor) -> Tensor:
-            return self._window_cosines(crops, text, scale)
+            return self.window_cosines(crops, text, scale)
 
         return self._cosines(images, function)
 
@@ -248,7 +248,8 @@ class DenseEncoder(nn.Module):
         size = (images.shape[2], images.shape[3])
         return Cosines(maps, size, w.window, w.stride, self.multiple)
 
-    def _window_cosines(self, crops: Tensor, text: Tensor, scale: float) -> Tensor:
+    def window_cosines(self, crops: Tensor, text: Tensor, scale: float) -> Tensor:
+        """Compare windows (n, 3, H, W), already padded, with names: (n, S, h, w); see `forward`."""
         kind = self.method.kind
         if kind == "corrclip":
             return text_cosines(torch.cat([self._corrclip(window[None]) for window in crops]), text)

@@ -120,7 +120,7 @@ class FeatureModel(nn.Module):
         table = trunk.pos_embed[0]
         prefix = len(table) - native[0] * native[1]
         positions = resize_table(table, native, grid, "dino_scale", prefix)
-        x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], 1) + positions
+        x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], 1) + positions
         y: Tensor = trunk.norm(trunk.blocks(trunk.norm_pre(x)))
         return y
 
