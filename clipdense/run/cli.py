@@ -52,6 +52,11 @@ COMMANDS: dict[str, Command] = {
         "Convert published weights to safetensors.",
         "interrupted; nothing was written",
     ),
+    "export": Command(
+        f"{_COMMANDS}.export:app",
+        "Write a model as an ONNX or .pt2 file.",
+        "interrupted; do not use the file",
+    ),
     "push": Command(f"{_COMMANDS}.push:push", "Share a trained model: on the hub, or as a folder."),
     "pull": Command(f"{_COMMANDS}.pull:pull", "Copy a shared model from the hub into a folder."),
     "data": Command(f"{_COMMANDS}.data:app", "Check your own data before training, and split them."),
