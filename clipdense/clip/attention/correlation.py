@@ -87,7 +87,7 @@ def gaussian_window(grid: Grid, length: int, std: float) -> Tensor:
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], 1)
     squared = (places[:, None] - places[None]).square().sum(2)
-    prefix = length - len(places)
+    prefix = length - places.shape[0]
     return F.pad((-squared / (2 * std**2)).exp(), (prefix, 0, prefix, 0))
 
 
