@@ -25,7 +25,7 @@ _TASKS = {
     "semantic": ("image-segmentation", "semantic segmentation"),
     "panoptic": ("image-segmentation", "panoptic segmentation"),
 }
-_SEMANTIC = ("SemanticSegmentor", "CATSeg", "SemanticFPN", "SegCLIP", "ZeroShotSegmentor")
+_SEMANTIC = ("SemanticSegmentor", "CATSeg", "SemanticFPN", "SegCLIP", "PACL", "CLIPpy", "ZeroShotSegmentor")
 _MAX_CLASSES = 30
 _ABSOLUTE = re.compile(r"(?<![\w.])(~|/)[^\s'\",:]*/([^\s'\",:/]+)")
 

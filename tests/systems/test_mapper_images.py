@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipdense.data.caption_mapper import CaptionMapper
 from clipdense.data.image import BadImageError, file_format
 from clipdense.data.object_crops import ObjectCropMapper
 from clipdense.regions import CropRule
@@ -71,7 +72,11 @@ def segclip(**rules: Any) -> SegCLIPMapper:
     return SegCLIPMapper(size=16, patch=8, **rules)
 
 
-@pytest.mark.parametrize("build", [object_crops, segclip])
+def captions(**rules: Any) -> CaptionMapper:
+    return CaptionMapper(size=16, **rules)
+
+
+@pytest.mark.parametrize("build", [object_crops, segclip, captions])
 def test_mappers_of_crops_refuse_large_images(build: Mapper, record: dict[str, Any]) -> None:
     record |= {"bbox": [2, 3, 8, 9], "bbox_mode": BoxMode.XYXY_ABS, "label": 0, "captions": ["a kite"]}
     with pytest.raises(BadImageError, match=r"0\.png: 40 x 20 are more than 799 pixels"):
@@ -97,7 +102,9 @@ def test_large_images_are_refused(build: Mapper, is_train: bool, record: dict[st
     assert build(is_train, max_pixels=800)(record) is not None
 
 
-@pytest.mark.parametrize("kind", [CLIPSelfMapper, MaskPairMapper, ObjectCropMapper, SegCLIPMapper])
+@pytest.mark.parametrize(
+    "kind", [CLIPSelfMapper, MaskPairMapper, ObjectCropMapper, SegCLIPMapper, CaptionMapper]
+)
 def test_the_rules_come_from_the_config(kind: Any) -> None:
     cfg = get_cfg()
     add_clipdense_config(cfg)
