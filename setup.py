@@ -1,4 +1,7 @@
-"""Packaging: the library, with `configs/` as `clipdense/configs` and the nano CLIPs' weights."""
+"""Packaging: the library with the nano CLIPs' weights, and below it configs, tools and the projects' configs.
+
+In a wheel, `clipdense.tools.train_net` is tools/train_net.py: ``python -m clipdense.tools.train_net``.
+"""
 
 import re
 from pathlib import Path
@@ -6,6 +9,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+FOLDERS = {
+    "clipdense.configs": "configs",
+    "clipdense.projects": "projects",
+    "clipdense.tools": "tools",
+    "clipdense.tools.benchmarks": "tools/benchmarks",
+}
 EXTRAS = {
     "docs": "docs.txt",
     "efficientnet": "extras.txt",
@@ -34,11 +43,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["clipdense", "clipdense.*"]), "clipdense.configs"],
-    package_dir={"clipdense.configs": "configs"},
+    packages=[*find_packages(include=["clipdense", "clipdense.*"]), *FOLDERS],
+    package_dir=FOLDERS,
     package_data={
         "clipdense": ["py.typed", "**/*.json", "**/*.safetensors", "**/*.txt"],
         "clipdense.configs": ["**/*.yaml", "**/*.py"],
+        "clipdense.projects": ["*/configs/**/*.yaml", "*/configs/**/*.py", "*/tables/*.yaml"],
     },
     entry_points={"console_scripts": ["clipdense = clipdense.run.cli:main"]},
     install_requires=requirements("base.txt"),

@@ -117,7 +117,28 @@ def _extension_stub() -> list[str]:
     sys.modules["detectron2._C"] = module
     for op in ("nms_rotated", "box_iou_rotated", "roi_align_rotated_forward", "roi_align_rotated_backward"):
         setattr(torch.ops.detectron2, op, getattr(module, op))
+    sys.modules["detectron2.evaluation.fast_eval_api"] = _python_coco_metric()
     return ["detectron2._C"]
+
+
+def _python_coco_metric() -> ModuleType:
+    """Return a stand-in for the module of the C++ metric: pycocotools' COCOeval, which gives the same AP.
+
+    `COCOEvaluator` asks for the C++ metric by default; without this, it would fail after the training.
+    """
+    module: Any = ModuleType(
+        "detectron2.evaluation.fast_eval_api", "Stand-in: pycocotools' COCOeval in place of the C++ metric."
+    )
+
+    def __getattr__(name: str) -> Any:  # pycocotools imports matplotlib, which takes a second
+        if name != "COCOeval_opt":
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        from pycocotools.cocoeval import COCOeval
+
+        return COCOeval
+
+    module.__getattr__ = __getattr__
+    return module
 
 
 def _export_without_caffe2(root: Path) -> list[str]:
@@ -141,7 +162,7 @@ def _missing_op(op: str) -> Any:
         raise RuntimeError(
             f"{op} belongs to detectron2's C++ extension, which this installation does not have. Install a "
             "compiled detectron2 (`make demo DETECTRON2=<path or git URL>`, with a C++ compiler), or do "
-            "without rotated boxes, deformable convolution and COCOeval_opt."
+            "without rotated boxes and deformable convolution."
         )
 
     missing.__name__ = missing.__qualname__ = op

@@ -14,15 +14,16 @@ def config_path(name: str) -> str:
     """Return the path of a config that ships with clipdense, in a checkout and in an installed wheel.
 
     Args:
-        name: path under ``configs/``, e.g. ``"shapes/mask_rcnn_clip_rn.yaml"``.
+        name: path under ``configs/``, such as ``"shapes/mask_rcnn_clip_rn.yaml"``, or as in a checkout:
+            ``"configs/shapes/mask_rcnn_clip_rn.yaml"``, ``"projects/FVLM/configs/fvit_b16_ovcoco.yaml"``.
 
     Raises:
         FileNotFoundError: If there is no such config; the message lists the configs of the same folder.
     """
-    root = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-    path = root / name
+    root = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+    path = root / name if name.startswith(("configs/", "projects/")) else root / "configs" / name
     if not path.is_file():
-        siblings = sorted(p.relative_to(root).as_posix() for p in path.parent.glob("*.*"))
+        siblings = sorted(p.relative_to(path.parent).as_posix() for p in path.parent.glob("*.*"))
         known = ", ".join(siblings) if siblings else "that folder does not exist"
         raise FileNotFoundError(f"clipdense has no config {name!r}; beside it there are: {known}")
     return str(path)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -50,6 +51,8 @@ def install() -> None:
     """Install the import hook; what Detectron2 has imported already is dealt with immediately."""
     if any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
         return
+    # torch warns about every scripted function of the libraries below; users can do nothing about it
+    warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)
     if "detectron2" in sys.modules:
         compat.apply()
     hook = _ImportHook()

@@ -1,6 +1,7 @@
 """What an installed clipdense holds, and what the requirement files promise."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ def checkout(tmp_path_factory) -> Path:
     """A copy of what the package is built from, so that no build folder is left in the checkout."""
     copy = tmp_path_factory.mktemp("checkout")
     ignore = shutil.ignore_patterns("__pycache__")
-    for folder in ("clipdense", "configs", "requirements"):
+    for folder in ("clipdense", "configs", "projects", "requirements", "tools"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / file, copy)
@@ -47,7 +48,58 @@ def test_wheel_holds_code_weights_and_configs(checkout, wheel):
     shipped = set(zipfile.ZipFile(wheel).namelist())
     assert _files(checkout / "clipdense") <= {name.removeprefix("clipdense/") for name in shipped}
     assert _files(checkout / "configs") <= {name.removeprefix("clipdense/configs/") for name in shipped}
-    assert not any(name.startswith(("configs/", "tests/", "tools/")) for name in shipped)
+    assert not any(name.startswith(("configs/", "projects/", "tests/", "tools/")) for name in shipped)
+    for pattern in ("tools/**/*.py", "projects/*/configs/**/*.yaml", "projects/*/configs/**/*.py"):
+        files = [path.relative_to(checkout).as_posix() for path in checkout.glob(pattern)]
+        assert files and {f"clipdense/{name}" for name in files} <= shipped
+    assert "[console_scripts]\nclipdense = clipdense.run.cli:main" in _entry_points(wheel)
+
+
+def _entry_points(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = [name for name in file.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        return file.read(name).decode()
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_segments_in_another_folder(wheel, tmp_path):
+    """In an environment of its own, which sees the libraries of this one; the first picture in 30 seconds."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))
+    python = tmp_path / "venv/bin/python"
+    entry = "import sys; from clipdense.run.cli import main; sys.exit(main())"
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    shutil.copy(ROOT / "projects/ShapesWorld/scenes/1.jpg", folder / "scene.jpg")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [python, "-c", entry, *words], cwd=folder, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    before = os.times()
+    assert "scene.jpg: " in run("segment", "scene.jpg", "--words", "red heart, blue star")
+    after = os.times()
+    assert after.children_user - before.children_user < 30
+    assert (folder / "output/predictions/scene.jpg").is_file()
+    assert str(site / "clipdense") in run("doctor")
+    config = "projects/ZeroShot/configs/voc21.yaml"
+    path = subprocess.run(
+        [python, "-c", f"import clipdense; print(clipdense.config_path({config!r}))"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(path.stdout.strip()) == site / "clipdense" / config
 
 
 def test_nano_weights_are_small(wheel):
@@ -101,10 +153,14 @@ def test_what_the_package_imports_is_required():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.add((node.module or "").partition(".")[0])
     modules -= {"clipdense", "detectron2", "fvcore", "iopath", "omegaconf"} | sys.stdlib_module_names
+    modules -= {"fiftyone"}  # its own requirements contradict the lock file; results.to_fiftyone() says so
     distributions = packages_distributions()
     folder = ROOT / "requirements"
     known = set.union(
-        *(_names(folder / f"{name}.txt") for name in ("base", "detectron2", "extras", "mining", "sam"))
+        *(
+            _names(folder / f"{name}.txt")
+            for name in ("base", "detectron2", "extras", "mining", "sam", "supervision")
+        )
     )
     unknown = {
         module

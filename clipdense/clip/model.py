@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import _build_text_tower, _build_vision_tower
+from PIL import Image
 from torch import Tensor, nn
 
 from clipdense.checkpoint import (
@@ -31,7 +32,7 @@ from clipdense.checkpoint import (
 from clipdense.clip.convnext import CONVNEXT_CLIP, ConvNeXtModel
 from clipdense.clip.eva import EVA02_CLIP, EVA02Model
 from clipdense.clip.layouts import EVA_CLIP, JIT_ENTRIES, MASK_PROMPTS, OPENAI_CLIP, config_from_tensors
-from clipdense.clip.pixels import normalize_pixels
+from clipdense.clip.pixels import normalize_pixels, preprocess
 from clipdense.clip.sources import Source, resolve
 from clipdense.clip.stored import stored_config, stored_text
 from clipdense.clip.text_aligned import (
@@ -95,6 +96,11 @@ class ClipModel(nn.Module):
         """Normalise RGB images (..., 3, H, W), 0..255, with the model's statistics, on the model's device."""
         images = images.to(self.logit_scale.device, non_blocking=True)
         return normalize_pixels(images, self.pixel_mean, self.pixel_std)
+
+    def preprocess(self, image: Image.Image, *, crop: bool = True, size: int | None = None) -> Tensor:
+        """Convert a PIL image to a normalised tensor (3, H, W); see `clipdense.clip.pixels.preprocess`."""
+        settings = self.config["preprocess_cfg"]
+        return preprocess(image, self.image_size, settings, crop=crop, size=size)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed normalised images (B, 3, H, W) as (B, D), not L2-normalised."""

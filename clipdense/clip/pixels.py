@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from open_clip.transform import image_transform
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize, to_tensor
 
-__all__ = ["normalize_pixels"]
+__all__ = ["normalize_pixels", "preprocess"]
 
 
 def normalize_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -26,3 +31,41 @@ def normalize_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]
         255 * torch.tensor(s, dtype=dtype, device=images.device).view(3, 1, 1) for s in (mean, std)
     )
     return (images - center) / scale
+
+
+def preprocess(
+    image: Image.Image,
+    image_size: tuple[int, int],
+    settings: Mapping[str, Any],
+    *,
+    crop: bool = True,
+    size: int | None = None,
+) -> Tensor:
+    """Convert a PIL image of any mode to the input of a CLIP, as open_clip's ``preprocess`` does.
+
+    Args:
+        image: the image.
+        image_size: native (H, W) of the model in pixels.
+        settings: open_clip's `preprocess_cfg`: mean, std, interpolation, resize_mode.
+        crop: resize to the native size and cut out the centre, as for `ClipModel.encode_image`. False keeps
+            the whole image, as for features per pixel; its shorter side is resized.
+        size: shorter side in pixels, without ``crop``; default: that of the native size.
+
+    Returns:
+        (3, H, W) float32 on the CPU.
+    """
+    mode = settings.get("interpolation", "bicubic")
+    mean, std = tuple(settings["mean"]), tuple(settings["std"])
+    if crop:
+        transform: Any = image_transform(
+            image_size,
+            is_train=False,
+            mean=mean,
+            std=std,
+            resize_mode=settings.get("resize_mode", "shortest"),
+            interpolation=mode,
+        )
+        cropped: Tensor = transform(image)
+        return cropped
+    pixels = to_tensor(resize(image.convert("RGB"), size or min(image_size), InterpolationMode(mode)))
+    return normalize_pixels(255 * pixels, mean, std)

@@ -17,11 +17,13 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 
 from clipdense.clip.aligned_configs import ALIGNED_MODELS
 from clipdense.clip.nano import NANO_MODELS, nano_config, nano_files
+from clipdense.files import cache_dir as default_cache_dir
 
 logger = logging.getLogger(__name__)
 
 HUB = "hf-hub:"
 LOCAL = "local-dir:"
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 RANDOM = "random"
 RANDOM_OF = "random:"
 """Before a tag: random weights for the model as that tag's weights need it (activation, pixel statistics)."""
@@ -104,7 +106,11 @@ def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) ->
         if only_config:
             return source
         what, place = f"tag '{pretrained}' of '{name}'", tag.get("hf_hub") or tag.get("url", "")
-        source.files = [_fetch(what, place, lambda: download_pretrained(tag, cache_dir=cache_dir))]
+        if (local := local_weights(name, pretrained)) is not None:
+            source.files = [local]
+            return source
+        target = weights_folder() / f"{name}-{pretrained}{_suffix(place)}"
+        source.files = [_fetch(what, place, lambda: download_pretrained(tag, cache_dir=cache_dir), target)]
     elif pretrained.startswith(HUB):
         source.files = [_hub_weights(pretrained.removeprefix(HUB), cache_dir)]
     elif _looks_like_path(pretrained):
@@ -112,6 +118,17 @@ def _from_open_clip(name: str, pretrained: str | None, cache_dir: str | None) ->
     else:
         raise ValueError(f"'{pretrained}' is neither a file nor a tag of '{name}'; {_near(pretrained, tags)}")
     return source
+
+
+def weights_folder() -> Path:
+    """Return the folder where weight files of open_clip's tags may be put by hand."""
+    return default_cache_dir() / "clip"
+
+
+def local_weights(name: str, tag: str) -> Path | None:
+    """Return the file ``<model>-<tag>`` (.safetensors, .pt, .pth, .bin) of `weights_folder`, if any."""
+    files = (weights_folder() / f"{name}-{tag}{suffix}" for suffix in _SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
 
 
 def without_weights(model: str, pretrained: str) -> str:
@@ -197,13 +214,14 @@ def _hub_weights(identifier: str, cache_dir: str | None) -> Path:
     )
 
 
-def _fetch(what: str, place: str, download: Callable[[], str]) -> Path:
+def _fetch(what: str, place: str, download: Callable[[], str], target: Path | None = None) -> Path:
     """Download a file; a failure is one line that names the file and where it belongs.
 
     Args:
         what: whose file it is, for the message.
         place: URL, or "organisation/name/file" on the hub; without a file, open_clip's usual name.
         download: returns the path.
+        target: where the file may be put by hand; None: only as ``pretrained``.
     """
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
@@ -217,10 +235,11 @@ def _fetch(what: str, place: str, download: Callable[[], str]) -> Path:
         name, _, file = rest.rpartition("/")
         url = place if "://" in place else f"https://huggingface.co/{organisation}/{name}/resolve/main/{file}"
         reason = " ".join(str(e).split())[:120] or type(e).__name__
+        by_hand = "" if target is None else f"save it as {target}, or "
         raise ConnectionError(
-            f"{what} could not be downloaded ({reason}). Get {url} on a machine with access, and set "
-            "MODEL.CLIP.PRETRAINED (`pretrained`) to its path; or copy that machine's Hugging Face cache, "
-            "and set HF_HOME to its folder"
+            f"{what} could not be downloaded ({reason}). Get {url} on a machine with access, and {by_hand}"
+            "set MODEL.CLIP.PRETRAINED (`pretrained`, --pretrained) to its path; or copy that machine's "
+            "Hugging Face cache, and set HF_HOME to its folder"
         ) from e
     finally:
         hub.setLevel(level)
@@ -245,6 +264,11 @@ def _usual_pixels(name: str) -> dict[str, Any]:
     if known:
         logger.warning("the tags of '%s' use different pixel statistics; using OpenAI's", name)
     return _pixels({})
+
+
+def _suffix(place: str) -> str:
+    """Return the ending of the file at a URL, or of the hub's usual weight file."""
+    return Path(place).suffix if Path(place).suffix in _SUFFIXES else Path(HF_SAFE_WEIGHTS_NAME).suffix
 
 
 def _looks_like_path(name: str) -> bool:

@@ -211,10 +211,11 @@ class Vocabulary:
         """Create a vocabulary from user input.
 
         Args:
-            source: "cat|kitten, red car" (commas separate classes, bars separate synonyms), the path of a
-                class-list file, a list of names as in `from_names`, or a vocabulary, which is returned
-                unchanged. A text that names an existing file, or ends as a list does (.txt, .json, .csv,
-                .names), is a path; ``~`` and variables in it are expanded.
+            source: "cat|kitten, red car" (commas separate classes, bars separate synonyms; a name in double
+                quotes may contain both, as in 'dog, "black, white"'), the path of a class-list file, a list
+                of names as in `from_names`, or a vocabulary, which is returned unchanged. A text that names
+                an existing file, or ends as a list does (.txt, .json, .csv, .names), is a path; ``~`` and
+                variables in it are expanded.
 
         Raises:
             FileNotFoundError: If the file does not exist.
@@ -226,8 +227,7 @@ class Vocabulary:
             return cls.from_file(path)
         assert not isinstance(source, Path)  # a path object always names a list
         if isinstance(source, str):
-            names = [name for name in source.split(",") if name.strip()]
-            return cls.from_names(names, separator="|")
+            return cls.from_names(_split_text(source))
         return cls.from_names(source)
 
     def __len__(self) -> int:
@@ -339,6 +339,30 @@ def _split(entry: str | Sequence[str], separator: str | None) -> Sequence[str]:
         return entry
     # a trailing separator ("sky,") does not add an empty name; a class without any name is an error
     return [name for name in entry.split(separator) if name.strip()] if separator else [entry]
+
+
+def _split_text(text: str) -> list[list[str]]:
+    """Split "cat|kitten, red car" into classes and their names; double quotes protect commas and bars.
+
+    Raises:
+        ValueError: If a quotation does not end.
+    """
+    classes: list[list[str]] = [[]]
+    name, quoted = "", False
+    for character in text + ",":
+        if character == '"':
+            quoted = not quoted
+        elif character in ",|" and not quoted:
+            if name.strip():
+                classes[-1].append(name.strip())
+            name = ""
+            if character == ",":
+                classes.append([])
+        else:
+            name += character
+    if quoted:
+        raise ValueError(f'a double quote in {text!r} has no counterpart; quote a whole name: "black, white"')
+    return [names for names in classes if names]
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

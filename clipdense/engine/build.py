@@ -56,4 +56,5 @@ def evaluate_weights(
     results = flatten_results_dict(run.evaluate(model, True, mappings))
     if results:
         write_results(results, Path(options.output_dir, "inference"))
+        logger.info("Written to %s", Path(options.output_dir, "inference", "results.json"))
     return results

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -152,6 +154,7 @@ def run_inference(
     bar = tqdm(
         loader, f"Evaluating {name}".strip(), unit="batch", disable=None if comm.is_main_process() else True
     )
+    start = time.perf_counter()
     # not inference_mode: training may use what the model caches here (text embeddings, anchors)
     with torch.no_grad():
         for done, batch in enumerate(bar):
@@ -161,5 +164,7 @@ def run_inference(
             evaluator.process(batch, outputs)
             pairs += list(zip(batch, outputs, strict=True))[: keep - len(pairs)]
             if bar.disable:  # not a terminal
-                log_every_n_seconds(logging.INFO, f"Evaluating {name}: {done + 1}/{bar.total}", n=30)
+                rest = (time.perf_counter() - start) / (done + 1) * (bar.total - done - 1)
+                text = f"Evaluating {name}: {done + 1}/{bar.total}, ETA {timedelta(seconds=round(rest))}"
+                log_every_n_seconds(logging.INFO, text, n=30)
     return evaluator.evaluate() or {}, pairs

@@ -12,7 +12,7 @@ from clipdense.checkpoint import save_checkpoint
 from clipdense.engine.checkpoint import model_metadata
 from clipdense.files import json_text, write_text
 
-__all__ = ["export", "print_results", "results_table", "write_report", "write_results"]
+__all__ = ["class_table", "export", "print_results", "results_table", "write_report", "write_results"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,11 @@ def write_results(results: Mapping[str, float | str], folder: Path) -> None:
 
 
 def print_results(results: dict[str, float]) -> None:
-    """Log flattened metrics as a table."""
+    """Log flattened metrics as a table, and those of single classes (``TEST.PER_CLASS``) as another."""
     if results:
         logger.info("Results:\n%s", results_table(results))
+    if table := class_table(results):
+        logger.info("Classes:\n%s", table)
 
 
 def export(model: nn.Module, path: Path) -> None:
@@ -64,6 +66,22 @@ def export(model: nn.Module, path: Path) -> None:
     if export_state is not None:
         state, metadata = export_state()
         save_checkpoint(path, state, {**metadata, **model_metadata(model)})
+
+
+def class_table(results: Mapping[str, float]) -> str:
+    """Format the metrics of single classes ("bbox/AP-person") as a table, one row per class; "" for none."""
+    rows: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for name, value in results.items():
+        task, _, metric = name.rpartition("/")
+        kind, dash, label = metric.partition("-")
+        if dash:
+            column = f"{task} {kind}".strip()
+            columns[column] = None
+            rows.setdefault(label, {})[column] = f"{value:.2f}"
+    cells = [[label, *(found.get(column, "") for column in columns)] for label, found in rows.items()]
+    align = ["left", *["right"] * len(columns)]
+    return tabulate(cells, ["class", *columns], disable_numparse=True, colalign=align) if cells else ""
 
 
 def results_table(results: dict[str, float]) -> str:

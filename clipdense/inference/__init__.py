@@ -2,6 +2,7 @@
 background rules, refinement and propagation of maps."""
 
 from clipdense.inference.background import max_over_synonyms, reject_pixels, suppress_absent_classes
+from clipdense.inference.components import connected_areas
 from clipdense.inference.maskclip import Refinements, maskclip_cosines, projected_keys, refine_cosines
 from clipdense.inference.pamr import pamr, pamr_weights, refine_masks
 from clipdense.inference.patch_windows import PatchWindows, segment_by_patches
@@ -61,6 +62,7 @@ __all__ = [
     "centred_padding",
     "class_probabilities",
     "confident_labels",
+    "connected_areas",
     "cut_windows",
     "denoise_prompts",
     "fold_windows",

@@ -37,14 +37,16 @@ def suppress_absent_classes(scores: Tensor, threshold: float) -> Tensor:
     return scores.masked_fill((absent & ~absent.all())[:, None, None], -torch.inf)
 
 
-def reject_pixels(labels: Tensor, scores: Tensor, threshold: float, background: int) -> Tensor:
+def reject_pixels(labels: Tensor, scores: Tensor, threshold: float | Tensor, background: int) -> Tensor:
     """Label pixels of low confidence as background (the probability threshold of GroupViT, Xu et al., CVPR
     2022, TCL and SCLIP).
 
     Args:
         labels: (H, W) int64, the best class of each pixel.
         scores: (H, W), its score.
-        threshold: Score below which a pixel is background.
+        threshold: Score below which a pixel is background; or (K,), one for each class.
         background: Label of the background, a class or the void label.
     """
+    if isinstance(threshold, Tensor):
+        threshold = threshold[labels]
     return labels.masked_fill(scores < threshold, background)

@@ -8,14 +8,17 @@ methods exist.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from clipdense.clip.vocabulary import Vocabulary
+
 __all__ = [
     "CheckpointMetadata",
     "CompleteWithoutWeights",
+    "ExampleEncoder",
     "LoadHook",
     "Proposals",
     "TrainingStart",
@@ -36,6 +39,43 @@ class Proposals(Protocol):
 
         Returns:
             (Q, height, width) bool; masks may be empty and may overlap.
+        """
+        ...
+
+
+@runtime_checkable
+class ExampleEncoder(Protocol):
+    """Open-vocabulary model whose classes can be shown in pictures instead of named."""
+
+    def embed_region(
+        self, sample: Mapping[str, Any], box: tuple[float, float, float, float] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Embed a region of a picture.
+
+        Args:
+            sample: Detectron2's input dict of the picture.
+            box: x0, y0, x1, y1 in pixels of the picture (``width``, ``height``); None: all of it.
+
+        Returns:
+            Mean of the embeddings in the region (D,), and in the whole picture (D,).
+
+        Raises:
+            ValueError: If the box is outside of the picture.
+        """
+        ...
+
+    def encode_examples(
+        self, vocabulary: Vocabulary, regions: Sequence[tuple[int, Tensor, Tensor]], weight: float
+    ) -> Mapping[str, Tensor]:
+        """Embed a vocabulary with examples.
+
+        Args:
+            vocabulary: the classes.
+            regions: class, region embedding (D,) and embedding of its picture (D,) of each example.
+            weight: share of the examples in the embedding of their class, 0..1; the rest is its words'.
+
+        Returns:
+            Embeddings as of `OpenVocabularyModel.encode_vocabulary`.
         """
         ...
 

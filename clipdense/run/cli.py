@@ -42,9 +42,13 @@ class Command:
 
 
 _TRAINING = "interrupted; --resume continues a training from its last checkpoint"
+_KEPT = "interrupted; results so far are kept"
 _COMMANDS = "clipdense.run.commands"
 
 COMMANDS: dict[str, Command] = {
+    "segment": Command(f"{_COMMANDS}.segment:segment", "Segment images into the classes of words.", _KEPT),
+    "detect": Command(f"{_COMMANDS}.detect:detect", "Find the objects of words in images.", _KEPT),
+    "panoptic": Command(f"{_COMMANDS}.panoptic:panoptic", "Segment objects and ground together.", _KEPT),
     "train": Command(f"{_COMMANDS}.train:app", "Train a model from a config.", _TRAINING),
     "evaluate": Command(f"{_COMMANDS}.evaluate:app", "Evaluate a trained model on its test datasets."),
     "convert": Command(
@@ -60,6 +64,7 @@ COMMANDS: dict[str, Command] = {
     "push": Command(f"{_COMMANDS}.push:push", "Share a trained model: on the hub, or as a folder."),
     "pull": Command(f"{_COMMANDS}.pull:pull", "Copy a shared model from the hub into a folder."),
     "data": Command(f"{_COMMANDS}.data:app", "Check your own data before training, and split them."),
+    "models": Command(f"{_COMMANDS}.models:models", "List the models that clipdense runs."),
     "doctor": Command(
         f"{_COMMANDS}.doctor:doctor", "Print versions, devices, caches, and what is not installed."
     ),
@@ -115,7 +120,9 @@ def _guarded(function: Callable[..., Any], interrupted: str) -> Callable[..., No
 
 def _overview() -> typer.Typer:
     """Return the application that prints the help page, the version, and what is wrong with a command."""
-    app = typer.Typer(add_completion=False, no_args_is_help=True, help=clipdense.__doc__.splitlines()[0])
+    app = typer.Typer(
+        add_completion=False, no_args_is_help=True, help=(clipdense.__doc__ or "").splitlines()[0]
+    )
     app.callback()(_options)
     for name, row in COMMANDS.items():
         app.command(name, help=row.help)(_never_called)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import clipdense
+from clipdense.clip.sources import weights_folder
 from clipdense.files import cache_dir
 from clipdense.paths import datasets_root
 
@@ -107,7 +108,7 @@ def _folders() -> list[Finding]:
     datasets, hub = datasets_root(), os.environ.get("HF_HOME", "~/.cache/huggingface")
     return [
         Finding("cache", f"{cache_dir()} (CLIPDENSE_CACHE)"),
-        Finding("weights of open_clip", f"{Path(hub).expanduser()} (HF_HOME)"),
+        Finding("weights of open_clip", f"{Path(hub).expanduser()} (HF_HOME), {weights_folder()}"),
         Finding("datasets", f"{datasets.resolve()} (DETECTRON2_DATASETS)" + _absent(datasets)),
     ]
 

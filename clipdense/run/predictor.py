@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,7 +18,6 @@ from tqdm import tqdm
 
 from clipdense.backbone.score_map import score_classes, score_maps
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.data.heads import head_classes
 from clipdense.data.image import MAX_PIXELS, ImageSource, load_image
 from clipdense.data.mappers import map_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
@@ -39,22 +37,34 @@ from clipdense.run.memory import (
     is_out_of_memory,
     within_memory,
 )
+from clipdense.run.prediction import Prediction, complete_output
+from clipdense.run.predictor_classes import check_head_classes, known_metadata
 from clipdense.run.setup import LoadedConfig, available_device, complete_config, read_config
+from clipdense.run.sources import Source, expand_source, is_video, read_pixels
+from clipdense.run.tiles import predict_tiles
+from clipdense.run.videos import Video
 from clipdense.run.weights import check_weight_classes
+from clipdense.run.words import (
+    Example,
+    VocabularyLike,
+    append_background,
+    apply_thresholds,
+    class_thresholds,
+    embed_examples,
+    parse_example,
+    remove_background,
+    with_examples,
+)
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.modeling import META_ARCH_REGISTRY
 
-__all__ = ["Predictor", "SwitchableOutputs", "remove_background"]
+__all__ = ["Predictor", "SwitchableOutputs"]
 
 logger = logging.getLogger(__name__)
 
-_CLASS_LISTS = ("thing_classes", "stuff_classes")
-
 Output = dict[str, Any]
-VocabularyLike = Vocabulary | str | Path | Sequence[str | Sequence[str]]
 
 
 @runtime_checkable
@@ -137,6 +147,8 @@ class Predictor:
         self._mapper = run.build_test_mapper()
         requested = None if vocabulary is None else Vocabulary.parse(vocabulary)
         self._num_classes: int | None = None
+        self._thresholds: torch.Tensor | None = None
+        self._has_examples = False
         self.model: Any = run.build_model().eval()
         if output and isinstance(self.model, SwitchableOutputs) and output in self.model.output_keys:
             self.model.select_outputs([output])
@@ -151,7 +163,32 @@ class Predictor:
         if requested is not None:
             self.set_vocabulary(requested, background)
 
-    def set_vocabulary(self, vocabulary: VocabularyLike, background: VocabularyLike | None = None) -> None:
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Predictor:
+        """Load a model by a name of any kind.
+
+        Args:
+            name: folder of a training or of a hub (``config.yaml`` and weights), config file, file of
+                converted weights, CLIP (``shapes-rn``, ``ViT-B-16:openai`` or ``ViT-B-16:file.pt``; segments
+                without training), or hub id ``organisation/name``, which is downloaded.
+            options: arguments of `Predictor`, such as ``vocabulary``.
+
+        Raises:
+            FileNotFoundError: If the name is nothing of this kind; the message lists what it may be.
+            ConnectionError: If files have to be downloaded and cannot.
+        """
+        from clipdense.run.pretrained import load_pretrained
+
+        return load_pretrained(cls, name, **options)
+
+    def set_vocabulary(
+        self,
+        vocabulary: VocabularyLike | None,
+        background: VocabularyLike | None = None,
+        *,
+        examples: Sequence[Example | str] = (),
+        example_weight: float = 1.0,
+    ) -> None:
         """Set the classes that an open-vocabulary model predicts, and the class names of `metadata`.
 
         The model is not rebuilt; only names that are new to it are encoded.
@@ -161,19 +198,30 @@ class Predictor:
                 path of a class-list file (.txt, .json), a list of names, or a `Vocabulary`. All classes are
                 things unless it tells things from stuff.
             background: further classes, which are removed from outputs; same forms as ``vocabulary``.
+            examples: pictures of objects that stand for classes, `Example` or
+                ``chair=photo.jpg:x0,y0,x1,y1``; a name that ``vocabulary`` lacks is added. ``vocabulary``
+                may be None then. Several examples of a class are averaged.
+            example_weight: share of the examples in the embedding of a class, 0..1; the rest is its words'.
 
         Raises:
-            ConfigError: If the model has a closed vocabulary.
+            ConfigError: If the model has a closed vocabulary, or cannot embed examples.
             FileNotFoundError: If a class-list file does not exist.
             ValueError: If it is not a vocabulary, or the model cannot embed a name. The previous vocabulary
                 stays.
         """
-        vocabulary = Vocabulary.parse(vocabulary)
         _require_open_vocabulary(self.model)
+        shown = [parse_example(e) if isinstance(e, str) else e for e in examples]
+        vocabulary = with_examples(None if vocabulary is None else Vocabulary.parse(vocabulary), shown)
         vocabulary = replace(vocabulary, thing=vocabulary.thing or (True,) * len(vocabulary))
         names = list(vocabulary.names)
         things = [i for i, thing in enumerate(vocabulary.thing or ()) if thing]
-        self.model.set_vocabulary(vocabulary if background is None else _append(vocabulary, background))
+        complete = vocabulary if background is None else append_background(vocabulary, background)
+        if self._has_examples:
+            self.model.clear_text_cache()  # embeddings of the same words with other examples
+        samples = [(e, map_image(self._mapper, self._pixels(e.image))) for e in shown]
+        embeddings = embed_examples(self.model, complete, samples, example_weight) if samples else None
+        self._has_examples = embeddings is not None
+        self.model.set_vocabulary(complete, embeddings)
         self._num_classes = None if background is None else len(names)
         self.metadata = Metadata(
             thing_classes=names,
@@ -181,6 +229,81 @@ class Predictor:
             stuff_classes=names,
             thing_dataset_id_to_contiguous_id={i: i for i in things},
         )
+
+    def set_thresholds(
+        self, threshold: float | None = None, classes: Mapping[str, float] | Iterable[str] = ()
+    ) -> None:
+        """Set the scores below which nothing is reported ("none of these").
+
+        Args:
+            threshold: of all classes, in the unit of the model's scores; None: the model's own.
+            classes: thresholds of single classes, by name, or as ``NAME=0.3``.
+
+        Raises:
+            ValueError: If a name is not a class, or a value is not in 0..1.
+        """
+        names = self.metadata.get("thing_classes") or self.metadata.get("stuff_classes")
+        self._thresholds = class_thresholds(names, threshold, classes)
+
+    def predict(
+        self, source: Source, *, kind: str = "", batch_size: int = 1, tile: int = 0
+    ) -> Prediction | list[Prediction] | Iterator[Prediction]:
+        """Predict on a source of any kind.
+
+        Args:
+            source: an image: file, PIL image, array (H, W, 3) RGB, or tensor (3, H, W) RGB;
+                many: a list of images, a tensor (B, 3, H, W), a folder, or a glob; or a video file.
+            kind: "panoptic", "instances" or "semantic": what is drawn and listed; "": the first that the
+                model has. Of a model that only labels pixels, instances are the connected areas of a class.
+            batch_size: number of images in a batch.
+            tile: side of tiles in pixels; images that are larger are predicted tile by tile, at their full
+                resolution, and the results merged. 0: images are resized as in evaluation.
+
+        Returns:
+            A `Prediction` of an image, a list of many, or an iterator over the frames of a video, which reads
+            one frame at a time.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If a source is not an image, see `load_image`.
+        """
+        if is_video(source):
+            video = Video(os.fspath(source))
+            return (replace(found, frame=i) for i, found in enumerate(self.stream(video, kind, 1, tile)))
+        images = expand_source(source)
+        if not isinstance(images, list):
+            return next(self.stream([images], kind, 1, tile))
+        return list(self.stream(images, kind, batch_size, tile))
+
+    def stream(
+        self, images: Iterable[Any], kind: str = "", batch_size: int = 1, tile: int = 0
+    ) -> Iterator[Prediction]:
+        """Yield the prediction of each image; arguments as of `predict`. An image that fails is an error."""
+        images = iter(images)
+        while part := [read_pixels(image, self.max_pixels) for image in islice(images, max(1, batch_size))]:
+            outputs = self.predict_pixels([pixels for pixels, _ in part], tile)
+            for (pixels, name), output in zip(part, outputs, strict=True):
+                if isinstance(output, Exception):
+                    raise output
+                yield self.wrap(pixels, output, kind, name)
+
+    def predict_pixels(
+        self, images: Sequence[npt.NDArray[np.uint8]], tile: int = 0
+    ) -> list[Output | Exception]:
+        """Predict on images (H, W, 3) uint8 RGB as one batch; one that does not fit gets a MemoryError."""
+        if tile and (large := [image for image in images if max(image.shape[:2]) > tile]):
+            if len(images) > 1:
+                return [output for image in images for output in self.predict_pixels([image], tile)]
+            return [predict_tiles(self.__call__, large[0], tile)]
+        return self._predict_each([self._load_sample(image) for image in images])
+
+    def wrap(
+        self, pixels: npt.NDArray[np.uint8], output: Output, kind: str = "", source: str = ""
+    ) -> Prediction:
+        """Apply the thresholds to an output, derive ``kind`` if it is missing, and return the prediction."""
+        if self._thresholds is not None:
+            output = apply_thresholds(output, self._thresholds)
+        return Prediction(pixels, complete_output(output, kind, self.metadata), self.metadata, kind, source)
 
     def __call__(self, image: ImageSource) -> Output:
         """Predict on one image.
@@ -244,17 +367,19 @@ class Predictor:
     def _use_known_classes(self, run: RunConfig, stored: dict[str, Any]) -> Vocabulary | None:
         """Set the classes of the dataset or the weights; return those of an open-vocabulary model."""
         is_open = isinstance(self.model, OpenVocabularyModel)
-        self.metadata = _metadata(run, stored, prefer_stored=not is_open)
+        self.metadata = known_metadata(run, stored, prefer_stored=not is_open)
         if not is_open:
-            _check_head_classes(run, self.metadata, stored)
+            check_head_classes(run, self.metadata, stored)
             return None
         vocabulary = Vocabulary.from_metadata(self.metadata, separator="," if run.split_names else None)
         self.model.set_vocabulary(vocabulary)
         return vocabulary
 
+    def _pixels(self, image: ImageSource) -> npt.NDArray[np.uint8]:
+        return load_image(image, self._mapper.image_format, max_pixels=self.max_pixels)
+
     def _load_sample(self, image: ImageSource) -> dict[str, Any]:
-        pixels = load_image(image, self._mapper.image_format, max_pixels=self.max_pixels)
-        return map_image(self._mapper, pixels)
+        return map_image(self._mapper, self._pixels(image))
 
     def _load_sample_or_error(self, image: ImageSource) -> dict[str, Any] | Exception:
         try:
@@ -309,34 +434,6 @@ class Predictor:
         return outputs
 
 
-def remove_background(output: Output, num_classes: int) -> Output:
-    """Remove the classes after the first ``num_classes`` from an output.
-
-    Args:
-        output: output of a model for one image, with background classes last. It is not changed.
-        num_classes: number of classes to keep.
-
-    Returns:
-        The output without background classes: ``sem_seg`` is 0 where one had the highest score,
-        ``sem_seg_labels`` -1, the segment id 0; their instances and segments are gone.
-    """
-    output = dict(output)
-    if "instances" in output:
-        output["instances"] = output["instances"][output["instances"].pred_classes < num_classes]
-    if "sem_seg" in output:
-        scores = output["sem_seg"]
-        output["sem_seg"] = scores[:num_classes] * (scores.argmax(dim=0) < num_classes)
-    if "sem_seg_labels" in output:
-        labels = output["sem_seg_labels"]
-        output["sem_seg_labels"] = labels.where(labels < num_classes, -1)
-    if "panoptic_seg" in output:
-        ids, segments = output["panoptic_seg"]
-        kept = [segment for segment in segments if segment["category_id"] < num_classes]
-        known = torch.isin(ids, ids.new_tensor([segment["id"] for segment in kept]))
-        output["panoptic_seg"] = ids * known, kept
-    return output
-
-
 def _load(config: Any, weights: str | os.PathLike[str] | None, opts: list[str]) -> LoadedConfig:
     """Load the config with all overrides and the keys that the weights need."""
     path = os.fspath(config) if isinstance(config, (str, os.PathLike)) else ""
@@ -374,14 +471,6 @@ def _architecture(run: RunConfig) -> Any:
     return META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
 
 
-def _append(vocabulary: Vocabulary, background: VocabularyLike) -> Vocabulary:
-    """Append background classes to a vocabulary, as stuff."""
-    further = Vocabulary.parse(background)
-    base, thing = vocabulary.base, vocabulary.thing or ()
-    rest = (False,) * len(further)
-    return Vocabulary(vocabulary.synonyms + further.synonyms, base and base + rest, thing + rest)
-
-
 def _require_open_vocabulary(model: Any) -> None:
     kinds = sorted(
         name
@@ -392,41 +481,3 @@ def _require_open_vocabulary(model: Any) -> None:
         require_open_vocabulary(model, ", ".join(kinds))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _check_head_classes(run: RunConfig, metadata: Metadata, stored: dict[str, Any]) -> None:
-    """Check that a closed-vocabulary head has as many classes as there are names from the dataset."""
-    if not isinstance(run.cfg, CfgNode):
-        return
-    for head in head_classes(run.cfg):
-        names, count = metadata.get(f"{head.kind}_classes"), config_value(run.cfg, head.key)
-        # panoptic metadata list every class as a thing too
-        panoptic = bool(metadata.get("thing_classes") and metadata.get("stuff_classes"))
-        if names and not stored.get(f"{head.kind}_classes") and not panoptic and len(names) != count:
-            raise ConfigError(
-                f"{head.key} = {count}, but the dataset names {len(names)} classes "
-                f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}): name the dataset that the "
-                "model was trained on in DATASETS.TEST"
-            )
-
-
-def _metadata(run: RunConfig, stored: dict[str, Any], prefer_stored: bool) -> Metadata:
-    """Return the metadata of the first dataset that names classes, completed by the classes of the weights.
-
-    Args:
-        run: settings of the run.
-        stored: metadata in the weight file.
-        prefer_stored: whether the classes of the weights replace those of the dataset.
-    """
-    names = run.dataset_names
-    entries = [MetadataCatalog.get(name).as_dict() for name in names if name in MetadataCatalog.list()]
-    known: dict[str, Any] = next((e for e in entries if any(e.get(kind) for kind in _CLASS_LISTS)), {})
-    if prefer_stored or not known:
-        known |= {kind: list(stored[kind]) for kind in _CLASS_LISTS if stored.get(kind)}
-    if not any(known.get(kind) for kind in _CLASS_LISTS):
-        raise ConfigError(
-            f"no class names: neither the weights nor the datasets ({', '.join(names) or 'none is named'}) "
-            "list any. Register the dataset that the model was trained on (DATASETS.COCO_JSON), set "
-            "train.metadata.thing_classes in a LazyConfig, or give a vocabulary to an open-vocabulary model."
-        )
-    return Metadata(**known)

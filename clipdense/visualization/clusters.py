@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import cv2
@@ -79,7 +80,8 @@ def draw_clusters(
             colors = np.array([class_color(k) for k in range(int(labels[i].max()) + 1)])
             ax.imshow(colors[labels[i]], interpolation="nearest")
     for ax, title in zip(axes[0], ["image", *maps], strict=True):
-        ax.set_title(title, fontsize=9, parse_math=False)
+        # a line of 9 points holds about twelve characters an inch
+        ax.set_title(textwrap.fill(title, max(8, round(12 * cell))), fontsize=9, parse_math=False)
     for ax in axes.flat:
         ax.set_axis_off()
     with atomic_path(os.fspath(path)) as part:

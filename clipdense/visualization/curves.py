@@ -12,6 +12,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from clipdense.files import atomic_path
 
@@ -89,9 +90,13 @@ def _plot(ax: Axes, title: str, lines: dict[str, Series]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     if title == "loss" and all(value > 0 for _, y in lines.values() for value in y):
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
-        ax.tick_params(axis="y", which="minor", labelsize=7)
+        low, high = ax.get_ylim()
+        # three labels a decade do not overlap; a range with fewer than two of them gets even steps
+        steps = (1.0, 2.0, 5.0)
+        inside = [s * 10.0**e for e in range(-12, 13) for s in steps if low <= s * 10.0**e <= high]
+        ax.yaxis.set_major_locator(LogLocator(subs=steps) if len(inside) > 1 else MaxNLocator(4))
+        ax.yaxis.set_major_formatter("{x:.3g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     if title != "learning rate":
         legend = ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         for text in legend.get_texts():

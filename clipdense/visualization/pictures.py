@@ -244,7 +244,8 @@ def list_contents(
         threshold: instances with a lower score are not counted, 0..1.
 
     Returns:
-        Text and class (None for pixels without a class), largest number or area first.
+        Text and class (None for pixels without a class), largest number or area first; "nothing found" if the
+        output is empty.
     """
     names = metadata.get("stuff_classes") or ()
     if kind == "instances":
@@ -267,7 +268,7 @@ def list_contents(
         rows.append((number + name + (f"  {100 * amount / total:.0f}%" if area else ""), category))
     if kind != "instances" and (rest := total - area.total()):
         rows.append((f"unlabelled  {100 * rest / total:.0f}%", None))
-    return rows
+    return [("nothing found", None)] if not (area or count) else rows
 
 
 def add_title(picture: Picture, title: str) -> Picture:

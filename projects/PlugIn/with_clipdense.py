@@ -2,10 +2,18 @@
 
 python projects/PlugIn/with_clipdense.py tools.analyze_model --tasks parameter --config-file ...
 python projects/PlugIn/with_clipdense.py path/to/detectron2/tools/analyze_model.py --tasks parameter ...
+
+Options after the script are the script's: `tools.analyze_model --help` prints those of analyze_model.
 """
 
 import runpy
 import sys
+
+if __name__ == "__main__" and len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
+    print(
+        f"usage: {sys.argv[0]} SCRIPT.py|MODULE [ARGUMENTS]\n\n{__doc__}"
+    )  # before the imports that take seconds
+    sys.exit(0)
 
 import clipdense
 from clipdense.backbone.flops import FlopCountAnalysis

@@ -10,6 +10,7 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -455,3 +456,23 @@ def test_a_foreign_vocabulary_has_no_tokenizer():
     clip = load_clip("Tiny-SigLIP", "random")
     with pytest.raises(ValueError, match="has 64 tokens, which is not CLIP's vocabulary"):
         clip.tokenize(["a cat"])
+
+
+# Images
+
+
+def test_preprocess_equals_open_clip():
+    """`crop` is open_clip's evaluation transform; without it, the whole image is kept."""
+    clip = load_clip("Tiny-8", "random")
+    clip.config["preprocess_cfg"] = {"mean": MEAN, "std": STD, "interpolation": "bilinear"}
+    pixels = (torch.rand(90, 60, 3) * 255).byte().numpy()
+    image = Image.fromarray(pixels)
+    theirs = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD, interpolation="bilinear")
+    assert torch.allclose(clip.preprocess(image), theirs(image))
+    whole = clip.preprocess(image, crop=False, size=60)
+    assert whole.shape == (3, 90, 60)
+    expected = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / (
+        torch.tensor(STD).view(3, 1, 1)
+    )
+    assert torch.allclose(whole, expected, atol=1e-5)
+    assert clip.preprocess(image.convert("L"), crop=False).shape == (3, 48, 32)

@@ -21,6 +21,7 @@ from clipdense.clip.tables import save_table
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.build import build_model
+from clipdense.run import prediction
 from clipdense.run.predictor import Predictor
 from clipdense.run.setup import load_config
 from tests.helpers.bright_box import BOX, CLASSES, dataset, scene, write_model
@@ -89,14 +90,16 @@ def test_a_picture_and_rows_of_each_image(run: Run, photos: Path, tmp_path: Path
     code, results = run(photos)
     assert code == 0
     drawn = pictures(tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"one.jpg", "two.jpg", "results.json"}
+    assert {p.name for p in (tmp_path / "out").glob("[!.]*")} == {"one.jpg", "two.jpg", "results.json"}
     # below the image stands what is in it
     assert all(p.shape[1] == 512 and 384 < p.shape[0] < 420 for p in drawn.values())
     assert all(p[388:].min() < 60 and p[388:].mean() > 200 for p in drawn.values())
     # an outline in the class's colour is all the green there is at the box's upper edge
     assert all(picture[55:75, 200:300, 1].max() > 60 for picture in drawn.values())
     out = capsys.readouterr()
-    assert out.out.startswith("2 images, 2 detections, ") and f"seconds: {tmp_path / 'out'}" in out.out
+    assert f"{photos / 'one.png'}: 1 blue box -> {tmp_path / 'out' / 'one.jpg'}\n" in out.out
+    assert "2 images, 2 detections, 1 other files skipped" in out.out
+    assert f"seconds: {tmp_path / 'out'}\n" in out.out
 
     assert [image["file_name"] for image in results["images"]] == [
         str(photos / n) for n in ("one.png", "two.jpg")
@@ -179,7 +182,7 @@ def test_threshold(run: Run, tmp_path: Path) -> None:
     assert len(run(path)[1]["annotations"]) == 1
     drawn = pictures(tmp_path / "out")["dim.jpg"].astype(int)
     assert run(path, options=("--score-threshold", "0.6"))[1]["annotations"] == []
-    assert np.abs(pictures(tmp_path / "out")["dim.jpg"] - drawn[:384]).max() > 60
+    assert np.abs(pictures(tmp_path / "out")["dim.jpg"][:384] - drawn[:384]).max() > 60
 
 
 def test_any_words(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -311,13 +314,13 @@ def test_large_images_make_pictures_of_a_size_to_look_at(run: Run, tmp_path: Pat
     Image.new("RGB", (3000, 20)).save(tmp_path / "wide.png")
     _, results = run(tmp_path / "wide.png")
     assert results["images"][0]["width"] == 3000 and results["annotations"] == []
-    assert pictures(tmp_path / "out")["wide.jpg"].shape == (14, 2048, 3)
+    assert pictures(tmp_path / "out")["wide.jpg"].shape[:2] > (14, 2048)  # a line says that nothing was found
 
 
 def test_what_is_done_is_kept_on_interruption(
     demo: Any, run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, drawn = demo.draw_output, []
+    draw, drawn = prediction.draw_output, []
 
     def interrupted(*args: Any, **options: Any) -> Any:
         drawn.append(args)
@@ -325,7 +328,7 @@ def test_what_is_done_is_kept_on_interruption(
             raise KeyboardInterrupt
         return draw(*args, **options)
 
-    monkeypatch.setattr(demo, "draw_output", interrupted)
+    monkeypatch.setattr(prediction, "draw_output", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(photos)
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -63,7 +63,7 @@ def commands(readme: str) -> list[Command]:
     """The commands in a README's fenced blocks, with continued lines joined."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / readme).read_text(), re.M | re.S)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    start = re.compile(r"(\w+=\S+ )*(python|torchrun|make) ")
+    start = re.compile(r"(\w+=\S+ )*(python|torchrun|make|clipdense|pip) ")
     return [Command(readme, line) for line in lines if start.match(line)]
 
 
@@ -84,7 +84,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run ``python TOOL ...`` in this process, in short."""
+    """Run ``python TOOL ...`` or ``clipdense ...`` in this process, in short."""
+    if words[0] == "clipdense":
+        words = ["python", str(ROOT / "clipdense/__main__.py"), *words[1:]]
     if words[0] == "make":
         recipe = re.search(rf"^{words[1]}:.*\n\t.*python (.*)$", (ROOT / "Makefile").read_text(), re.M)
         assert recipe is not None

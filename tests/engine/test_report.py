@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from clipdense.engine.report import export, results_table, write_report
+from clipdense.engine.report import class_table, export, results_table, write_report
 from clipdense.engine.run_config import run_config
 from clipdense.files import WriteError
 
@@ -67,3 +67,11 @@ def test_expected_results() -> None:
     with pytest.raises(SystemExit):
         run.verify({"bbox/AP": 13.0})
     run.verify({})  # a process that is not the main one has none
+
+
+def test_metrics_of_single_classes_are_a_table_of_their_own():
+    results = {"bbox/AP": 5.0, "bbox/AP-cat": 1.0, "segm/AP-cat": 2.0, "bbox/AP-T-shirt": 3.0}
+    lines = [line.split() for line in class_table(results).splitlines()]
+    assert lines[0] == ["class", "bbox", "AP", "segm", "AP"]
+    assert lines[2:] == [["cat", "1.00", "2.00"], ["T-shirt", "3.00"]]
+    assert "cat" not in results_table(results) and class_table({"bbox/AP": 5.0}) == ""

@@ -31,12 +31,12 @@ def evaluate(
         str, typer.Option(metavar="FILE", help="Weights to evaluate (default: MODEL.WEIGHTS of the config).")
     ] = "",
     output: Annotated[
-        str, typer.Option(metavar="DIR", help="Folder of results.json and the pictures (OUTPUT_DIR).")
+        str, typer.Option(metavar="DIR", help="Folder for the results and pictures (OUTPUT_DIR).")
     ] = "",
     num_gpus: Annotated[int, typer.Option(min=1, help="GPUs of this machine.")] = 1,
 ) -> None:
     """Evaluate a trained model on its test datasets (DATASETS.TEST).
 
-    Prints the metrics, and writes them to results.json in the output folder.
+    Prints the metrics, and writes them to inference/results.json in the output folder.
     """
     run(config, overrides, weights, output, evaluate=True, num_gpus=num_gpus)

@@ -38,6 +38,7 @@ from clipdense.paths import datasets_root
 from clipdense.systems.training_free.config import option_pairs
 from clipdense.systems.training_free.corrclip import correct_labels
 from clipdense.systems.training_free.encoder import Cosines, DenseEncoder, Memo, WindowSettings
+from clipdense.systems.training_free.examples import mix_examples, region_means
 from clipdense.systems.training_free.features import build_features
 from clipdense.systems.training_free.methods import METHODS
 from clipdense.systems.training_free.names import protocol_names
@@ -238,6 +239,27 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
             embedder = TextTable.load(self.text_table, vocabulary, dim=dim)
         assert embedder is not None
         text, classes = embedder.per_synonym(vocabulary)
+        return {"text": text, "classes": classes}
+
+    @torch.no_grad()
+    def embed_region(
+        self, sample: Mapping[str, Any], box: tuple[float, float, float, float] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Embed a region of a picture; see `clipdense.open_vocabulary.ExampleEncoder`."""
+        image = sample["image"].to(self.device)
+        rgb = image if self.input_format == "RGB" else image.flip(0)
+        pixels = self.encoder.clip.normalize(rgb[None])
+        size = sample.get("height", image.shape[1]), sample.get("width", image.shape[2])
+        axes = torch.eye(self.encoder.clip.embed_dim, device=self.device)
+        scale = self.scores.logit_scale or float(self.encoder.clip.logit_scale.exp())
+        return region_means(self.encoder(pixels, axes, scale, self._regions(sample, pixels)), size, box)
+
+    def encode_examples(
+        self, vocabulary: Vocabulary, regions: Sequence[tuple[int, Tensor, Tensor]], weight: float
+    ) -> TextEmbeddings:
+        """Embed a vocabulary with examples; see `clipdense.open_vocabulary.ExampleEncoder`."""
+        words = self.encode_vocabulary(vocabulary, training=False)
+        text, classes = mix_examples(words["text"], words["classes"], regions, weight)
         return {"text": text, "classes": classes}
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
