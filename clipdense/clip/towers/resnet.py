@@ -66,24 +66,26 @@ class ResNetTower(Tower):
         out.taps = [(maps[tap], self.tap_strides[tap]) for tap in request.taps]
         if request.pre:
             out.pre = x
-        return out if self.attnpool is None else self.read(x, request, out)
+        return self.read(x, request, out)
 
     def read(self, x: Tensor, request: TowerRequest, out: TowerOutput | None = None) -> TowerOutput:
         """Compute the requested keys, dense map and embedding from the trunk's last map.
 
         Args:
             x: `TowerOutput.pre` (B, C, h, w).
-            request: the other outputs are left out.
+            request: what it asks for beyond that is left out.
             out: output to complete; None: a new one.
         """
-        out = TowerOutput() if out is None else out
+        out, pool = TowerOutput() if out is None else out, self.attnpool
+        if pool is None:
+            return out
         if request.keys:
-            out.keys = _pointwise(x, self.attnpool.k_proj)
+            out.keys = _pointwise(x, pool.k_proj)
         if request.dense in ("value", "maskclip"):
-            out.dense = value_map(self.attnpool, x)
+            out.dense = value_map(pool, x)
         every = request.dense == "plain"
         if every or request.pooled:
-            tokens = attention_pool(self.attnpool, x, self._positions(x), every_query=every)
+            tokens = attention_pool(pool, x, self._positions(x), every_query=every)
             if every:
                 out.dense = to_map(tokens[:, 1:], (x.shape[2], x.shape[3]))
             if request.pooled:
