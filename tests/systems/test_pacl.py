@@ -120,6 +120,8 @@ def test_segmentation_and_classification_agree_with_the_patches() -> None:
     assert torch.equal(output["sem_seg"].argmax(0), classes[cosines[0].argmax(0)])
     phi = patch_alignment(e.flatten(2).transpose(1, 2), text, built.patch_temperature)[0]
     torch.testing.assert_close(output["class_scores"], torch.stack([phi[0], phi[1:3].max(), phi[3]]))
+    (alone,) = built([sample | {"label": 1}])  # an image of one class
+    assert set(alone) == {"class_scores"} and torch.equal(alone["class_scores"], output["class_scores"])
     flipped = model("MODEL.PACL.WINDOW", 0, "MODEL.PACL.STRIDE", 0, "INPUT.FORMAT", "BGR").eval()
     flipped.set_vocabulary(NAMES)
     (same,) = flipped([sample | {"image": sample["image"].flip(0)}])

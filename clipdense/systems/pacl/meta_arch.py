@@ -136,7 +136,8 @@ class PACL(OpenVocabularyModel, nn.Module):
         Returns:
             In training ``loss_contrastive``. In evaluation, for each image, ``sem_seg`` (K, height, width),
             scores in 0..1, or for large vocabularies ``sem_seg_labels`` (height, width); and ``class_scores``
-            (K,), the compatibility of the image with the classes.
+            (K,), the compatibility of the image with the classes. For images of one class, whose inputs have
+            a ``label``, the class scores alone.
         """
         if not self.training:
             return [self._predict(sample) for sample in batched_inputs]
@@ -164,7 +165,12 @@ class PACL(OpenVocabularyModel, nn.Module):
         text, classes = embeddings["text"], embeddings["classes"]
         height, width = pixels.shape[-2:]
         maps = self.windows.maps(lambda crops: F.normalize(self.dense_map(crops), dim=1), pixels)
-        output = segment_by_patches(
+        patches = maps.flatten(2).permute(0, 2, 1).flatten(0, 1)[None]  # of all windows
+        phi = patch_alignment(patches, text, self.patch_temperature)[0]
+        scores = {"class_scores": max_over_synonyms(phi[:, None], classes, count)[:, 0]}
+        if "label" in sample:
+            return scores
+        segmentation = segment_by_patches(
             maps,
             self.windows,
             (height, width),
@@ -175,9 +181,7 @@ class PACL(OpenVocabularyModel, nn.Module):
             scale=float(self.logit_scale.exp()),
             max_dense_classes=self.max_dense_classes,
         )
-        patches = maps.flatten(2).permute(0, 2, 1).flatten(0, 1)[None]  # of all windows
-        phi = patch_alignment(patches, text, self.patch_temperature)[0]
-        return output | {"class_scores": max_over_synonyms(phi[:, None], classes, count)[:, 0]}
+        return segmentation | scores
 
     def patch_probe(self) -> PatchProbe:
         """See `ProvidesPatchProbe`: the embedded patches of whole images."""
