@@ -132,7 +132,7 @@ def _statistics(source: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(source.mean), tuple(source.std)
 
 
-class _HeadlessModel(TimmModel):  # type: ignore[misc]  # open_clip has no types
+class _HeadlessModel(TimmModel):
     """open_clip's adapter around a timm trunk that is built already, without a projection."""
 
     def __init__(self, trunk: Any) -> None:
