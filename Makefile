@@ -1,6 +1,7 @@
 # make demo    installs everything into .venv, then trains, evaluates and draws a DenseCLIP Mask R-CNN
 # make test    installs everything into .venv, then lint, types, import layers and the tests
 # make test-detectron2    runs the tests that must hold with every detectron2 (tests/both_detectron2.txt)
+# make docs    builds the documentation site in build/site
 # make test-reliability    damages inputs, kills jobs, fills disks; writes docs/reliability.md
 #
 # DETECTRON2=<path or git URL> uses another detectron2 (official main; needs a C++ compiler). It is kept until changed.
@@ -9,7 +10,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-detectron2 test-reliability lint format lock clean FORCE
+.PHONY: help env demo test test-slow test-detectron2 test-reliability docs lint format lock clean FORCE
 
 BIN := .venv/bin
 PB1 := pb1-detectron2==0.6
@@ -54,6 +55,10 @@ test-detectron2: env
 # output/reliability: called again after an interruption, it goes on where it was.
 test-reliability: env
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.reliability --jobs 2 --markdown docs/reliability.md
+
+# Strict: a broken link or a page that is not there is an error. Nothing is fetched.
+docs: env
+	$(BIN)/mkdocs build --strict
 
 lint: env
 	$(BIN)/ruff check

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_an_installed_wheel_segments_in_another_folder(wheel, tmp_path):
         check=True,
     )
     assert Path(path.stdout.strip()) == site / "clipdense" / config
+
+
+def test_wheel_metadata_agree_with_the_package(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    path = next(name for name in names if name.endswith(".dist-info/METADATA"))
+    metadata = message_from_bytes(zipfile.ZipFile(wheel).read(path))
+    assert metadata["Name"] == "clipdense" and metadata["Version"] == clipdense.__version__
+    assert metadata["License"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10"
+    assert "docs" in metadata.get_all("Provides-Extra")
+    required = {
+        re.split(r"[^\w.-]", line)[0] for line in metadata.get_all("Requires-Dist") if ";" not in line
+    }
+    assert {name.lower().replace("_", "-") for name in required} == _names(ROOT / "requirements/base.txt")
+    assert {"clipdense/py.typed", f"clipdense-{clipdense.__version__}.dist-info/licenses/LICENSE"} <= set(
+        names
+    )
 
 
 def test_nano_weights_are_small(wheel):

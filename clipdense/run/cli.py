@@ -65,6 +65,11 @@ COMMANDS: dict[str, Command] = {
     "pull": Command(f"{_COMMANDS}.pull:pull", "Copy a shared model from the hub into a folder."),
     "data": Command(f"{_COMMANDS}.data:app", "Check your own data before training, and split them."),
     "models": Command(f"{_COMMANDS}.models:models", "List the models that clipdense runs."),
+    "reproduce": Command(
+        f"{_COMMANDS}.reproduce:reproduce",
+        "Check published results with published weights.",
+        "interrupted; the same command continues",
+    ),
     "doctor": Command(
         f"{_COMMANDS}.doctor:doctor", "Print versions, devices, caches, and what is not installed."
     ),
