@@ -64,7 +64,7 @@ class Card:
     def text(self) -> str:
         """Return the README in Markdown, with the header that the hub reads."""
         tag, task = _TASKS[self.task]
-        header = {"license": self.licence, "library_name": "clipdense", "pipeline_tag": tag}
+        header: dict[str, Any] = {"license": self.licence, "library_name": "clipdense", "pipeline_tag": tag}
         header["tags"] = ["clipdense", "detectron2", self.architecture]
         parts = [
             f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
