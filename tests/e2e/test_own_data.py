@@ -122,7 +122,7 @@ def test_watched_training(place: Path, data_dir: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("TRACKIO_DIR", str(place / "trackio"))  # read when trackio is first imported
-    run(commands("YOLO")[2])  # the split
+    run(next(words for words in commands("YOLO") if words[1] == "split"))
     (train,) = commands("Watch the training")
     run([*train, "TEST.LOSS.PERIOD", "1"])
     rows = [json.loads(line) for line in Path("output/watched/metrics.json").read_text().splitlines()]
