@@ -87,8 +87,8 @@ def summarise(
     chosen = records[::step]
     summary = Summary(len(records))
     for record in chosen:
-        size = (record.get("height"), record.get("width"))
-        size = size if None not in size else header_size(record["file_name"])
+        stated = "height" in record and "width" in record
+        size = (record["height"], record["width"]) if stated else header_size(record["file_name"])
         if size is not None:
             summary.short_sides.append(min(size))
             summary.long_sides.append(max(size))
