@@ -192,10 +192,10 @@ def loss_mode(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        for module, mode, before in zip(modules, modes, attributes, strict=True):
-            for name in _plain_attributes(module).keys() - before.keys():
+        for module, mode, plain in zip(modules, modes, attributes, strict=True):
+            for name in _plain_attributes(module).keys() - plain.keys():
                 delattr(module, name)
-            module.__dict__.update(before)
+            module.__dict__.update(plain)
             module.training = mode
 
 
