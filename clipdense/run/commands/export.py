@@ -64,7 +64,7 @@ def export(
         print(support_table())
         return
     if bool(config) == bool(clip):
-        raise typer.BadParameter("give either a config file or --clip NAME")
+        raise ValueError("give either a config file, or --clip and the name of a CLIP")
     from clipdense.run.export.api import export_model, export_tower
 
     if clip:
