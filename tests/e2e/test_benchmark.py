@@ -190,6 +190,16 @@ def test_ratios() -> None:
     assert "12,345" in table([Row("a", 12345.0, 0.00012, "GFLOP")])
 
 
+def test_export_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "benchmark.json"
+    words = ["export", "--models", "shapes-vit", "--size", "64", "80", "--classes", "3", "--pairs", "1"]
+    assert tool.main([*words, "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["name"], row["ratio_is"]) == ("export/shapes-vit", "other / ours")
+    assert row["values"]["difference"] < 1e-4 and row["values"]["megabytes"] > 1
+    assert "torch eager" in capsys.readouterr().out
+
+
 def test_flops_are_exact() -> None:
     a, b = torch.ones(3, 5), torch.ones(5, 7)
     assert flops(lambda: a @ b) == 2 * 3 * 5 * 7
