@@ -141,3 +141,13 @@ def test_files_and_keys_exist(command: Command) -> None:
 def test_every_reason_is_needed() -> None:
     unused = [p for p in NOT_RUN if not any(re.search(p, command.text) for command in EVERY)]
     assert unused == []
+
+
+@pytest.mark.parametrize("word", ["load_clip(", "clipdense.segment("])
+def test_python_snippets_run(word: str, workplace: Path) -> None:
+    """From a file to a picture, as printed."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    (block,) = [block for block in blocks if word in block]
+    exec(compile(block, "README.md", "exec"), {})
+    (picture,) = [*workplace.glob("labels.png"), *workplace.glob("output/one/*.jpg")]
+    assert len(np.unique(np.asarray(Image.open(picture)))) > 1
