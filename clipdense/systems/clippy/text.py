@@ -99,7 +99,8 @@ class SentenceT5(TextEncoder):
                 "'clipdense[sam]'"
             ) from error
         try:
-            encoder, report = T5EncoderModel.from_pretrained(name, output_loading_info=True)
+            loaded: Any = T5EncoderModel.from_pretrained(name, output_loading_info=True)
+            encoder, report = loaded
             if missing := sorted(report["missing_keys"]):
                 raise CheckpointError(
                     f"{name} is not a Sentence-T5: it lacks {len(missing)} tensors, such as {missing[0]}"
