@@ -1,0 +1,1 @@
+"""Web page for segmentation into typed words: `clipdense serve`."""
