@@ -131,15 +131,18 @@ class _NumberedBackend:
 
     def table(self, detections: Detections, iou_type: str, max_dets: int) -> PrecisionTable:
         """See `Backend`."""
+        truth, detections = self._prepare(detections, iou_type, max_dets)
+        arrays = self._evaluate(truth, detections, iou_type, max_dets)
+        return PrecisionTable(arrays["precision"][..., -1], arrays["recall"][..., -1], self.categories)
+
+    def _prepare(self, detections: Detections, iou_type: str, max_dets: int) -> tuple[Any, Detections]:
+        """Return the ground truth of a task in the library, and the detections with numbers as ids."""
         if self._rules == "lvis":
             detections = detections.top_per_image(max_dets)
             detections = detections[detections.areas(iou_type) > 0]
         if iou_type not in self._ground_truths:
             self._ground_truths[iou_type] = self._load_truth(iou_type)
-        arrays = self._evaluate(
-            self._ground_truths[iou_type], self._truth.numbered(detections), iou_type, max_dets
-        )
-        return PrecisionTable(arrays["precision"][..., -1], arrays["recall"][..., -1], self.categories)
+        return self._ground_truths[iou_type], self._truth.numbered(detections)
 
     def _load_truth(self, iou_type: str) -> Any:
         """Load the ground truth of a task into the library."""
@@ -158,17 +161,36 @@ class HotcocoBackend(_NumberedBackend):
     def _load_truth(self, iou_type: str) -> hotcoco.COCO:
         return hotcoco.COCO(self._truth.to_coco(iou_type))
 
+    def evaluation(self, detections: Detections, iou_type: str, max_dets: int) -> hotcoco.COCOeval:
+        """Match detections, for analyses beyond a table of precisions.
+
+        Args:
+            detections: of images in ``image_ids``, with the ids of the dataset.
+            iou_type: "bbox" or "segm".
+            max_dets: limit on detections, see `DEFAULT_MAX_DETS`.
+
+        Returns:
+            hotcoco's evaluation, accumulated. Images and categories are numbered from 1, in the order of
+            their ids.
+        """
+        return self._match(*self._prepare(detections, iou_type, max_dets), iou_type, max_dets)
+
     def _evaluate(
         self, truth: hotcoco.COCO, detections: Detections, iou_type: str, max_dets: int
     ) -> Mapping[str, Any]:
+        arrays: Any = self._match(truth, detections, iou_type, max_dets).eval
+        return arrays
+
+    def _match(
+        self, truth: hotcoco.COCO, detections: Detections, iou_type: str, max_dets: int
+    ) -> hotcoco.COCOeval:
         results = self._load_results(truth, detections, iou_type)
         evaluation = hotcoco.COCOeval(truth, results, iou_type, lvis_style=self._rules == "lvis")
         if self._rules == "coco":
             evaluation.params.max_dets = [max_dets]
         evaluation.evaluate()
         evaluation.accumulate()
-        arrays: Any = evaluation.eval
-        return arrays
+        return evaluation
 
     def _load_results(self, truth: hotcoco.COCO, detections: Detections, iou_type: str) -> hotcoco.COCO:
         if not len(detections):

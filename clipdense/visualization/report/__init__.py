@@ -1,0 +1,1 @@
+"""Report of one or two runs as a single HTML file."""
