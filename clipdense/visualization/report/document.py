@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 __all__ = ["Block", "Cell", "Figure", "Gallery", "Preformatted", "Section", "Table", "data_uri", "render"]
 
@@ -128,6 +127,6 @@ def render(title: str, sections: Sequence[Section]) -> str:
     return template.render(
         title=title,
         sections=[section for section in sections if section.text or section.blocks],
-        style=Markup((folder / "style.css").read_text("utf-8")),
-        script=Markup((folder / "script.js").read_text("utf-8")),
+        style=(folder / "style.css").read_text("utf-8"),
+        script=(folder / "script.js").read_text("utf-8"),
     )
