@@ -67,6 +67,13 @@ def test_two_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     assert "differences of config.yaml" in page.texts
 
 
+def test_recorded_metrics_of_classes_are_a_table_of_their_own(run: Path) -> None:
+    (run / "results.json").write_text('{"panoptic_seg/PQ": 30.0, "panoptic_seg/PQ-sea-side": 12.34}')
+    page = Page(write_report([run], options=OPTIONS))
+    assert "Classes, PQ" in page.texts and "sea-side" in page.texts and "12.3" in page.texts
+    assert "panoptic_seg/PQ-sea-side" not in page.texts
+
+
 def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
     results = run / "inference" / "report_tiny" / "coco_instances_results.json"
     results.rename(results.with_name("other.json"))

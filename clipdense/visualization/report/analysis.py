@@ -11,9 +11,24 @@ import numpy.typing as npt
 
 from clipdense.visualization.report.document import Cell
 
-__all__ = ["Analysis", "ClassScore", "Interval"]
+__all__ = ["Analysis", "ClassScore", "Interval", "Options"]
 
 Id = int | str
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a report.
+
+    Attributes:
+        images: best images, and as many worst ones.
+        bootstrap: samples for the intervals of differences.
+        min_score: detections with a lower score, 0..1, are not drawn, and not in the confusion matrix.
+    """
+
+    images: int = 6
+    bootstrap: int = 200
+    min_score: float = 0.5
 
 
 @dataclass(frozen=True)

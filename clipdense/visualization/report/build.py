@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipdense.files import write_text
 from clipdense.visualization.report import instances, semantic
-from clipdense.visualization.report.analysis import Analysis
+from clipdense.visualization.report.analysis import Analysis, Options
 from clipdense.visualization.report.document import Section, render
 from clipdense.visualization.report.runs import Run
 from clipdense.visualization.report.sections import (
@@ -25,21 +24,6 @@ __all__ = ["MAX_BYTES", "Options", "build_report"]
 
 MAX_BYTES = 20_000_000
 """Size of a report."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Settings of a report.
-
-    Attributes:
-        images: best images, and as many worst ones.
-        bootstrap: samples for the intervals of differences.
-        min_score: detections with a lower score, 0..1, are not drawn, and not in the confusion matrix.
-    """
-
-    images: int = 6
-    bootstrap: int = 200
-    min_score: float = 0.5
 
 
 def build_report(

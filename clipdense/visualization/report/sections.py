@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from clipdense.data.image import read_image
 from clipdense.visualization.pictures import draw_output, draw_truth
 from clipdense.visualization.report import figures
-from clipdense.visualization.report.analysis import Analysis
+from clipdense.visualization.report.analysis import Analysis, Options
 from clipdense.visualization.report.document import (
     Block,
     Cell,
@@ -31,14 +32,19 @@ __all__ = ["Side", "dataset_sections", "run_sections", "settings_sections"]
 MAX_MATRIX = 30
 """Classes in the drawing of a confusion matrix: those that are confused most."""
 
+_CLASS_METRIC = re.compile(r"(?:.*/)?(AP|IoU|ACC|PQ)-(.+)")
+"""Name of the metric of one class in ``results.json``."""
+
 Side = tuple[Run, Analysis]
 """A run, and the analysis of its predictions on a dataset."""
 
 
 def run_sections(runs: Sequence[Run]) -> list[Section]:
     """Return summary and training curves."""
-    names = sorted({name for run in runs for name in run.results if "-" not in name}, key=_metric_order)
-    rows = [[name, *(_number(run.results.get(name)) for run in runs)] for name in names]
+    names = {name for run in runs for name in run.results if not _CLASS_METRIC.fullmatch(name)}
+    rows = [
+        [name, *(_number(run.results.get(name)) for run in runs)] for name in sorted(names, key=_metric_order)
+    ]
     if len(runs) > 1:
         for row in rows:
             row.append(_difference(row[1], row[2]))
@@ -55,11 +61,26 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
         except (ValueError, FileNotFoundError):
             continue
     without = "" if drawn else "There is no metrics.json with losses: the run was evaluated, not trained."
-    return [Section("Summary", blocks, text), Section("Training curves", drawn, without)]
+    return [
+        Section("Summary", blocks, text),
+        Section("Training curves", drawn, without),
+        *_panoptic_classes(runs),
+    ]
+
+
+def _panoptic_classes(runs: Sequence[Run]) -> list[Section]:
+    """Return a section on PQ by class, if the runs recorded it (``TEST.PER_CLASS``)."""
+    matches = {name: _CLASS_METRIC.fullmatch(name) for run in runs for name in run.results}
+    names = [(name, match[2]) for name, match in matches.items() if match and match[1] == "PQ"]
+    if not names:
+        return []
+    rows = [[title, *(_number(run.results.get(name)) for run in runs)] for name, title in names]
+    caption = "PQ in percent, as the runs wrote it; a dash: neither in the ground truth nor predicted."
+    return [Section("Classes, PQ", [Table(["class", *_labels(runs)], rows, caption)])]
 
 
 def dataset_sections(
-    sides: Sequence[Side], records: Mapping[Any, Any], metadata: Any, options: Any
+    sides: Sequence[Side], records: Mapping[Any, Any], metadata: Any, options: Options
 ) -> list[Section]:
     """Return the sections on one dataset.
 
@@ -67,7 +88,7 @@ def dataset_sections(
         sides: one or two runs with their analyses.
         records: image -> dict of the dataset.
         metadata: of the dataset.
-        options: `clipdense.visualization.report.build.Options`.
+        options: settings.
     """
     first = sides[0][1]
     sections = [_difference_section(sides, options.bootstrap)] if len(sides) > 1 else []
