@@ -88,13 +88,21 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_without_config_or_data_gets_a_report(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "data" / "a.json").unlink()
-    assert "This part is not available" in Page(write_report([run], options=OPTIONS)).text
+    for image in (tmp_path / "data").glob("*.png"):
+        image.unlink()
+    text = Page(write_report([run], options=OPTIONS)).text
+    assert "This part is not available" in text and str(tmp_path / "data") in text
     (run / "config.yaml").write_text("NO_SUCH_KEY: 1\n")
     page = Page(write_report([run], options=OPTIONS))
     assert "NO_SUCH_KEY" in page.text
     (run / "config.yaml").unlink()
     assert "Summary" in Page(write_report([run], options=OPTIONS)).texts
+
+
+def test_missing_annotations_are_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "a.json").unlink()
+    text = Page(write_report([run], options=OPTIONS)).text
+    assert "The ground truth is not available: first: " in text and "a.json" in text
 
 
 def test_runs_on_other_datasets_are_not_compared(run: Path, tmp_path: Path) -> None:

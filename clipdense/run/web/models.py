@@ -124,15 +124,16 @@ def served_models(
 
 
 def _zero_shot(clip: str, method: str, device: str | None) -> Predictor:
-    """Load a CLIP with a training-free method."""
+    """Load a CLIP with a training-free method. Its one class only stands until words are typed."""
+    load = partial(Predictor, device=device, vocabulary=["object"])
     if method:
-        return Predictor(_zero_shot_config(clip, method), device=device)
+        return load(_zero_shot_config(clip, method))
     try:
-        return Predictor(_zero_shot_config(clip, "sclip"), device=device)
+        return load(_zero_shot_config(clip, "sclip"))
     except ValueError as error:
         if "needs a ViT" not in str(error) and "does not fit" not in str(error):
             raise
-        return Predictor(_zero_shot_config(clip, "maskclip"), device=device)
+        return load(_zero_shot_config(clip, "maskclip"))
 
 
 def _zero_shot_config(clip: str, method: str) -> Any:

@@ -82,11 +82,10 @@ def _sections(runs: Sequence[Run], dataset: str, options: Options, unavailable: 
                 (run, _analyze(kind, run.predictions(dataset), dataset, metadata, records, options))
                 for run in runs
             ]
+            key = "image_id" if kind == "instances" else "file_name"
+            found += dataset_sections(sides, {record[key]: record for record in records}, metadata, options)
         except (OSError, ValueError) as error:
             found.append(Section(f"{heading}, {kind}", text=f"This part is not available: {error}"))
-            continue
-        key = "image_id" if kind == "instances" else "file_name"
-        found += dataset_sections(sides, {record[key]: record for record in records}, metadata, options)
     text = (
         "There are neither detections (coco_instances_results.json) nor label maps "
         "(sem_seg_predictions.json), which these sections are computed from."
