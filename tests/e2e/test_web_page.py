@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -68,10 +67,10 @@ def test_words_are_found_in_dropped_images(address: str, tmp_path: Path) -> None
     with open_page(address, address) as visit:
         page = visit.page
         page.set_input_files("#images input[type=file]", SCENES)
-        page.wait_for_selector("#images .grid-container img, #images .thumbnail-item", timeout=60_000)
+        page.wait_for_selector("#images .grid-container img, #images .thumbnail-item")
         page.fill("#words textarea", "red heart, blue star\nheart, pink circle")
         page.click("#segment")
-        page.wait_for_selector("#pictures img", timeout=120_000)
+        page.wait_for_selector("#pictures img")
         assert page.locator("#pictures img").count() == 4
         picture = page.locator("#pictures img").first
         picture.evaluate("image => image.decode()")
@@ -86,7 +85,7 @@ def test_words_are_found_in_dropped_images(address: str, tmp_path: Path) -> None
             page.click("#png")
         download.value.save_as(tmp_path / "a.png")
         page.get_by_role("tab", name="Score maps").click()
-        page.wait_for_selector("#scores img", timeout=30_000)
+        page.wait_for_selector("#scores img")
         assert page.locator("#scores img").count() == 8
     results = json.loads((tmp_path / "a.json").read_text())["results"]
     assert [(row["file_name"], row["line"]) for row in results] == [
@@ -101,19 +100,19 @@ def test_the_page_says_what_is_wrong(address: str, tmp_path: Path) -> None:
     with open_page(address, address) as visit:
         page = visit.page
         page.click("#segment")
-        page.wait_for_selector("text=Drop an image first", timeout=60_000)
+        page.wait_for_selector("text=Drop an image first")
         page.set_input_files("#images input[type=file]", str(tmp_path / "text.png"))
-        page.wait_for_selector("#images .thumbnail-item", timeout=60_000)
+        page.wait_for_selector("#images .thumbnail-item")
         page.click("#segment")
-        page.wait_for_selector("#summary >> text=Type at least one word", timeout=60_000)
+        page.wait_for_selector("#summary >> text=Type at least one word")
         page.fill("#words textarea", "red heart")
         page.click("#segment")
-        page.wait_for_selector("#summary >> text=text.png: not an image", timeout=60_000)
+        page.wait_for_selector("#summary >> text=text.png: not an image")
         assert str(tmp_path) not in page.locator("#summary").inner_text()
         page.click("#example")
         page.wait_for_function("document.querySelector('#words textarea').value.includes(', ')")
         page.click("#segment")
-        page.wait_for_selector("#pictures img", timeout=120_000)
+        page.wait_for_selector("#pictures img")
     assert not visit.refused
 
 
@@ -155,8 +154,6 @@ def test_it_listens_on_this_machine_only(address: str) -> None:
 def test_a_port_in_use_is_named(address: str) -> None:
     port = address.rpartition(":")[2]
     command = [sys.executable, "-m", "clipdense", "serve", "--port", port]
-    start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert f"error: cannot listen on 127.0.0.1:{port}" in done.stderr and "--port" in done.stderr
-    assert time.monotonic() - start < 300

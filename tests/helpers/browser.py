@@ -41,6 +41,7 @@ def open_page(address: str, allowed: str) -> Iterator[Visit]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         visit = Visit(browser.new_page(viewport={"width": 1280, "height": 1000}))
+        visit.page.set_default_timeout(240_000)  # on a busy machine, a browser needs minutes
         visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
         visit.page.on(
             "console", lambda message: message.type == "error" and visit.errors.append(message.text)
