@@ -57,7 +57,7 @@ def address(temporary: Path) -> Iterator[str]:
 def status(address: str, data: bytes | None = None, **headers: str) -> int:
     request = urllib.request.Request(address, data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=120) as reply:
             return int(reply.status)
     except urllib.error.HTTPError as error:
         return error.code
