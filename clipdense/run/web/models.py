@@ -5,18 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.engine.options import ConfigError
 from clipdense.open_vocabulary import OpenVocabularyModel
-from clipdense.run.config import add_clipdense_config
 from clipdense.run.predictor import Predictor
 from clipdense.run.web.limits import RequestError
+from clipdense.run.zero_shot import default_background, zero_shot_config
 
-from detectron2.config import get_cfg
-
-__all__ = ["EMBEDDED", "GROUNDS", "ServedModel", "served_models"]
+__all__ = ["EMBEDDED", "ServedModel", "served_models"]
 
 EMBEDDED = {
     "shapes-rn (MaskCLIP)": "shapes/zero_shot_maskclip_rn.yaml",
@@ -24,9 +21,6 @@ EMBEDDED = {
     "shapes-eva (ClearCLIP)": "shapes/zero_shot_clearclip_eva.yaml",
 }
 """Name on the page -> config of the package, for the CLIPs that come with it."""
-
-GROUNDS = "grass, sand, water, brick, wood, gravel, snow, tiles"
-"""Grounds of the `shapes` world: the background words of the embedded CLIPs."""
 
 
 class ServedModel:
@@ -101,7 +95,7 @@ def served_models(
         clips: open_clip models as NAME:PRETRAINED, see `clipdense.clip.load_clip`.
         config: config file of a trained model.
         weights: its weight file; by default the one that the config names.
-        method: training-free method of ``clips``; by default SCLIP, or MaskCLIP where there is no ViT.
+        method: training-free method of ``clips``; default: see `zero_shot_config`.
         device: device of all models; by default that of the config, for ``clips`` the GPU if there is one.
 
     Raises:
@@ -113,10 +107,12 @@ def served_models(
     if config:
         load = partial(Predictor, config, weights or None, device=device)
         models.append(ServedModel(config, load, own_classes=True))
-    models += [ServedModel(clip, partial(_zero_shot, clip, method, device)) for clip in clips]
+    for clip in clips:
+        load, background = partial(_zero_shot, clip, method, device), default_background(_parts(clip)[0])
+        models.append(ServedModel(clip, load, background=background))
     for name, file in EMBEDDED.items():
         load = partial(Predictor, f"configs/{file}", device=device)
-        models.append(ServedModel(name, load, background=GROUNDS))
+        models.append(ServedModel(name, load, background=default_background("shapes-rn")))
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"two models have the same name: {', '.join(names)}")
@@ -125,26 +121,13 @@ def served_models(
 
 def _zero_shot(clip: str, method: str, device: str | None) -> Predictor:
     """Load a CLIP with a training-free method. Its one class only stands until words are typed."""
-    load = partial(Predictor, device=device, vocabulary=["object"])
-    if method:
-        return load(_zero_shot_config(clip, method))
-    try:
-        return load(_zero_shot_config(clip, "sclip"))
-    except ValueError as error:
-        if "needs a ViT" not in str(error) and "does not fit" not in str(error):
-            raise
-        return load(_zero_shot_config(clip, "maskclip"))
+    cfg = zero_shot_config(*_parts(clip), method)
+    return Predictor(cfg, device=device, vocabulary=["object"])
 
 
-def _zero_shot_config(clip: str, method: str) -> Any:
-    """Return the config of a CLIP with the settings of SCLIP's paper: short side 336, windows of 224."""
-    cfg = get_cfg()
-    add_clipdense_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE = "ZeroShotSegmentor"
-    repository = clip.startswith(("hf-hub:", "local-dir:"))
-    cfg.MODEL.CLIP.NAME, _, cfg.MODEL.CLIP.PRETRAINED = (clip, "", "") if repository else clip.partition(":")
-    cfg.MODEL.ZERO_SHOT.METHOD = method
-    cfg.INPUT.FORMAT = "RGB"
-    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 336, 2048
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    return cfg
+def _parts(clip: str) -> tuple[str, str]:
+    """Return model name and tag or weight file of NAME:PRETRAINED."""
+    if clip.startswith(("hf-hub:", "local-dir:")):
+        return clip, ""
+    name, _, pretrained = clip.partition(":")
+    return name, pretrained

@@ -16,9 +16,9 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import BadImageError, header_size, read_image
 from clipdense.evaluation.detections import encode_masks
 from clipdense.files import json_text, write_text
-from clipdense.run.predictor import remove_background
 from clipdense.run.web.limits import Limits, RequestError
 from clipdense.run.web.models import ServedModel
+from clipdense.run.words import remove_background
 from clipdense.visualization.canvas import Picture
 from clipdense.visualization.pictures import GAP, add_title, draw_output, overlay_heat, save_picture
 from clipdense.visualization.segments import class_labels, output_kind, output_segments, to_array
