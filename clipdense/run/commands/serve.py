@@ -50,9 +50,12 @@ def serve(
     It works at once with the CLIPs that come with the package, which know coloured shapes. Only this
     machine can open the page unless --host says otherwise. It sends nothing to other servers.
     """
+    from clipdense.run.web.server import check_port
+    from clipdense.run.web.server import serve as serve_page
+
+    check_port(host, port)  # before the imports that take seconds
     from clipdense.run.web.limits import Limits
     from clipdense.run.web.models import served_models
-    from clipdense.run.web.server import serve as serve_page
 
     limits = Limits(
         images=max_images, megabytes=max_megabytes, megapixels=max_megapixels, waiting=max_waiting

@@ -10,12 +10,14 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipdense.run.web.limits import Limits
-from clipdense.run.web.models import ServedModel
 
-__all__ = ["LOCAL_HOSTS", "serve"]
+if TYPE_CHECKING:
+    from clipdense.run.web.models import ServedModel
+
+__all__ = ["LOCAL_HOSTS", "check_port", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def serve(
     limits = limits or Limits()
     if block:  # end as after Ctrl-C, so that the folder is removed
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _check_port(host, port)
+    check_port(host, port)
     models[0].predictor()
     folder = Path(tempfile.mkdtemp(prefix="clipdense-serve-")).resolve()
     _prepare_gradio(folder)
@@ -123,8 +125,16 @@ def _theme() -> Any:
     )
 
 
-def _check_port(host: str, port: int) -> None:
-    """Raise OSError if a port is in use: gradio would report it after the model is loaded."""
+def check_port(host: str, port: int) -> None:
+    """Check that a server can listen on a port; gradio would report it after the model is loaded.
+
+    Args:
+        host: address to listen on.
+        port: TCP port.
+
+    Raises:
+        OSError: If it cannot; names host, port and reason.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as test:
         test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
