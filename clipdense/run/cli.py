@@ -69,6 +69,7 @@ COMMANDS: dict[str, Command] = {
         f"{_COMMANDS}.reproduce:reproduce",
         "Check published results with published weights.",
         "interrupted; the same command continues",
+    ),
     "report": Command(f"{_COMMANDS}.report:report", "Write one HTML file on a run, or on two side by side."),
     "serve": Command(
         f"{_COMMANDS}.serve:serve", "Serve a web page: drop images, type words.", "the page is closed"
