@@ -46,7 +46,10 @@ setup(
     packages=[*find_packages(include=["clipdense", "clipdense.*"]), *FOLDERS],
     package_dir=FOLDERS,
     package_data={
-        "clipdense": ["py.typed", *(f"**/*.{kind}" for kind in ("css", "html", "js", "json", "safetensors", "txt"))],
+        "clipdense": [
+            "py.typed",
+            *(f"**/*.{kind}" for kind in ("css", "html", "js", "json", "safetensors", "txt")),
+        ],
         "clipdense.configs": ["**/*.yaml", "**/*.py"],
         "clipdense.projects": ["*/configs/**/*.yaml", "*/configs/**/*.py", "*/tables/*.yaml"],
     },
