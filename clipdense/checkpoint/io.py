@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clipdense.checkpoint.finite import describe_nonfinite
 from clipdense.checkpoint.metadata import check_metadata
+from clipdense.checkpoint.shards import read_shards
 from clipdense.checkpoint.torchscript import read_torchscript_tensors
 from clipdense.files import atomic_path, write_error
 
@@ -236,6 +237,8 @@ def _read_torch(path: Path, allow_pickle: bool, lazy: bool) -> Checkpoint:
         payload = payload.state_dict()
     if not isinstance(payload, Mapping):
         raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a state dict")
+    if isinstance(payload.get("shards"), str):
+        payload = {**payload, "model": read_shards(shard_folder(path, payload["shards"]), "model.")}
     state, extras = _unwrap(payload, path)
     if (stored := extras.get("metadata")) is not None:
         try:
@@ -245,6 +248,20 @@ def _read_torch(path: Path, allow_pickle: bool, lazy: bool) -> Checkpoint:
                 f"{path}: its entry 'metadata' is damaged ({e}): use another checkpoint"
             ) from e
     return Checkpoint(path, state, "torch", extras=extras)
+
+
+def shard_folder(path: Path, name: str) -> Path:
+    """Return the folder of shards that a checkpoint names, which lies beside the file.
+
+    Raises:
+        CheckpointError: If the name is not that of a folder beside the file.
+    """
+    folder = path.with_name(Path(name).name)
+    if Path(name).name != name or not folder.is_dir():
+        raise CheckpointError(
+            f"{path} holds its tensors in the folder {name}, which is not beside it: keep both together"
+        )
+    return folder
 
 
 def _check_sums(path: Path) -> None:

@@ -5,15 +5,17 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipdense.checkpoint import LAYOUTS, Checkpoint, CheckpointError, convert_model, read_checkpoint
 from clipdense.checkpoint.io import refuse_nonfinite_save, require_finite
+from clipdense.checkpoint.shards import write_shards
 from clipdense.files import WriteError, remove_leftovers, write_atomically, write_text
 from clipdense.open_vocabulary import CheckpointMetadata, LoadHook, move_vocabulary_buffer
 
@@ -39,6 +41,7 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "online": dict,
     "scaler": dict,
     "random_states": list,
+    "shards": str,
 }
 
 
@@ -49,7 +52,8 @@ def check_training_state(state: Mapping[str, Any], path: str) -> None:
         CheckpointError: If an entry is missing or cannot be used; the message names the file and the entry.
     """
     wrong = [key for key, kind in _ENTRIES.items() if key in state and not isinstance(state[key], kind)]
-    wrong += [key for key in ("optimizer", "iteration") if key not in state]
+    needed = ("iteration",) if "shards" in state else ("optimizer", "iteration")
+    wrong += [key for key in needed if key not in state]
     if not wrong:
         states = state.get("random_states", [])
         if not all(isinstance(s, dict) and {"python", "numpy", "torch", "cuda"} <= s.keys() for s in states):
@@ -98,11 +102,15 @@ class TrainingCheckpointer(DetectionCheckpointer):
         self._optional: str | None = None
         self._content: Checkpoint | None = None
 
-    def save(self, name: str, *, tag: bool = True, **data: Any) -> None:
+    def save(
+        self, name: str, *, tag: bool = True, shards: Mapping[str, Tensor] | None = None, **data: Any
+    ) -> None:
         """Write ``<name>.pth`` with the model's state (unless ``data`` has a ``model``) and ``data``.
 
         Args:
             tag: whether a resumed run starts from it.
+            shards: tensors to write to the folder ``<name>.shards`` instead of the model's state, which they
+                hold as ``model.<key>``. Every process must call this method.
             data: other entries; ``metadata`` is a dict, to which that of the model is added.
 
         Raises:
@@ -112,13 +120,18 @@ class TrainingCheckpointer(DetectionCheckpointer):
         if not self.save_dir:
             return
         basename = f"{name}.pth"
-        data = {"model": self.model.state_dict(), **data}
-        # in every process, so that all of them end
-        refuse_nonfinite_save(data["model"], Path(self.save_dir, basename))
-        if not self.save_to_disk:
-            return
+        if shards is None:
+            data = {"model": self.model.state_dict(), **data}
+            # in every process, so that all of them end
+            refuse_nonfinite_save(data["model"], Path(self.save_dir, basename))
+        else:
+            data = {"shards": f"{name}.shards", **data}
         data["metadata"] = {**data.get("metadata", {}), **model_metadata(self.model)}
         try:
+            if shards is not None:
+                write_shards(Path(self.save_dir, data["shards"]), shards)
+            if not self.save_to_disk:
+                return
             write_atomically(Path(self.save_dir, basename), lambda file: torch.save(data, file))
             if tag:
                 self.tag_last_checkpoint(basename)
@@ -138,6 +151,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
         periodic.sort(key=lambda p: (p.name == saved, p.stat().st_mtime_ns, p.name))
         for old in periodic[: -self.keep]:
             old.unlink()
+            shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint to ``last_checkpoint``."""
@@ -167,6 +181,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
         """Delete incomplete files of a killed process."""
         if self.save_dir:
             remove_leftovers(self.save_dir, "model_*.pth")
+            for path in Path(self.save_dir).glob(".model_*.shards.partial"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def load_weights(
         self, path: str, complete: bool = False, file: Checkpoint | None = None

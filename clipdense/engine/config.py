@@ -47,6 +47,16 @@ def add_engine_config(cfg: CN) -> None:
     # Value of DistributedDataParallel(find_unused_parameters=...): True for models whose forward does not use
     # every parameter.
     cfg.SOLVER.FIND_UNUSED_PARAMETERS = False
+    # How several processes share the model: "ddp" (each has all of it) or "fsdp" (FSDP2: each has a part of
+    # the trained parameters, gradients and optimizer states; for towers that do not fit into one GPU). With
+    # "fsdp", FIND_UNUSED_PARAMETERS is for models whose processes do not use the same parameters.
+    cfg.SOLVER.PARALLEL = "ddp"
+    # fsdp: number of neighbouring processes that share one copy of the model, e.g. the GPUs of a machine; it
+    # divides the number of processes. 0: all processes share one copy.
+    cfg.SOLVER.SHARD_PROCESSES = 0
+    # Whether transformer blocks recompute their activations in the backward pass: less memory, about a third
+    # more time.
+    cfg.SOLVER.ACTIVATION_CHECKPOINTING = False
     # Decay of the exponential moving average of the weights, e.g. 0.9998; 0: no average. The averaged weights
     # are evaluated and exported.
     cfg.SOLVER.EMA_DECAY = 0.0

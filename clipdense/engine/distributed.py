@@ -16,6 +16,7 @@ from detectron2.utils import comm
 __all__ = [
     "SyncBatchNorm",
     "convert_sync_batchnorm",
+    "local_part",
     "preserved_random_state",
     "random_state",
     "set_random_state",
@@ -116,6 +117,13 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     new = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
     new._parameters, new._buffers, new._modules = module._parameters, module._buffers, module._modules
     return new.train(module.training)
+
+
+def local_part(value: Tensor) -> Tensor:
+    """Return this process's shard of a DTensor, detached and in the same memory; other tensors detached."""
+    value = value.detach()
+    to_local: Any = getattr(value, "to_local", None)  # of DTensor, whose module older versions of torch lack
+    return value if to_local is None else to_local()
 
 
 def share_rows(row: Tensor) -> Tensor:

@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.distributed import local_part
 
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 
 __all__ = [
     "describe_divergence",
-    "divergence_error",
+    "divergence",
     "file_names",
     "last_good_checkpoint",
     "non_finite_gradients",
+    "non_finite_values",
     "non_finite_weights",
 ]
 
@@ -39,20 +39,61 @@ def non_finite_weights(model: nn.Module) -> list[str]:
     return [
         name
         for name, value in [*model.named_parameters(), *running]
-        if value.is_floating_point() and not value.isfinite().all()
+        if value.is_floating_point() and not local_part(value).isfinite().all()
     ]
 
 
 def non_finite_gradients(model: nn.Module) -> list[str]:
     """Return the names of the parameters whose gradients hold NaN or infinite values."""
     return [
-        name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and not local_part(p.grad).isfinite().all()
     ]
 
 
 def file_names(batch: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the file names of a batch; the image ids of samples without one."""
     return [str(sample.get("file_name", sample.get("image_id", "?"))) for sample in batch]
+
+
+def divergence(
+    trainer: Any,
+    values: list[str],
+    images: list[str] | None = None,
+    losses: Mapping[str, float] | None = None,
+) -> FloatingPointError:
+    """Build the error of a diverged training; ``--resume`` then starts from the last good checkpoint.
+
+    Args:
+        trainer: the `Trainer`.
+        values: descriptions of the non-finite values.
+        images: images of the batch; by default those of this process.
+        losses: all losses, if they are known.
+    """
+    total = trainer.storage.histories().get("total_loss")
+    good, suspects = last_good_checkpoint(
+        trainer.options.output_dir, trainer.iter, total.values() if total is not None else []
+    )
+    if good is not None and suspects and comm.is_main_process():
+        trainer.checkpointer.tag_last_checkpoint(good.name)
+    images = file_names(trainer.batch) if images is None else images
+    return FloatingPointError(describe_divergence(trainer.iter, values, images, losses or {}, good, suspects))
+
+
+def non_finite_values(trainer: Any, losses: dict[str, float], suspicious: bool) -> FloatingPointError:
+    """Build the error that names non-finite losses or gradients; every process must call this function.
+
+    Args:
+        trainer: the `Trainer`.
+        losses: mean losses of the global batch.
+        suspicious: whether this process has non-finite values.
+    """
+    bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+    found = comm.all_gather(non_finite_gradients(trainer.parallel.model))
+    bad = bad or [f"the gradient of {name}" for name in dict.fromkeys(n for part in found for n in part)]
+    images = comm.all_gather(file_names(trainer.batch) if suspicious else [])
+    return divergence(trainer, bad, [name for names in images for name in names], losses)
 
 
 def describe_divergence(
@@ -124,30 +165,3 @@ def _is_usual(losses: Mapping[int, float], iteration: int) -> bool:
         return True
     earlier = [value for k, value in losses.items() if k < iteration]
     return math.isfinite(loss) and (not earlier or loss <= _EXPLOSION * median(earlier))
-
-
-def divergence_error(
-    storage: EventStorage,
-    checkpointer: TrainingCheckpointer,
-    iteration: int,
-    values: list[str],
-    images: list[str],
-    losses: dict[str, float],
-) -> FloatingPointError:
-    """Build the error of a diverged training, and let `--resume` start from the last good checkpoint.
-
-    Args:
-        storage: with the losses of the run.
-        checkpointer: of the run.
-        iteration: at which the training diverged.
-        values: descriptions of the non-finite values.
-        images: images of the batch.
-        losses: all losses, if they are known.
-    """
-    total = storage.histories().get("total_loss")
-    good, suspects = last_good_checkpoint(
-        checkpointer.save_dir, iteration, total.values() if total is not None else []
-    )
-    if good is not None and suspects and comm.is_main_process():
-        checkpointer.tag_last_checkpoint(good.name)
-    return FloatingPointError(describe_divergence(iteration, values, images, losses, good, suspects))

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from clipdense.engine.distributed import local_part
+
 __all__ = ["ModelEMA"]
 
 
@@ -44,7 +46,8 @@ class ModelEMA:
     def update(self, iteration: int) -> None:
         """Move the average towards the model's weights after an iteration (from 0)."""
         decay = min(self.decay, (1 + iteration) / (10 + iteration))
-        torch._foreach_lerp_(list(self.average.values()), list(self._online.values()), 1.0 - decay)
+        averages, online = ([local_part(v) for v in x.values()] for x in (self.average, self._online))
+        torch._foreach_lerp_(averages, online, 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -58,9 +61,10 @@ class ModelEMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, value in self._online.items():
-            online = value.detach().clone()
-            value.copy_(self.average[name])
-            self.average[name].copy_(online)
+            own, average = local_part(value), local_part(self.average[name])
+            online = own.clone()
+            own.copy_(average)
+            average.copy_(online)
 
     def online_state(self) -> dict[str, Tensor]:
         """Return the trained (not averaged) values of the averaged tensors."""

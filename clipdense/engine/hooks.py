@@ -8,6 +8,7 @@ import datetime
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from clipdense.checkpoint import CheckpointError
 from clipdense.engine.loggers import LOGGERS, JSONLinesLogger, RunInfo, RunLoggers
 from clipdense.engine.options import TrainerOptions
+from clipdense.engine.training_state import save_best
 from clipdense.engine.validation_loss import ValidationLoss
 from clipdense.files import WriteError
 
@@ -50,7 +52,7 @@ def default_hooks(trainer: Any) -> list[HookBase]:
     ]
     if trainer.validation_batches is not None:
         hooks.append(ValidationLoss(options.loss_period, trainer.validation_batches))
-    best = BestCheckpoint(trainer) if options.best_metric and comm.is_main_process() else None
+    best = BestCheckpoint(trainer) if options.best_metric else None
     if best is not None:
         hooks.append(best)
     if options.early_stopping_patience:
@@ -113,13 +115,15 @@ class Evaluation(EvalHook):
 class BestCheckpoint(BestCheckpointer):
     """Detectron2's best-checkpoint hook; a resumed run continues with the best value so far.
 
-    It saves the evaluated weights as ``model_best.pth`` and the value in ``model_best.json``.
+    It saves the evaluated weights as ``model_best.pth`` and the value in ``model_best.json``. The main
+    process decides, and all processes take part, since each may hold a part of the weights.
     """
 
     def __init__(self, trainer: Any) -> None:
         options = trainer.options
         super().__init__(options.best_period, self, options.best_metric, options.best_mode)
         self.metric, self.record = options.best_metric, Path(options.output_dir, "model_best.json")
+        self.best_period, self._name = options.best_period, ""
 
     def before_train(self) -> None:
         """Read the best value of the resumed run.
@@ -139,12 +143,33 @@ class BestCheckpoint(BestCheckpointer):
         if metric == self.metric:
             self.best_metric, self.best_iter = value, iteration
 
+    def after_step(self) -> None:
+        """Save the weights if they have been evaluated and are the best."""
+        if self.best_period > 0 and (self.trainer.iter + 1) % self.best_period == 0:
+            self._check(super().after_step)
+
+    def after_train(self) -> None:
+        """Save the final weights if they are the best; nothing after an error or an interruption."""
+        if self.trainer.finished:
+            self._check(super().after_train)
+
     def save(self, name: str, **state: Any) -> None:
-        """Save the evaluated weights; `BestCheckpointer` calls this method of its checkpointer."""
-        try:
-            self.trainer.save_best(name, self.metric)
-        except (CheckpointError, WriteError) as e:
-            logger.error("%s\nTraining continues.", e)
+        """Note that the weights are the best; `BestCheckpointer` calls this method of its checkpointer."""
+        self._name = name
+
+    def _check(self, compare: Callable[[], None]) -> None:
+        self._name = ""
+        if comm.is_main_process():
+            compare()
+        name = comm.all_gather(self._name)[0]
+        if not name:
+            return
+        with self.trainer.evaluated_weights():
+            if comm.is_main_process():
+                try:
+                    save_best(self.trainer, name, self.metric)
+                except (CheckpointError, WriteError) as e:
+                    logger.error("%s\nTraining continues.", e)
 
 
 class EarlyStopping(HookBase):
@@ -155,7 +180,7 @@ class EarlyStopping(HookBase):
     its patience is raised.
 
     Args:
-        best: hook of the main process; None in other processes.
+        best: hook whose state in the main process counts.
         period: iterations between two evaluations.
         patience: number of evaluations.
     """
@@ -176,7 +201,7 @@ class EarlyStopping(HookBase):
 
     def _is_due(self, done: int) -> bool:
         due = False
-        if self._best is not None:
+        if self._best is not None and comm.is_main_process():
             best = -1 if self._best.best_iter is None else self._best.best_iter
             due = done // self._period - (best + 1) // self._period >= self._patience
         return any(comm.all_gather(due))

@@ -13,7 +13,7 @@ from clipdense.engine.options import ConfigError
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
-__all__ = ["launch", "under_torchrun"]
+__all__ = ["launch", "restarted", "under_torchrun"]
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -21,6 +21,15 @@ _TIMEOUT = timedelta(minutes=30)
 def under_torchrun() -> bool:
     """Return whether this process was started by ``torchrun``, or with the same environment variables."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def restarted() -> bool:
+    """Return whether torchrun has restarted the processes of this run; every process must call it.
+
+    On the machine with the lost worker, torchrun counts a restart; on the others, only their number of
+    machines has changed. All processes therefore agree.
+    """
+    return any(comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0))
 
 
 def launch(

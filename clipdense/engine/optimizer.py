@@ -1,10 +1,10 @@
-"""Optimizers, parameter groups by rules, and gradient clipping."""
+"""Optimizers, and parameter groups by rules."""
 
 import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from clipdense.engine.options import ConfigError
 
 from detectron2.config import CfgNode
 
-__all__ = ["ParamRule", "build_clipper", "build_optimizer", "freeze", "keep_frozen_in_eval", "param_groups"]
+__all__ = ["ParamRule", "build_optimizer", "freeze", "keep_frozen_in_eval", "param_groups"]
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -244,40 +244,3 @@ def _describe(groups: list[dict[str, Any]]) -> str:
         for g in groups
     ]
     return tabulate(rows, headers=["lr", "weight decay", "tensors", "values", "first"], disable_numparse=True)
-
-
-GradientClipper = Callable[[list[nn.Parameter]], None]
-
-
-def build_clipper(kind: str, value: float = 1.0, norm_type: float = 2.0) -> GradientClipper:
-    """Build a function that clips the gradients of a list of parameters in place.
-
-    Args:
-        kind: "" does nothing; "value" limits each entry to [-value, value]; "norm" limits the norm of each
-            parameter's gradient to ``value``; "full_model" limits the norm of all gradients together.
-        value: the limit.
-        norm_type: exponent of the norm.
-
-    Raises:
-        ConfigError: If ``kind`` is unknown.
-    """
-
-    def per_entry(parameters: list[nn.Parameter]) -> None:
-        nn.utils.clip_grad_value_(parameters, value)
-
-    def per_parameter(parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
-            nn.utils.clip_grad_norm_(parameter, value, norm_type)
-
-    def full_model(parameters: list[nn.Parameter]) -> None:
-        nn.utils.clip_grad_norm_(parameters, value, norm_type)
-
-    clippers = {
-        "": lambda parameters: None,
-        "value": per_entry,
-        "norm": per_parameter,
-        "full_model": full_model,
-    }
-    if kind not in clippers:
-        raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE must be value, norm or full_model, got {kind!r}")
-    return clippers[kind]

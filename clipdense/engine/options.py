@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 
 __all__ = ["ConfigError", "TrainerOptions"]
 
+_PARALLEL = ("ddp", "fsdp")
 _PRECISIONS = ("float32", "float16", "bfloat16")
 
 
@@ -44,6 +45,9 @@ class TrainerOptions:
     clip_norm_type: float = 2.0
     ema_decay: float = 0.0
     find_unused_parameters: bool = False
+    parallel: str = "ddp"
+    shard_processes: int = 0
+    activation_checkpointing: bool = False
     checkpoint_period: int = 5000
     checkpoint_keep: int = 0
     log_period: int = 20
@@ -63,6 +67,10 @@ class TrainerOptions:
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}")
+        if self.parallel not in _PARALLEL:
+            raise ConfigError(f"SOLVER.PARALLEL must be ddp or fsdp, got {self.parallel!r}")
+        if self.parallel == "fsdp" and self.precision == "float16":
+            raise ConfigError("SOLVER.PARALLEL fsdp has no loss scaling: set SOLVER.AMP.DTYPE bfloat16")
         if self.best_mode not in ("max", "min"):
             raise ConfigError(f"TEST.BEST_MODE must be 'max' or 'min', got {self.best_mode!r}")
         for name in ("max_iter", "accumulation_steps", "checkpoint_period", "log_period"):
@@ -104,6 +112,9 @@ class TrainerOptions:
             clip_norm_type=clip.NORM_TYPE,
             ema_decay=s.EMA_DECAY,
             find_unused_parameters=s.FIND_UNUSED_PARAMETERS,
+            parallel=s.PARALLEL,
+            shard_processes=s.SHARD_PROCESSES,
+            activation_checkpointing=s.ACTIVATION_CHECKPOINTING,
             checkpoint_period=s.CHECKPOINT_PERIOD,
             checkpoint_keep=s.CHECKPOINT_KEEP,
             log_period=s.LOG_PERIOD,

@@ -13,6 +13,8 @@ __all__ = ["prepare_output_dir"]
 _OWN_FILES = (
     "*.pth",
     ".model_*.pth.*",
+    "*.shards",
+    ".model_*.shards.partial",
     "*.safetensors",
     "config.yaml",
     "environment.txt",

@@ -1,46 +1,34 @@
 """The training loop."""
 
-import inspect
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, NoReturn
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from clipdense.checkpoint import Checkpoint, CheckpointError
-from clipdense.engine.checkpoint import TrainingCheckpointer, check_training_state
+from clipdense.engine.checkpoint import TrainingCheckpointer
+from clipdense.engine.clipping import build_clipper, gradient_norms
 from clipdense.engine.denormals import flush_denormals
-from clipdense.engine.distributed import preserved_random_state, random_state, set_random_state, share_rows
-from clipdense.engine.divergence import (
-    divergence_error,
-    file_names,
-    non_finite_gradients,
-    non_finite_weights,
-)
+from clipdense.engine.distributed import preserved_random_state, set_random_state, share_rows
+from clipdense.engine.divergence import divergence, non_finite_values
 from clipdense.engine.ema import ModelEMA
 from clipdense.engine.hooks import default_hooks, repeat_after_step
 from clipdense.engine.interrupt import Interrupt
 from clipdense.engine.lock import FolderLock
-from clipdense.engine.metrics import (
-    current_scalars,
-    drop_rows_from,
-    has_row,
-    recent_history,
-    restore_metrics,
-)
-from clipdense.engine.optimizer import build_clipper, keep_frozen_in_eval
+from clipdense.engine.metrics import restore_metrics
+from clipdense.engine.optimizer import keep_frozen_in_eval
 from clipdense.engine.options import TrainerOptions
-from clipdense.engine.output import prepare_output_dir
+from clipdense.engine.parallel import Replicas, build_parallel
 from clipdense.engine.report import write_report
 from clipdense.engine.run_config import run_config
-from clipdense.files import WriteError, json_text, write_text
+from clipdense.engine.training_state import ResumedRun, resume_or_load, save
+from clipdense.files import WriteError
 from clipdense.open_vocabulary import TrainingStart
 
 from detectron2.config import configurable
@@ -50,7 +38,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-__all__ = ["Trainer", "distribute"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +69,14 @@ class Trainer(TrainerBase):
         validation_batches: returns the same batches at each call, for the validation loss; None: no loss.
 
     Attributes:
+        model: the model that is evaluated and exported. With FSDP, its trained parameters are there only
+            within `evaluated_weights`.
+        parallel: the model that is trained, in its distribution over the processes.
         ema: moving average of the weights; None if it is disabled.
         elapsed: seconds of training so far, resumed runs included; equal in all processes.
         elapsed_before: the part of ``elapsed`` that the resumed runs took.
+        done: number of finished iterations.
+        batch: this process's share of the current batch.
         finished: whether training has reached its end.
         results: flattened metrics of the last evaluation.
     """
@@ -112,17 +105,14 @@ class Trainer(TrainerBase):
         self.checkpointer = TrainingCheckpointer(
             model, options.output_dir, options.weights_skip, options.allow_pickle, options.checkpoint_keep
         )
-        self._ddp = distribute(model, options.find_unused_parameters)
-        self.ema = ModelEMA(model, options.ema_decay) if options.ema_decay else None
+        self.parallel: Replicas
+        self.ema: ModelEMA | None = None
         self._clip = build_clipper(options.clip_type, options.clip_value, options.clip_norm_type)
-        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.train_loader, self.evaluate = train_loader, evaluate
         self.validation_batches, self._stopped_early = validation_batches, False
         self._batches: Iterator[Batch]
-        self._batch: Batch = []
-        self._random_state: dict[str, Any] | None = None
-        self._history: dict[str, list[tuple[float, float]]] = {}
-        self._scalars: dict[str, tuple[float, int, bool]] = {}
+        self.batch: Batch = []
+        self.resumed = ResumedRun()
         self._interrupt, self._signal = Interrupt(), 0
         self._consistent = True  # False within an optimizer step
         self.register_hooks(default_hooks(self))
@@ -145,15 +135,17 @@ class Trainer(TrainerBase):
             WriteError: If the final checkpoint cannot be written.
             SystemExit: If SIGINT or SIGTERM arrived; a checkpoint is saved first.
         """
-        self.iter = self._done = self._saved = self.start_iter
+        if not hasattr(self, "parallel"):  # it starts from the weights that the model was built with
+            self.distribute()
+        self.iter = self.done = self._saved = self.start_iter
         with EventStorage(self.start_iter) as self.storage:
-            restore_metrics(self.storage, self._history, self._scalars)
+            restore_metrics(self.storage, self.resumed.history, self.resumed.scalars)
             try:
                 # interrupts before the loader starts its workers, which Ctrl-C reaches as well
                 with flush_denormals(), self._interrupt:
                     self.before_train()
                     self._prepare()
-                    if self._scalars:
+                    if self.resumed.scalars:
                         repeat_after_step(self)
                     while self.iter < self.max_iter:
                         self.before_step()
@@ -169,9 +161,10 @@ class Trainer(TrainerBase):
             finally:
                 self._batches = iter(())  # ends the loading processes, which must not outlive the loader
                 self.after_train()
-        if comm.is_main_process():
-            with self._averaged_weights():
+        with self.evaluated_weights():
+            if comm.is_main_process():
                 write_report(self.model, self.options.output_dir, self.results, self.ended_by)
+        if comm.is_main_process():
             FolderLock(self.options.output_dir, "OUTPUT_DIR").release()
         return self.results
 
@@ -180,11 +173,11 @@ class Trainer(TrainerBase):
         """Name of the setting that ends the training at the current iteration."""
         if self._stopped_early:
             return "TEST.EARLY_STOPPING.PATIENCE"
-        return "SOLVER.MAX_ITER" if self._done >= self.options.max_iter else "SOLVER.MAX_SECONDS"
+        return "SOLVER.MAX_ITER" if self.done >= self.options.max_iter else "SOLVER.MAX_SECONDS"
 
     def _describe_end(self) -> str:
         """Describe which setting has ended the training, and how to continue it."""
-        text = f"Training ended after {self._done} of {self.options.max_iter} iterations by {self.ended_by}"
+        text = f"Training ended after {self.done} of {self.options.max_iter} iterations by {self.ended_by}"
         if self.ended_by != "SOLVER.MAX_SECONDS":
             return text
         return (
@@ -195,18 +188,23 @@ class Trainer(TrainerBase):
     def stop_early(self, done: int) -> None:
         """End the training after ``done`` iterations, with a final checkpoint; every process must call it."""
         self.max_iter, self._stopped_early = done, True
-        if self._done > self.start_iter:
+        if self.done > self.start_iter:
             self.save("model_final")
 
-    def progress(self, iteration: int) -> float:
-        """Return the share of the training (0..1) that ``iteration`` iterations and the elapsed time make."""
-        cap = self.options.max_seconds
-        return min(1.0, max(iteration / self.options.max_iter, self.elapsed / cap if cap else 0.0))
+    def progress(self, iteration: int, elapsed: float | None = None) -> float:
+        """Return the share of the training (0..1) that ``iteration`` iterations make, or ``elapsed`` seconds.
+
+        Args:
+            iteration: number of iterations.
+            elapsed: seconds of training; by default those so far.
+        """
+        cap, seconds = self.options.max_seconds, self.elapsed if elapsed is None else elapsed
+        return min(1.0, max(iteration / self.options.max_iter, seconds / cap if cap else 0.0))
 
     def train_mode(self) -> None:
         """Put the model into training mode, except norms and dropouts of frozen modules."""
-        self._ddp.train()
-        keep_frozen_in_eval(self.model)
+        self.parallel.wrapped.train()
+        keep_frozen_in_eval(self.parallel.model)
 
     def _prepare(self) -> None:
         self.train_mode()
@@ -214,11 +212,11 @@ class Trainer(TrainerBase):
             logger.info("%s holds a finished run", self.options.output_dir)
             self.max_iter = self.start_iter
             return
-        if isinstance(self.model, TrainingStart):
-            self.model.start_training()
+        if isinstance(self.parallel.model, TrainingStart):
+            self.parallel.model.start_training()
         self._batches = iter(self.train_loader(self.start_iter))
-        if self._random_state is not None:
-            set_random_state(self._random_state)
+        if self.resumed.random_state is not None:
+            set_random_state(self.resumed.random_state)
         else:  # the number of random values drawn so far depends on the imported modules
             seed_all_rng(self.options.seed + comm.get_rank())
         self._started = time.monotonic() - self.elapsed
@@ -229,7 +227,7 @@ class Trainer(TrainerBase):
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = self.schedule(self.iter, progress, base_lr)
         start = time.perf_counter()
-        batch = self._batch = next(self._batches)
+        batch = self.batch = next(self._batches)
         data_time = time.perf_counter() - start
 
         self._consistent = False
@@ -237,20 +235,20 @@ class Trainer(TrainerBase):
         try:
             losses = self._accumulate_gradients(batch)
         except FloatingPointError as e:  # a model's own check; the other processes do not know of it
-            raise self._divergence([str(e)]) from e
+            raise divergence(self, [str(e)]) from e
         self.scaler.unscale_(self.optimizer)
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm([p.grad for p in trained])).norm()
-        self._share_metrics(losses, norm, data_time, batch)
-        self._clip(trained)
+        norms = gradient_norms(trained)
+        self._share_metrics(losses, norms.norm(), data_time)
+        self._clip(trained, norms)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.iter)
-        self._consistent, self._done = True, self.iter + 1
+        self._consistent, self.done = True, self.iter + 1
 
-        if self.progress(self._done) >= 1.0:
-            self.max_iter = self._done
+        if self.progress(self.done) >= 1.0:
+            self.max_iter = self.done
 
     def _accumulate_gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Accumulate the gradients of the mean loss over the parts of a batch; return the detached losses."""
@@ -258,9 +256,9 @@ class Trainer(TrainerBase):
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         total: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            with self._gradient_sync(enabled=i + 1 == len(parts)):
+            with self.parallel.sync(enabled=i + 1 == len(parts)):
                 with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
-                    losses = self._ddp(part)
+                    losses = self.parallel.wrapped(part)
                 if isinstance(losses, Tensor):
                     losses = {"total_loss": losses}
                 losses = {name: loss.float() * (len(part) / len(batch)) for name, loss in losses.items()}
@@ -269,12 +267,7 @@ class Trainer(TrainerBase):
                 total[name] = total[name] + loss.detach() if name in total else loss.detach()
         return total
 
-    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        if enabled or not isinstance(self._ddp, DistributedDataParallel):
-            return nullcontext()
-        return self._ddp.no_sync()
-
-    def _share_metrics(self, losses: dict[str, Tensor], norm: Tensor, data_time: float, batch: Batch) -> None:
+    def _share_metrics(self, losses: dict[str, Tensor], norm: Tensor, data_time: float) -> None:
         """Log the losses of the global batch; agree with the other processes on the time and on stopping.
 
         It costs one small exchange and one synchronisation with the device per iteration.
@@ -289,7 +282,8 @@ class Trainer(TrainerBase):
         # with loss scaling, gradients may overflow: the scaler then skips the step
         finite = rows[:, : len(names) + (not self.scaler.is_enabled())].isfinite()
         if not finite.all() or self.scaler.get_scale() < _MIN_LOSS_SCALE:
-            self._raise_non_finite(means, suspicious=not finite.all() and not finite[comm.get_rank()].all())
+            own = finite[comm.get_rank()]
+            raise non_finite_values(self, means, suspicious=not finite.all() and not bool(own.all()))
         self.storage.put_scalars(total_loss=sum(means.values()), data_time=float(rows[:, -3].max()))
         if len(means) > 1:
             self.storage.put_scalars(**means)
@@ -300,36 +294,16 @@ class Trainer(TrainerBase):
 
     # ---- faults
 
-    def _raise_non_finite(self, losses: dict[str, float], suspicious: bool) -> NoReturn:
-        """Raise an error that names non-finite losses or gradients; every process must call this method.
-
-        Args:
-            losses: mean losses of the global batch.
-            suspicious: whether this process has non-finite values.
-        """
-        bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
-        bad = bad or [f"the gradient of {name}" for name in non_finite_gradients(self.model)]
-        own = file_names(self._batch) if suspicious else []
-        images = [name for names in comm.all_gather(own) for name in names]
-        raise self._divergence(bad, images, losses)
-
-    def _divergence(
-        self, values: list[str], images: list[str] | None = None, losses: dict[str, float] | None = None
-    ) -> FloatingPointError:
-        """Build the error of a diverged training, see `divergence_error`; default: images of this process."""
-        images = file_names(self._batch) if images is None else images
-        return divergence_error(self.storage, self.checkpointer, self.iter, values, images, losses or {})
-
     def _stop_if_requested(self) -> None:
         # with several processes, use the signal that all of them have agreed on
         number = self._interrupt.signal if comm.get_world_size() == 1 else self._signal
         if not number:
             return
-        if self._saved < self._done:
-            self.save(f"model_{self._done - 1:07d}")
+        if self._saved < self.done:
+            self.save(f"model_{self.done - 1:07d}")
         comm.synchronize()  # torchrun ends all processes when one ends: wait until the checkpoint is saved
         logger.warning(
-            "Stopped by %s after %d iterations; --resume continues.", signal.Signals(number).name, self._done
+            "Stopped by %s after %d iterations; --resume continues.", signal.Signals(number).name, self.done
         )
         raise SystemExit(128 + number)
 
@@ -338,9 +312,9 @@ class Trainer(TrainerBase):
         if isinstance(error, (CheckpointError, WriteError)) or not self._consistent:
             return
         # with several processes, saving needs all of them, and the others may wait elsewhere
-        if comm.get_world_size() == 1 and self._saved < self._done:
+        if comm.get_world_size() == 1 and self._saved < self.done:
             logger.error("%s: %s. Saving a checkpoint before exiting.", type(error).__name__, error)
-            self.save(f"model_{self._done - 1:07d}")
+            self.save(f"model_{self.done - 1:07d}")
 
     # ---- evaluation
 
@@ -352,7 +326,7 @@ class Trainer(TrainerBase):
         """
         if self.evaluate is None:
             return {}
-        with preserved_random_state(), self._averaged_weights():
+        with preserved_random_state(), self.evaluated_weights():
             results = self.evaluate(self.model, self.finished)
         self.train_mode()
         self.results = {name: float(value) for name, value in flatten_results_dict(results).items()}
@@ -363,134 +337,32 @@ class Trainer(TrainerBase):
             )
         return results
 
-    def _averaged_weights(self) -> AbstractContextManager[None]:
-        return self.ema.applied() if self.ema is not None else nullcontext()
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """Give ``model`` the weights to evaluate, trained or averaged; every process must enter it."""
+        with self.ema.applied() if self.ema is not None else nullcontext(), self.parallel.whole_model():
+            yield
 
     # ---- checkpoints
 
     def save(self, name: str) -> None:
-        """Write ``<name>.pth``, from which training can resume exactly; every process must call this method.
-
-        The entry ``model`` holds the weights that are evaluated. With a moving average of the weights, these
-        are the averaged ones, and ``online`` holds the trained ones.
-        """
-        bad = non_finite_weights(self.model)
-        if bad:  # equal in all processes
-            raise self._divergence([f"{name} after the update" for name in bad])
-        random_states = comm.gather(random_state())
-        model = self.model.state_dict()
-        if self.ema is not None:
-            model = {**model, **self.ema.average}
-        self.checkpointer.save(
-            name,
-            model=model,
-            online=self.ema.online_state() if self.ema is not None else {},
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            iteration=self._done - 1,
-            elapsed=self.elapsed,
-            seed=self.options.seed,
-            random_states=random_states,
-            history=recent_history(self.storage),
-            scalars=current_scalars(self.storage, self._done - 1),
-            metadata=self.options.metadata,
-        )
-        self._saved = self._done
-
-    def save_best(self, name: str, metric: str) -> None:
-        """Write the evaluated weights as ``<name>.pth`` and the metric's value as ``<name>.json``."""
-        with self._averaged_weights():
-            self.checkpointer.save(name, tag=False, iteration=self._done - 1, metadata=self.options.metadata)
-        value = self.storage.latest()[metric][0]
-        record = {"metric": metric, "value": value, "iteration": self._done - 1}
-        write_text(Path(self.options.output_dir, f"{name}.json"), json_text(record))
+        """Write ``<name>.pth``; see `clipdense.engine.training_state.save`. Every process must call it."""
+        save(self, name)
+        self._saved = self.done
 
     def resume_or_load(self, resume: bool = True, weights: Checkpoint | None = None) -> None:
-        """Continue from the last checkpoint in the output folder, or start from ``MODEL.WEIGHTS``.
-
-        Files of an earlier run in the output folder are moved to a subfolder unless that run is resumed.
+        """Resume or start the run, and distribute the model; see `training_state.resume_or_load`.
 
         Args:
             resume: whether to look for a checkpoint. Without one, training starts at iteration 0.
             weights: content of the weight file, if it has been read already.
-
-        Raises:
-            FileNotFoundError: If the weight file does not exist.
-            CheckpointError: If a file cannot be read or does not match the model or the optimizer.
         """
-        if comm.is_main_process():
-            prepare_output_dir(self.options.output_dir, keep=resume, weights=self.options.weights)
-            self.checkpointer.remove_leftovers()
-        comm.synchronize()
-        found = comm.all_gather(self.checkpointer.has_checkpoint())
-        if resume and len(set(found)) > 1:
-            raise CheckpointError(
-                f"only some processes see the checkpoint in {self.options.output_dir}: "
-                "resuming needs a folder that all machines share"
-            )
-        if resume and found[0]:
-            self._resume(self.checkpointer.get_checkpoint_file())
-            return
-        if resume:
-            logger.info("No checkpoint in %s: training starts at iteration 0", self.options.output_dir)
-            if comm.is_main_process():  # rows of a run that was killed before its first checkpoint
-                drop_rows_from(Path(self.options.output_dir, "metrics.json"), 0)
-        self.checkpointer.load_weights(self.options.weights, file=weights)
-        if self.ema is not None:
-            self.ema.load(self.model.state_dict())
+        self.resumed = resume_or_load(self, resume, weights)
+        self.start_iter = self.resumed.start_iter
+        self.elapsed = self.elapsed_before = self.resumed.elapsed
 
-    def _resume(self, path: str) -> None:
-        """Restore model, optimizer, loss scale, time, metrics and random state from a checkpoint."""
-        state = self.checkpointer.load_weights(path, complete=True)
-        check_training_state(state, path)
-        if self.ema is not None:
-            self.ema.load(self.model.state_dict())
-        self.model.load_state_dict(state.get("online", {}), strict=False)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError) as e:
-            raise CheckpointError(
-                f"cannot resume from {path}: its optimizer does not match this config ({e})"
-            ) from e
-        self.scaler.load_state_dict(state.get("scaler", {}))
-        self.start_iter = state["iteration"] + 1
-        self.elapsed = self.elapsed_before = state.get("elapsed", 0.0)
-        self._history = state.get("history", {})
-        recorded = True
-        if comm.is_main_process():
-            metrics = Path(self.options.output_dir, "metrics.json")
-            drop_rows_from(metrics, self.start_iter)
-            recorded = has_row(metrics, self.start_iter - 1) or not self._row_is_due(self.start_iter)
-        if not all(comm.all_gather(recorded)):
-            self._scalars = state.get("scalars", {})
-        random_states = state.get("random_states", [])
-        if len(random_states) == comm.get_world_size():
-            self._random_state = random_states[comm.get_rank()]
-        else:
-            logger.warning(
-                "%s was saved by %d processes: the data order continues, dropout and sampling are reseeded",
-                path,
-                len(random_states),
-            )
-        if state.get("seed", self.options.seed) != self.options.seed:
-            logger.warning("%s was trained with SEED %d: the data order changes", path, state["seed"])
-
-    def _row_is_due(self, done: int) -> bool:
-        """Return whether metrics are evaluated or written after ``done`` iterations."""
-        return self.progress(done) >= 1.0 or self.options.row_is_due(done)
-
-
-def distribute(model: nn.Module, find_unused_parameters: bool = False) -> nn.Module:
-    """Wrap a model so that gradients are averaged over processes; a single process needs no wrapper."""
-    if comm.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    sync_buffers: dict[str, Any] = {name: False}
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        find_unused_parameters=find_unused_parameters,
-        **sync_buffers,
-    )
+    def distribute(self) -> None:
+        """Distribute the model, which holds its initial weights, over the processes; build its average."""
+        self.parallel = build_parallel(self.model, self.optimizer, self.options)
+        self.ema = ModelEMA(self.parallel.model, self.options.ema_decay) if self.options.ema_decay else None
+        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]

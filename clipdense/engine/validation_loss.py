@@ -65,7 +65,7 @@ class ValidationLoss(HookBase):
     def _measure(self) -> None:
         trainer = self.trainer
         precision = getattr(torch, trainer.options.precision)
-        with trainer._averaged_weights():
+        with trainer.evaluated_weights():
             losses = mean_losses(trainer.model, self._batches(), precision, trainer.options.seed)
         trainer.train_mode()
         named = {f"validation/{name}": value for name, value in losses.items()}

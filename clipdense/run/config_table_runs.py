@@ -22,6 +22,8 @@ RUN_CHECKS: dict[str, Check] = {
     "TEST.LOSS.MAX_BATCHES": whole(0),
     "TEST.EARLY_STOPPING.PATIENCE": whole(0),
     "SOLVER.LOG_PERIOD": whole(1),
+    "SOLVER.PARALLEL": choice("ddp", "fsdp"),
+    "SOLVER.SHARD_PROCESSES": whole(0),
     "SOLVER.LOGGERS": items(choice(*LOGGERS)),
     "SOLVER.LOGGER_PROJECT": text(),
 }

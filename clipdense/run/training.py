@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 
 from clipdense.engine.build import evaluate_weights
-from clipdense.engine.launch import launch
+from clipdense.engine.launch import launch, restarted
 from clipdense.engine.report import print_results
 from clipdense.engine.run_config import run_config
 from clipdense.engine.trainer import Trainer
@@ -30,6 +30,7 @@ def train_or_evaluate(args: argparse.Namespace) -> dict[str, float]:
     Raises:
         ConfigError: If the config, its datasets or its classes are wrong.
     """
+    args.resume = args.resume or restarted()
     loaded = setup(args)
     if args.eval_only:
         results = evaluate_weights(loaded.cfg, args.resume, loaded.weights, loaded.fetch_weights)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from clipdense.engine.clipping import build_clipper, gradient_norms
 from clipdense.engine.optimizer import (
     ParamRule,
-    build_clipper,
     build_optimizer,
     freeze,
     keep_frozen_in_eval,
@@ -128,7 +128,7 @@ def test_clipping(kind: str) -> None:
     before = [torch.tensor([3.0, 4.0]), torch.tensor([0.5])]
     for p, g in zip(parameters, before, strict=True):
         p.grad = g.clone()
-    build_clipper(kind, 1.0)(parameters)
+    build_clipper(kind, 1.0)(parameters, gradient_norms(parameters))
     whole = (25 + 0.25) ** 0.5
     expected = {
         "": before,

@@ -246,7 +246,7 @@ def test_without_the_random_state_it_would_not(build_trainer: Build) -> None:
     whole.checkpointer.tag_last_checkpoint("model_0000004.pth")
     first = losses(whole)
     resumed = build_trainer(*RESUME, folder="whole", resume=True)
-    resumed._random_state = None
+    resumed.resumed.random_state = None
     resumed.train()
     assert losses(resumed)[:5] == first[:5] and losses(resumed) != first
 

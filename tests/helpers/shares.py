@@ -20,7 +20,9 @@ from clipdense.clip import load_clip
 from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.data.shapes.pretraining import ContrastiveCLIP
 from clipdense.engine.distributed import SyncBatchNorm, convert_sync_batchnorm
-from clipdense.engine.trainer import Trainer, distribute
+from clipdense.engine.options import TrainerOptions
+from clipdense.engine.parallel import build_parallel
+from clipdense.engine.trainer import Trainer
 from clipdense.regions import RegionEncoder
 from clipdense.run.config import add_clipdense_config
 from clipdense.systems.clipself import CLIPSelf, RegionCLIPBaseline
@@ -52,11 +54,29 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def gradients(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Backward pass; gradients by name, and the losses averaged over processes."""
-    sum(losses.values()).backward()
-    found = {f"loss {k}": total(v) / comm.get_world_size() for k, v in losses.items()}
-    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def gradients(model: nn.Module, batch: Any, kind: str = "ddp", **options: Any) -> dict[str, Tensor]:
+    """One forward and backward pass; losses averaged over processes, and whole gradients by name.
+
+    Args:
+        batch: this process's share.
+        kind: "ddp" or "fsdp".
+    """
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    parallel = build_parallel(model, optimizer, TrainerOptions("", 1, parallel=kind, **options))
+    parallel.wrapped.train()
+    half = len(batch) // 2 if options.get("accumulation_steps", 1) > 1 else 0
+    found: dict[str, Tensor] = {}
+    for part in [batch[:half], batch[half:]] if half else [batch]:
+        with EventStorage(), parallel.sync(enabled=part[-1] is batch[-1]):
+            losses = {k: v * len(part) / len(batch) for k, v in parallel.wrapped(part).items()}
+            sum(losses.values()).backward()
+        for name, loss in losses.items():
+            mean = total(loss) / comm.get_world_size()
+            found[f"loss {name}"] = found.get(f"loss {name}", torch.tensor(0.0)) + mean
+    for name, p in parallel.model.named_parameters():
+        if p.grad is not None:
+            found[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+    return found
 
 
 def norm(layer: str, empty: bool = False) -> dict[str, Tensor]:
@@ -155,7 +175,7 @@ class SmoothNet(Backbone):
         return {name: ShapeSpec(channels=16, stride=stride) for name, stride in (("p2", 4), ("p3", 8))}
 
 
-def mask_rcnn() -> dict[str, Tensor]:
+def mask_rcnn(kind: str = "ddp") -> dict[str, Tensor]:
     """A small Mask R-CNN whose sampling leaves nothing to chance: everything is sampled."""
     cfg = get_cfg()
     add_clipdense_config(cfg)
@@ -178,7 +198,7 @@ def mask_rcnn() -> dict[str, Tensor]:
     model.ROI_MASK_HEAD.CONV_DIM, model.ROI_MASK_HEAD.NORM = 16, "BN"
     torch.manual_seed(0)
     net = build_model(cfg)
-    net = distribute(convert_sync_batchnorm(net) if comm.get_world_size() > 1 else net).train()
+    net = convert_sync_batchnorm(net) if comm.get_world_size() > 1 else net
     batch = []
     for i in range(4):
         random = torch.Generator().manual_seed(i)
@@ -190,16 +210,14 @@ def mask_rcnn() -> dict[str, Tensor]:
         instances.gt_masks = BitMasks(torch.rand(2, 64, 64, generator=random) > 0.5)
         image = (torch.rand(3, 64, 64, generator=random) * 255).byte()
         batch.append({"image": image, "instances": instances, "height": 64, "width": 64})
-    with EventStorage():
-        found = gradients(net, net(share(batch)))
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return gradients(net, share(batch), kind)
 
 
-def contrastive(uneven: bool = False) -> dict[str, Tensor]:
+def contrastive() -> dict[str, Tensor]:
     """ContrastiveCLIP, whose loss compares the crops of all processes."""
     torch.manual_seed(0)
     net: nn.Module = ContrastiveCLIP(clip=load_clip("shapes-rn", "random"))
-    net = distribute(convert_sync_batchnorm(net) if comm.get_world_size() > 1 else net).train()
+    net = convert_sync_batchnorm(net) if comm.get_world_size() > 1 else net
     batch = []
     for i in range(4):
         random = torch.Generator().manual_seed(i)
@@ -208,30 +226,28 @@ def contrastive(uneven: bool = False) -> dict[str, Tensor]:
         captions = ["a red star", f"a {('blue', 'green', 'pink', 'grey')[i]} circle on sand"]
         crops = (torch.rand(2, 3, 64, 64, generator=random) * 255).byte()
         batch.append({"crops": crops, "captions": captions, "contents": contents})
-    found = gradients(net, net(share(batch)))
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return gradients(net, share(batch))
 
 
-def mask_adapted() -> dict[str, Tensor]:
+def mask_adapted(kind: str = "ddp", **options: Any) -> dict[str, Tensor]:
     """MaskAdaptedCLIP, whose loss compares the regions of all processes; two nouns are the same."""
     torch.manual_seed(0)
     encoder = RegionEncoder(load_clip("shapes-vit", "random"), mask_prompts=MaskPrompts(2, 64, 128))
-    net = distribute(MaskAdaptedCLIP(encoder=encoder, trainable="both")).train()
+    net = MaskAdaptedCLIP(encoder=encoder, trainable="both")
     random = torch.Generator().manual_seed(0)
     batch = []
     for noun in ("red star", "sand", "blue ring", "sand"):
         mask = torch.zeros(1, 64, 64)
         mask[:, 10:50, :30] = 1
         batch.append({"region": torch.randn(3, 64, 64, generator=random), "region_mask": mask, "noun": noun})
-    found = gradients(net, net(share(batch)))
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return gradients(net, share(batch), kind, **options)
 
 
-def clipself() -> dict[str, Tensor]:
+def clipself(kind: str = "ddp", **options: Any) -> dict[str, Tensor]:
     """CLIPSelf, whose loss is a mean over regions, of which images have different numbers."""
     torch.manual_seed(0)
     clip = load_clip("shapes-vit", "random")
-    net = distribute(CLIPSelf(clip=clip, embedding_weight=0.5)).train()
+    net = CLIPSelf(clip=clip, embedding_weight=0.5)
     with torch.no_grad():  # the student is not the teacher any more
         for parameter in clip.visual.parameters():
             parameter.mul_(1.02)
@@ -245,15 +261,14 @@ def clipself() -> dict[str, Tensor]:
         }
         for n in (3, 1, 2, 1)
     ]
-    found = gradients(net, net(share(batch)))
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return gradients(net, share(batch), kind, **options)
 
 
 def region_concepts() -> dict[str, Tensor]:
     """RegionCLIPBaseline on uneven shares; all concepts are compared with."""
     torch.manual_seed(0)
     concepts = torch.randn(3, 128)
-    net = distribute(RegionCLIPBaseline(clip=load_clip("shapes-vit", "random"), concepts=concepts)).train()
+    net = RegionCLIPBaseline(clip=load_clip("shapes-vit", "random"), concepts=concepts)
     random = torch.Generator().manual_seed(0)
     batch = [
         {
@@ -263,8 +278,7 @@ def region_concepts() -> dict[str, Tensor]:
         }
         for n in (2, 1, 2, 0)
     ]
-    found = gradients(net, net(share(batch, uneven=True)))
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return gradients(net, share(batch, uneven=True))
 
 
 def results(folder: str) -> dict[str, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -39,6 +39,13 @@ class BlockHook(Protocol):
         """
 
 
+class BlockRunner(Protocol):
+    """Runner of a block whose parameters are not all on this device between its runs (FSDP)."""
+
+    def __call__(self, block: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return ``function(x)``, computed while all parameters of the block are available."""
+
+
 class TransformerTower(Tower):
     """A ViT: `embed`, blocks, `norm_tokens`, `project`; `pool` for the image embedding.
 
@@ -51,6 +58,7 @@ class TransformerTower(Tower):
         pools_class_token: whether the image embedding is project(norm_tokens(class token)).
         pools_regions: whether `embed_regions` pools with weights (MAP heads).
         grad_checkpointing: see `set_grad_checkpointing`.
+        block_runner: runs every block if it is set. It cannot run modes that read other blocks.
     """
 
     has_keys = True
@@ -60,6 +68,7 @@ class TransformerTower(Tower):
     pools_class_token: bool
     pools_regions: bool = False
     grad_checkpointing: bool = False
+    block_runner: BlockRunner | None = None
 
     @property
     def dense_modes(self) -> tuple[str, ...]:
@@ -255,8 +264,9 @@ class TransformerTower(Tower):
             return results[mode.name]
 
         if request.keys:
-            block = self.block(last)
-            out.keys = to_map(replace(stream, x=block.key(block.normed(stream.x))).patches, stream.grid)
+            block, run_block = self.block(last), self.block_runner or _run_directly
+            keys = run_block(self.blocks[last], lambda x: block.key(block.normed(x)), stream.x)
+            out.keys = to_map(replace(stream, x=keys).patches, stream.grid)
         if request.pooled:
             out.pooled = self.pool(self._without_extra(run("plain")))
         if request.pre or request.dense is not None:
@@ -302,17 +312,30 @@ class TransformerTower(Tower):
         history: History | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> TokenStream:
-        block = self.block(index)
-        if not (self.grad_checkpointing and self.training) or mode.reads_history:
+        block, leaving = self.block(index), stream
+
+        def call(x: Tensor) -> Tensor:
+            nonlocal leaving
+            leaving = mode(block, replace(stream, x=x), guidance, history=history, options=options)
+            return leaving.x
+
+        def recomputed_call(x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(call, x, use_reentrant=False)
+            return y
+
+        if mode.reads_history:
+            if self.block_runner is not None:
+                raise self.cannot(f"mode '{mode.name}' in training", "its parameters are sharded")
             return mode(block, stream, guidance, history=history, options=options)
-        result: TokenStream = checkpoint(
-            lambda x: mode(block, replace(stream, x=x), guidance, options=options),
-            stream.x,
-            use_reentrant=False,
-        )
-        return result
+        function = recomputed_call if self.grad_checkpointing and self.training else call
+        x = (self.block_runner or _run_directly)(self.blocks[index], function, stream.x)
+        return replace(leaving, x=x)
 
     def _without_extra(self, stream: TokenStream) -> Tensor:
         if stream.x.shape[1] == self.prefix + stream.grid[0] * stream.grid[1]:
             return stream.x
         return torch.cat([stream.x[:, : self.prefix], stream.patches], dim=1)
+
+
+def _run_directly(block: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip import ClipModel
+from clipdense.clip.contrastive import contrastive_loss
 from clipdense.clip.layouts import MASK_PROMPTS
 from clipdense.clip.mask_prompts import MaskPrompts, load_mask_prompts
 from clipdense.clip.text import TextBank
@@ -24,7 +24,6 @@ from clipdense.regions.crops import CROP_RULES
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils import comm
 
 __all__ = ["MaskAdaptedCLIP"]
 
@@ -153,11 +152,7 @@ class MaskAdaptedCLIP(nn.Module):
         u = F.normalize(self.encoder.encode(regions, masks).float(), dim=-1)
         v = self._bank.embed_names([sample["noun"] for sample in batched_inputs]).to(self.device)
         self._clamp_scale()
-        # with gradients through the gathered tensors, the mean over processes is the loss of the global batch
-        loss = ClipLoss(
-            local_loss=True, gather_with_grad=True, rank=comm.get_rank(), world_size=comm.get_world_size()
-        )
-        return {"loss_contrastive": loss(u, v, self.encoder.clip.logit_scale.exp())}
+        return {"loss_contrastive": contrastive_loss(u, v, self.encoder.clip.logit_scale.exp())}
 
     def region_probe(self) -> RegionEncoderProbe:
         """Provide the embeddings of masks for evaluators."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.clip import ClipModel
+from clipdense.clip.contrastive import contrastive_loss
 from clipdense.clip.prompts import require_text_tower
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
@@ -31,7 +31,6 @@ from clipdense.systems.segclip.model import GroupedImage, SegCLIPTower
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils import comm
 
 __all__ = ["SegCLIP"]
 
@@ -207,12 +206,8 @@ class SegCLIP(OpenVocabularyModel, nn.Module):
             self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
         found = self.visual(images, noise)
         u, t = F.normalize(found.image, dim=-1), F.normalize(self.text(tokens), dim=-1)
-        # with gradients through the gathered tensors, the mean over processes is the loss of the global batch
-        contrastive = ClipLoss(
-            local_loss=True, gather_with_grad=True, rank=comm.get_rank(), world_size=comm.get_world_size()
-        )
         losses = {
-            "loss_contrastive": contrastive(u, t, self.logit_scale.exp()),
+            "loss_contrastive": contrastive_loss(u, t, self.logit_scale.exp()),
             "loss_superpixel": superpixel_loss(found.grouping.hard.transpose(1, 2), segments),
         }
         if self.decoder is not None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn.distributed import differentiable_all_gather
 from torch import Tensor, nn
 
 from clipdense.checkpoint import read_checkpoint
 from clipdense.clip import ClipModel, load_clip
+from clipdense.clip.contrastive import contrastive_loss, gather_rows
 from clipdense.clip.nano import nano_path
 from clipdense.data.shapes.pretraining.local_pool import localize_pool
 from clipdense.data.shapes.world import CLASSES, GROUNDS
@@ -129,7 +129,7 @@ class ContrastiveCLIP(nn.Module):
             ]
         content = torch.cat([x["contents"] for x in batched_inputs]).to(self.device)
         scale = self.clip.logit_scale.clamp(max=self.max_logit_scale).exp()
-        losses = {"loss_contrastive": contrastive_loss(u, v, content, scale)}
+        losses = {"loss_contrastive": contrastive_loss(u, v, scale, labels=content, matches=positive_pairs)}
         if self.centring_weight:
             losses["loss_centring"] = self.centring_weight * (centring_loss(u) + centring_loss(v))
         return losses
@@ -198,23 +198,6 @@ def _text_state(name: str, allow_pickle: bool) -> dict[str, Tensor]:
     return text.state_dict()
 
 
-def contrastive_loss(u: Tensor, v: Tensor, content: Tensor, scale: Tensor) -> Tensor:
-    """Compute the symmetric contrastive loss with several positives, over all processes.
-
-    Args:
-        u, v: (B, D) unit embeddings of this process's crops and captions.
-        content: (B, 96) uint8 content vectors.
-        scale: logit scale s > 0.
-
-    Returns:
-        Scalar. Its mean over processes is the loss of the global batch, if B is equal on every process.
-    """
-    all_u, all_v, all_content = (torch.cat(differentiable_all_gather(x)) for x in (u, v, content))
-    to_text = _soft_cross_entropy(scale * u @ all_v.T, positive_pairs(content, all_content))
-    to_image = _soft_cross_entropy(scale * v @ all_u.T, positive_pairs(all_content, content).T)
-    return 0.5 * (to_text + to_image)
-
-
 def centring_loss(embeddings: Tensor) -> Tensor:
     """Compute the squared length of the mean embedding over all processes.
 
@@ -224,12 +207,7 @@ def centring_loss(embeddings: Tensor) -> Tensor:
     Returns:
         Scalar: 0 if the embeddings are centred, 1 if they are all equal.
     """
-    return torch.cat(differentiable_all_gather(embeddings)).mean(0).square().sum()
-
-
-def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    """Compute the mean cross-entropy of rows of logits (N, M) with uniform distributions over positives."""
-    return -(positives / positives.sum(1, keepdim=True) * F.log_softmax(logits, dim=1)).sum(1).mean()
+    return gather_rows(embeddings).mean(0).square().sum()
 
 
 def positive_pairs(image: Tensor, caption: Tensor) -> Tensor:
