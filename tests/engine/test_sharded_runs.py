@@ -90,7 +90,8 @@ def copy(source: Path, target: Path, last: str) -> Path:
 
 def test_four_processes_equal_one(runs: Path) -> None:
     assert_equal(runs / "four", runs / "one")
-    assert rows(runs / "one")[0]["total_loss"] > 1.05 * rows(runs / "one")[-2]["total_loss"]  # it learns
+    losses = [row["total_loss"] for row in rows(runs / "one")[:-1]]
+    assert max(losses) > 1.1 * min(losses)
     state = torch.load(runs / "four" / "model_0000002.pth")
     assert "model" not in state and state["shards"] == "model_0000002.shards"
     assert len(list((runs / "four" / "model_0000002.shards").glob("*.distcp"))) == 4
