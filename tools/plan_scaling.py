@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [[*row, images / row[3] / 3600] if images else row for row in plan.rows()]
     formats = (".0f", ".0f", ".1f", ".0f", ".2f", ".1f")
     print(tabulate(rows, [*head, "hours"] if images else head, tablefmt="github", floatfmt=formats))
-    print("Computed from the options, not measured.")
+    print("\nComputed from the options, not measured.")
 
 
 if __name__ == "__main__":
