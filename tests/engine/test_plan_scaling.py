@@ -22,6 +22,4 @@ def test_a_step_is_compute_and_the_messages_that_show() -> None:
 def test_the_table_says_that_it_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
     plan_scaling.main(["--hours-for", "1e8"])
     text = capsys.readouterr().out
-    assert "1200.7" in text.splitlines()[2] and text.endswith(
-        "Computed from the options, not measured.\n"
-    )
+    assert "1200.7" in text.splitlines()[2] and text.endswith("Computed from the options, not measured.\n")
