@@ -35,4 +35,4 @@ def test_trains_exports_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert again["sem_seg/pACC"] == pytest.approx(results["sem_seg/pACC"], rel=1e-4)
     run("SOLVER.MAX_ITER", 2, *short, resume=True)
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.json").read_text().splitlines()]
-    assert {row["iteration"] for row in rows if "loss_sem_seg" in row} == {0, 1}
+    assert {row["iteration"] for row in rows if "total_loss" in row} == {0, 1}
