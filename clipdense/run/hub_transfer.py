@@ -192,7 +192,7 @@ def pack_model(push: Push, folder: Path, name: str) -> ModelFolder:
     Predictor(packed.config, packed.weights, packed.overrides, device="cpu")
     layout = LAYOUTS.get(metadata["source"])
     licence = layout.licence if isinstance(layout, ModelLayout) else ""
-    classes = next((metadata[kind] for kind in _CLASS_LISTS if metadata.get(kind)), [])
+    classes: list[str] = next((metadata[kind] for kind in _CLASS_LISTS if metadata.get(kind)), [])
     card = card_of_run(trained.cfg, push.run, name, push.licence, classes, push.command)
     if layout is not None:
         card = replace(card, source=layout.name, source_licence=licence)

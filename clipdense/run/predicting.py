@@ -68,7 +68,8 @@ def predict_inputs(
         for prediction in _images(predictor, inputs.images, outputs.failed, settings):
             kind = prediction.kind
             _write(predictor, prediction, outputs, settings)
-        for source in [*inputs.videos, *inputs.cameras]:
+        sources: list[str | Path | int] = [*inputs.videos, *inputs.cameras]
+        for source in sources:
             try:
                 frames += _video(predictor, Video(source), outputs, settings)
             except OSError as error:

@@ -83,7 +83,7 @@ class VideoWriter:
         if self._writer is None:
             # codecs of this kind need even sides
             self._size = (picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2)
-            code = cv2.VideoWriter_fourcc(*"mp4v")
+            code = cv2.VideoWriter.fourcc(*"mp4v")
             self._writer = cv2.VideoWriter(self.path, code, self._rate, self._size[::-1])
             if not self._writer.isOpened():
                 raise OSError(f"cannot write the video {self.path}")

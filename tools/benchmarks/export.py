@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         for name in args.models:
             graph, path = _graph(name), Path(folder, "model.onnx")
             write_onnx(graph, path)
-            inputs = graph.example(*args.size, graph.metadata.num_classes or args.classes)
+            height, width = args.size
+            inputs = graph.example(height, width, graph.metadata.num_classes or args.classes)
             values = {
                 "megabytes": path.stat().st_size / 2**20,
                 "difference": compare_onnx(graph, path, inputs),
@@ -56,7 +58,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             yield wall(
                 f"export/{name}",
                 _session(path, {key: value.numpy() for key, value in inputs.items()}),
-                lambda graph=graph, inputs=inputs: run_eager(graph, inputs),
+                partial(run_eager, graph, inputs),
                 pairs=args.pairs,
                 kind="speedup",
                 what="onnxruntime | torch eager",

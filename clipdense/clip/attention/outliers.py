@@ -72,7 +72,7 @@ def repair(tokens: Tensor, outliers: Tensor, grid: Grid, *, keep_isolated: bool)
         grid: (h, w).
         keep_isolated: keep an outlier without such a neighbour (SC-CLIP); otherwise it becomes 0 (SFP).
     """
-    maps = tokens.transpose(1, 2).unflatten(2, grid)
+    maps = tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
     valid = (~outliers).reshape(-1, 1, *grid).to(maps)
     kernel = maps.new_ones(1, 1, 3, 3)
     count = F.conv2d(valid, kernel, padding=1)

@@ -85,7 +85,7 @@ def attend_externally(block: Block, stream: TokenStream, weights: Tensor, grid: 
         Patch tokens on the grid of the weights, without residual and MLP.
     """
     v = block.value(block.normed(stream.patches))
-    v = v.transpose(1, 2).unflatten(2, stream.grid)
+    v = v.transpose(1, 2).reshape(v.shape[0], v.shape[2], *stream.grid)
     if grid != stream.grid:
         v = F.interpolate(v, grid, mode="bilinear", align_corners=False)
     y = weights.to(v) @ v.flatten(2).transpose(1, 2)

@@ -258,4 +258,4 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """Reshape tokens (B, h * w, C), row-major, to a map (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)

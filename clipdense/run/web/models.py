@@ -34,7 +34,12 @@ class ServedModel:
     """
 
     def __init__(
-        self, name: str, load: Callable[[], Predictor], *, own_classes: bool = False, background: str = ""
+        self,
+        name: str,
+        load: Callable[[], Predictor],
+        *,
+        own_classes: bool = False,
+        background: str = "",
     ) -> None:
         self.name, self.own_classes, self.background = name, own_classes, background
         self._load = load
@@ -108,11 +113,14 @@ def served_models(
         load = partial(Predictor, config, weights or None, device=device)
         models.append(ServedModel(config, load, own_classes=True))
     for clip in clips:
-        load, background = partial(_zero_shot, clip, method, device), default_background(_parts(clip)[0])
+        load, background = (
+            partial(_zero_shot, clip, method, device),
+            default_background(_parts(clip)[0]) or "",
+        )
         models.append(ServedModel(clip, load, background=background))
     for name, file in EMBEDDED.items():
         load = partial(Predictor, f"configs/{file}", device=device)
-        models.append(ServedModel(name, load, background=default_background("shapes-rn")))
+        models.append(ServedModel(name, load, background=default_background("shapes-rn") or ""))
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"two models have the same name: {', '.join(names)}")

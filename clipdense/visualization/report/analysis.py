@@ -97,7 +97,7 @@ class Analysis:
     image_scores: dict[Id, float]
     draw: Callable[[Id], dict[str, Any]]
     bootstrap: Callable[[Analysis, Analysis, int], dict[str, Interval]]
-    breakdowns: dict[str, tuple[Sequence[str], list[list[Cell]]]] = field(default_factory=dict)
+    breakdowns: Mapping[str, tuple[Sequence[str], list[list[Cell]]]] = field(default_factory=dict)
     precision_recall: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     errors: list[tuple[str, float, int | None]] = field(default_factory=list)
     details: Any = None

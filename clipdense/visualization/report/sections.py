@@ -114,9 +114,9 @@ def settings_sections(runs: Sequence[Run]) -> list[Section]:
             blocks.append(Preformatted(f"environment.txt of {label}", run.environment))
     text = "" if blocks else "The folder has neither config.yaml nor environment.txt."
     if len(runs) > 1 and all(run.config for run in runs):
-        lines = list(
-            difflib.unified_diff(*(run.config.splitlines() for run in runs), *_labels(runs), lineterm="", n=0)
-        )
+        before, after = (run.config.splitlines() for run in runs)
+        name, other = _labels(runs)
+        lines = list(difflib.unified_diff(before, after, name, other, lineterm="", n=0))
         text = "" if lines else "The configs are equal."
         if lines:
             blocks.insert(0, Preformatted("differences of config.yaml", "\n".join(lines)))
