@@ -23,9 +23,9 @@ def config_path(name: str) -> str:
     root = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
     path = root / name if name.startswith(("configs/", "projects/")) else root / "configs" / name
     if not path.is_file():
-        siblings = sorted(p.relative_to(path.parent).as_posix() for p in path.parent.glob("*.*"))
+        siblings = sorted((Path(name).parent / p.name).as_posix() for p in path.parent.glob("*.*"))
         known = ", ".join(siblings) if siblings else "that folder does not exist"
-        raise FileNotFoundError(f"clipdense has no config {name!r}; beside it there are: {known}")
+        raise FileNotFoundError(f"clipdense has no config {name!r}; there are: {known}")
     return str(path)
 
 

@@ -176,7 +176,7 @@ def test_what_the_package_imports_is_required():
     known = set.union(
         *(
             _names(folder / f"{name}.txt")
-            for name in ("base", "detectron2", "extras", "mining", "sam", "supervision", "web")
+            for name in ("base", "detectron2", "export", "mining", "sam", "supervision", "track", "web")
         )
     )
     unknown = {

@@ -3,8 +3,7 @@
 OMP_NUM_THREADS=1 python tools/measure_scaling.py
 
 Each process trains a nano CLIPSelf on two images of random pixels; the fastest of --steps steps counts. The
-result
-calibrates tools/plan_scaling.py, see docs/scale.md.
+result calibrates tools/plan_scaling.py, see docs/scale.md.
 """
 
 import argparse
@@ -12,6 +11,18 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps of each run (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and wrong options end here, before the imports that take seconds
 
 import torch
 import torch.distributed as dist
@@ -21,15 +32,8 @@ from tabulate import tabulate
 from clipdense.clip import load_clip
 from clipdense.engine.options import TrainerOptions
 from clipdense.engine.parallel import build_parallel
+from clipdense.run.boundary import tool_errors
 from clipdense.systems.clipself import CLIPSelf
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=20, help="steps of each run (default: %(default)s)")
-    return parser.parse_args(argv)
 
 
 def measure(rank: int, size: int, parallel: str, steps: int, folder: str) -> None:
@@ -85,4 +89,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors():
+        main()

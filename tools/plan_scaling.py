@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from clipdense.run.boundary import tool_errors
+
 _OPTIONS: tuple[tuple[str, Callable[[str], float], float, str], ...] = (
     ("parameters", float, 304e6, "trained parameters (default: %(default)g)"),
     ("teraflop", float, 17.1, "TFLOP of an image in a step (default: %(default)g)"),
@@ -111,4 +113,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool_errors():
+        main()
