@@ -60,7 +60,7 @@ class RunLoggers(EventWriter):
     def close(self) -> None:
         """Close the loggers, which writes what they have buffered."""
         if self._loggers is not None:
-            self._each(RunLogger.close)
+            self._each(lambda each: each.close())
 
     def _each(self, action: Callable[[RunLogger], object]) -> None:
         """Call a function on every logger; log an error instead of raising it."""
