@@ -109,7 +109,7 @@ class CLIPpy(OpenVocabularyModel, nn.Module):
         else:
             assert clip is not None
             text = CLIPTexts(clip)
-        scale = keys.LOGIT_SCALE or (1 / 0.07 if clip is None else float(clip.logit_scale.exp()))
+        scale = keys.LOGIT_SCALE or (1 / 0.07 if clip is None else float(clip.logit_scale.detach().exp()))
         return {
             "image": PatchEncoder(tower, pooling=keys.POOLING, token_drop=keys.TOKEN_DROP),
             "text": text,
