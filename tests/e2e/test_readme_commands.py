@@ -36,7 +36,7 @@ NOT_RUN = {
     r"projects/\w+/configs|configs/coco|<": "needs full-size datasets or weights",
     r"convert_checkpoint|EVA02": "needs published weights; test_convert_checkpoint.py runs the tool",
     r"--pretrained openai": "needs published weights; test_clipdense_command.py runs it with a small file",
-    r"my_run": "needs a trained model; tests/run/export exports each family, tests/visualization reports runs",
+    r"my_run|output/birds": "needs trained models; tests of exports and reports make some",
     r"run_zero_shot\.py": "takes minutes, or needs weights; tests/e2e/test_zero_shot.py runs the tool",
     r"run_table\.py": "takes hours; tests/e2e/test_run_table.py runs the tool",
     r"benchmark\.py": "takes minutes; tests/e2e/test_benchmark.py runs the tool",
