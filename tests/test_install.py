@@ -171,7 +171,7 @@ def test_what_the_package_imports_is_required():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.add((node.module or "").partition(".")[0])
     modules -= {"clipdense", "detectron2", "fvcore", "iopath", "omegaconf"} | sys.stdlib_module_names
-    # What runs an exported file does without the package, and imports its neighbours alone.
+    # the runner of exported files imports the files beside it by their bare names
     modules -= {file.stem for file in files if file.parent.name == "export"}
     modules -= {"fiftyone"}  # its own requirements contradict the lock file; results.to_fiftyone() says so
     distributions = packages_distributions()

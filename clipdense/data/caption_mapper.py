@@ -106,8 +106,8 @@ class CaptionMapper:
             return self.test_mapper(dataset_dict)
         if not dataset_dict.get("captions"):
             raise KeyError(
-                f"{dataset_dict.get('file_name')} has no captions; INPUT.MAPPER CaptionMapper trains on "
-                "images with captions (DATASETS.CAPTIONS)"
+                f"{dataset_dict.get('file_name')} has no captions; INPUT.MAPPER {type(self).__name__} "
+                "trains on images with captions (DATASETS.CAPTIONS)"
             )
         pixels = read_image_or_skip(
             dataset_dict, "RGB", self.skip_bad_images, self.exif_orientation, self.max_pixels

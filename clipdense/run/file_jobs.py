@@ -83,7 +83,7 @@ def run_job(job: FileJob) -> int:
         The exit status: 1 if an input failed, else 0.
 
     Raises:
-        FileNotFoundError: If there is no image at all.
+        FileNotFoundError: If no input is an image.
         ValueError: If words, examples, thresholds or formats are wrong.
         ConfigError: If the config is wrong, or does not fit the words.
     """

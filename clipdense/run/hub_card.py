@@ -69,7 +69,7 @@ class Card:
         parts = [
             f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
             f"# {self.name}\n",
-            f"{self.architecture} for {task}, for [clipdense](https://pypi.org/project/clipdense/).\n",
+            f"{self.architecture} for {task}, made with clipdense (`pip install clipdense`).\n",
             "## Use\n",
             f"```python\nimport clipdense\n\npredict = clipdense.Predictor.from_pretrained({self.name!r})\n"
             'output = predict("photo.jpg")\n```\n',

@@ -40,7 +40,7 @@ _CLASS_LISTS = ("thing_classes", "stuff_classes")
 
 @dataclass(frozen=True)
 class Push:
-    """What becomes a model folder.
+    """Files and facts that a model folder is made from.
 
     Attributes:
         run: output folder of a training, with its ``config.yaml``.

@@ -120,7 +120,7 @@ def test_label_maps_and_their_split(tmp_path: Path) -> None:
         values = np.full((32, 32), 255, np.uint8)
         values[:8] = i % 2
         Image.fromarray(values).save(tmp_path / f"roads/labels/{i}.png")
-    with pytest.raises(DataError, match=r"no file of class names .*classes\.txt"):
+    with pytest.raises(DataError, match=r"no class names: write a classes\.txt there"):
         recognise(tmp_path / "roads")
     (tmp_path / "roads/classes.txt").write_text("road\ntree\n")
     text = "\n".join(check_path(tmp_path / "roads").lines)

@@ -223,8 +223,8 @@ def _label_folders(folder: Path, hints: Hints) -> list[Found]:
     classes = hints.classes or next((folder / n for n in _CLASS_FILES if (folder / n).is_file()), None)
     if classes is None:
         raise DataError(
-            f"{folder}: there is no file of class names ({', '.join(_CLASS_FILES)}) for {labels}; "
-            "write one name a line in the order of the numbers from 0, or name the file with --classes"
+            f"{folder} has labels in {labels}, but no class names: write a classes.txt there, "
+            "with a name on each line, that of class 0 first; or name the file with --classes"
         )
     name, fields = _name(folder.resolve().name), (str(images), str(labels), str(classes))
     if maps is None:

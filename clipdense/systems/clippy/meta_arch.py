@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.clip.contrastive import contrastive_loss
 from clipdense.clip.pixels import normalize_pixels
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.evaluation.probes import MapProbe, PatchProbe
@@ -22,7 +22,6 @@ from clipdense.systems.clippy.text import CLIPTexts, SentenceT5, TextEncoder, em
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils import comm
 
 __all__ = ["CLIPpy"]
 
@@ -157,11 +156,7 @@ class CLIPpy(OpenVocabularyModel, nn.Module):
         images = self.normalize(torch.stack([x["image"] for x in batched_inputs]))
         u = F.normalize(self.image(images).float(), dim=-1)
         t = F.normalize(self.text([x["caption"] for x in batched_inputs]).float(), dim=-1)
-        # with gradients through the gathered tensors, the mean over processes is the loss of the global batch
-        contrastive = ClipLoss(
-            local_loss=True, gather_with_grad=True, rank=comm.get_rank(), world_size=comm.get_world_size()
-        )
-        return {"loss_contrastive": contrastive(u, t, self.logit_scale.exp())}
+        return {"loss_contrastive": contrastive_loss(u, t, self.logit_scale.exp())}
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise RGB images (..., 3, H, W), 0..255, on the model's device."""

@@ -6,16 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import functional as F
 
+from clipdense.data.caption_mapper import CaptionMapper
 from clipdense.data.image import MAX_PIXELS, Orientation
-from clipdense.data.mappers import (
-    MAPPER_REGISTRY,
-    DetectionMapper,
-    check_orientation,
-    read_image_or_skip,
-)
+from clipdense.data.mappers import MAPPER_REGISTRY, DetectionMapper
 from clipdense.systems.segclip.loss import patch_segments
 
 from detectron2.config import CfgNode, configurable
@@ -24,7 +18,7 @@ __all__ = ["SegCLIPMapper"]
 
 
 @MAPPER_REGISTRY.register()
-class SegCLIPMapper:
+class SegCLIPMapper(CaptionMapper):
     """Mapper from a captioned image to a random crop, one of its captions, and the superpixel of each patch.
 
     In evaluation it is `DetectionMapper`.
@@ -63,12 +57,16 @@ class SegCLIPMapper:
     ) -> None:
         if size % patch:
             raise ValueError(f"INPUT.SEGCLIP.SIZE {size} is not a multiple of INPUT.SEGCLIP.PATCH {patch}")
-        self.is_train, self.size, self.patch, self.crop_scale = is_train, size, patch, crop_scale
-        self.superpixels, self.patch_label = superpixels, patch_label
-        self.test_mapper, self.skip_bad_images = test_mapper, skip_bad_images
-        check_orientation(exif_orientation)
-        self.exif_orientation: Orientation = exif_orientation
-        self.max_pixels = max_pixels
+        super().__init__(
+            is_train,
+            size=size,
+            crop_scale=crop_scale,
+            test_mapper=test_mapper,
+            skip_bad_images=skip_bad_images,
+            exif_orientation=exif_orientation,
+            max_pixels=max_pixels,
+        )
+        self.patch, self.superpixels, self.patch_label = patch, superpixels, patch_label
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -101,32 +99,13 @@ class SegCLIPMapper:
             BadImageError: If the image cannot be decoded.
             KeyError: If the record has no captions.
         """
-        if self.test_mapper is not None:
-            return self.test_mapper(dataset_dict)
-        if not dataset_dict.get("captions"):
-            raise KeyError(
-                f"{dataset_dict.get('file_name')} has no captions; INPUT.MAPPER SegCLIPMapper trains on "
-                "images with captions"
-            )
-        pixels = read_image_or_skip(
-            dataset_dict, "RGB", self.skip_bad_images, self.exif_orientation, self.max_pixels
-        )
-        if pixels is None:
-            return None
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        window = RandomResizedCrop.get_params(image, list(self.crop_scale), [3 / 4, 4 / 3])
-        image = F.resized_crop(image, *window, [self.size, self.size], antialias=True)
-        if torch.rand(()) < 0.5:
-            image = image.flip(2)
-        captions = dataset_dict["captions"]
+        mapped = super().__call__(dataset_dict)
+        if mapped is None or self.test_mapper is not None:
+            return mapped
         scale, sigma, least = self.superpixels
-        segments = _superpixels(image.permute(1, 2, 0).numpy(), scale, sigma, int(least))
-        return {
-            "file_name": dataset_dict["file_name"],
-            "image": image,
-            "caption": captions[int(torch.randint(len(captions), ()))],
-            "segments": patch_segments(torch.from_numpy(segments), self.patch, self.patch_label),
-        }
+        segments = _superpixels(mapped["image"].permute(1, 2, 0).numpy(), scale, sigma, int(least))
+        mapped["segments"] = patch_segments(torch.from_numpy(segments), self.patch, self.patch_label)
+        return mapped
 
 
 def _superpixels(image: np.ndarray, scale: float, sigma: float, least: int) -> np.ndarray:
