@@ -38,7 +38,7 @@ from clipdense.run.memory import (
     within_memory,
 )
 from clipdense.run.prediction import Prediction, complete_output
-from clipdense.run.predictor_classes import check_head_classes, known_metadata
+from clipdense.run.predictor_classes import check_head_classes, known_metadata, register_stored_classes
 from clipdense.run.setup import LoadedConfig, available_device, complete_config, read_config
 from clipdense.run.sources import Source, expand_source, is_video, read_pixels
 from clipdense.run.tiles import predict_tiles
@@ -459,6 +459,7 @@ def _prepare(run: RunConfig, loaded: LoadedConfig, device: str | None, output: s
     architecture = _architecture(run)
     if isinstance(architecture, SwitchableOutputs) and output and output in architecture.output_keys:
         run.cfg.merge_from_list([architecture.output_keys[output], True])
+    register_stored_classes(run, loaded.weights)
     run.freeze()
     with suppress(FileNotFoundError):  # own data are only needed for their class names, if at all
         run.register_datasets()

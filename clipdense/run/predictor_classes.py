@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
+from clipdense.checkpoint import Checkpoint
 from clipdense.data.heads import head_classes
 from clipdense.engine.options import ConfigError
 from clipdense.engine.run_config import RunConfig
 from clipdense.run.keys import config_value
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-__all__ = ["check_head_classes", "known_metadata"]
+__all__ = ["check_head_classes", "known_metadata", "register_stored_classes"]
 
 _CLASS_LISTS = ("thing_classes", "stuff_classes")
+
+
+def register_stored_classes(run: RunConfig, weights: Checkpoint | None) -> None:
+    """Let a config that names no dataset, as in a shared model folder, name the classes of its weights.
+
+    Heads that are built from class names read them from a dataset; this one has no images.
+
+    Args:
+        run: settings of the run; ``DATASETS.TEST`` is set.
+        weights: content of the weight file.
+    """
+    if weights is None or not isinstance(run.cfg, CfgNode) or run.dataset_names:
+        return
+    stored = {**weights.metadata, **(weights.extras.get("metadata") or {})}
+    classes = {kind: list(stored[kind]) for kind in _CLASS_LISTS if stored.get(kind)}
+    if not classes:
+        return
+    name = f"classes_{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
+    if name not in DatasetCatalog.list():
+        DatasetCatalog.register(name, list)
+        MetadataCatalog.get(name).set(**classes)
+    run.cfg.DATASETS.TEST = (name,)
 
 
 def check_head_classes(run: RunConfig, metadata: Metadata, stored: dict[str, Any]) -> None:

@@ -8,15 +8,21 @@ import pytest
 import torch
 import yaml
 
-from clipdense.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from clipdense.checkpoint import Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
+from clipdense.data.classes import class_names
 from clipdense.engine.options import ConfigError
+from clipdense.engine.run_config import run_config
+from clipdense.run.config import add_clipdense_config
 from clipdense.run.hub import fetch
 from clipdense.run.hub_config import portable_keys
 from clipdense.run.hub_transfer import Push, pull_model, push_model
 from clipdense.run.predictor import Predictor
+from clipdense.run.predictor_classes import register_stored_classes
 from clipdense.run.setup import load_config
 from tests.helpers.bright_box import CLASSES, check_box, dataset, scene, write_model
 from tests.helpers.hub_server import StubHub, stub_hub
+
+from detectron2.config import get_cfg
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -228,3 +234,19 @@ def test_a_language_model_travels_with_its_classes_and_without_its_text_tower(tm
     assert list(predictor.metadata.stuff_classes) == list(trained.metadata.stuff_classes)
     keys = read_checkpoint(pushed.weights).state
     assert len(keys) < len(network.state_dict()) and not any(".text.tower." in key for key in keys)
+
+
+def test_classes_of_weights_stand_in_for_a_dataset() -> None:
+    """A shared folder names no dataset, but a text classifier is built from class names."""
+    cfg = get_cfg()
+    add_clipdense_config(cfg)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    run = run_config(cfg)
+    register_stored_classes(run, None)
+    assert not cfg.DATASETS.TEST
+    weights = Checkpoint(Path("a"), {}, "safetensors", {"thing_classes": ["red ball", "blue box"]})
+    register_stored_classes(run, weights)
+    assert class_names(cfg) == ["red ball", "blue box"]
+    (name,) = cfg.DATASETS.TEST
+    register_stored_classes(run, Checkpoint(Path("b"), {}, "safetensors", {"thing_classes": ["cat"]}))
+    assert (name,) == cfg.DATASETS.TEST  # a dataset that is named stays
