@@ -119,10 +119,16 @@ def _application(row: Command) -> typer.Typer:
 def _guarded(function: Callable[..., Any], interrupted: str) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        wrong: typer.BadParameter | None = None
         with tool_errors(interrupted):
-            status = function(*args, **kwargs)
+            try:
+                status = function(*args, **kwargs)
+            except typer.BadParameter as error:
+                wrong, status = error, None
             if isinstance(status, int) and status:
                 raise SystemExit(status)
+        if wrong is not None:  # typer prints the usage, and exits with status 2
+            raise wrong
 
     return run
 
