@@ -28,11 +28,10 @@ def class_color(index: int) -> tuple[float, float, float]:
 Series = tuple[list[int], list[float]]
 """Ascending iterations, and their values."""
 
-_METRICS = ("AP", "AP50", "APr", "AP_novel", "AP50_novel", "AP_base", "PQ", "mIoU", "mIoU_novel", "top1") + (
-    "rois.thing.macc1",
-    "maskpool.stuff.macc1",
-    "crops.thing.macc1",
-)
+_METRICS = {
+    *(f"{metric}{group}" for metric in ("AP", "AP50", "PQ", "mIoU") for group in ("", "_base", "_novel")),
+    *("APr", "top1", "rois.thing.macc1", "maskpool.stuff.macc1", "crops.thing.macc1"),
+}
 _VALIDATION = "validation/total_loss"
 _OTHER = ("lr", "time", "data_time", "eta_seconds", "rank_data_time", "iteration")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clipdense.visualization import curves
 from clipdense.visualization.canvas import Canvas
 from clipdense.visualization.curves import class_color, draw_curve, read_metrics
 from clipdense.visualization.fonts import load_font
@@ -245,6 +246,15 @@ def test_curve(tmp_path: Path) -> None:
     (tmp_path / "short.json").write_text('{"iteration": 1, "total_loss": 0.5}\n')
     draw_curve(tmp_path / "short.json", tmp_path / "short.png")
     assert Image.open(tmp_path / "short.png").size[1] < picture.shape[0]
+
+
+def test_curve_of_base_and_novel_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("bbox/AP50", "bbox/AP50_base", "bbox/AP50_novel", "bbox/AP50_novel_shape", "sem_seg/mIoU_base")
+    (tmp_path / "metrics.json").write_text(json.dumps({"iteration": 1, **dict.fromkeys(names, 1.0)}) + "\n")
+    drawn: list[str] = []
+    monkeypatch.setattr(curves, "_plot", lambda axes, title, lines: drawn.extend(lines))
+    draw_curve(tmp_path / "metrics.json", tmp_path / "curve.png")
+    assert drawn == ["bbox/AP50", "bbox/AP50_base", "bbox/AP50_novel", "sem_seg/mIoU_base"]
 
 
 def test_curve_of_nothing(tmp_path: Path) -> None:
