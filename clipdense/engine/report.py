@@ -16,6 +16,9 @@ __all__ = ["class_table", "export", "print_results", "results_table", "write_rep
 
 logger = logging.getLogger(__name__)
 
+_MAX_CLASSES = 100
+"""Largest number of classes that are printed."""
+
 
 def write_report(model: nn.Module, output_dir: str, results: dict[str, float], ended_by: str) -> None:
     """Export the model, draw the training curve, and write and log the flattened metrics.
@@ -45,11 +48,11 @@ def write_results(results: Mapping[str, float | str], folder: Path) -> None:
 
 
 def print_results(results: dict[str, float]) -> None:
-    """Log flattened metrics as a table, and those of single classes (``TEST.PER_CLASS``) as another."""
-    if results:
-        logger.info("Results:\n%s", results_table(results))
+    """Log flattened metrics as a table, and before it those of single classes (``TEST.PER_CLASS``)."""
     if table := class_table(results):
         logger.info("Classes:\n%s", table)
+    if results:
+        logger.info("Results:\n%s", results_table(results))
 
 
 def export(model: nn.Module, path: Path) -> None:
@@ -69,7 +72,10 @@ def export(model: nn.Module, path: Path) -> None:
 
 
 def class_table(results: Mapping[str, float]) -> str:
-    """Format the metrics of single classes ("bbox/AP-person") as a table, one row per class; "" for none."""
+    """Format the metrics of single classes ("bbox/AP-person") as a table, one row per class; "" for none.
+
+    Of more than 100 classes, the table has the best and the worst ones by the first metric.
+    """
     rows: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}
     for name, value in results.items():
@@ -80,6 +86,14 @@ def class_table(results: Mapping[str, float]) -> str:
             columns[column] = None
             rows.setdefault(label, {})[column] = f"{value:.2f}"
     cells = [[label, *(found.get(column, "") for column in columns)] for label, found in rows.items()]
+    if len(cells) > _MAX_CLASSES:
+        # undefined ones are left out; a class name may occur in one task only
+        known = [row for row in cells if row[1] not in ("", "nan")]
+        known.sort(key=lambda row: -float(row[1]))
+        shown, half = known, _MAX_CLASSES // 2
+        if len(known) > _MAX_CLASSES:
+            shown = [*known[:half], ["...", *[""] * len(columns)], *known[-half:]]
+        cells = [*shown, [f"{len(rows)} classes; results.json has all", *[""] * len(columns)]]
     align = ["left", *["right"] * len(columns)]
     return tabulate(cells, ["class", *columns], disable_numparse=True, colalign=align) if cells else ""
 

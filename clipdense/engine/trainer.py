@@ -333,7 +333,9 @@ class Trainer(TrainerBase):
         best = self.options.best_metric
         if best and results and best not in self.results and not best.startswith("validation/"):
             logger.error(
-                "TEST.BEST_METRIC %r is not among the metrics: %s", best, ", ".join(sorted(self.results))
+                "TEST.BEST_METRIC %r is not among the metrics: %s",
+                best,
+                ", ".join(name for name in sorted(self.results) if "-" not in name),
             )
         return results
 

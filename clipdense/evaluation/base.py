@@ -9,7 +9,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
 from torch import Tensor
 
 from clipdense.files import json_text, write_text
@@ -21,7 +20,6 @@ __all__ = [
     "AlternativeEvaluators",
     "Results",
     "TaskEvaluator",
-    "class_table",
     "distinct_names",
     "sample_image",
     "save_json",
@@ -169,10 +167,3 @@ def distinct_names(names: Iterable[str], ids: Iterable[int | str]) -> list[str]:
         name if counts[name] == 1 else f"{name} (id {identity})"
         for name, identity in zip(names, ids, strict=True)
     ]
-
-
-def class_table(header: str, values: Iterable[tuple[str, float]], columns: int = 3) -> str:
-    """Format class names and values as a table of several columns, for the log."""
-    cells = [cell for pair in values for cell in pair]
-    rows = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
-    return str(tabulate(rows, headers=["class", header] * columns, tablefmt="pipe", floatfmt=".2f"))

@@ -11,8 +11,9 @@ def add_evaluation_config(cfg: CN) -> None:
     # Limit on detections, the best scores first: per image and class (COCO), or per image (LVIS).
     # 0: the limit of the benchmark, 100 for COCO and 300 for LVIS.
     cfg.TEST.MAX_DETS = 0
-    # Whether the results include each class: AP-<class>, PQ-<class>, IoU-<class> and ACC-<class>.
-    cfg.TEST.PER_CLASS = False
+    # Whether the results include each class: AP-<class>, PQ-<class>, IoU-<class> and ACC-<class>. The tools
+    # print them as a table of their own.
+    cfg.TEST.PER_CLASS = True
     # Up to this number of classes, open-vocabulary semantic segmentation gives a score map for each class,
     # "sem_seg" (K, H, W); above it, the best class of each pixel, "sem_seg_labels" (H, W). 0: no limit.
     cfg.TEST.MAX_DENSE_CLASSES = 256

@@ -14,7 +14,7 @@ from clipdense.evaluation.average_precision import (
     Rules,
     average_precision_backend,
 )
-from clipdense.evaluation.base import Results, TaskEvaluator, class_table, distinct_names
+from clipdense.evaluation.base import Results, TaskEvaluator, distinct_names
 from clipdense.evaluation.detections import Detections
 from clipdense.evaluation.groups import class_groups
 
@@ -106,7 +106,6 @@ class InstanceEvaluator(TaskEvaluator):
                 ids = [c["id"] for c in table.categories]
                 names = distinct_names(map(self._display_name, table.categories), ids)
                 values = [(n, table.ap(category_ids=[i])) for n, i in zip(names, ids, strict=True)]
-                logger.info("%s, %s by class:\n%s", self._name, task, class_table("AP", values))
                 results[task].update({f"AP-{name}": ap for name, ap in values})
         return results
 

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from clipdense.data.image import read_labels
 from clipdense.data.validation import read_coco
-from clipdense.evaluation.base import Results, TaskEvaluator, class_table, distinct_names, save_json
+from clipdense.evaluation.base import Results, TaskEvaluator, distinct_names, save_json
 from clipdense.evaluation.groups import class_groups
 
 from detectron2.data import MetadataCatalog
@@ -162,7 +162,6 @@ class PanopticEvaluator(TaskEvaluator):
             order = [c["id"] for c in self._categories]
             names = distinct_names([c["name"] for c in self._categories], order)
             values = [(n, panoptic_quality([matches[i]])[0]) for n, i in zip(names, order, strict=True)]
-            logger.info("%s by class:\n%s", self._name, class_table("PQ", values))
             metrics.update({f"PQ-{name}": value for name, value in values})
         return OrderedDict(panoptic_seg=metrics)
 

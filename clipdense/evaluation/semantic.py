@@ -19,7 +19,7 @@ import numpy.typing as npt
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.image import read_labels
 from clipdense.data.json_files import load_json
-from clipdense.evaluation.base import Results, TaskEvaluator, class_table, distinct_names
+from clipdense.evaluation.base import Results, TaskEvaluator, distinct_names
 from clipdense.evaluation.detections import RLE, encode_masks
 from clipdense.evaluation.groups import class_groups
 
@@ -129,8 +129,6 @@ class SemanticEvaluator(TaskEvaluator):
         logger.info("%s:\n%s", self._name, create_small_table(metrics))
         if self._per_class:
             names = distinct_names(self._classes, [self._dataset_ids.get(i, i) for i in range(k)])
-            by_class = class_table("IoU", zip(names, iou.tolist(), strict=True))
-            logger.info("%s by class:\n%s", self._name, by_class)
             for prefix, values in (("IoU", iou), ("ACC", accuracy)):
                 metrics.update({f"{prefix}-{name}": float(v) for name, v in zip(names, values, strict=True)})
         return OrderedDict(sem_seg=metrics)

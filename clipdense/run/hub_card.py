@@ -95,7 +95,8 @@ class Card:
     def _metrics(self) -> list[str]:
         if not self.metrics:
             return ["## Metrics\n", "No evaluation is recorded.\n"]
-        rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in self.metrics.items())
+        overall = {n: v for n, v in self.metrics.items() if "-" not in n.rpartition("/")[2]}
+        rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in overall.items())
         where = f"On {', '.join(self.evaluated_on)}.\n" if self.evaluated_on else ""
         return ["## Metrics\n", f"{where}\n| metric | value |\n| --- | --- |\n{rows}\n"]
 

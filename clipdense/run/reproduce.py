@@ -124,7 +124,8 @@ class Reproduction:
         metrics = json.loads((output / "inference" / "results.json").read_text("utf-8"))
         if absent := [value.metric for value in row.values if value.metric not in metrics]:
             raise ConfigError(
-                f"the evaluation reports no {absent[0]}; it reports {', '.join(sorted(metrics)[:12])}"
+                f"the evaluation reports no {absent[0]}; it reports "
+                + ", ".join([name for name in sorted(metrics) if "-" not in name][:12])
             )
         write_text(
             self._result_file(row), json_text({"arguments": arguments, "metrics": metrics}, indent=1) + "\n"

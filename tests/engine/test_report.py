@@ -75,3 +75,11 @@ def test_metrics_of_single_classes_are_a_table_of_their_own():
     assert lines[0] == ["class", "bbox", "AP", "segm", "AP"]
     assert lines[2:] == [["cat", "1.00", "2.00"], ["T-shirt", "3.00"]]
     assert "cat" not in results_table(results) and class_table({"bbox/AP": 5.0}) == ""
+
+
+def test_of_many_classes_the_best_and_the_worst_are_printed() -> None:
+    many = {f"bbox/AP-class{i}": float(i) for i in range(300)} | {"bbox/AP-unseen": NAN}
+    lines = class_table(many).splitlines()[2:]
+    assert len(lines) == 102 and lines[0].split() == ["class299", "299.00"]
+    assert lines[50].strip() == "..." and lines[-2].split() == ["class0", "0.00"]
+    assert lines[-1].strip() == "301 classes; results.json has all"

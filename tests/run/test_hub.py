@@ -36,7 +36,9 @@ def run(tmp_path: Path) -> Iterator[Push]:
         config = write_model(folder, name, thing_classes=CLASSES)
         config.rename(folder / "config.yaml")
         (folder / "model.pth").rename(folder / "model_final.pth")
-    (folder / "results.json").write_text('{"bbox/AP": 64.6, "ended_by": "SOLVER.MAX_ITER"}')
+    (folder / "results.json").write_text(
+        '{"bbox/AP": 64.6, "bbox/AP-red box": 7, "ended_by": "SOLVER.MAX_ITER"}'
+    )
     log = (
         "Command line: /home/anna/tools/train_net.py --config-file configs/x.yaml OUTPUT_DIR /data/secret/run"
     )
@@ -76,7 +78,7 @@ def test_a_folder_holds_model_config_and_card(model: Path) -> None:
     card = (model / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "apache-2.0" and header["pipeline_tag"] == "object-detection"
-    assert "| bbox/AP | 64.60 |" in card and "red box, green/box, blue box" in card
+    assert "| bbox/AP | 64.60 |" in card and "7.00" not in card and "red box, green/box, blue box" in card
     assert "python train_net.py --config-file configs/x.yaml OUTPUT_DIR run" in card
     assert "anna" not in card and "secret" not in card
 
