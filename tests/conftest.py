@@ -13,6 +13,9 @@ from pathlib import Path
 # One thread a process: two pytest workers share two cores, and results stay the same on any machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Configs name no device; results are compared on the CPU also where there is a GPU.
+os.environ.setdefault("CLIPDENSE_DEVICE", "cpu")
+
 # Nothing is read from or left in the user's cache; pytest-xdist's workers inherit the folder.
 if "CLIPDENSE_CACHE" not in os.environ:
     os.environ["CLIPDENSE_CACHE"] = tempfile.mkdtemp(prefix="clipdense-tests-")

@@ -1,5 +1,9 @@
 """Assembly of the configuration keys: the shared ones here, those of each room in its ``config.py``."""
 
+import os
+
+import torch
+
 from clipdense.backbone.config import add_backbone_config
 from clipdense.data.config import add_data_config
 from clipdense.data.shapes.pretraining import add_shapes_pretraining_config
@@ -18,7 +22,8 @@ def add_clipdense_config(cfg: CN) -> None:
 
     Call it once, after ``detectron2.config.get_cfg()`` and after the ``add_..._config`` functions of other
     projects. Values that these have set stay (e.g. SOLVER.OPTIMIZER of Panoptic-DeepLab). A config that
-    already has the clipdense keys is not changed.
+    already has the clipdense keys is not changed. MODEL.DEVICE is "cpu" unless there is a GPU, or the
+    environment variable CLIPDENSE_DEVICE if that is set.
 
     Args:
         cfg: the root of the config.
@@ -35,6 +40,9 @@ def add_clipdense_config(cfg: CN) -> None:
     add_maskformer_config(cfg)
     add_systems_config(cfg)
     _restore(cfg, before)
+    if cfg.MODEL.DEVICE == "cuda":  # Detectron2's default
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        cfg.MODEL.DEVICE = os.environ.get("CLIPDENSE_DEVICE") or default
 
 
 def _add_clip_keys(cfg: CN) -> None:

@@ -332,6 +332,7 @@ def _start_logs(run: RunConfig, moved: Path | None, training: bool) -> None:
         setup_logger(run.output_dir, distributed_rank=comm.get_rank(), name=name)
     logger.info("Command line: %s", " ".join(sys.argv))
     logger.info("Output folder: %s", run.output_dir)
+    logger.info("Device: %s", run.device)
     if not comm.is_main_process():
         return
     if moved:

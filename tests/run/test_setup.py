@@ -177,3 +177,17 @@ def quiet_loggers() -> object:
     yield
     for logger, (handlers, propagate) in zip(loggers, before, strict=True):
         logger.handlers[:], logger.propagate = handlers, propagate
+
+
+def test_configs_choose_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(*overrides: str) -> str:
+        return str(load_config("configs/shapes/fvlm_rn.yaml", overrides).MODEL.DEVICE)
+
+    monkeypatch.delenv("CLIPDENSE_DEVICE", raising=False)
+    for available, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
+        assert device() == expected and device("MODEL.DEVICE", "cpu") == "cpu"
+    monkeypatch.setenv("CLIPDENSE_DEVICE", "cuda:1")
+    assert device() == "cuda:1" and device("MODEL.DEVICE", "cpu") == "cpu"
+    shipped = Path(__file__).resolve().parents[2].glob("configs/shapes/*.yaml")
+    assert not [path.name for path in shipped if " DEVICE:" in path.read_text()]
