@@ -37,6 +37,32 @@ def test_areas_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert Image.open(picture).size[0] > 400
 
 
+@pytest.mark.usefixtures("small_shapes")
+def test_attention_within_the_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(TOOL))["main"]
+    options = ["--images", "3", "--patches", "60", "--attention", "--window", "64", "--device", "cpu"]
+    assert main([str(tmp_path / "curves.png"), "--model", "shapes-vit", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("| model") and "chance" in line)
+    names, values = ([cell.strip() for cell in lines[i].split("|")[2:-1]] for i in (header, header + 2))
+    shares = dict(zip(names, map(float, values), strict=True))
+    assert shares["kk+gauss"] > shares["kk"] > shares["chance"] > 0  # neighbours have one class
+
+
+@pytest.mark.usefixtures("small_shapes")
+@pytest.mark.parametrize(
+    ("model", "message"), [("timm:vit_tiny_patch16_224", "needs CLIPs"), ("shapes-rn", "has a ResNetTower")]
+)
+def test_attention_needs_a_vit(
+    model: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(TOOL))["main"]
+    options = ["--pretrained", "random", "--images", "1", "--patches", "20", "--attention", "--device", "cpu"]
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main([str(tmp_path / "curves.png"), "--model", model, *options])
+    assert message in f"{error.value} {capsys.readouterr().err}"
+
+
 def test_no_curve_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no ROC curve to draw"):
         draw_roc({"one class": []}, tmp_path / "none.png")

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from clipdense.clip import load_clip
 from clipdense.evaluation import CoherenceEvaluator, GroupingEvaluator
+from clipdense.evaluation.attention import MEASURED, attention_shares, cut
 from clipdense.evaluation.patches import coherence_curve, group_patches, overlaps, patch_labels
 from clipdense.evaluation.probes import MapProbe, Probes, model_probes
 
@@ -141,3 +143,28 @@ def test_a_probe_of_maps_resizes_and_tiles() -> None:
     assert MapProbe(encode, lambda x: x.float(), 8, window=32).patch_features(image).shape == (3, 8, 12)
     assert seen[1] == (6, 3, 32, 32)
     assert model_probes(object()) == Probes()
+
+
+def test_shares_are_those_of_the_softmax() -> None:
+    clip = load_clip("shapes-eva", text=False)
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    cells = torch.tensor([[0, 0, 1, 1, 2, -1]]).repeat(2, 4, 1)
+    cells[1] = 0
+    with torch.no_grad():
+        shares = dict(zip((*MEASURED, "chance"), attention_shares(clip.visual, images, cells), strict=True))
+        weights = clip.visual.history(images).weights(-1).mean(1)[:, 1:, 1:]
+    for i in range(2):
+        flat = cells[i].flatten()
+        own = flat[:, None] == flat[None]
+        expected = (weights[i] * own).sum(1)
+        torch.testing.assert_close(shares["qk"][i].flatten(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(shares["chance"][i].flatten(), own.float().mean(1))
+    assert (shares["qk"] < 1).all()  # the class token takes the rest
+    torch.testing.assert_close(shares["qq+kk"], (shares["qq"] + shares["kk"]) / 2)
+
+
+def test_windows_are_cut_row_by_row() -> None:
+    image = torch.arange(2 * 4 * 6).view(2, 4, 6)
+    windows = cut(image, 2)
+    assert windows.shape == (6, 2, 2, 2)
+    assert torch.equal(windows[1], image[:, :2, 2:4]) and torch.equal(windows[3], image[:, 2:, :2])

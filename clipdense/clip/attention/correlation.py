@@ -42,13 +42,36 @@ def correlate(
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"unknown attention '{attention}'; known: {', '.join(ATTENTIONS)}")
-    u = block.normed(stream.x)
     if attention == "value":
-        return finish(block, stream, block.value(u), full)
-    heads = block.split_heads(*block.qkv(u), stream)
+        return finish(block, stream, block.value(block.normed(stream.x)), full)
+    y = attend(block, stream, attention, gaussian_std=gaussian_std)
+    return finish(block, stream, y.transpose(1, 2).flatten(2), full)
+
+
+def attend(
+    block: Block,
+    stream: TokenStream,
+    attention: str,
+    values: Tensor | None = None,
+    *,
+    gaussian_std: float = 5.0,
+) -> Tensor:
+    """Sum values by the weights of an attention of the last block: A v of the module's formula, per head.
+
+    Args:
+        block: view of the last block.
+        stream: tokens that enter it.
+        attention: one of `ATTENTIONS`, see `correlate`; not "value".
+        values: (B, heads or 1, L, D) in place of the block's own, such as the labels of the tokens.
+        gaussian_std: see `correlate`.
+
+    Returns:
+        (B, heads, L, D).
+    """
+    heads = block.split_heads(*block.qkv(block.normed(stream.x)), stream)
     bias = stream.bias
     if "gauss" in attention:
-        window = gaussian_window(stream.grid, u.shape[1], gaussian_std).to(u)
+        window = gaussian_window(stream.grid, stream.x.shape[1], gaussian_std).to(stream.x)
         window = window * _strength(heads) if attention == "gauss" else window
         bias = window if bias is None else bias + window
     q, k, v = heads
@@ -56,10 +79,9 @@ def correlate(
         q = torch.zeros_like(q)
     parts = {"q": q, "k": k, "v": v}
     pairs = ["qk"] if attention == "gauss" else [pair for pair in attention.split("+") if pair != "gauss"]
-    y = torch.zeros_like(v)
-    for pair in pairs:
-        y = y + F.scaled_dot_product_attention(parts[pair[0]], parts[pair[1]], v, bias)
-    return finish(block, stream, y.transpose(1, 2).flatten(2), full)
+    values = v if values is None else values.expand(*v.shape[:3], -1)
+    results = [F.scaled_dot_product_attention(parts[a], parts[b], values, bias) for a, b in pairs]
+    return torch.stack(results).sum(0) if len(results) > 1 else results[0]
 
 
 def finish(block: Block, stream: TokenStream, y: Tensor, full: bool) -> TokenStream:
