@@ -7,6 +7,7 @@ A table file (YAML)::
     overrides: {SOLVER.MAX_ITER: 1000}    # budget: config overrides for every row
     seeds: [1, 2, 3]
     digits: 1                             # decimals in the table; default: 1
+    baseline: CLIP ResNet                 # row that others are compared with, seed by seed; default: none
     metrics:                              # column -> metric in results.json or metrics.json
       box AP50: bbox/AP50
       mask AP50: segm/AP50
@@ -25,6 +26,9 @@ A metric is a path of keys in ``results.json``: ``task/metric``, or ``dataset/ta
 several datasets. With ``arguments: [--eval-only]`` the file is ``inference/results.json``. If the path is
 not there, the last value of that name in ``metrics.json`` is used. Another JSON file of the run is named
 before a colon: ``regions.json:crops/top1``.
+
+With a baseline, a second group of columns has the differences to that row, paired by seed: what is common to
+the runs of one seed (crops, order of the images) cancels out.
 
 Every cell runs in its own process, with the folder ``<output>/<row>/seed_<seed>`` and its log. The
 results of a finished cell are written atomically to ``cell.json``, so that the table continues after any
@@ -90,6 +94,7 @@ class Table:
     metrics: Mapping[str, str]
     overrides: Mapping[str, Any]
     digits: int
+    baseline: str
 
     def cells(self) -> list[Cell]:
         """Return all cells: every row with the first seed, then with the second, ..."""
@@ -148,7 +153,8 @@ def load_table(path: str | os.PathLike[str]) -> Table:
     except ConfigError as error:
         raise TableError(str(error)) from error
     top = _checked(content, f"{path}", {"rows": list, "seeds": list, "metrics": dict},
-                   {"title": str, "output": str, "overrides": dict, "digits": int})  # fmt: skip
+                   {"title": str, "output": str, "overrides": dict,
+                    "digits": int, "baseline": str})  # fmt: skip
     rows = []
     for i, entry in enumerate(top["rows"], 1):
         where = f"{path}, row {i}"
@@ -165,6 +171,9 @@ def load_table(path: str | os.PathLike[str]) -> Table:
     for what, values in (("row names", [_slug(row.name) for row in rows]), ("seeds", top["seeds"])):
         if len(set(values)) < len(values):
             raise TableError(f"{path}: two {what} are equal, or name the same folder: {values}")
+    baseline = top.get("baseline", "")
+    if baseline and baseline not in [row.name for row in rows]:
+        raise TableError(f"{path}: baseline {baseline!r} is the name of no row")
     return Table(
         path,
         top.get("title", path.stem),
@@ -174,6 +183,7 @@ def load_table(path: str | os.PathLike[str]) -> Table:
         {str(column): str(where) for column, where in top["metrics"].items()},
         top.get("overrides", {}),
         top.get("digits", 1),
+        baseline,
     )
 
 
@@ -314,23 +324,24 @@ def _json(path: Path) -> Any:
 # ---- collecting
 
 
-def collect(table: Table) -> dict[Row, dict[str, list[float]]]:
+def collect(table: Table) -> dict[Row, dict[str, dict[int, float]]]:
     """Collect the metrics of all finished cells.
 
     Returns:
-        row -> column -> values in the order of the seeds.
+        row -> column -> seed -> value.
 
     Raises:
         TableError: If a finished run lacks a metric.
     """
-    values: dict[str, dict[str, list[float]]] = {}
+    values: dict[str, dict[str, dict[int, float]]] = {}
     for row in table.rows:
-        columns = values.setdefault(row.name, {column: [] for column in table.metrics})
+        columns: dict[str, dict[int, float]] = {column: {} for column in table.metrics}
+        values[row.name] = columns
         for cell in (Cell(table, row, seed) for seed in table.seeds):
             state = cell.read()
             if state and state["status"] == "done":
                 for column, where in table.metrics.items():
-                    columns[column].append(_look_up(cell, state, where))
+                    columns[column][cell.seed] = _look_up(cell, state, where)
     return {row: values[row.name] for row in table.rows}
 
 
@@ -376,15 +387,20 @@ def _last(path: Path, name: str) -> list[float]:
 
 def markdown(table: Table, command: str) -> str:
     """Format the table in Markdown: mean ± sample standard deviation over the seeds, budget and command."""
-    rows = []
-    for row, columns in collect(table).items():
+    rows, found = [], collect(table)
+    base = next((columns for row, columns in found.items() if row.name == table.baseline), None)
+    for row, columns in found.items():
         states = [state for seed in table.seeds if (state := Cell(table, row, seed).read())]
         failed = sum(state["status"] == "failed" for state in states)
         n = len(states) - failed
         seeds = f"{n}" if n == len(table.seeds) else f"{n} of {len(table.seeds)}"
         seeds += f", {failed} failed" if failed else ""
-        rows.append([row.name, *(_mean(values, table.digits) for values in columns.values()), seeds])
-    header = ["", *table.metrics, "seeds"]
+        values = [_mean(list(column.values()), table.digits) for column in columns.values()]
+        if base is not None:
+            values += _differences(columns, base, table.digits) if columns is not base else [""] * len(base)
+        rows.append([row.name, *values, seeds])
+    paired = [f"Δ {column}" for column in table.metrics] if base is not None else []
+    header = ["", *table.metrics, *paired, "seeds"]
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in (max(w, 2) for w in widths[1:]))]
     cells = [header, rule, *rows]
@@ -395,13 +411,21 @@ def markdown(table: Table, command: str) -> str:
     lines = [f"| {' | '.join(line)} |" for line in aligned]
     budget = ", ".join(f"{key} {value}" for key, value in table.overrides.items())
     notes = ["Mean ± sample standard deviation over seeds."] if len(table.seeds) > 1 else []
+    notes += [f"Δ: difference to {table.baseline!r} with the same seed."] if paired else []
     notes += [f"For all rows: {budget}."] if budget else []
     return "\n".join([f"**{table.title}**", "", *lines, "", *notes, f"Made by `{command}`.", ""])
 
 
-def _mean(values: list[float], digits: int) -> str:
+def _differences(
+    columns: Mapping[str, Mapping[int, float]], base: Mapping[str, Mapping[int, float]], digits: int
+) -> list[str]:
+    pairs = ((values, base[column]) for column, values in columns.items())
+    return [_mean([a[seed] - b[seed] for seed in a if seed in b], digits, "+") for a, b in pairs]
+
+
+def _mean(values: list[float], digits: int, sign: str = "") -> str:
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "nan" if values else "–"
-    mean = f"{statistics.fmean(known):.{digits}f}"
+    mean = f"{statistics.fmean(known):{sign}.{digits}f}"
     return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean

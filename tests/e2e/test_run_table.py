@@ -92,6 +92,27 @@ def calls(tmp_path: Path) -> list[list[str]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def test_differences_to_the_baseline_are_paired_by_seed(
+    tmp_path: Path, tool: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"name": "base", "config": "a.yaml", "overrides": {"LR": 10}},
+        {"name": "other", "config": "a.yaml", "overrides": {"LR": 12.5}},
+    ]
+    table = write_table(tmp_path, baseline="base", rows=rows, metrics={"AP": "bbox/AP"}, digits=2)
+    assert run(table, tool) == 0
+    header, _, base, other = table_of(capsys.readouterr().out)[:4]
+    assert header == ["", "AP", "Δ AP", "seeds"]
+    assert base == ["base", "12.33 ± 1.53", "", "3"]
+    assert other == ["other", "14.83 ± 1.53", "+2.50 ± 0.00", "3"]  # the spread of the seeds cancels out
+    # A seed that one of the two rows lacks is left out of the differences.
+    (tmp_path / "runs" / "base" / "seed_2" / "cell.json").unlink()
+    assert run(table, tool, "--collect") == 0
+    assert table_of(capsys.readouterr().out)[3][2] == "+2.50 ± 0.00"
+    with pytest.raises(TableError, match="baseline 'none' is the name of no row"):
+        load_table(write_table(tmp_path, baseline="none"))
+
+
 def test_every_cell_runs_once_and_the_table_is_right(tmp_path: Path, tool: str, capsys: Any) -> None:
     path = write_table(tmp_path)
     assert run(path, tool, "--jobs", "2", "--markdown", str(tmp_path / "out" / "t.md")) == 0
