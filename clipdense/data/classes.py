@@ -2,6 +2,7 @@
 
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.checks import check_dataset_names, dataset_classes
+from clipdense.data.datasets.synonyms import add_synonyms
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -41,7 +42,8 @@ def dataset_vocabulary(cfg: CfgNode, name: str) -> Vocabulary:
     """Build the vocabulary of a registered dataset.
 
     Args:
-        cfg: reads ``DATASETS.SPLIT_NAMES``: whether commas in a class name separate synonyms.
+        cfg: reads ``DATASETS.SPLIT_NAMES``: whether commas in a class name separate synonyms; and
+            ``DATASETS.SYNONYMS``: whether standard datasets have more names.
         name: of the dataset.
 
     Raises:
@@ -50,7 +52,8 @@ def dataset_vocabulary(cfg: CfgNode, name: str) -> Vocabulary:
     metadata = MetadataCatalog.get(name)
     if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
         DatasetCatalog.get(name)  # loading a COCO file sets its class names
-    return Vocabulary.from_metadata(metadata, separator="," if cfg.DATASETS.SPLIT_NAMES else None)
+    vocabulary = Vocabulary.from_metadata(metadata, separator="," if cfg.DATASETS.SPLIT_NAMES else None)
+    return add_synonyms(vocabulary) if cfg.DATASETS.SYNONYMS else vocabulary
 
 
 def evaluation_vocabulary(cfg: CfgNode, name: str) -> tuple[Vocabulary, list[int] | None]:
@@ -71,4 +74,5 @@ def evaluation_vocabulary(cfg: CfgNode, name: str) -> tuple[Vocabulary, list[int
         return dataset_vocabulary(cfg, name), None
     separator = "," if cfg.DATASETS.SPLIT_NAMES else None
     vocabulary = Vocabulary.from_names(metadata.vocabulary_classes, separator=separator)
+    vocabulary = add_synonyms(vocabulary) if cfg.DATASETS.SYNONYMS else vocabulary
     return vocabulary, list(metadata.vocabulary_mapping)

@@ -19,6 +19,10 @@ def add_data_config(cfg: CN) -> None:
     # Split class names at commas into synonyms ("road, route" is one class with two names, as in ZegFormer);
     # False keeps each string whole (OVSeg, zsseg). Used by open-vocabulary models only.
     cfg.DATASETS.SPLIT_NAMES = True
+    # Longer lists of names for the classes of COCO panoptic, ADE20K, Cityscapes, Mapillary Vistas,
+    # PASCAL-Context and Pascal VOC, in training and evaluation; other datasets keep their own names. Used by
+    # open-vocabulary models only; for those that score a class by its best name (FC-CLIP).
+    cfg.DATASETS.SYNONYMS = False
     # Your own data in COCO's format: a list of "name:annotations.json:image_folder". "~" and environment
     # variables are expanded. Use the names in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []

@@ -60,6 +60,7 @@ class RunConfig(ABC):
         rank_timeout: seconds without a sign of life of a process after which the run ends; 0 for never.
         cudnn_benchmark: whether cuDNN chooses its algorithms by timing them.
         split_names: whether commas in class names separate synonyms.
+        synonyms: whether classes of standard datasets have more names, see `add_synonyms`.
     """
 
     weights: Any
@@ -72,6 +73,7 @@ class RunConfig(ABC):
     rank_timeout: Any
     cudnn_benchmark: Any
     split_names: Any
+    synonyms: Any
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg

@@ -61,6 +61,7 @@ class YacsRunConfig(RunConfig):
     rank_timeout = Key("SOLVER.RANK_TIMEOUT")
     cudnn_benchmark = Key("CUDNN_BENCHMARK")
     split_names = Key("DATASETS.SPLIT_NAMES")
+    synonyms = Key("DATASETS.SYNONYMS")
 
     @property
     def dataset_names(self) -> list[str]:

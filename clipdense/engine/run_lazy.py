@@ -47,6 +47,7 @@ class LazyRunConfig(RunConfig):
     rank_timeout = Key("train.rank_timeout", 20.0)
     cudnn_benchmark = Key("train.cudnn_benchmark", False)
     split_names = True
+    synonyms = False
 
     @property
     def dataset_names(self) -> list[str]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from clipdense.backbone.score_map import score_classes, score_maps
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.datasets.synonyms import add_synonyms
 from clipdense.data.image import MAX_PIXELS, ImageSource, load_image
 from clipdense.data.mappers import map_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
@@ -372,6 +373,7 @@ class Predictor:
             check_head_classes(run, self.metadata, stored)
             return None
         vocabulary = Vocabulary.from_metadata(self.metadata, separator="," if run.split_names else None)
+        vocabulary = add_synonyms(vocabulary) if run.synonyms else vocabulary
         self.model.set_vocabulary(vocabulary)
         return vocabulary
 

@@ -59,7 +59,11 @@ MAPILLARY_CLASSES = [
     "Trash Can", "Bicycle", "Boat", "Bus", "Car", "Caravan", "Motorcycle", "On Rails", "Other Vehicle",
     "Trailer", "Truck", "Wheeled Slow", "Car Mount", "Ego Vehicle",
 ]
-"""The 65 classes of Mapillary Vistas 1.2, in the order of the label maps' values."""
+"""The 65 classes of Mapillary Vistas 1.2, in the order of the label maps' values; 65 is "Unlabeled", and the
+panoptic file counts from 1.
+
+Source: names, order, ids and things are those that Mask2Former (package maskformer2 0.1) and MMSegmentation
+(1.2.2) register."""
 
 MAPILLARY_THINGS = [0, 1, 8, *range(19, 24), *range(32, 43), *range(44, 58), *range(59, 63)]
 # fmt: on

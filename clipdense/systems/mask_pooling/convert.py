@@ -26,6 +26,7 @@ from clipdense.checkpoint import (
 )
 from clipdense.clip.layouts import OPENAI_CLIP, config_from_tensors, convnext_vision_config, text_config
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.datasets.synonyms import add_synonyms
 from clipdense.maskformer.convert import DROPS, head_options, head_prefixes
 from clipdense.open_vocabulary import training_metadata
 
@@ -71,7 +72,8 @@ def _metadata(state: State, classes: Sequence[str] | None) -> dict[str, Any]:
     if not classes or (weight is not None and len(weight) - 1 != len(classes)):
         return training_metadata(None)
     try:
-        return training_metadata(Vocabulary.from_names(classes))
+        # the names of an evaluation may be the dataset's own or the longer lists
+        return training_metadata(add_synonyms(Vocabulary.from_names(classes), keep=True))
     except ValueError as error:
         raise CheckpointError(f"names of classes: {error}") from error
 
