@@ -64,6 +64,7 @@ def test_names_by_hand(cfg: CfgNode) -> None:
 
 
 def test_a_name_of_two_classes_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: dict[tuple[str, ...], tuple[tuple[str, ...], ...]]
     lists = {("a", "b", "c"): (("a", "x", "c"), ("b", "x", "y"), ("c",))}
     monkeypatch.setattr(module, "_lists", lambda: lists)
     vocabulary = replace(Vocabulary.from_names(["a", "b", "c"]), base=(True, False, True))

@@ -1,4 +1,4 @@
-"""Longer lists of names for the classes of standard datasets, for models that take the best name of a class."""
+"""More names for the classes of standard datasets, for models that use the best name of a class."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _BACKGROUND = "background"
 def add_synonyms(vocabulary: Vocabulary, *, keep: bool = False) -> Vocabulary:
     """Give the classes of a standard dataset the names of ``synonyms.json``.
 
-    The lists are those of COCO panoptic, ADE20K (150), Cityscapes, Mapillary Vistas 1.2, PASCAL-Context (59 and
-    459) and Pascal VOC, the last two also after a class called background. A vocabulary with other classes
-    stays as it is; so does the one of ADE20K's 847 classes, whose names are lists of synonyms already.
+    There are lists for COCO panoptic, ADE20K (150), Cityscapes, Mapillary Vistas 1.2, PASCAL-Context (59 and
+    459) and Pascal VOC; the last two may come after a class called background. Other vocabularies
+    stay as they are; so do the 847 classes of ADE20K, whose names are lists of synonyms already.
 
     A name that several classes would have stays with the class that is called so, and is dropped otherwise.
 
@@ -42,7 +42,7 @@ def add_synonyms(vocabulary: Vocabulary, *, keep: bool = False) -> Vocabulary:
     found = _lists().get(tuple(names[background:]))
     if found is None:
         return vocabulary
-    long = [[_BACKGROUND]] * background + [list(entry) for entry in found]
+    long = [[_BACKGROUND]] * int(background) + [list(entry) for entry in found]
     first = {canonical(entry[0]) for entry in long}
     count = Counter(canonical(name) for entry in long for name in entry)
     kept = [
