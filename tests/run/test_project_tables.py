@@ -51,4 +51,4 @@ def test_every_step_of_the_denseclip_recipe_differs() -> None:
             cfg = read_config(str(ROOT / words[2]), words[3:]).cfg
             parts = (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.TRUNK.NAME, cfg.MODEL.CLIP.PRETRAINED)
             models.add((*parts, cfg.MODEL.LANGUAGE.dump(), cfg.MODEL.PIXEL_TEXT.dump()))
-        assert len(models) == len(table.rows) >= 7
+        assert len(models) == len(table.rows) >= 4
