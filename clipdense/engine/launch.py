@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from clipdense.engine.options import ConfigError
+from clipdense.engine.rendezvous import join_round
 
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
@@ -17,6 +18,9 @@ __all__ = ["launch", "restarted", "under_torchrun"]
 
 _TIMEOUT = timedelta(minutes=30)
 
+# Key in the store of the process group: how often torchrun has started all processes of this run.
+_ROUND = "clipdense/round"
+
 
 def under_torchrun() -> bool:
     """Return whether this process was started by ``torchrun``, or with the same environment variables."""
@@ -24,12 +28,14 @@ def under_torchrun() -> bool:
 
 
 def restarted() -> bool:
-    """Return whether torchrun has restarted the processes of this run; every process must call it.
+    """Return whether torchrun has restarted the processes of this run, for whatever reason.
 
-    On the machine with the lost worker, torchrun counts a restart; on the others, only their number of
-    machines has changed. All processes therefore agree.
+    ``TORCHELASTIC_RESTART_COUNT`` does not say it: a machine counts the failures of its own processes only.
     """
-    return any(comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0))
+    if not dist.is_initialized():
+        return False
+    store = dist.distributed_c10d._get_default_store()
+    return store.check([_ROUND]) and int(store.get(_ROUND)) > 1
 
 
 def launch(
@@ -77,7 +83,12 @@ def _run_in_environment_group(main: Callable[..., Any], args: tuple[Any, ...]) -
     cuda = torch.cuda.device_count() >= local_size
     if cuda:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    current = join_round(store, rank, size, _TIMEOUT)
+    store = dist.PrefixStore(current.name, store)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    dist.distributed_c10d._get_default_store().set(_ROUND, str(current.number))
     try:
         _create_local_group(local_size)
         return main(*args)

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -46,12 +47,12 @@ def watch_ranks(timeout: float) -> None:
         store = store.underlying_store
     if timeout <= 0 or not isinstance(store, dist.TCPStore):
         return
-    watched = os.getpid()
+    watched, run = os.getpid(), comm.all_gather(uuid.uuid4().hex)[0]
     if os.fork() == 0:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             continue_after_parent()
-            _Watcher(watched, timeout, store.host, store.port).run()
+            _Watcher(watched, timeout, store.host, store.port, run).run()
         finally:
             os._exit(0)
 
@@ -64,13 +65,13 @@ class _Watcher:
         timeout: see `watch_ranks`.
         host: address of the store.
         port: port of the store.
+        run: name that no earlier processes of the store have used; equal in all processes.
     """
 
-    def __init__(self, watched: int, timeout: float, host: str, port: int) -> None:
+    def __init__(self, watched: int, timeout: float, host: str, port: int, run: str) -> None:
         self.watched, self.timeout, self.address = watched, timeout, (host, port)
         self.rank, self.size = comm.get_rank(), comm.get_world_size()
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.key = f"clipdense/alive/{attempt}"
+        self.key = f"clipdense/alive/{run}"
         self.counts = [0] * self.size
         self.ended = [False] * self.size
         self.seen = [time.monotonic()] * self.size
