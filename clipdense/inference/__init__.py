@@ -3,7 +3,15 @@ background rules, refinement and propagation of maps."""
 
 from clipdense.inference.background import max_over_synonyms, reject_pixels, suppress_absent_classes
 from clipdense.inference.components import connected_areas
-from clipdense.inference.maskclip import Refinements, maskclip_cosines, projected_keys, refine_cosines
+from clipdense.inference.maskclip import (
+    DenseMap,
+    Refinements,
+    dense_map,
+    map_cosines,
+    maskclip_cosines,
+    projected_keys,
+    refine_cosines,
+)
 from clipdense.inference.pamr import pamr, pamr_weights, refine_masks
 from clipdense.inference.patch_windows import PatchWindows, segment_by_patches
 from clipdense.inference.patches import patch_modes
@@ -68,7 +76,10 @@ __all__ = [
     "fold_windows",
     "instance_inference",
     "map_windows",
+    "dense_map",
+    "map_cosines",
     "maskclip_cosines",
+    "DenseMap",
     "max_over_synonyms",
     "merge_class_maps",
     "merge_queries",

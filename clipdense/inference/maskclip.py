@@ -13,7 +13,15 @@ from clipdense.clip.attention import History
 from clipdense.clip.towers import TransformerTower
 from clipdense.inference.zero_shot import denoise_prompts, smooth_by_keys, text_cosines
 
-__all__ = ["Refinements", "maskclip_cosines", "projected_keys", "refine_cosines"]
+__all__ = [
+    "DenseMap",
+    "Refinements",
+    "dense_map",
+    "map_cosines",
+    "maskclip_cosines",
+    "projected_keys",
+    "refine_cosines",
+]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,80 @@ def projected_keys(history: History) -> Tensor:
     return keys.transpose(1, 2).unflatten(2, stream.grid)
 
 
+@dataclass(frozen=True)
+class DenseMap:
+    """A CLIP's map of a batch of whole images.
+
+    Attributes:
+        features: (B, D, h, w) in the joint space, over the padded images; not normalised.
+        keys: (B, C, h, w) of the last attention, or None if no refinement needs them.
+        size: (H, W) of the images in pixels.
+        padded: (H, W) with the padding, right and below.
+    """
+
+    features: Tensor
+    keys: Tensor | None
+    size: tuple[int, int]
+    padded: tuple[int, int]
+
+    def resize(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resize maps (B, C, h, w) over the padded images bilinearly to maps over the images alone."""
+        height, width = self.size
+        if self.padded != self.size:
+            maps = F.interpolate(maps, self.padded, mode="bilinear", align_corners=False)
+            maps = maps[..., :height, :width]
+        return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
 @torch.no_grad()
+def dense_map(
+    clip: ClipModel, pixels: Tensor, *, mode: str = "value", refinements: Refinements | None = None
+) -> DenseMap:
+    """Compute a CLIP's map of whole images.
+
+    Args:
+        clip: the CLIP, in evaluation mode.
+        pixels: (B, 3, H, W), normalised with the CLIP's statistics; they are padded with zeros, right and
+            below, to whole patches.
+        mode: last-block mode of the dense map.
+        refinements: tells whether keys are needed; None: they are not.
+    """
+    tower, stride = clip.visual, clip.visual.stride
+    height, width = pixels.shape[-2:]
+    padded = F.pad(pixels, (0, -width % stride, 0, -height % stride))
+    keys: Tensor | None
+    if refinements is None or not (refinements.key_smoothing or refinements.prompt_denoising):
+        dense, keys = tower(padded, TowerRequest(dense=mode)).dense, None
+    elif isinstance(tower, TransformerTower):
+        history = tower.history(padded)
+        dense, keys = tower.dense(history, mode), projected_keys(history)
+    else:
+        output = tower(padded, TowerRequest(dense=mode, keys=True))
+        dense, keys = output.dense, output.keys
+    return DenseMap(dense, keys, (height, width), (padded.shape[2], padded.shape[3]))
+
+
+@torch.no_grad()
+def map_cosines(
+    found: DenseMap, text: Tensor, size: tuple[int, int], refinements: Refinements | None = None
+) -> Tensor:
+    """Compare a map with class names.
+
+    Args:
+        found: see `dense_map`.
+        text: (K, D), L2-normalised.
+        size: (H', W') of the result.
+        refinements: those that the map was computed for.
+
+    Returns:
+        (B, K, H', W'), resized bilinearly.
+    """
+    maps = text_cosines(found.features, text)
+    if refinements is not None and found.keys is not None:
+        maps = refine_cosines(maps, found.keys, refinements)
+    return found.resize(maps, size)
+
+
 def maskclip_cosines(
     clip: ClipModel,
     pixels: Tensor,
@@ -72,8 +153,7 @@ def maskclip_cosines(
 
     Args:
         clip: the CLIP, in evaluation mode.
-        pixels: (B, 3, H, W), normalised with the CLIP's statistics; they are padded with zeros, right and
-            below, to whole patches.
+        pixels: (B, 3, H, W), see `dense_map`.
         text: (K, D), L2-normalised.
         size: (H', W') of the result.
         mode: last-block mode of the dense map.
@@ -84,20 +164,5 @@ def maskclip_cosines(
 
     Source: MaskCLIP (Zhou et al., ECCV 2022), section 3.2.
     """
-    tower, stride = clip.visual, clip.visual.stride
-    height, width = pixels.shape[-2:]
-    padded = F.pad(pixels, (0, -width % stride, 0, -height % stride))
-    if refinements is None or not (refinements.key_smoothing or refinements.prompt_denoising):
-        maps = text_cosines(tower(padded, TowerRequest(dense=mode)).dense, text)
-    else:
-        if isinstance(tower, TransformerTower):
-            history = tower.history(padded)
-            dense, keys = tower.dense(history, mode), projected_keys(history)
-        else:
-            output = tower(padded, TowerRequest(dense=mode, keys=True))
-            dense, keys = output.dense, output.keys
-        maps = refine_cosines(text_cosines(dense, text), keys, refinements)
-    if padded.shape != pixels.shape:
-        maps = F.interpolate(maps, padded.shape[-2:], mode="bilinear", align_corners=False)
-        maps = maps[..., :height, :width]
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    found = dense_map(clip, pixels, mode=mode, refinements=refinements)
+    return map_cosines(found, text, size, refinements)

@@ -40,6 +40,7 @@ _MASKCLIP_PLUS: dict[str, Check] = {
     "UNSEEN": items(text()),
     "SELF_TRAINING_FROM": whole(0),
     "MIN_SCORE": number(),
+    "DISTILLATION": number(0),
     "TEMPLATES": _TEMPLATES,
     "MODE": choice(*MODES),
     "PROMPT_DENOISING": number(0, 1),

@@ -83,14 +83,32 @@ def test_denseclip_seg_suite(tool: Any, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "benchmark.json"
     words = ["denseclip_seg", "--clip", "shapes-rn", "--size", "64", "96", "--window", "64", "--stride", "32"]
     assert tool.main([*words, "--flops-only", "--json", str(path)]) == 0
-    parameters, windows, inference = json.loads(path.read_text())["rows"]
+    parameters, windows, trunk, inference = json.loads(path.read_text())["rows"]
     assert parameters["name"] == "denseclip_seg/parameters" and parameters["ratio"] > 1
-    assert [row["name"] for row in (windows, inference)] == [
-        f"denseclip_seg/{name}_flops" for name in ("windows", "inference")
+    assert [row["name"] for row in (windows, trunk, inference)] == [
+        f"denseclip_seg/{name}_flops" for name in ("windows", "trunk", "inference")
     ]
+    # the floor with CLIP's image embedding costs more than the trunk alone
+    assert trunk["ours"] == inference["ours"] and inference["other"] > trunk["other"]
     # the context decoder, of full size, costs more than the nano trunk
     assert 1 <= windows["ratio"] < 1.1 and 1 < inference["ratio"] < 2.5
     assert windows["other"] > 1.9 * inference["ours"]  # two windows
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_catseg_suite_without_computing(tool: Any, tmp_path: Path, capsys: Any) -> None:
+    """Early rejection saves the aggregation of the classes that are left out, and no more."""
+    path = tmp_path / "benchmark.json"
+    config = str(ROOT / "configs" / "shapes" / "catseg_vit.yaml")
+    words = ["catseg", "--config-file", config, "--size", "64", "64", "--classes", "20", "--device", "meta"]
+    shares = []
+    for kept in ("20", "5"):
+        options = ["--rows", "rejection", "--kept", kept, "--flops-only", "--json", str(path)]
+        assert tool.main([*words, *options]) == 0
+        (row,) = json.loads(path.read_text())["rows"]
+        shares.append(row["ratio"])
+    assert shares[0] == pytest.approx(1, abs=0.05) and 0 < shares[1] < shares[0]
     capsys.readouterr()
 
 

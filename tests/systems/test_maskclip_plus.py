@@ -79,6 +79,10 @@ def model(clip: Any, segmentor: nn.Module | None = None, **rules: Any) -> MaskCL
     )
 
 
+def scored(plus: MaskCLIPPlus, batch: list[dict[str, Any]]) -> Tensor:
+    return plus.teacher_scores(plus.teacher_maps(batch))[0]
+
+
 def trained_labels(plus: MaskCLIPPlus, batch: list[dict[str, Any]], iteration: int = 0) -> list[Tensor]:
     with EventStorage(iteration):
         plus(batch)
@@ -159,13 +163,13 @@ def test_self_training_takes_over_at_its_iteration(clip: Any, monkeypatch: pytes
     rules = {"setting": "zero_shot", "unseen": (0, 2), "self_training_from": 40}
     plus = model(clip, segmentor, **rules)
     teacher: list[int] = []
-    scores = MaskCLIPPlus.teacher_scores
+    maps = MaskCLIPPlus.teacher_maps
 
     def counted(self: MaskCLIPPlus, batch: Any) -> Any:
         teacher.append(1)
-        return scores(self, batch)
+        return maps(self, batch)
 
-    monkeypatch.setattr(MaskCLIPPlus, "teacher_scores", counted)
+    monkeypatch.setattr(MaskCLIPPlus, "teacher_maps", counted)
     batch = [sample(labels=torch.zeros(64, 96, dtype=torch.int64))]
     trained_labels(plus, batch, iteration=38)  # the 39th
     assert len(teacher) == 1 and segmentor.modes == [True]
@@ -193,17 +197,16 @@ def test_images_of_any_size(clip: Any) -> None:
 
 def test_refinements_and_channel_order_reach_the_teacher(clip: Any) -> None:
     batch = [sample()]
-    plain = model(clip).teacher_scores(batch)[0]
+    plain = scored(model(clip), batch)
     arguments = {"segmentor": Recorder(), "clip": clip, "classes": CLASSES, "templates": "single"}
     smoothed = MaskCLIPPlus(**arguments, refinements=Refinements(key_smoothing=1.0))
-    assert not torch.allclose(smoothed.teacher_scores(batch)[0], plain)
+    assert not torch.allclose(scored(smoothed, batch), plain)
     swapped = [{"image": batch[0]["image"].flip(0)}]
-    bgr = MaskCLIPPlus(**arguments, input_format="BGR").teacher_scores(swapped)[0]
+    bgr = scored(MaskCLIPPlus(**arguments, input_format="BGR"), swapped)
     torch.testing.assert_close(bgr, plain)
     vit = load_clip("shapes-vit")
-    scores = MaskCLIPPlus(
-        **arguments | {"clip": vit}, refinements=Refinements(prompt_denoising=0.5, key_smoothing=1.0)
-    ).teacher_scores(batch)[0]
+    both = Refinements(prompt_denoising=0.5, key_smoothing=1.0)
+    scores = scored(MaskCLIPPlus(**arguments | {"clip": vit}, refinements=both), batch)
     assert scores.shape == (3, 64, 96) and scores.isfinite().all()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from benchmarks import MIN_PAIRS, Row, flops, peak_memory, wall
 from clipdense import add_clipdense_config
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.run.config_file import merge_config_file
+from clipdense.systems.catseg import cost
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -31,13 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=int, default=150, help="classes of the rows rejection and floor")
     parser.add_argument("--topk", type=int, default=8, help="classes that each position keeps")
     parser.add_argument("--present", type=int, default=10, help="classes that resemble some position")
+    parser.add_argument(
+        "--kept",
+        type=int,
+        default=30,
+        help="meta device: classes that every view keeps, as nothing is computed there (default: %(default)s)",
+    )
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
     parser.add_argument("--flops-only", action="store_true", help="skip the wall-clock rows")
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help='"meta" counts memory and FLOPs of the rows k847 and floor without computing',
+        help='"meta" counts memory and FLOPs without computing; use it with --flops-only',
     )
     parser.add_argument(
         "--config-file",
@@ -142,11 +151,18 @@ def _rejection(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]
         model.evaluation = rejecting
         labels = _forward(model, batch)
         model.evaluation = plain
-        kept.append((labels["sem_seg"].amax((1, 2)) > 1e-6).float().mean().item())
+        if args.device != "meta":
+            kept.append((labels["sem_seg"].amax((1, 2)) > 1e-6).float().mean().item())
 
     def other() -> None:
         _forward(model, batch)
 
+    if args.device == "meta":
+        what = f"{args.kept} classes kept in every view | all {args.classes}"
+        with mock.patch.object(cost, "keep_top_classes", partial(_first_classes, args.kept)):
+            counts = flops(ours) / 1e9, flops(other) / 1e9
+        yield Row("catseg/early_rejection_flops", *counts, "GFLOP", what=what)
+        return
     what = f"the best {args.topk} classes of each position | all {args.classes}"
     counts = flops(ours) / 1e9, flops(other) / 1e9
     notes = (
@@ -156,6 +172,11 @@ def _rejection(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]
     yield Row("catseg/early_rejection_flops", *counts, "GFLOP", what=what, notes=notes)
     if not args.flops_only:
         yield wall("catseg/early_rejection", ours, other, pairs=args.pairs, what=what, warm_up=False)
+
+
+def _first_classes(count: int, scores: Tensor, topk: int) -> Tensor:
+    """Keep ``count`` classes whatever their scores, which the meta device does not have."""
+    return torch.arange(count, device=scores.device)
 
 
 def _floor(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) -> Iterator[Row]:

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from benchmarks import MIN_PAIRS, Row, flops, wall
-from benchmarks.denseclip import DensePooledTrunk
 from clipdense import add_clipdense_config
 from clipdense.backbone import CLIPTrunk
+from clipdense.clip import TowerRequest
 from clipdense.inference import window_starts
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
+from detectron2.modeling import Backbone, build_model
 
 __all__ = ["add_arguments", "rows"]
 
 WINDOWS = "sliding-window inference | one batched forward pass of the same windows"
-LANGUAGE = "DenseCLIP with cached text | Semantic FPN on the same trunk and dense pool"
+LANGUAGE = "DenseCLIP with cached text | CLIP's image encoder and Semantic FPN on its maps"
+TRUNK = "DenseCLIP with cached text | Semantic FPN on the trunk, without CLIP's attention pool"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,6 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     ours, plain = _denseclip(cfg), _semantic_fpn(cfg)
     what = "trained parameters of DenseCLIP | of Semantic FPN on the same trunk"
     yield Row("denseclip_seg/parameters", _millions(ours), _millions(plain), "million", what=what)
-    floor = _with_dense_pool(plain, cfg)
     height, width = args.size
     image = torch.randint(
         256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -59,6 +59,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     )
     normalised = ((windows.to(device) - ours.pixel_mean) / ours.pixel_std).contiguous()
     yield from _pair("windows", _model(ours, image), _predict(ours, normalised), WINDOWS, args)
+    yield from _pair("trunk", _model(ours, window), _model(plain, window), TRUNK, args)
+    floor = _with_image_embedding(plain, cfg)
     yield from _pair("inference", _model(ours, window), _model(floor, window), LANGUAGE, args)
 
 
@@ -102,9 +104,27 @@ def _semantic_fpn(cfg: CfgNode) -> Any:
     return build_model(cfg).eval()
 
 
-def _with_dense_pool(model: Any, cfg: CfgNode) -> Any:
+class ImageEncoder(Backbone):
+    """A CLIP trunk that computes CLIP's image embedding, too, and returns only its maps."""
+
+    def __init__(self, trunk: CLIPTrunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Return the trunk's shapes."""
+        return self.trunk.output_shape()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map normalised images (B, 3, H, W) to the trunk's maps."""
+        maps: dict[str, Tensor] = self.trunk(images)
+        self.trunk.tower.read(list(maps.values())[-1], TowerRequest(pooled=True))
+        return maps
+
+
+def _with_image_embedding(model: Any, cfg: CfgNode) -> Any:
     trunk = CLIPTrunk(cfg, ShapeSpec(channels=3), joint=True).to(cfg.MODEL.DEVICE).eval()
-    model.backbone.bottom_up = DensePooledTrunk(trunk)
+    model.backbone.bottom_up = ImageEncoder(trunk)
     return model
 
 

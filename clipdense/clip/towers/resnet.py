@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -187,11 +188,32 @@ def masked_attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor, m
     filled = inside.any(2, keepdim=True)
     mean = tokens.mean(1, keepdim=True) + positions[:1].to(x.dtype)
     tokens = tokens + positions[1:].to(x.dtype)
-    q = _heads(pool, pool.q_proj(mean)).expand(-1, -1, masks.shape[1], -1)
+    scores = _shared_query_scores(pool, _heads(pool, pool.q_proj(mean)), tokens)
     # The softmax of an empty mask is undefined: attend everywhere, then drop the result.
-    k, v = _heads(pool, pool.k_proj(tokens)), _heads(pool, pool.v_proj(tokens))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=(inside | ~filled)[:, None])
+    outside = (filled & ~inside)[:, None]
+    weights = scores[:, :, None].masked_fill(outside, -math.inf).softmax(-1)  # (B, heads, Q, h * w)
+    y = weights.to(x.dtype) @ _heads(pool, pool.v_proj(tokens))
     return _linear(pool.c_proj, y.transpose(1, 2).flatten(2) * filled)
+
+
+def _shared_query_scores(pool: AttentionPool2d, query: Tensor, tokens: Tensor) -> Tensor:
+    """Compute the scaled scores of one query per image: q^T (W x + b) = (W^T q)^T x + q^T b.
+
+    The query is the same for every mask, so that W^T q replaces the keys W x of all positions.
+
+    Args:
+        pool: CLIP's attention pool.
+        query: (B, heads, 1, d).
+        tokens: (B, N, C).
+
+    Returns:
+        (B, heads, N).
+    """
+    heads, d = query.shape[1], query.shape[3]
+    weight, bias = pool.k_proj.weight.unflatten(0, (heads, d)), pool.k_proj.bias.unflatten(0, (heads, d))
+    folded = torch.einsum("bhqd,hdc->bhc", query, weight)
+    scores = folded @ tokens.transpose(1, 2) + (query[:, :, 0] * bias).sum(-1, keepdim=True)
+    return scores / math.sqrt(d)
 
 
 def _heads(pool: AttentionPool2d, x: Tensor) -> Tensor:

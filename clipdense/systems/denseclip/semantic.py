@@ -133,6 +133,20 @@ class WindowedSemanticSegmentor(SemanticSegmentor):
         """
         if not self.training:
             return [self._segment_input(x) for x in batched_inputs]
+        images, targets = self.training_batch(batched_inputs)
+        features = self.backbone(images)
+        _, losses = self.sem_seg_head(features, targets)
+        return losses | self.auxiliary_losses(features, batched_inputs, (images.shape[2], images.shape[3]))
+
+    def training_batch(self, batched_inputs: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Normalise, pad and stack training inputs.
+
+        Returns:
+            Images (B, 3, H, W), and labels (B, H, W) whose padding is ignored.
+
+        Raises:
+            KeyError: If an input has no "sem_seg".
+        """
         divisor = self.backbone.size_divisibility
         images = ImageList.from_tensors([self._normalize(x) for x in batched_inputs], divisor).tensor
         for x in batched_inputs:
@@ -140,12 +154,9 @@ class WindowedSemanticSegmentor(SemanticSegmentor):
                 raise KeyError(
                     f"{x.get('file_name', 'an image')} has no 'sem_seg': train on a dataset of label maps"
                 )
-        targets = ImageList.from_tensors(
-            [x["sem_seg"].to(self.device) for x in batched_inputs], divisor, self.sem_seg_head.ignore_value
-        ).tensor
-        features = self.backbone(images)
-        _, losses = self.sem_seg_head(features, targets)
-        return losses | self.auxiliary_losses(features, batched_inputs, (images.shape[2], images.shape[3]))
+        labels = [x["sem_seg"].to(self.device) for x in batched_inputs]
+        targets = ImageList.from_tensors(labels, divisor, self.sem_seg_head.ignore_value).tensor
+        return images, targets
 
     def auxiliary_losses(
         self, features: dict[str, Tensor], batched_inputs: list[dict[str, Any]], padded_size: tuple[int, int]

@@ -22,6 +22,10 @@ def add_maskclip_plus_config(cfg: CN) -> None:
     # Pixels whose best class has a lower cosine (a lower score after key smoothing or in self-training) are
     # ignored; 0: none.
     keys.MIN_SCORE = 0.0
+    # Weight of the distance between the text head's features and CLIP's normalised features (L1), besides the
+    # loss of the labels; 0: no such loss. Published variant: 1. MODEL.SEM_SEG_HEAD.LOSS_WEIGHT 0 leaves the
+    # labels without influence. Self-training, which does not run CLIP, is without it.
+    keys.DISTILLATION = 0.0
     # Prompt templates of teacher and text heads: the name of a set, or one sentence with {} in it.
     keys.TEMPLATES = "maskclip_85"
     # Teacher: last-block mode of the dense map, and MaskCLIP's refinements as in MODEL.ZERO_SHOT.

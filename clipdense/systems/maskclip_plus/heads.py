@@ -188,11 +188,19 @@ class DeepLabV2TextHead(nn.Module):
             return None, self.losses(self.layers(features), targets)
         return self.layers(features), {}
 
+    def embed(self, features: Features) -> Tensor:
+        """Map the last map to features (B, D, h, w) that the text is compared with."""
+        x = features[self.in_feature]
+        return torch.stack([branch(x) for branch in self.branches]).sum(0)
+
+    def classify(self, embedded: Tensor) -> Tensor:
+        """Map features (B, D, h, w) to logits (B, K, h, w)."""
+        logits: Tensor = self.classifier(self.dropout(embedded))
+        return logits
+
     def layers(self, features: Features) -> Tensor:
         """Map the last map to logits (B, K, h, w)."""
-        x = features[self.in_feature]
-        logits: Tensor = self.classifier(self.dropout(torch.stack([b(x) for b in self.branches]).sum(0)))
-        return logits
+        return self.classify(self.embed(features))
 
     def losses(self, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Compute "loss_sem_seg" of logits (B, K, h, w) for labels (B, H, W)."""
@@ -240,10 +248,19 @@ class DeepLabV3PlusTextHead(DeepLabV3PlusHead):
             "hard_pixels": _hard_pixels(cfg),
         }
 
+    def embed(self, features: Features) -> Tensor:
+        """Map the trunk's maps to features (B, D, h, w) that the text is compared with."""
+        embedded: Tensor = super().layers(features)
+        return embedded
+
+    def classify(self, embedded: Tensor) -> Tensor:
+        """Map features (B, D, h, w) to logits (B, K, h, w)."""
+        logits: Tensor = self.classifier(self.channel_dropout(embedded))
+        return logits
+
     def layers(self, features: Features) -> Tensor:
         """Map the trunk's maps to logits (B, K, h, w)."""
-        logits: Tensor = self.classifier(self.channel_dropout(super().layers(features)))
-        return logits
+        return self.classify(self.embed(features))
 
     def losses(self, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Compute "loss_sem_seg" of logits (B, K, h, w) for labels (B, H, W)."""

@@ -15,7 +15,8 @@ from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import class_names
 from clipdense.data.heads import register_head_classes
-from clipdense.inference import Refinements, maskclip_cosines
+from clipdense.inference import DenseMap, Refinements, dense_map, map_cosines
+from clipdense.systems.maskclip_plus.distillation import DistillableSegmentor, feature_distance
 from clipdense.systems.maskclip_plus.labels import UNLABELLED, fill_labels, pseudo_labels, suppress_labels
 
 from detectron2.config import CfgNode, configurable
@@ -101,6 +102,7 @@ class MaskCLIPPlus(nn.Module):
         templates: str = "maskclip_85",
         mode: str = "value",
         refinements: Refinements | None = None,
+        distillation: float = 0.0,
         input_format: str = "RGB",
     ) -> None:
         """
@@ -113,10 +115,12 @@ class MaskCLIPPlus(nn.Module):
             templates: prompt templates, see `TextBank`.
             mode: last-block mode of the teacher's dense map.
             refinements: of the teacher's cosines.
+            distillation: weight of "loss_distillation", see `feature_distance`; 0: none.
             input_format: order of the channels of images, "RGB" or "BGR".
 
         Raises:
-            ValueError: If the CLIP has no text tower or not the mode, or an unseen class is not a label.
+            ValueError: If the CLIP has no text tower or not the mode, an unseen class is not a label, or the
+                segmentor has no features to distil.
         """
         super().__init__()
         if mode not in clip.visual.dense_modes:
@@ -130,6 +134,12 @@ class MaskCLIPPlus(nn.Module):
         if max(self.unlabelled) >= len(classes):
             raise ValueError(f"unseen label {max(self.unlabelled)}, but there are {len(classes)} classes")
         self.mode, self.refinements, self.input_format = mode, refinements, input_format
+        self.distillation = distillation
+        if distillation and not hasattr(getattr(segmentor, "sem_seg_head", None), "embed"):
+            raise ValueError(
+                "MODEL.MASKCLIP_PLUS.DISTILLATION needs features in CLIP's space: set "
+                "MODEL.SEM_SEG_HEAD.NAME DeepLabV2TextHead or DeepLabV3PlusTextHead"
+            )
         self.bank = TextBank(clip, templates)
         self.train()
 
@@ -156,6 +166,7 @@ class MaskCLIPPlus(nn.Module):
             "templates": keys.TEMPLATES,
             "mode": keys.MODE,
             "refinements": Refinements(keys.PROMPT_DENOISING, keys.KEY_SMOOTHING, keys.KEY_NORM == "tokens"),
+            "distillation": keys.DISTILLATION,
             "input_format": cfg.INPUT.FORMAT,
         }
 
@@ -184,19 +195,22 @@ class MaskCLIPPlus(nn.Module):
         if not self.training:
             return self.segmentor(batched_inputs)
         iteration = get_event_storage().iter + 1
-        labelled = self.label(batched_inputs, self_training=self.rules.self_training(iteration))
-        return self.segmentor(labelled)
+        if self.rules.self_training(iteration):
+            return self.segmentor(self.label(batched_inputs, self.own_scores(batched_inputs)))
+        maps = self.teacher_maps(batched_inputs)
+        labelled = self.label(batched_inputs, self.teacher_scores(maps))
+        return self.distil(labelled, maps) if self.distillation else self.segmentor(labelled)
 
-    @torch.no_grad()
-    def label(self, batched_inputs: Sequence[dict[str, Any]], *, self_training: bool) -> list[dict[str, Any]]:
+    def label(
+        self, batched_inputs: Sequence[dict[str, Any]], scores: Sequence[Tensor]
+    ) -> list[dict[str, Any]]:
         """Return the inputs with completed labels.
 
         Args:
             batched_inputs: see `forward`.
-            self_training: whether the segmentor labels the pixels instead of MaskCLIP.
+            scores: (C, H, W) of each image, for the classes `unlabelled`.
         """
         given = [self.rules.given_labels(sample).to(self.device) for sample in batched_inputs]
-        scores = self.own_scores(batched_inputs) if self_training else self.teacher_scores(batched_inputs)
         return [
             sample
             | {
@@ -207,22 +221,32 @@ class MaskCLIPPlus(nn.Module):
             for sample, labels, s in zip(batched_inputs, given, scores, strict=True)
         ]
 
-    @torch.no_grad()
-    def teacher_scores(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """Score the pixels of each image by MaskCLIP: (C, H, W), for the classes `unlabelled`."""
-        text = self.bank(self.vocabulary)[list(self.unlabelled)]
+    def distil(self, labelled: Sequence[dict[str, Any]], maps: Sequence[DenseMap]) -> dict[str, Tensor]:
+        """Compute the losses of the labels and "loss_distillation", with one forward of the segmentor."""
+        segmentor: DistillableSegmentor = self.segmentor
+        images, targets = segmentor.training_batch(labelled)
+        head = segmentor.sem_seg_head
+        embedded = head.embed(segmentor.backbone(images))
+        losses = head.losses(head.classify(embedded), targets)
+        distance = feature_distance(embedded, maps, (images.shape[2], images.shape[3]))
+        return losses | {"loss_distillation": self.distillation * distance}
+
+    def teacher_maps(self, batched_inputs: Sequence[dict[str, Any]]) -> list[DenseMap]:
+        """Compute CLIP's map of the images: of all if they have one size, else of one after the other."""
         images = [sample["image"].to(self.device) for sample in batched_inputs]
         images = [image if self.input_format == "RGB" else image.flip(0) for image in images]
         sizes = {image.shape for image in images}
         batches = [torch.stack(images)] if len(sizes) == 1 else [image[None] for image in images]
-        maps: list[Tensor] = []
-        for batch in batches:
-            size = (batch.shape[2], batch.shape[3])
-            pixels = self.clip.normalize(batch)
-            maps += maskclip_cosines(
-                self.clip, pixels, text, size, mode=self.mode, refinements=self.refinements
-            )
-        return maps
+        return [
+            dense_map(self.clip, self.clip.normalize(b), mode=self.mode, refinements=self.refinements)
+            for b in batches
+        ]
+
+    @torch.no_grad()
+    def teacher_scores(self, maps: Sequence[DenseMap]) -> list[Tensor]:
+        """Score the pixels of each image by MaskCLIP: (C, H, W), for the classes `unlabelled`."""
+        text = self.bank(self.vocabulary)[list(self.unlabelled)]
+        return [s for found in maps for s in map_cosines(found, text, found.size, self.refinements)]
 
     @torch.no_grad()
     def own_scores(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Tensor]:
