@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kept",
         type=int,
         default=30,
-        help="meta device: classes that every view keeps, as nothing is computed there (default: %(default)s)",
+        help="meta device: classes that every view keeps (default: %(default)s)",
     )
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
