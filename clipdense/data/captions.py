@@ -12,7 +12,7 @@ from clipdense.data.datasets.layouts import load_captions
 
 from detectron2.data import DatasetCatalog
 
-__all__ = ["captioned_images"]
+__all__ = ["caption_line", "captioned_images"]
 
 
 def captioned_images(
@@ -46,7 +46,7 @@ def captioned_images(
         raise ValueError(f"{data}: no image has captions")
     return [
         {
-            "file_name": os.path.abspath(record["file_name"]),
+            "file_name": _absolute(record["file_name"]),
             "image_id": record["image_id"],
             "captions": list(record["captions"][:captions]),
         }
@@ -54,20 +54,37 @@ def captioned_images(
     ]
 
 
+def _absolute(name: str) -> str:
+    return name if "://" in name else os.path.abspath(name)  # else it is a file of a shard
+
+
+def caption_line(line: bytes) -> dict[str, Any]:
+    """Parse a line of a ``.jsonl`` file of captions.
+
+    Returns:
+        ``file_name``, ``image_id`` (default: the file name) and ``captions``, as they stand there.
+
+    Raises:
+        ValueError: If it is not JSON with these entries.
+    """
+    try:  # JSON finds the encoding
+        record = json.loads(line)
+        name, captions = record["file_name"], record["captions"]
+        if not isinstance(name, str) or not isinstance(captions, list):
+            raise TypeError("file_name is not text, or captions are not a list")
+        captions = list(map(str, captions))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no file_name and captions ({error!r})") from error
+    return {"file_name": name, "image_id": record.get("image_id", name), "captions": captions}
+
+
 def _load_lines(path: Path, root: str) -> list[dict[str, Any]]:
     records = []
-    with path.open("rb") as lines:  # JSON finds the encoding, and its errors belong to a line
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
-                name, captions = record["file_name"], record["captions"]
-                if not isinstance(name, str) or not isinstance(captions, list):
-                    raise TypeError("file_name is not text, or captions are not a list")
-                captions = list(map(str, captions))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: no file_name and captions ({error!r})") from error
-            image_id = record.get("image_id", name)
-            records.append(
-                {"file_name": os.path.join(root, name), "image_id": image_id, "captions": captions}
-            )
+                record = caption_line(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            records.append({**record, "file_name": os.path.join(root, record["file_name"])})
     return records

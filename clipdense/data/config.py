@@ -7,8 +7,8 @@ def add_data_config(cfg: CN) -> None:
     """Add the keys of `clipdense.data` (in place)."""
     # Mapper from dataset dicts to model inputs: a name in MAPPER_REGISTRY.
     cfg.INPUT.MAPPER = "DetectionMapper"
-    # Replace a damaged image by another one in training, with a warning, instead of stopping. Evaluation
-    # always stops: a score must cover all images.
+    # Replace a sample whose image, caption or mask is damaged or missing by another one in training, with a
+    # warning, instead of stopping. Evaluation always stops: a score must cover all images.
     cfg.INPUT.SKIP_BAD_IMAGES = False
     # EXIF orientation of photographs: "apply" (as viewers show them), "ignore" (as stored), or "auto": ignore
     # it if only the stored pixels have the height and width that the dataset states, else apply it.
@@ -44,21 +44,27 @@ def add_data_config(cfg: CN) -> None:
     # is a list in ImageSets; "all" for every image.
     cfg.DATASETS.VOC = []
     # Images without annotations: a list of "name:folder", "name:images.json:image_folder" (COCO's list of
-    # images) or "name:shards/{000..331}.tar" (webdataset). "~" and environment variables are expanded.
+    # images), "name:list.txt:image_folder" (a name a line, of any length; or .jsonl with file_name) or
+    # "name:shards/{000..331}.tar" (webdataset; also "name:s3://bucket/part-*.tar", gs:// and http://). "~"
+    # and environment variables are expanded.
     cfg.DATASETS.IMAGES = []
     # Images with captions: a list of "name:captions.json:image_folder" (COCO's captions),
-    # "name:captions.jsonl" (file_name and a list of captions in each line), "name:folder" or
-    # "name:shards/{000..331}.tar" (webdataset); in the last two, each image has a text file of the same name
-    # with one caption a line. "~" and environment variables are expanded.
+    # "name:captions.jsonl" (file_name and a list of captions in each line, of any length), "name:folder" or
+    # "name:shards/{000..331}.tar" (webdataset, here or remote as in IMAGES); in the last two, each image has
+    # a text file of the same name with one caption a line. "~" and environment variables are expanded.
     cfg.DATASETS.CAPTIONS = []
     # Mask-category pairs: a list of "name:pairs.jsonl" (images beside it), "name:pairs.parquet:image_folder",
-    # or "name:dataset": the annotated segments of a registered dataset with their class names.
+    # "name:shards/{000..331}.tar" (webdataset; each image has a .json file of the same name with a list of
+    # pairs), or "name:dataset": the annotated segments of a registered dataset with their class names.
     # Several names in DATASETS.TRAIN are mixed, uniformly over all pairs.
     cfg.DATASETS.MASK_PAIRS = []
     # Objects of a registered dataset as images of one class each, for classification: a list of
     # "name:dataset" (all objects), "name:dataset:shots" (that many of each class) or
     # "name:dataset:shots:seed".
     cfg.DATASETS.OBJECT_CROPS = []
+    # Shards, and lists of any length: number of shards (or blocks of 65,536 lines) whose samples are shuffled
+    # together, 1 or more. The order of the shards is shuffled as a whole.
+    cfg.DATALOADER.SHUFFLE_SHARDS = 16
     # CaptionMapper (images with captions): side of the training images in pixels.
     cfg.INPUT.CAPTION = CN()
     cfg.INPUT.CAPTION.SIZE = 224

@@ -21,6 +21,7 @@ from detectron2.utils.file_io import PathManager
 __all__ = [
     "MAX_PIXELS",
     "BadImageError",
+    "BadSampleError",
     "ImageFormat",
     "ImageSource",
     "Orientation",
@@ -54,6 +55,10 @@ _pillow_limit = threading.Lock()
 
 class BadImageError(OSError):
     """Error of an existing file that is not a readable image (damaged, truncated or of an unknown format)."""
+
+
+class BadSampleError(BadImageError, ValueError):
+    """Error of a sample whose caption or mask is damaged, or does not fit its image."""
 
 
 def read_image(

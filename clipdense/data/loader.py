@@ -3,13 +3,13 @@
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from clipdense.data.checks import (
     check_dataset_names,
@@ -17,13 +17,22 @@ from clipdense.data.checks import (
     drop_objects_without_mask,
     mark_objects_without_mask,
 )
-from clipdense.data.mappers import DetectionMapper, build_mapper
-from clipdense.data.samplers import GlobalBatchSampler, RepeatFactorSampler, ResumableTrainingSampler
+from clipdense.data.image import BadImageError
+from clipdense.data.lines import LazyRecords
+from clipdense.data.mappers import DetectionMapper, build_mapper, warn_of_skipping
+from clipdense.data.samplers import (
+    GlobalBatchSampler,
+    RepeatFactorSampler,
+    ResumableTrainingSampler,
+    ShardSampler,
+)
 from clipdense.data.validation import DataError
 
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     DatasetFromList,
+    MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
@@ -98,7 +107,7 @@ def build_train_loader(
     )
     items = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
     return DataLoader(
-        KeyedDataset(items, mapper, seed),
+        KeyedDataset(items, mapper, seed, cfg.INPUT.SKIP_BAD_IMAGES),
         batch_sampler=batches,  # of keys (position, index)
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
@@ -123,6 +132,8 @@ def build_test_loader(cfg: CfgNode, name: str, *, mapper: Mapper | None = None) 
 def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], training: bool) -> Any:
     """Load the dataset dicts of several datasets as one list.
 
+    If one of them is made of shards or of a list of any length, the result is a map-style dataset instead.
+
     Args:
         cfg: reads ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``.
         names: of registered datasets.
@@ -134,10 +145,18 @@ def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], trainin
         DataError: If no image is left.
     """
     check_dataset_names(names)
+    filter_empty = training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    lazy = [name for name in names if MetadataCatalog.get(name).get("lazy")]
     try:
-        return get_detection_dataset_dicts(
-            list(names), filter_empty=training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
+        if not lazy:
+            return get_detection_dataset_dicts(list(names), filter_empty=filter_empty)
+        parts = [
+            DatasetCatalog.get(name)
+            if name in lazy
+            else clean_annotations(get_detection_dataset_dicts([name], filter_empty=filter_empty))
+            for name in names
+        ]
+        return parts[0] if len(parts) == 1 else ConcatDataset(parts)
     except FileNotFoundError as error:
         root = os.environ.get("DETECTRON2_DATASETS", "datasets (DETECTRON2_DATASETS is not set)")
         raise FileNotFoundError(
@@ -156,9 +175,16 @@ def load_dataset_dicts(cfg: CfgNode, names: list[str] | tuple[str, ...], trainin
 
 
 def _sampler(cfg: CfgNode, dataset: Any, seed: int) -> ResumableTrainingSampler:
-    name = cfg.DATALOADER.SAMPLER_TRAIN
+    name, parts = cfg.DATALOADER.SAMPLER_TRAIN, _stored_parts(dataset)
+    if name == "TrainingSampler" and parts is not None:
+        return ShardSampler(parts, cfg.DATALOADER.SHUFFLE_SHARDS, seed=seed)
     if name == "TrainingSampler":
         return ResumableTrainingSampler(len(dataset), seed=seed)
+    if name == "RepeatFactorTrainingSampler" and parts is not None:
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN = {name!r} counts the objects of all images, which shards and long "
+            "lists do not have: set it to TrainingSampler"
+        )
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dataset, cfg.DATALOADER.REPEAT_THRESHOLD
@@ -169,6 +195,16 @@ def _sampler(cfg: CfgNode, dataset: Any, seed: int) -> ResumableTrainingSampler:
     )
 
 
+def _stored_parts(dataset: Any) -> Sequence[int] | None:
+    """Return the sizes of a dataset's shards or blocks; None if it is no dataset of shards or lists."""
+    if isinstance(dataset, LazyRecords):
+        return dataset.parts
+    if isinstance(dataset, ConcatDataset):
+        parts: list[Any] = dataset.datasets
+        return [size for part in parts for size in _stored_parts(part) or [len(part)]]
+    return None
+
+
 class KeyedDataset(Dataset[Any]):
     """Dataset whose random augmentation is determined by the seed and the position in the training stream.
 
@@ -176,10 +212,12 @@ class KeyedDataset(Dataset[Any]):
         items: dataset dicts.
         mapper: may return None for an unusable sample; a sample drawn with the same key replaces it.
         seed: with the position, it seeds Python's, NumPy's and torch's random numbers while the mapper runs.
+        skip_bad_images: whether a sample that is damaged is replaced as well, instead of raising an error.
     """
 
-    def __init__(self, items: Any, mapper: Mapper, seed: int) -> None:
+    def __init__(self, items: Any, mapper: Mapper, seed: int, skip_bad_images: bool = False) -> None:
         self.items, self.mapper, self.seed = items, mapper, seed
+        self.skip_bad_images = skip_bad_images
 
     def __len__(self) -> int:
         return len(self.items)
@@ -188,12 +226,21 @@ class KeyedDataset(Dataset[Any]):
         position, index = key
         with keyed_randomness(self.seed, position):
             for _ in range(_MAX_SKIPPED):
-                if (sample := self.mapper(self.items[index])) is not None:
+                if (sample := self._read(index)) is not None:
                     return sample
                 index = random.randrange(len(self.items))
         raise RuntimeError(
             f"{_MAX_SKIPPED} samples in a row are unusable; the warnings above name their files"
         )
+
+    def _read(self, index: int) -> Any:
+        try:
+            return self.mapper(self.items[index])
+        except BadImageError as error:
+            if not self.skip_bad_images:
+                raise
+            warn_of_skipping(error)
+            return None
 
 
 @contextmanager

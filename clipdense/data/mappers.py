@@ -35,6 +35,7 @@ __all__ = [
     "original_sample",
     "read_image_or_skip",
     "transform_labels",
+    "warn_of_skipping",
 ]
 
 logger = logging.getLogger(__name__)
@@ -73,12 +74,12 @@ def read_image_or_skip(
     orientation: Orientation = "auto",
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray | None:
-    """Read an image; with ``skip``, return None for a damaged file and warn once per file and process.
+    """Read an image; with ``skip``, return None for a damaged or missing file and warn.
 
     Args:
         record: dataset dict with ``file_name`` and, optionally, ``height`` and ``width`` or a label map.
         image_format: order of the channels.
-        skip: whether a damaged file is skipped instead of raising an error.
+        skip: whether a damaged or missing file is skipped instead of raising an error.
         orientation, max_pixels: see `read_image`.
     """
     path = record["file_name"]
@@ -86,13 +87,18 @@ def read_image_or_skip(
         return read_image(
             path, image_format, size=_stated_size(record), orientation=orientation, max_pixels=max_pixels
         )
-    except BadImageError as error:
+    except (BadImageError, FileNotFoundError) as error:
         if not skip:
             raise
-        if path not in _warned:
-            _warned.add(path)
-            logger.warning("Skipping a damaged image: %s", error)
+        warn_of_skipping(error)
         return None
+
+
+def warn_of_skipping(error: OSError) -> None:
+    """Warn that a sample is skipped, once for each process and error."""
+    if str(error) not in _warned:
+        _warned.add(str(error))
+        logger.warning("Skipping a damaged sample: %s", error)
 
 
 def _stated_size(record: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -29,6 +29,7 @@ __all__ = [
     "Pair",
     "ground_truth_pairs",
     "labelled_segments",
+    "pair_fault",
     "pair_mask",
     "read_pairs",
     "segment_classes",
@@ -62,20 +63,19 @@ def read_pairs(path: str | Path) -> list[Pair]:
         raise FileNotFoundError(f"no pair file {path}")
     pairs: list[Pair] = []
     for number, pair in enumerate(_rows(path), 1):
-        missing = [key for key in _REQUIRED if pair.get(key) is None]
-        if missing:
-            raise ValueError(f"{path}, pair {number}: lacks {', '.join(missing)}")
-        if fault := _pair_fault(pair):
-            raise ValueError(f"{path}, pair {number} ({pair['file_name']}): {fault}")
+        if fault := pair_fault(pair):
+            raise ValueError(f"{path}, pair {number} ({pair.get('file_name')}): {fault}")
         pairs.append({key: value for key, value in pair.items() if value is not None})
     return pairs
 
 
-def _pair_fault(pair: Pair) -> str | None:
-    """Describe what is wrong with the entries of a pair, or return None.
+def pair_fault(pair: Mapping[str, Any]) -> str | None:
+    """Describe what is wrong with the entries of a pair, or that some are missing; or return None.
 
     The mask is checked here as pycocotools leaves uninitialised memory in one whose runs are too short.
     """
+    if missing := [key for key in _REQUIRED if pair.get(key) is None]:
+        return f"it lacks {', '.join(missing)}"
     for key in ("file_name", "noun"):
         if not isinstance(pair[key], str) or not pair[key].strip():
             return f"{key} is {pair[key]!r}, not text"

@@ -7,10 +7,11 @@ Two processes with batches of b therefore use, step by step, the samples of one 
 import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data.sampler import Sampler
 
-__all__ = ["GlobalBatchSampler", "RepeatFactorSampler", "ResumableTrainingSampler"]
+__all__ = ["GlobalBatchSampler", "RepeatFactorSampler", "ResumableTrainingSampler", "ShardSampler"]
 
 
 class ResumableTrainingSampler(Sampler[int]):
@@ -39,6 +40,11 @@ class ResumableTrainingSampler(Sampler[int]):
         self.size, self.shuffle, self.seed = size, shuffle, seed
         self.rank, self.world, self.start = rank, world, start
 
+    @property
+    def order(self) -> dict[str, int]:
+        """What, beside the seed, decides the stream."""
+        return {"samples": self.size}
+
     def __iter__(self) -> Iterator[int]:
         yield from itertools.islice(self.stream(self.start), self.rank, None, self.world)
 
@@ -55,6 +61,58 @@ class ResumableTrainingSampler(Sampler[int]):
     def _generator(self, epoch: int) -> torch.Generator:
         # similar seeds give similar streams: spread them
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch * 7_919) % 2**63)
+
+
+class ShardSampler(ResumableTrainingSampler):
+    """Infinite stream of the indices of samples that are stored in shards; each epoch has each of them once.
+
+    Every epoch shuffles the shards, takes a few of them at a time, and shuffles the samples of these. Reading
+    stays within few shards, and the memory does not grow with the dataset. Any position of the stream is
+    found without reading what is before it.
+
+    Args:
+        parts: numbers of samples of the shards, whose indices follow one another.
+        mixed: number of shards whose samples are shuffled together, 1 or more.
+        seed, rank, world, start: as in `ResumableTrainingSampler`.
+
+    Raises:
+        ValueError: If there is no sample, or ``mixed`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[int],
+        mixed: int = 16,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+    ) -> None:
+        if mixed < 1:
+            raise ValueError(f"DATALOADER.SHUFFLE_SHARDS = {mixed}: expected 1 or more")
+        super().__init__(sum(parts), True, seed, rank, world, start)
+        self.mixed, self.parts = mixed, np.asarray(parts, np.int64)
+        self._first = np.cumsum(self.parts) - self.parts
+
+    @property
+    def order(self) -> dict[str, int]:
+        """See `ResumableTrainingSampler.order`."""
+        return {"samples": self.size, "shards": len(self.parts), "shards_mixed": self.mixed}
+
+    def stream(self, start: int = 0) -> Iterator[int]:
+        """Yield the indices at global positions start, start + 1, ..., for all ranks."""
+        for epoch in itertools.count(start // self.size):
+            skipped = max(0, start - epoch * self.size)
+            seed = self.seed % 2**64
+            order = np.random.default_rng((seed, epoch)).permutation(len(self.parts))
+            for number, first in enumerate(range(0, len(order), self.mixed)):
+                shards = order[first : first + self.mixed]
+                if skipped < (count := int(self.parts[shards].sum())):
+                    ranges = [np.arange(self._first[k], self._first[k] + self.parts[k]) for k in shards]
+                    indices = np.concatenate(ranges)
+                    np.random.default_rng((seed, epoch, number)).shuffle(indices)
+                    yield from indices[skipped:].tolist()
+                skipped = max(0, skipped - count)
 
 
 class RepeatFactorSampler(ResumableTrainingSampler):
@@ -134,6 +192,11 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
             )
         self.sampler, self.batch_size, self.groups = sampler, batch_size, groups
         self.rank, self.world, self.start_batch = rank, world, start_batch
+
+    @property
+    def order(self) -> dict[str, int]:
+        """What, beside the seed, decides which samples a batch has; a resumed run must find it unchanged."""
+        return {**self.sampler.order, "batch_size": self.batch_size}
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in self._batches():

@@ -14,6 +14,7 @@ RUN_CHECKS: dict[str, Check] = {
     "DATASETS.TRAIN": _NAMES,
     "DATASETS.TEST": _NAMES,
     **{f"DATASETS.{key}": _NAMES for key in FORMATS},
+    "DATALOADER.SHUFFLE_SHARDS": whole(1),
     "TEST.EVAL_PERIOD": whole(0),
     "TEST.BEST_METRIC": text(),
     "TEST.BEST_MODE": choice("max", "min"),

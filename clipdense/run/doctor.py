@@ -27,7 +27,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "supervision": (("supervision",), "results.to_supervision()"),
     "mining": (("spacy",), "nouns of captions by a tagger"),
     "sam": (("transformers",), "masks of SAM (Trident, CorrCLIP, OVSeg)"),
-    "scale": (("ray", "fsspec"), "mining and prediction on many machines"),
+    "scale": (("ray", "fsspec", "aiohttp"), "many machines, remote shards"),
     "track": (("wandb", "trackio"), "experiment trackers"),
 }
 """Extra of ``pip install clipdense[EXTRA]`` -> its modules, and what needs them."""

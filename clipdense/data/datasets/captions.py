@@ -1,22 +1,23 @@
 """Datasets of images with captions: COCO captions, JSON lines, a folder, or webdataset shards."""
 
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from clipdense.data.captions import captioned_images
-from clipdense.data.datasets.images import EXTENSIONS, ShardHandler
-from clipdense.data.datasets.layouts import DatasetDicts
+from clipdense.data.captions import caption_line, captioned_images
+from clipdense.data.datasets.images import is_lazy
 from clipdense.data.datasets.registration import register_once
+from clipdense.data.image import BadSampleError
+from clipdense.data.lines import LazyRecords, open_lines
+from clipdense.data.shards import EXTENSIONS, ShardSample, open_shards, shard_records
 from clipdense.data.validation.report import DataError
 
 __all__ = ["register_captions"]
 
 ALL_CAPTIONS = 2**31
-TEXT = ".txt"
+TEXT: Literal[".txt"] = ".txt"
 
 
 def register_captions(name: str, source: str, image_root: str = "") -> None:
@@ -24,73 +25,67 @@ def register_captions(name: str, source: str, image_root: str = "") -> None:
 
     Args:
         name: of the dataset.
-        source: one of four. A ``.json`` file of COCO captions. A ``.jsonl`` file, see `captioned_images`. A
-            folder, searched with its subfolders, where each image has a text file of the same name
-            (``a.jpg``, ``a.txt``) with one caption a line. Tar files of the webdataset library with the same
-            pairs, with braces for several of them (``shards/{000..331}.tar``); they are read in place, see
-            `register_images`.
+        source: one of four. A ``.json`` file of COCO captions. A ``.jsonl`` file of any length, see
+            `captioned_images`, which is read line by line. A folder, searched with its subfolders, where each
+            image has a text file of the same name (``a.jpg``, ``a.txt``) with one caption a line. Tar files
+            of the webdataset library with the same pairs, here or on another machine, with braces or
+            wildcards for several of them (``shards/{000..331}.tar``, ``s3://bucket/part-*.tar``), see
+            `clipdense.data.shards`.
         image_root: folder of the images of a ``.json`` or ``.jsonl`` file; by default that of the file.
 
     Raises:
         FileNotFoundError: If the file, the folder or a shard does not exist.
         ValueError: If the name is in use.
     """
+    load: Callable[[], Sequence[dict[str, Any]]]
     paths = [source]
     if source.endswith(".tar"):
-        from webdataset.shardlists import expand_urls  # slow to import, and only shards need it
-
-        paths = expand_urls(source)
-        load = partial(_load_shards, paths)
+        load = partial(shard_records, open_shards(name, source), TEXT, _shard_record)
+        paths = []
     elif source.endswith((".json", ".jsonl")):
-        load = partial(captioned_images, source, image_root, captions=ALL_CAPTIONS)
+        if source.endswith(".jsonl"):
+            load = partial(_load_lines, source, image_root or os.path.dirname(source))
+        else:
+            load = partial(captioned_images, source, image_root, captions=ALL_CAPTIONS)
         paths = [source, image_root or source]
     else:
         load = partial(_load_folder, source)
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"captions of dataset {name}: {path} does not exist")
-    register_once(name, load, {"captions": ":".join(filter(None, (source, image_root)))})
+    entry = ":".join(filter(None, (source, image_root)))
+    register_once(name, load, {"captions": entry}, {"lazy": is_lazy(source)})
 
 
-def _load_folder(folder: str) -> DatasetDicts:
+def _shard_record(index: int, sample: ShardSample) -> dict[str, Any]:
+    captions = _lines(sample.read_text())
+    if not captions:
+        raise BadSampleError(f"{sample.file_name}: its text file holds no caption")
+    return {"file_name": sample.file_name, "image_id": index, "captions": captions}
+
+
+def _load_lines(path: str, image_root: str) -> LazyRecords:
+    return LazyRecords(open_lines(path, caption_line, "captions"), partial(_line_record, image_root))
+
+
+def _line_record(image_root: str, index: int, line: bytes) -> dict[str, Any]:
+    record = caption_line(line)
+    if not record["captions"]:
+        raise BadSampleError(f"{record['file_name']}: its line holds no caption")
+    return {**record, "file_name": os.path.abspath(os.path.join(image_root, record["file_name"]))}
+
+
+def _load_folder(folder: str) -> list[dict[str, Any]]:
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
     texts = ((str(file), file.with_suffix(TEXT)) for file in files)
     pairs = ((name, path.read_bytes()) for name, path in texts if path.is_file())
     return _records(pairs, folder, len(files))
 
 
-def _load_shards(shards: list[str]) -> DatasetDicts:
-    pairs: list[tuple[str, bytes]] = []
-    images = 0
-    for shard in shards:
-        try:
-            with tarfile.open(shard, "r:") as file:
-                members = [member for member in file if member.isfile()]
-                texts = {_stem(m.name): m for m in members if m.name.lower().endswith(TEXT)}
-                for member in members:
-                    if not member.name.lower().endswith(EXTENSIONS):
-                        continue
-                    images += 1
-                    text = texts.get(_stem(member.name))
-                    content = None if text is None else file.extractfile(text)
-                    if content is not None:
-                        place = f"{shard}?{member.offset_data}+{member.size}#{member.name}"
-                        pairs.append((ShardHandler.PREFIX + place, content.read()))
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(f"{shard}: not an uncompressed tar file ({error})") from error
-    return _records(pairs, ", ".join(shards), images)
-
-
-def _stem(name: str) -> str:
-    """Return the name of a shard's member up to the first dot of its last part, as webdataset does."""
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.partition('.')[0]}"
-
-
-def _records(pairs: Iterable[tuple[str, bytes]], source: str, images: int) -> DatasetDicts:
+def _records(pairs: Iterable[tuple[str, bytes]], source: str, images: int) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for index, (name, content) in enumerate(pairs):
-        if captions := list(_captions(name, content)):
+        if captions := _captions(name, content):
             records.append({"file_name": name, "image_id": index, "captions": captions})
     if not records:
         raise DataError(
@@ -100,9 +95,12 @@ def _records(pairs: Iterable[tuple[str, bytes]], source: str, images: int) -> Da
     return records
 
 
-def _captions(name: str, content: bytes) -> Iterator[str]:
+def _captions(name: str, content: bytes) -> list[str]:
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        return _lines(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"captions of {name}: not a text in UTF-8 ({error.reason})") from error
-    return (line.strip() for line in lines if line.strip())
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,52 +1,50 @@
-"""Datasets of images without annotations: a folder, a JSON list, or webdataset shards."""
+"""Datasets of images without annotations: a folder, a list, or webdataset shards."""
 
-import io
+import json
 import os
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from iopath.common.file_io import PathHandler
-from tqdm import tqdm
-
-from clipdense.data.datasets.layouts import DatasetDicts
 from clipdense.data.datasets.registration import register_once
 from clipdense.data.json_files import load_json
+from clipdense.data.lines import LazyRecords, open_lines
+from clipdense.data.shards import EXTENSIONS, ShardSample, open_shards, shard_records
 from clipdense.data.validation.report import DataError
 
-from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
+__all__ = ["is_lazy", "register_images"]
 
-__all__ = ["ShardHandler", "register_images"]
+_LISTS = (".txt", ".jsonl")
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Records = Sequence[dict[str, Any]]
 
 
 def register_images(name: str, source: str, image_root: str = "") -> None:
     """Register images as a dataset of records with ``file_name`` and ``image_id``.
 
-    Shards are not streamed. Their headers are read once; each image is then read from its place in an
-    uncompressed, local tar file. They are therefore shuffled as a whole, distributed among processes, and
-    resumed like any other dataset.
-
     Args:
         name: of the dataset.
-        source: one of three. A folder, searched with all its subfolders. A JSON file with the list ``images``
-            of COCO's format (``id``, ``file_name``); its other entries are ignored. Tar files of the
-            webdataset library, with braces for several of them (``shards/{000..331}.tar``).
-        image_root: folder of the images of a JSON list.
+        source: one of four. A folder, searched with all its subfolders. A list of any length, which is read
+            line by line: a ``.txt`` file of image names, or a ``.jsonl`` file with ``file_name`` and,
+            optionally, ``image_id`` in each line. A JSON file with the list ``images`` of COCO's format
+            (``id``, ``file_name``); its other entries are ignored. Tar files of the webdataset library, here
+            or on another machine, with braces or wildcards for several of them
+            (``shards/{000..331}.tar``, ``s3://bucket/part-*.tar``), see `clipdense.data.shards`.
+        image_root: folder of the images of a list; needed for a JSON file, and otherwise by default that of
+            the list.
 
     Raises:
         FileNotFoundError: If the folder, the file or a shard does not exist.
         ValueError: If the name is in use, or a JSON list has no image folder.
     """
+    load: Callable[[], Records]
     if source.endswith(".tar"):
-        from webdataset.shardlists import expand_urls  # slow to import, and only shards need it
-
-        paths = expand_urls(source)
-        load = partial(_load_shards, paths)
+        load = partial(shard_records, open_shards(name, source), "", _shard_record)
+        paths = []
+    elif source.endswith(_LISTS):
+        paths = [source, *filter(None, [image_root])]
+        load = partial(_load_lines, source, image_root or os.path.dirname(source))
     elif source.endswith(".json"):
         if not image_root:
             raise ValueError(
@@ -60,15 +58,61 @@ def register_images(name: str, source: str, image_root: str = "") -> None:
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"images of dataset {name}: {path} does not exist")
-    register_once(name, load, {"images": ":".join(filter(None, (source, image_root)))})
+    entry = ":".join(filter(None, (source, image_root)))
+    register_once(name, load, {"images": entry}, {"lazy": is_lazy(source)})
 
 
-def _load_folder(folder: str) -> DatasetDicts:
+def is_lazy(source: str) -> bool:
+    """Return whether the records of a source are read when they are asked for, not all at once."""
+    return source.endswith((".tar", *_LISTS))
+
+
+def _shard_record(index: int, sample: ShardSample) -> dict[str, Any]:
+    return {"file_name": sample.file_name, "image_id": index}
+
+
+def _load_lines(path: str, image_root: str) -> LazyRecords:
+    parse = _json_line if path.endswith(".jsonl") else _name_line
+    return LazyRecords(open_lines(path, parse, parse.__name__), partial(_line_record, parse, image_root))
+
+
+def _line_record(
+    parse: Callable[[bytes], tuple[str, Any]], image_root: str, index: int, line: bytes
+) -> dict[str, Any]:
+    name, identity = parse(line)
+    return {
+        "file_name": os.path.join(image_root, name),
+        "image_id": index if identity is None else identity,
+    }
+
+
+def _name_line(line: bytes) -> tuple[str, None]:
+    try:
+        name = line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not text in UTF-8 ({error.reason})") from error
+    if not name:
+        raise ValueError("it is empty; expected the name of an image")
+    return name, None
+
+
+def _json_line(line: bytes) -> tuple[str, Any]:
+    try:
+        record = json.loads(line)
+        name, identity = record["file_name"], record.get("image_id")
+        if not isinstance(name, str):
+            raise TypeError("file_name is not text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no file_name ({error!r})") from error
+    return name, identity
+
+
+def _load_folder(folder: str) -> list[dict[str, Any]]:
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
     return _records(map(str, files), folder)
 
 
-def _load_list(json_file: str, image_root: str) -> DatasetDicts:
+def _load_list(json_file: str, image_root: str) -> list[dict[str, Any]]:
     content = load_json(json_file)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list):
@@ -90,43 +134,8 @@ def _load_list(json_file: str, image_root: str) -> DatasetDicts:
     return list(records.values())
 
 
-def _load_shards(shards: list[str]) -> DatasetDicts:
-    names: list[str] = []
-    bar = tqdm(shards, "Reading headers", unit="shard", disable=None if comm.is_main_process() else True)
-    for shard in bar:
-        try:
-            with tarfile.open(shard, "r:") as file:
-                names += [
-                    f"{ShardHandler.PREFIX}{shard}?{member.offset_data}+{member.size}#{member.name}"
-                    for member in file
-                    if member.isfile() and member.name.lower().endswith(EXTENSIONS)
-                ]
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(f"{shard}: not an uncompressed tar file ({error})") from error
-    return _records(names, ", ".join(shards))
-
-
-def _records(names: Iterable[str], source: str) -> DatasetDicts:
+def _records(names: Iterable[str], source: str) -> list[dict[str, Any]]:
     records = [{"file_name": name, "image_id": i} for i, name in enumerate(names)]
     if not records:
         raise ValueError(f"no images ({', '.join(EXTENSIONS)}) in {source}")
     return records
-
-
-class ShardHandler(PathHandler):
-    """Path handler for files inside uncompressed tar files: ``shard://TAR?OFFSET+SIZE#NAME``."""
-
-    PREFIX = "shard://"
-
-    def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
-
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
-        shard, _, place = path.removeprefix(self.PREFIX).partition("#")[0].rpartition("?")
-        offset, size = map(int, place.split("+"))
-        with open(shard, "rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size))
-
-
-PathManager.register_handler(ShardHandler())

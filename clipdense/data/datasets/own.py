@@ -3,9 +3,9 @@ pairs and object crops.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from clipdense.data.datasets.captions import register_captions
 from clipdense.data.datasets.coco import register_coco
@@ -19,7 +19,7 @@ from clipdense.data.datasets.yolo import register_yolo
 
 from detectron2.config import CfgNode
 
-__all__ = ["FORMATS", "Format", "register_coco", "register_from_config"]
+__all__ = ["FORMATS", "Format", "register_coco", "register_entry", "register_from_config"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Format:
 FORMATS: dict[str, Format] = {
     "IMAGES": Format(
         register_images,
-        "name:folder, name:images.json:image_folder or name:shards.tar (example: photos:data/photos)",
+        "name:folder, name:images.json:image_folder, name:list.txt:image_folder or name:shards.tar "
+        "(example: photos:data/photos)",
         (2, 3),
     ),
     "CAPTIONS": Format(
@@ -51,7 +52,7 @@ FORMATS: dict[str, Format] = {
     ),
     "MASK_PAIRS": Format(
         register_mask_pairs,
-        "name:dataset, name:pairs.jsonl or name:pairs.parquet:image_folder "
+        "name:dataset, name:pairs.jsonl, name:pairs.parquet:image_folder or name:shards.tar "
         "(example: nouns:data/nouns.jsonl:data/photos)",
         (2, 3),
     ),
@@ -104,21 +105,39 @@ def register_from_config(cfg: CfgNode) -> None:
         DataError: If a file that has to be converted has a fault; names the file and the line.
         FileNotFoundError: If a file, a folder or a shard does not exist.
     """
-    for key, entry_format in FORMATS.items():
-        for fields in _entries(cfg.DATASETS[key], key, entry_format):
-            entry_format.register(*fields)
+    for key in FORMATS:
+        for entry in cfg.DATASETS[key]:
+            register_entry(key, str(entry))
 
 
-def _entries(entries: Any, key: str, entry_format: Format) -> Iterator[list[str]]:
-    """Split the entries of a key in DATASETS at colons, with "~" and environment variables expanded."""
+def register_entry(key: str, entry: str) -> None:
+    """Register one entry of a key of `FORMATS`, with "~" and environment variables expanded.
+
+    Raises:
+        See `register_from_config`.
+    """
+    entry_format = FORMATS[key]
     least, most = entry_format.fields
-    for entry in entries:
-        fields = [os.path.expanduser(os.path.expandvars(field.strip())) for field in str(entry).split(":")]
-        if not least <= len(fields) <= most or not all(fields):
-            raise ValueError(f"DATASETS.{key}: {entry!r} is not of the form {entry_format.form}")
-        if fields[0] in (".", "..") or "/" in fields[0] or os.sep in fields[0]:
-            raise ValueError(
-                f"DATASETS.{key}: {fields[0]!r} is a path; results are written to a folder of this name, so "
-                "choose a name without slashes"
-            )
-        yield fields
+    fields = [os.path.expanduser(os.path.expandvars(field.strip())) for field in _fields(entry)]
+    if not least <= len(fields) <= most or not all(fields):
+        raise ValueError(f"DATASETS.{key}: {entry!r} is not of the form {entry_format.form}")
+    if fields[0] in (".", "..") or "/" in fields[0] or os.sep in fields[0]:
+        raise ValueError(
+            f"DATASETS.{key}: {fields[0]!r} is a path; results are written to a folder of this name, so "
+            "choose a name without slashes"
+        )
+    entry_format.register(*fields)
+
+
+_FIELD = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+://[^:/]*(?::\d+(?=/))?)?[^:]*")
+"""A field of an entry: colons separate fields, except those of ``http://host:8000/a.tar``."""
+
+
+def _fields(entry: str) -> Iterator[str]:
+    """Split an entry at the colons that separate its fields."""
+    start = 0
+    while start <= len(entry):
+        found = _FIELD.match(entry, start)
+        assert found is not None  # it matches the empty text
+        yield found[0]
+        start = found.end() + 1

@@ -1,11 +1,9 @@
 """Registration shared by all datasets: the root folder, and entries that may be registered twice."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from clipdense.data.datasets.layouts import DatasetDicts
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -22,7 +20,7 @@ def dataset_root() -> Path:
 
 def register_once(
     name: str,
-    load: Callable[[], DatasetDicts],
+    load: Callable[[], Sequence[dict[str, Any]]],
     source: dict[str, str],
     metadata: dict[str, Any] | None = None,
 ) -> None:

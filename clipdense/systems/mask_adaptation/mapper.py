@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from clipdense.clip.model import pixel_statistics
-from clipdense.data.image import MAX_PIXELS, Orientation
+from clipdense.data.image import MAX_PIXELS, BadSampleError, Orientation
 from clipdense.data.mappers import (
     MAPPER_REGISTRY,
     check_orientation,
@@ -104,7 +104,7 @@ class MaskPairMapper:
 
         Raises:
             BadImageError: If the image cannot be decoded.
-            ValueError: If the mask is empty, or has another size than the image; names both.
+            BadSampleError: If the mask is empty, or has another size than the image; names both.
         """
         if not self.is_train:
             return original_sample(dataset_dict, self.exif_orientation, self.max_pixels)
@@ -119,9 +119,9 @@ class MaskPairMapper:
         mask = torch.from_numpy(pair_mask(dataset_dict))
         what = f"{dataset_dict['file_name']}: the mask of {dataset_dict['noun']!r}"
         if mask.shape != pixels.shape[:2]:
-            raise ValueError(f"{what} has size {tuple(mask.shape)}, the image {pixels.shape[:2]}")
+            raise BadSampleError(f"{what} has size {tuple(mask.shape)}, the image {pixels.shape[:2]}")
         if not mask.any():
-            raise ValueError(f"{what} is empty")
+            raise BadSampleError(f"{what} is empty")
         region, region_mask = self.crop(torch.from_numpy(pixels).permute(2, 0, 1), mask)
         return sample | {"region": region, "region_mask": region_mask, "noun": dataset_dict["noun"]}
 
