@@ -35,6 +35,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "optimizer": dict,
     "iteration": int,
+    "data_order": dict,
     "elapsed": (int, float),
     "history": dict,
     "scalars": dict,

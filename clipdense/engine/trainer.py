@@ -77,6 +77,7 @@ class Trainer(TrainerBase):
         elapsed_before: the part of ``elapsed`` that the resumed runs took.
         done: number of finished iterations.
         batch: this process's share of the current batch.
+        data_order: see `ResumedRun`.
         finished: whether training has reached its end.
         results: flattened metrics of the last evaluation.
     """
@@ -112,6 +113,7 @@ class Trainer(TrainerBase):
         self.validation_batches, self._stopped_early = validation_batches, False
         self._batches: Iterator[Batch]
         self.batch: Batch = []
+        self.data_order: dict[str, int] = {}
         self.resumed = ResumedRun()
         self._interrupt, self._signal = Interrupt(), 0
         self._consistent = True  # False within an optimizer step
@@ -214,7 +216,16 @@ class Trainer(TrainerBase):
             return
         if isinstance(self.parallel.model, TrainingStart):
             self.parallel.model.start_training()
-        self._batches = iter(self.train_loader(self.start_iter))
+        loader = self.train_loader(self.start_iter)
+        self.data_order = getattr(getattr(loader, "batch_sampler", None), "order", {})
+        if self.resumed.data_order and self.resumed.data_order != self.data_order:
+            logger.warning(
+                "The run was started with %s and continues with %s: it will see some samples twice in this "
+                "epoch, and others not at all",
+                self.resumed.data_order,
+                self.data_order,
+            )
+        self._batches = iter(loader)
         if self.resumed.random_state is not None:
             set_random_state(self.resumed.random_state)
         else:  # the number of random values drawn so far depends on the imported modules

@@ -33,6 +33,8 @@ class ResumedRun:
         start_iter: first iteration to run.
         elapsed: seconds of training so far.
         random_state: random state of this process; None to seed it.
+        data_order: numbers from which, with the iteration, the position in the data follows; empty if the
+            loader does not tell them.
         history: result of `recent_history`.
         scalars: result of `current_scalars` if the last iteration has not been evaluated and logged.
     """
@@ -40,6 +42,7 @@ class ResumedRun:
     start_iter: int = 0
     elapsed: float = 0.0
     random_state: dict[str, Any] | None = None
+    data_order: dict[str, int] = field(default_factory=dict)
     history: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     scalars: dict[str, tuple[float, int, bool]] = field(default_factory=dict)
 
@@ -81,6 +84,7 @@ def save(trainer: Any, name: str) -> None:
         iteration=trainer.done - 1,
         elapsed=trainer.elapsed,
         seed=trainer.options.seed,
+        data_order=trainer.data_order,
         random_states=comm.gather(random_state()),
         history=recent_history(trainer.storage),
         scalars=current_scalars(trainer.storage, trainer.done - 1),
@@ -157,6 +161,7 @@ def _resume(trainer: Any, path: str) -> ResumedRun:
             raise _mismatch(path, e) from e
     trainer.scaler.load_state_dict(state.get("scaler", {}))
     resumed = ResumedRun(state["iteration"] + 1, state.get("elapsed", 0.0), history=state.get("history", {}))
+    resumed.data_order = state.get("data_order", {})
     recorded = True
     if comm.is_main_process():
         metrics = Path(options.output_dir, "metrics.json")
