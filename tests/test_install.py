@@ -179,7 +179,17 @@ def test_what_the_package_imports_is_required():
     known = set.union(
         *(
             _names(folder / f"{name}.txt")
-            for name in ("base", "detectron2", "export", "mining", "sam", "supervision", "track", "web")
+            for name in (
+                "base",
+                "detectron2",
+                "export",
+                "mining",
+                "sam",
+                "scale",
+                "supervision",
+                "track",
+                "web",
+            )
         )
     )
     unknown = {

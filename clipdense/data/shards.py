@@ -241,7 +241,8 @@ def write_index(shard: str) -> int:
     size = file_stamp(shard).size
     entries, extensions = index_shard(shard)
     head = {"version": _VERSION, "size": size, "extensions": extensions}
-    write_text(f"{shard}{_INDEX}", "".join(f"{json_text(line)}\n" for line in (head, *entries)))
+    lines = (json.dumps(line, separators=(",", ":")) + "\n" for line in (head, *entries))
+    write_text(f"{shard}{_INDEX}", "".join(lines))
     return len(entries)
 
 
@@ -329,7 +330,7 @@ def _build(folder: Path, jobs: Sequence[tuple[str, FileStamp]], companion: Compa
             left_out += len(entries) - len({tuple(entry["image"]) for entry in kept})
             counts[number] = len(kept)
             for entry in kept:
-                yield f"{json_text({**entry, 'shard': number})}\n".encode()
+                yield json.dumps({**entry, "shard": number}, separators=(",", ":")).encode() + b"\n"
         if left_out:
             logger.warning("Left out %d images without %s", left_out, _CONTENT[companion].partition(";")[0])
 
