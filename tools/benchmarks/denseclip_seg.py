@@ -118,7 +118,8 @@ class ImageEncoder(Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map normalised images (B, 3, H, W) to the trunk's maps."""
         maps: dict[str, Tensor] = self.trunk(images)
-        self.trunk.tower.read(list(maps.values())[-1], TowerRequest(pooled=True))
+        tower: Any = self.trunk.tower
+        tower.read(list(maps.values())[-1], TowerRequest(pooled=True))
         return maps
 
 

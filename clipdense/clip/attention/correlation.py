@@ -80,7 +80,7 @@ def attend(
     parts = {"q": q, "k": k, "v": v}
     pairs = ["qk"] if attention == "gauss" else [pair for pair in attention.split("+") if pair != "gauss"]
     values = v if values is None else values.expand(*v.shape[:3], -1)
-    results = [F.scaled_dot_product_attention(parts[a], parts[b], values, bias) for a, b in pairs]
+    results = [F.scaled_dot_product_attention(parts[pair[0]], parts[pair[1]], values, bias) for pair in pairs]
     return torch.stack(results).sum(0) if len(results) > 1 else results[0]
 
 

@@ -212,8 +212,9 @@ def _shared_query_scores(pool: AttentionPool2d, query: Tensor, tokens: Tensor) -
     heads, d = query.shape[1], query.shape[3]
     weight, bias = pool.k_proj.weight.unflatten(0, (heads, d)), pool.k_proj.bias.unflatten(0, (heads, d))
     folded = torch.einsum("bhqd,hdc->bhc", query, weight)
-    scores = folded @ tokens.transpose(1, 2) + (query[:, :, 0] * bias).sum(-1, keepdim=True)
-    return scores / math.sqrt(d)
+    products = folded @ tokens.transpose(1, 2) + (query[:, :, 0] * bias).sum(-1, keepdim=True)
+    scores: Tensor = products / math.sqrt(d)
+    return scores
 
 
 def _heads(pool: AttentionPool2d, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -223,7 +223,7 @@ class MaskCLIPPlus(nn.Module):
 
     def distil(self, labelled: Sequence[dict[str, Any]], maps: Sequence[DenseMap]) -> dict[str, Tensor]:
         """Compute the losses of the labels and "loss_distillation", with one forward of the segmentor."""
-        segmentor: DistillableSegmentor = self.segmentor
+        segmentor = cast(DistillableSegmentor, self.segmentor)
         images, targets = segmentor.training_batch(labelled)
         head = segmentor.sem_seg_head
         embedded = head.embed(segmentor.backbone(images))
