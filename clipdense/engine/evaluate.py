@@ -30,6 +30,7 @@ from detectron2.utils.logger import log_every_n_seconds
 __all__ = ["evaluate_datasets", "run_inference"]
 
 PANEL_IMAGES = 8
+_LOG_SECONDS = 5
 _DRAWN = {"instances", "panoptic_seg", "sem_seg", "sem_seg_labels"}
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], 
     )
 
     logger.info("Drawing the predictions for %d images of %s", len(drawable), name)
+    start = time.perf_counter()
     records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
     shown = [{**records[sample["image_id"]], "output": output} for sample, output in drawable]
     try:
@@ -121,6 +123,7 @@ def _draw(model: nn.Module, name: str, pairs: list[tuple[dict[str, Any], Any]], 
         if has_score_map(model):
             maps = score_maps(model, [sample for sample, _ in drawable])
             draw_score_panel(shown, maps, score_classes(model), os.path.join(folder, f"scores_{name}.png"))
+        logger.info("Drawn in %.1f seconds", time.perf_counter() - start)
     except Exception:  # a failed picture must not cost the metrics
         logger.exception("Cannot draw the predictions for %s", name)
 
@@ -166,5 +169,6 @@ def run_inference(
             if bar.disable:  # not a terminal
                 rest = (time.perf_counter() - start) / (done + 1) * (bar.total - done - 1)
                 text = f"Evaluating {name}: {done + 1}/{bar.total}, ETA {timedelta(seconds=round(rest))}"
-                log_every_n_seconds(logging.INFO, text, n=30)
+                log_every_n_seconds(logging.INFO, text, n=_LOG_SECONDS)
+    logger.info("Computing the metrics of %s", name or "the dataset")
     return evaluator.evaluate() or {}, pairs

@@ -289,4 +289,4 @@ def save_picture(picture: Picture, path: str | os.PathLike[str]) -> None:
         if os.fspath(path).lower().endswith(".jpg"):
             Image.fromarray(picture).save(part, format="JPEG", quality=90)
         else:
-            Image.fromarray(picture).save(part, format="PNG", compress_level=3)
+            Image.fromarray(picture).save(part, format="PNG", compress_level=1)
