@@ -46,7 +46,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # --help and wrong options end here, before the imports that take seconds
 
-from clipdense.run.boundary import tool_errors
+from clipdense.run.boundary import announce_imports, tool_errors
+
+if __name__ == "__main__":
+    announce_imports()
+
 from clipdense.run.training import INTERRUPTED, run_arguments
 from clipdense.run.training import train_or_evaluate as main
 

@@ -8,6 +8,7 @@ import datetime
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,12 @@ class Progress(HookBase):
 
     It estimates the time left from the trainer's progress instead of its iterations, which Detectron2's
     printer uses: a run with a wall-clock limit does not know its number of iterations.
+
+    Args:
+        period: iterations from one line to the next; slow ones get a line after 5 seconds.
     """
+
+    _SECONDS = 5.0
 
     def __init__(self, period: int) -> None:
         self.period = period
@@ -250,6 +256,7 @@ class Progress(HookBase):
     def before_train(self) -> None:
         """Open the progress bar."""
         self._first = self.trainer.progress(self.trainer.start_iter)
+        self._logged = time.perf_counter()
         if sys.stderr.isatty():
             loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "clipdense")]
             self._redirect = logging_redirect_tqdm(loggers)
@@ -264,8 +271,12 @@ class Progress(HookBase):
         if self._bar is not None:
             self._bar.set_postfix_str(self._line(), refresh=False)
             self._bar.update(self.trainer.progress(done) - self._bar.n)
-        elif done % self.period == 0 or done >= self.trainer.max_iter:
+        elif done % self.period == 0 or done >= self.trainer.max_iter or self._is_late():
+            self._logged = time.perf_counter()
             logger.info("%s", self._line())
+
+    def _is_late(self) -> bool:
+        return time.perf_counter() - self._logged >= self._SECONDS
 
     def after_train(self) -> None:
         """Close the bar."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["describe_error", "tool_errors"]
+__all__ = ["announce_imports", "describe_error", "tool_errors"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OWN_CODE = (_PACKAGE, *(_PACKAGE.parent / folder for folder in ("tools", "datasets", "projects")))
@@ -70,6 +70,12 @@ def tool_errors(interrupted: str = "interrupted") -> Iterator[None]:
         _close_failed_logs()
     _discard_closed_output()
     raise SystemExit(code)
+
+
+def announce_imports() -> None:
+    """Say on stderr that the libraries are being loaded, which takes seconds, unless they are there."""
+    if not {"torch", "detectron2"} <= sys.modules.keys():
+        _say("Loading PyTorch and Detectron2 ...")
 
 
 def describe_error(error: BaseException) -> str | None:

@@ -165,6 +165,9 @@ def declare_prediction_arguments(kind: str, summary: str) -> Callable[..., int]:
             int, typer.Option(min=0, rich_help_panel=_FILES, help="Frames of each video or camera; 0: all.")
         ] = 0,
     ) -> int:
+        from clipdense.run.boundary import announce_imports
+
+        announce_imports()
         from clipdense.run.file_jobs import FileJob, run_job
 
         job = FileJob(

@@ -56,6 +56,9 @@ def run(
     num_gpus: int = 1,
 ) -> None:
     """Train or evaluate, with the options of a command in place of config overrides."""
+    from clipdense.run.boundary import announce_imports
+
+    announce_imports()
     from clipdense.run.training import run_arguments
 
     lazy = config.endswith(".py")
