@@ -51,7 +51,7 @@ setup(
             *(f"**/*.{kind}" for kind in ("css", "html", "js", "json", "safetensors", "txt")),
         ],
         "clipdense.configs": ["**/*.yaml", "**/*.py"],
-        "clipdense.projects": ["*/configs/**/*.yaml", "*/configs/**/*.py", "*/tables/*.yaml"],
+        "clipdense.projects": ["*.yaml", "*/configs/**/*.yaml", "*/configs/**/*.py", "*/tables/*.yaml"],
     },
     entry_points={"console_scripts": ["clipdense = clipdense.run.cli:main"]},
     install_requires=requirements("base.txt"),

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["config_path", "datasets_root"]
+__all__ = ["config_path", "datasets_root", "shipped_root"]
 
 _PACKAGE = Path(__file__).parent
+
+
+def shipped_root() -> Path:
+    """Return the folder that holds ``configs`` and ``projects``, in a checkout and in an installed wheel."""
+    return _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 
 def config_path(name: str) -> str:
@@ -20,7 +25,7 @@ def config_path(name: str) -> str:
     Raises:
         FileNotFoundError: If there is no such config; the message lists the configs of the same folder.
     """
-    root = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+    root = shipped_root()
     path = root / name if name.startswith(("configs/", "projects/")) else root / "configs" / name
     if not path.is_file():
         siblings = sorted((Path(name).parent / p.name).as_posix() for p in path.parent.glob("*.*"))

@@ -159,7 +159,8 @@ def published_page() -> str:
         "",
         "Results of the papers that published weights, or a CLIP without training, can be checked against. "
         "`clipdense reproduce ROW` evaluates a row, see [Share and reproduce](../share.md). None of these "
-        "numbers is ours. The mark says where a value was found:",
+        "numbers is ours. Rows that cannot be run are listed with the reason. The mark says where a value "
+        "was found:",
         "",
         *(f"- {mark}: {text}" for mark, text in EVIDENCE.items()),
     ]
@@ -167,8 +168,35 @@ def published_page() -> str:
         lines += ["", f"## {system}", "", "| row | weights | data | published |", "| --- | --- | --- | --- |"]
         for row in (row for row in rows if row.system == system):
             weights = f"[{row.weights.local_name}]({row.weights.page})" if row.weights else f"`{row.clip}`"
+            weights = f"not run: {row.not_run}" if row.not_run else weights
+            needs = row.data.needs if row.data else ""
             values = ", ".join(f"{value.metric} {value.paper:g} ({value.evidence})" for value in row.values)
-            lines.append(f"| `{row.name}` | {weights} | {_cell(row.data.needs)} | {_cell(values)} |")
+            lines.append(f"| `{row.name}` | {_cell(weights)} | {_cell(needs)} | {_cell(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def models_page() -> str:
+    """Return the table of `clipdense models`: models and published files, with size, licence and source."""
+    from clipdense.run.zoo import ZOO
+
+    lines = [
+        "# Models and checkpoints",
+        "",
+        "The rows of `clipdense models`. A system's row is a config in `projects/SYSTEM/configs`; its page "
+        "says how the published file is converted. Sizes are those of the parameters in float32 (for the "
+        "package, of the files); a published file may be in half precision, or also hold the state of its "
+        "optimizer. Results are those that the papers' repositories list.",
+    ]
+    header = ["", "| model | image encoder | published result | size | licence | source |"]
+    header.append("| --- | --- | --- | ---: | --- | --- |")
+    for system in dict.fromkeys(entry.system for entry in ZOO):
+        lines += ["", f"## {system}", *header]
+        for e in (entry for entry in ZOO if entry.system == system):
+            source = (
+                f"[{e.page.removeprefix('https://github.com/')}]({e.page})" if e.page else "in the package"
+            )
+            cells = (f"`{e.name}`", e.backbone, e.numbers, e.size, e.licence, source)
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -121,6 +121,7 @@ def generated() -> dict[str, Any]:
     return {
         "reference/config.md": made.config_page,
         "reference/commands.md": made.commands_page,
+        "reference/models.md": made.models_page,
         "reference/published.md": made.published_page,
     }
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import clipdense
+from clipdense.run.zoo import ZOO
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -125,6 +126,15 @@ def test_every_config_key_is_in_the_reference(hooks: ModuleType) -> None:
     assert len(bare) < 0.1 * len(ours), bare
 
 
+def test_every_model_is_in_the_reference(hooks: ModuleType) -> None:
+    page = importlib.import_module("docs_pages").models_page()
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| `([^`]+)` \|.*$", page, re.M)}
+    assert set(rows) == {entry.name for entry in ZOO}
+    assert (
+        "| 435 MB | code MIT; weights not stated | [raoyongming/DenseCLIP](https" in rows["semantic_fpn_rn50"]
+    )
+
+
 @pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_executed_and_small(source: Path) -> None:
     import jupytext
@@ -157,7 +167,6 @@ def test_notebooks_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / f"{source.stem}.ipynb").is_file()
 
 
-@pytest.mark.slow
 def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)

@@ -53,6 +53,7 @@ def test_wheel_holds_code_weights_and_configs(checkout, wheel):
     for pattern in ("tools/**/*.py", "projects/*/configs/**/*.yaml", "projects/*/configs/**/*.py"):
         files = [path.relative_to(checkout).as_posix() for path in checkout.glob(pattern)]
         assert files and {f"clipdense/{name}" for name in files} <= shipped
+    assert "clipdense/projects/headline_rows.yaml" in shipped
     assert "[console_scripts]\nclipdense = clipdense.run.cli:main" in _entry_points(wheel)
 
 
@@ -91,7 +92,14 @@ def test_an_installed_wheel_segments_in_another_folder(wheel, tmp_path):
     assert after.children_user - before.children_user < 30
     assert (folder / "output/predictions/scene.jpg").is_file()
     assert str(site / "clipdense") in run("doctor")
+    assert "| catseg_b_a150 " in run("reproduce", "--dry-run")
     config = "projects/ZeroShot/configs/voc21.yaml"
+    # a table of one's own, whose config is one of the package
+    row = f"{{name: mine, system: SCLIP, clip: 'shapes-vit:', data: d, config: {config}"
+    value = "{metric: sem_seg/mIoU, paper: 1, tolerance: 1, evidence: M}"
+    data = "data: {d: {needs: nothing, paths: [missing]}}"
+    (folder / "own.yaml").write_text(f"{data}\nrows: [{row}, values: [{value}]}}]\n")
+    assert "| mine " in run("reproduce", "--table", "own.yaml", "--dry-run")
     path = subprocess.run(
         [python, "-c", f"import clipdense; print(clipdense.config_path({config!r}))"],
         cwd=folder,

@@ -100,26 +100,28 @@ class Row:
     Attributes:
         name: name of the row.
         system: name of the method.
-        data: its data.
-        config: path of the config, from the root of the repository.
         values: published values.
+        data: its data; None only if the row is not run.
+        config: path of the config, from the root of the repository; "" only if the row is not run.
         weights: the published file; None for methods without training.
         clip: "model:tag" of a CLIP that open_clip downloads; None if the weights are complete.
         protocol: method and benchmark of a training-free method, whose published settings are used.
         options: config key -> value.
         note: a known difference from the published setting.
+        not_run: why the row is listed only; "" for a row that is evaluated.
     """
 
     name: str
     system: str
-    data: Data
-    config: str
     values: Sequence[Value]
+    data: Data | None = None
+    config: str = ""
     weights: WeightFile | None = None
     clip: str | None = None
     protocol: Sequence[str] = ()
     options: dict[str, Any] | None = None
     note: str = ""
+    not_run: str = ""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -150,7 +152,10 @@ def read_rows(path: Path) -> list[Row]:
         entry["values"] = [_make(Value, _dict(value, path), path) for value in values]
         if marks := [v.evidence for v in entry["values"] if v.evidence not in EVIDENCE]:
             raise ConfigError(f"{where}: evidence {marks[0]!r}; expected one of {', '.join(EVIDENCE)}")
-        rows.append(_make(Row, entry, path))
+        row = _make(Row, entry, path)
+        if not row.not_run and (row.data is None or not row.config):
+            raise ConfigError(f"{where}: a row needs data and config, or not_run with the reason")
+        rows.append(row)
     names = [row.name for row in rows]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{path}: two rows are called {twice[0]}")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import clipdense
 from clipdense.engine.options import ConfigError
 from clipdense.engine.processes import end_with_parent
 from clipdense.files import json_text, write_text
-from clipdense.paths import datasets_root
+from clipdense.paths import datasets_root, shipped_root
 from clipdense.run.conversion import convert_weights
 from clipdense.run.downloads import check_sum, download
 from clipdense.run.headline_rows import EVIDENCE, Data, Row, WeightFile, read_rows, select_rows
@@ -34,18 +34,8 @@ _ROOT = Path(clipdense.__file__).resolve().parents[1]
 
 
 def default_table() -> Path:
-    """Return the table of the repository.
-
-    Raises:
-        FileNotFoundError: If clipdense is installed without the folder of projects.
-    """
-    path = _ROOT / "projects" / "headline_rows.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist, as the package does not hold the projects; clone the repository, or "
-            "name a table with --table"
-        )
-    return path
+    """Return the table that ships with clipdense."""
+    return shipped_root() / "projects" / "headline_rows.yaml"
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ class Reproduction:
     Attributes:
         rows: the rows.
         folder: output folder. ``weights/`` holds published and converted files, ``<row>/`` the results.
-        root: folder from which the rows name their configs.
+        root: folder from which the rows name their configs; others are those of the package.
         downloads: whether files whose address is known may be downloaded.
         allow_pickle: whether published files may be opened as pickles, which can run code.
         overrides: config overrides for every row, KEY VALUE in turn.
@@ -63,7 +53,7 @@ class Reproduction:
 
     rows: Sequence[Row]
     folder: Path
-    root: Path = _ROOT
+    root: Path = field(default_factory=shipped_root)
     downloads: bool = True
     allow_pickle: bool = False
     overrides: Sequence[str] = ()
@@ -71,17 +61,24 @@ class Reproduction:
     @classmethod
     def of_table(cls, table: Path, names: Sequence[str], folder: Path, **options: Any) -> Reproduction:
         """Select rows of a table by name or system; configs of other tables lie beside them."""
-        root = _ROOT if table.resolve().is_relative_to(_ROOT) else table.resolve().parent
+        root = shipped_root()
+        if not table.resolve().is_relative_to(root):
+            root = table.resolve().parent
         return cls(select_rows(read_rows(table), names), folder, root, **options)
 
     def run(self) -> dict[str, str]:
         """Reproduce the rows one after the other. A row that has its results is not run again.
+
+        Rows that are listed only fail with their reason.
 
         Returns:
             Name of a row -> why it failed.
         """
         failed: dict[str, str] = {}
         for row in self.rows:
+            if row.not_run:
+                failed[row.name] = row.not_run
+                continue
             if self.result(row) is not None:
                 logger.info("%s has its results in %s", row.name, self._result_file(row))
                 continue
@@ -94,6 +91,8 @@ class Reproduction:
 
     def result(self, row: Row) -> dict[str, float] | None:
         """Return the metrics of a finished row; None if it is not finished, or was run otherwise."""
+        if row.not_run:
+            return None
         with suppress(OSError, ValueError):
             content = json.loads(self._result_file(row).read_text("utf-8"))
             if content["arguments"] == self._arguments(row):
@@ -101,6 +100,7 @@ class Reproduction:
         return None
 
     def _run_row(self, row: Row) -> None:
+        assert row.data is not None
         if missing := _missing_data(row.data):
             raise FileNotFoundError(
                 f"{missing} does not exist; it needs {row.data.needs} (datasets/README.md; "
@@ -154,7 +154,8 @@ class Reproduction:
 
     def _arguments(self, row: Row) -> list[str]:
         """Return the words after ``clipdense evaluate`` that determine the result."""
-        words: list[Any] = [self.root / row.config]
+        config = self.root / row.config
+        words: list[Any] = [config if config.is_file() else row.config]
         if row.protocol:
             words += protocol_overrides(*row.protocol)
         for key, value in (row.options or {}).items():
@@ -204,50 +205,52 @@ def compare(reproduction: Reproduction) -> tuple[str, int]:
 
 def requirements(reproduction: Reproduction) -> str:
     """Describe what the rows need, how large it is, and whether it is there. Nothing is downloaded or run."""
-    rows = reproduction.rows
+    rows = [row for row in reproduction.rows if not row.not_run]
+    listed = [row for row in reproduction.rows if row.not_run]
     lines = [
         [
             row.name,
             row.system,
             row.weights.name if row.weights else f"{row.clip} (open_clip)",
-            row.data.name,
-            ", ".join(f"{value.metric} {value.paper:g} ({value.evidence})" for value in row.values),
+            row.data.name if row.data else "",
+            _published(row),
             "yes" if reproduction.result(row) is not None else "no",
         ]
         for row in rows
     ]
     files = {row.weights.name: row.weights for row in rows if row.weights is not None}
-    folder = reproduction.folder / "weights"
-    weights = [
-        [
-            file.name,
-            file.local_name,
-            file.page if file.url is None else file.url,
-            _size(file.megabytes, "MB"),
-            file.licence,
-            "yes"
-            if (folder / file.local_name).is_file() or reproduction._converted(file).is_file()
-            else "no",
-        ]
-        for file in files.values()
-    ]
-    data = {row.data.name: row.data for row in rows}
+    data = {row.data.name: row.data for row in rows if row.data is not None}
     sets = [
         [d.name, d.needs, _size(d.gigabytes, "GB"), "no" if _missing_data(d) else "yes"]
         for d in data.values()
     ]
     known = [file.megabytes for file in files.values() if file.megabytes]
+    weights = [_weight_line(reproduction, file) for file in files.values()]
+    columns = ["name", "file", "published at", "size", "licence", "there"]
+    others = [[row.name, row.system, _published(row), row.not_run] for row in listed]
     parts = [
         _table("Rows", ["row", "system", "weights", "data", "published", "done"], lines),
-        _table(
-            f"Weights, in {folder}", ["name", "file", "published at", "size", "licence", "there"], weights
-        ),
+        _table(f"Weights, in {reproduction.folder / 'weights'}", columns, weights),
         _table(f"Data, in {datasets_root()}", ["name", "needs", "download", "there"], sets),
+        _table("Published, but not run by this command", ["row", "system", "published", "why"], others),
         f"{len(rows)} rows, {len(files)} weight files (about {sum(known) / 1024:.1f} GB of parameters), "
-        f"{len(data)} sets of data. {_legend(rows)}",
+        f"{len(data)} sets of data; {len(listed)} further rows are not run. {_legend(reproduction.rows)}",
         *(f"{row.name}: {row.note}" for row in rows if row.note),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _published(row: Row) -> str:
+    return ", ".join(f"{value.metric} {value.paper:g} ({value.evidence})" for value in row.values)
+
+
+def _weight_line(reproduction: Reproduction, file: WeightFile) -> list[str]:
+    """Describe a weight file, and say whether it is there, as published or converted."""
+    published = reproduction.folder / "weights" / file.local_name
+    there = published.is_file() or reproduction._converted(file).is_file()
+    page = file.page if file.url is None else file.url
+    size = _size(file.megabytes, "MB")
+    return [file.name, file.local_name, page, size, file.licence, "yes" if there else "no"]
 
 
 def _table(title: str, header: list[str], lines: list[list[str]]) -> str:

@@ -23,6 +23,8 @@ from clipdense.run.setup import load_config
 from clipdense.systems.training_free.protocols import protocol_overrides
 from tests.helpers import denseclip_files as files
 
+from detectron2.data import DatasetCatalog
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -172,6 +174,52 @@ def test_a_download_resumes_and_is_checked(server: str, tmp_path: Path) -> None:
         download(f"file://{tmp_path}", target)
 
 
+def test_configs_are_looked_up_beside_the_table_and_in_the_package(table: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(table.read_text())
+    row, name = content["rows"][0], "projects/DenseCLIP/configs/retinanet_rn50.yaml"
+    table.write_text(yaml.safe_dump({**content, "rows": [{**row, "config": name}]}))
+
+    def config() -> str:
+        reproduction = Reproduction.of_table(table, (), tmp_path / "out")
+        return reproduction._arguments(reproduction.rows[0])[0]
+
+    assert config() == name  # `clipdense evaluate` finds it
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("VERSION: 2\n")
+    assert config() == str(own)
+
+
+def test_rows_that_are_listed_only(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = yaml.safe_load(table.read_text())
+    value = {"metric": "mIoU", "paper": 72.3, "tolerance": 0.5, "evidence": "P"}
+    listed: dict[str, Any] = {
+        "name": "pacl_voc20",
+        "system": "PACL",
+        "values": [value],
+        "not_run": "no weights are published",
+    }
+    table.write_text(yaml.safe_dump({**content, "rows": [*content["rows"], listed]}))
+    out = tmp_path / "out"
+    assert reproduce(None, dry_run=True, output=out, table=table) == 0
+    printed = capsys.readouterr().out
+    assert "1 rows, 1 weight files" in printed and "1 further rows are not run" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("| pacl_voc20"))
+    assert "mIoU 72.3 (P)" in line and "no weights are published" in line
+    # such a row is no failure, unless it is named
+    monkeypatch.setattr(Reproduction, "_run_row", lambda self, row: None)
+    assert reproduce(None, output=out, table=table) == 0
+    assert "not run, pacl_voc20: no weights are published" in capsys.readouterr().out
+    assert reproduce(["PACL"], output=out, table=table) == 1
+    for missing in ("data", "config"):
+        row = {key: entry for key, entry in content["rows"][0].items() if key != missing}
+        table.write_text(yaml.safe_dump({**content, "rows": [row]}))
+        with pytest.raises(ConfigError, match="row tiny_retinanet: a row needs data and config, or not_run"):
+            read_rows(table)
+
+
 def test_wrong_tables_are_described(table: Path) -> None:
     content = yaml.safe_load(table.read_text())
     row = content["rows"][0]
@@ -199,11 +247,14 @@ def test_the_rows_of_the_repository_fit_their_configs() -> None:
     assert len(rows) > 100 and len({row.name for row in rows}) == len(rows)
     text = requirements(Reproduction(rows, Path("output/none")))
     assert all(f"| {row.name} " in text for row in rows)
-    for row in rows:
+    systems = {row.system for row in rows}
+    assert {"F-VLM", "ODISE", "PACL", "CLIPpy", "MaskCLIP+", "ProxyCLIP", "Trident", "CorrCLIP"} <= systems
+    registered = set(DatasetCatalog.list())
+    for row in (row for row in rows if not row.not_run):
         words = protocol_overrides(*row.protocol) if row.protocol else []
         words += [word for item in (row.options or {}).items() for word in item]
         cfg = load_config(str(ROOT / row.config), [str(word) for word in words])
-        assert len(cfg.DATASETS.TEST) == 1, row.name
+        assert len(cfg.DATASETS.TEST) == 1 and set(cfg.DATASETS.TEST) <= registered, row.name
         assert row.weights is not None or row.clip, row.name
         if row.clip:
             assert row.clip == f"{cfg.MODEL.CLIP.NAME}:{cfg.MODEL.CLIP.PRETRAINED}", row.name

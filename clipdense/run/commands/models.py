@@ -32,11 +32,16 @@ def models(
         print("\n".join(entry.command for entry in rows))
         return 0
     name = Column("model", no_wrap=True)
-    table = Table(name, "task", "image encoder", "published result", "licence of the weights", "system")
+    size = Column("size", no_wrap=True, justify="right")
+    table = Table(name, "task", "image encoder", "published result", size, "licence", "system", "source")
     for e in rows:
-        weights = e.licence if e.source != "package" else f"{e.licence}, in the package"
-        table.add_row(e.name, e.task, e.backbone, e.numbers, weights, e.system)
+        # a break after the slash
+        source = e.source.replace("/", "/\u200b")
+        table.add_row(e.name, e.task, e.backbone, e.numbers, e.size, e.licence, e.system, source)
     # a file or a pipe gets whole rows
-    Console(width=None if Console().is_terminal else 170).print(table)
-    print("clipdense models --commands prints how to run each of them.")
+    Console(width=None if Console().is_terminal else 200).print(table)
+    print(
+        "Sizes are those of the parameters in float32. Sources are repositories of github.com.\n"
+        "clipdense models --commands prints how to run each of them."
+    )
     return 0
