@@ -73,7 +73,8 @@ def predict_inputs(
             try:
                 frames += _video(predictor, Video(source), outputs, settings)
             except OSError as error:
-                outputs.failed[str(source)] = str(error)
+                name = f"camera:{source}" if isinstance(source, int) else str(source)
+                outputs.failed[name] = str(error)
     counts = [f"{len(outputs.images)} images"] if inputs.images or not frames else []
     counts += [f"{frames} frames"] if frames else []
     if inputs.images:

@@ -24,7 +24,9 @@ from clipdense.engine.build import build_model
 from clipdense.run import prediction
 from clipdense.run.predictor import Predictor
 from clipdense.run.setup import load_config
+from clipdense.run.videos import VideoWriter
 from tests.helpers.bright_box import BOX, CLASSES, dataset, scene, write_model
+from tests.helpers.cameras import use_camera
 
 from detectron2.data import MetadataCatalog
 
@@ -397,3 +399,26 @@ def test_help_and_usage(demo: Any, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         demo.main(["--config-file", "a", "--input", "b", "--score-threshold", "50"])
     assert "must be in 0..1, got 50" in capsys.readouterr().err
+
+
+def test_the_names_of_detectron2s_options(
+    demo: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camera, out = use_camera(monkeypatch), tmp_path / "out"
+    with VideoWriter(tmp_path / "a.mp4", 5.0) as writer:
+        writer.add(scene(BLUE))
+    camera.interrupt_after = 2
+    words = [
+        "--config-file",
+        write_model(tmp_path, name),
+        "--output",
+        out,
+        "--video-input",
+        tmp_path / "a.mp4",
+    ]
+    with pytest.raises(KeyboardInterrupt):  # which ends a camera
+        demo.main([str(word) for word in [*words, "--webcam", "--confidence-threshold", "0.3"]])
+    found = {file: (out / f"{file}.jsonl").read_text().splitlines() for file in ("a", "camera_0")}
+    assert [len(lines) for lines in found.values()] == [1, 2]
+    assert all("blue box" in line for lines in found.values() for line in lines)
+    assert demo.parse_arguments(["--webcam", "2", "--confidence-threshold", "0.3"]).score_threshold == 0.3

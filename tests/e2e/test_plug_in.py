@@ -1,8 +1,11 @@
 """CLIP's and DenseCLIP's backbones inside Detectron2's own projects and a LazyConfig: projects/PlugIn."""
 
 import json
+import os
 import runpy
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,3 +313,16 @@ def test_a_node_of_the_same_name_is_shared() -> None:
     cfg.MODEL.TIMM = CfgNode({"BASE_NAME": "resnet50"})
     add_clipdense_config(cfg)
     assert cfg.MODEL.TIMM.BASE_NAME == "resnet50" and cfg.MODEL.TIMM.PRETRAINED == ""
+
+
+# ---- Detectron2's scripts
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []])
+def test_with_clipdense_says_how_it_is_used(words: list[str]) -> None:
+    command = [sys.executable, str(FOLDER / "with_clipdense.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode == 0) == bool(words)
+    assert "usage: " in (done.stdout if words else done.stderr) and "Traceback" not in done.stderr
