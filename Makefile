@@ -1,6 +1,7 @@
 # make demo    installs everything into .venv, then trains, evaluates and draws a DenseCLIP Mask R-CNN
 # make test    installs everything into .venv, then lint, types, import layers and the tests
 # make test-detectron2    runs the tests that must hold with every detectron2 (tests/both_detectron2.txt)
+# make test-fiftyone    tests the export to FiftyOne, in an environment of its own
 # make docs    builds the documentation site in build/site
 # make test-reliability    damages inputs, kills jobs, fills disks; writes docs/reliability.md
 #
@@ -10,7 +11,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-detectron2 test-reliability docs lint format lock clean FORCE
+.PHONY: help env demo test test-slow test-detectron2 test-reliability test-fiftyone docs lint format lock clean FORCE
 
 BIN := .venv/bin
 PB1 := pb1-detectron2==0.6
@@ -50,6 +51,13 @@ test-slow: env
 
 test-detectron2: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $$(grep -v '^#' tests/both_detectron2.txt)
+
+# FiftyOne asks for other versions of packages than requirements/lock.txt: it gets them in front of those of .venv.
+test-fiftyone: env
+	$(UV) venv --quiet --allow-existing --python $(BIN)/python build/fiftyone
+	$(UV) pip install --quiet --python build/fiftyone/bin/python fiftyone
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo build/fiftyone/lib/python*/site-packages)/zz_clipdense.pth"
+	OMP_NUM_THREADS=1 build/fiftyone/bin/python -m pytest tests/run/test_prediction.py -k fiftyone
 
 # Damages 2,000 inputs and kills 60 jobs (about an hour on two cores); full disks need root. Results are kept in
 # output/reliability: called again after an interruption, it goes on where it was.

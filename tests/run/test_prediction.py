@@ -171,7 +171,8 @@ def test_supervision(predictor: Predictor) -> None:
 
 def test_fiftyone(predictor: Predictor) -> None:
     fiftyone = pytest.importorskip(
-        "fiftyone", reason="fiftyone needs other versions of packages than requirements/lock.txt"
+        "fiftyone",
+        reason="fiftyone needs other versions than requirements/lock.txt: make test-fiftyone",
     )
     found = predictor.predict(scene())
     assert isinstance(found, Prediction)
@@ -180,6 +181,11 @@ def test_fiftyone(predictor: Predictor) -> None:
     assert row.bounding_box == pytest.approx([0.25, 1 / 6, 0.375, 1 / 3], abs=0.02)
     sample = fiftyone.Sample(filepath="x.png", prediction=found.to_fiftyone())
     assert sample.prediction.detections[0].mask.all()
+    stored = fiftyone.Sample.from_dict(sample.to_dict())  # as a database keeps it
+    assert stored.prediction.detections[0].label == "blue box"
+    assert stored.prediction.detections[0].mask.shape == row.mask.shape
+    boxes = row.to_polyline().points[0]  # the outline of the mask, in shares of the image
+    assert min(x for x, _ in boxes) == pytest.approx(0.25, abs=0.03)
     mask = _maps().to_fiftyone().mask
     assert mask.max() == 3 and mask[10, 10] == 3 and mask[59, 0] == 0
 
