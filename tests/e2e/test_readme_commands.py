@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # tests/e2e/test_own_data.py runs the commands of docs/own_data.md.
 READMES = [
     path.relative_to(ROOT).as_posix()
-    for pattern in ("README.md", "projects/*/README.md", "docs/*.md")
+    for pattern in ("README.md", "projects/*/README.md", "docs/*.md", "datasets/README.md")
     for path in sorted(ROOT.glob(pattern))
     if path.name != "own_data.md"
 ]
@@ -36,6 +36,7 @@ NOT_RUN = {
     r"projects/\w+/configs|configs/coco|<": "needs full-size datasets or weights",
     r"convert_checkpoint|EVA02": "needs published weights; test_convert_checkpoint.py runs the tool",
     r"--pretrained openai": "needs published weights; test_clipdense_command.py runs it with a small file",
+    r"my\.yaml|check_data.py --dataset coco": "needs COCO; test_own_data.py runs `clipdense data check`",
     r"my_run|output/birds": "needs trained models; tests of exports and reports make some",
     r"run_zero_shot\.py": "takes minutes, or needs weights; tests/e2e/test_zero_shot.py runs the tool",
     r"run_table\.py": "takes hours; tests/e2e/test_run_table.py runs the tool",

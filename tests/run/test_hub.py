@@ -16,6 +16,7 @@ from clipdense.run.config import add_clipdense_config
 from clipdense.run.hub import fetch
 from clipdense.run.hub_config import portable_keys
 from clipdense.run.hub_transfer import Push, pull_model, push_model
+from clipdense.run.prediction import Prediction
 from clipdense.run.predictor import Predictor
 from clipdense.run.predictor_classes import register_stored_classes
 from clipdense.run.setup import load_config
@@ -64,8 +65,7 @@ def edit(folder: Path, **keys: object) -> None:
 
 
 def check_model(folder: str | Path) -> None:
-    found = fetch(folder)
-    predictor = Predictor(found.config, found.weights, found.overrides)
+    predictor = Predictor.from_pretrained(folder)
     assert predictor.metadata.thing_classes == CLASSES
     check_box(predictor(scene()))
 
@@ -92,6 +92,8 @@ def test_push_to_the_hub_and_back(
     check_model("anna/boxes")
     hub.repositories["anna/boxes"]["run_me.py"] = b"raise SystemExit"
     pulled = pull_model("anna/boxes", tmp_path / "copy")
+    found = Predictor.from_pretrained(pulled.path).predict(scene())
+    assert isinstance(found, Prediction) and found.describe() == "1 blue box"
     assert sorted(p.name for p in pulled.path.iterdir()) == ["README.md", "config.yaml", "model.safetensors"]
     check_model(pulled.path)
     assert not any("run_me" in request for request in hub.asked)
