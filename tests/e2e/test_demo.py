@@ -421,4 +421,3 @@ def test_the_names_of_detectron2s_options(
     found = {file: (out / f"{file}.jsonl").read_text().splitlines() for file in ("a", "camera_0")}
     assert [len(lines) for lines in found.values()] == [1, 2]
     assert all("blue box" in line for lines in found.values() for line in lines)
-    assert demo.parse_arguments(["--webcam", "2", "--confidence-threshold", "0.3"]).score_threshold == 0.3
