@@ -88,7 +88,9 @@ def summarise(
     summary = Summary(len(records))
     for record in chosen:
         stated = "height" in record and "width" in record
-        size = (record["height"], record["width"]) if stated else header_size(record["file_name"])
+        size: tuple[int, int] | None = (
+            (record["height"], record["width"]) if stated else header_size(record["file_name"])
+        )
         if size is not None:
             summary.short_sides.append(min(size))
             summary.long_sides.append(max(size))
