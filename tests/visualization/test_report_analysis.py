@@ -1,6 +1,7 @@
 """Analyses behind a report: detections with known errors, and confusion of pixels."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from clipdense.visualization.report.analysis import Analysis
+from clipdense.visualization.report.document import Table
 from clipdense.visualization.report.instances import analyze_instances
 from clipdense.visualization.report.semantic import analyze_semantic
 from tests.helpers import tiny_runs
@@ -166,3 +168,8 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_text('[{"image_id": 1}]')
     with pytest.raises(ValueError, match="coco_instances_results.json: not a list of detections"):
         analyze_instances(tmp_path, "tiny", Metadata(json_file=str(tmp_path / "a.json")))
+
+
+def test_small_numbers_have_no_sign() -> None:
+    table = Table(["a"], [], digits=1)
+    assert [table.text(x) for x in (-0.04, 0.04, -0.06, math.nan, 3)] == ["0.0", "0.0", "-0.1", "\u2013", "3"]

@@ -36,7 +36,10 @@ class Table:
         """Return the text of a cell."""
         if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
             return "\u2013"
-        return f"{cell:.{self.digits}f}" if isinstance(cell, float) else str(cell)
+        if not isinstance(cell, float):
+            return str(cell)
+        text = f"{cell:.{self.digits}f}"
+        return text.removeprefix("-") if float(text) == 0 else text
 
     def key(self, cell: Cell) -> str:
         """Return what a cell is sorted by; empty cells come last."""

@@ -6,6 +6,7 @@ import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,13 +66,22 @@ def confusion_matrix(confusion: npt.NDArray[np.int64], names: Sequence[str], sho
     return _svg(plot)
 
 
+_BESIDE: dict[str, Any] = {
+    "frameon": False,
+    "fontsize": 8,
+    "loc": "center left",
+    "bbox_to_anchor": (1.0, 0.5),
+}
+"""Place of a legend: beside the axes, where it covers nothing."""
+
+
 def precision_recall(runs: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]) -> str:
     """Draw mean precision over recall, a line style for each run, a colour for each IoU threshold.
 
     Args:
         runs: name of the run -> name of the curve -> precision (101,).
     """
-    plot = _plot(6.4, 4)
+    plot = _plot(6.4 if len(runs) == 1 else 8, 4)
     axes = plot.subplots()
     recall = np.linspace(0, 1, 101)
     for style, (run, lines) in zip(("-", "--"), runs.items(), strict=False):
@@ -100,7 +110,7 @@ def error_bars(runs: Mapping[str, Sequence[tuple[str, float, int | None]]]) -> s
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(**_BESIDE)
     return _svg(plot)
 
 
@@ -116,7 +126,7 @@ def _finish(axes: object) -> None:
     assert isinstance(axes, Axes)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_BESIDE)
 
 
 def _svg(plot: Plot) -> str:
