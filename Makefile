@@ -24,7 +24,7 @@ PYTHON ?= $(shell for python in python3 python python3.12 python3.11 python3.10 
 
 # uv: the one at hand, else the one installed into .venv.
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/python -m uv)
-PIP = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements/lock.txt --override requirements/overrides.txt
+PIP = $(UV) pip install --compile-bytecode --python $(BIN)/python --constraint requirements/lock.txt --override requirements/overrides.txt
 
 EXTRAS := $(addsuffix .txt,base docs export extras mining sam scale supervision test track web)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from clipdense.data.image import read_image
+from PIL import Image
+
 from clipdense.engine.loggers.base import RunInfo, RunLogger
 
 __all__ = ["TensorBoardLogger"]
@@ -29,8 +30,16 @@ class TensorBoardLogger(RunLogger):
             self._writer.add_scalar(name, value, iteration)
 
     def picture(self, name: str, path: Path, iteration: int) -> None:
-        """Write the picture as an image summary."""
-        self._writer.add_image(name, read_image(path), iteration, dataformats="HWC")
+        """Write the file as an image summary. `SummaryWriter.add_image` would encode its pixels anew."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        with Image.open(path) as image:
+            width, height = image.size
+        content = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=content)])
+        self._writer._get_file_writer().add_summary(summary, iteration)
 
     def close(self) -> None:
         """Close the file."""
