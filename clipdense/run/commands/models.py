@@ -35,13 +35,12 @@ def models(
     size = Column("size", no_wrap=True, justify="right")
     table = Table(name, "task", "image encoder", "published result", size, "licence", "system", "source")
     for e in rows:
-        # a break after the slash
-        source = e.source.replace("/", "/\u200b")
-        table.add_row(e.name, e.task, e.backbone, e.numbers, e.size, e.licence, e.system, source)
+        table.add_row(e.name, e.task, e.backbone, e.numbers, e.size, e.licence, e.system, e.source)
     # a file or a pipe gets whole rows
-    Console(width=None if Console().is_terminal else 200).print(table)
+    Console(width=None if Console().is_terminal else 240).print(table)
     print(
-        "Sizes are those of the parameters in float32. Sources are repositories of github.com.\n"
+        "Sizes are those of the parameters in float32, in the package of the files. Sources are repositories "
+        "of github.com.\n"
         "clipdense models --commands prints how to run each of them."
     )
     return 0
