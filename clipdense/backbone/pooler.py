@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.clip.roi_align import roi_align
@@ -53,15 +54,14 @@ class AnyStridePooler(nn.Module):
         Returns:
             (N, C, output_size, output_size), image by image.
         """
-        side, device = self.output_size, features[0].device
-        counts = torch.tensor([len(b) for b in boxes], device=device)
-        index = torch.arange(len(boxes), device=device).repeat_interleave(counts)
-        corners = torch.cat([b.tensor for b in boxes]).float()
-        rois = torch.cat([index[:, None].to(corners), corners], dim=1)
-        levels = self.levels(corners)
+        side = self.output_size
+        rois = torch.cat([F.pad(b.tensor.float(), (1, 0), value=float(i)) for i, b in enumerate(boxes)])
+        levels = self.levels(rois[:, 1:]).nan_to_num(0.0)
+        order = levels.argsort(stable=True)
+        numbers = torch.arange(len(self.strides), device=levels.device)
+        counts = (levels[:, None] == numbers).sum(0).tolist()  # one wait for the device, not one a level
         pooled = features[0].new_zeros(len(rois), features[0].shape[1], side, side)
-        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            chosen = (levels == level).nonzero().squeeze(1)
+        for feature, stride, chosen in zip(features, self.strides, order.split(counts), strict=True):
             cells = roi_align(
                 feature, rois[chosen], side, scale=1 / stride, sampling_ratio=self.sampling_ratio
             )

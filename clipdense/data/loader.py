@@ -111,6 +111,8 @@ def build_train_loader(
         batch_sampler=batches,  # of keys (position, index)
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
+        # in pinned memory, the trainer's copy to the GPU need not be waited for
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
         # a separate generator: the default one belongs to the model
         generator=torch.Generator().manual_seed(seed),
     )

@@ -41,6 +41,19 @@ def add_engine_config(cfg: CN) -> None:
     # Data type of autocast if AMP.ENABLED: "float16" (with loss scaling) or "bfloat16".
     # (CLIP_GRADIENTS.CLIP_TYPE also accepts "full_model": one norm over all gradients.)
     cfg.SOLVER.AMP.DTYPE = "float16"
+    # Data type of autocast in evaluation and prediction: "float32" (no autocast), "float16" or "bfloat16".
+    # Outputs are float32 in any case. (Key of training: SOLVER.AMP.)
+    cfg.TEST.PRECISION = "float32"
+    # Whether convolutions work in channels-last order, for which GPUs have faster kernels. Results change by
+    # rounding errors.
+    cfg.MODEL.CHANNELS_LAST = False
+    cfg.MODEL.COMPILE = CN()
+    # Names of submodules that torch.compile compiles when they run first, e.g. ("backbone",). It takes
+    # minutes and pays in long runs. ("MODEL.TWO_STAGE.COMPILE" compiles CLIP on crops.)
+    cfg.MODEL.COMPILE.MODULES = ()
+    # Mode of torch.compile: "default", "reduce-overhead" (with CUDA graphs, for inputs of fixed shapes),
+    # "max-autotune" or "max-autotune-no-cudagraphs".
+    cfg.MODEL.COMPILE.MODE = "default"
     # Number of parts of each process's batch: one forward and backward pass per part, one optimizer step for
     # all of them.
     cfg.SOLVER.ACCUMULATION_STEPS = 1

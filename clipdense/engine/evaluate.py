@@ -18,6 +18,7 @@ from clipdense.data.classes import evaluation_vocabulary
 from clipdense.data.loader import build_test_loader
 from clipdense.data.trained_classes import map_classes
 from clipdense.engine.denormals import flush_denormals
+from clipdense.engine.device import run_model
 from clipdense.evaluation import build_evaluator, model_probes
 from clipdense.open_vocabulary import OpenVocabularyModel
 
@@ -69,7 +70,9 @@ def evaluate_datasets(
                 vocabulary, mapping = vocabularies[name]
                 model.set_vocabulary(vocabulary)
             loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, probes=probes)
-            results[name], shown = run_inference(model, loader, evaluator, keep, name, mapping)
+            results[name], shown = run_inference(
+                model, loader, evaluator, keep, name, mapping, cfg.TEST.PRECISION
+            )
             if final and comm.is_main_process():
                 _draw(model, name, shown, cfg.OUTPUT_DIR)
     if not comm.is_main_process():
@@ -135,6 +138,7 @@ def run_inference(
     keep: int = 0,
     name: str = "",
     mapping: Sequence[int] | None = None,
+    precision: str = "float32",
 ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Any]]]:
     """Run a model on a dataset in evaluation mode, with a progress bar.
 
@@ -145,6 +149,7 @@ def run_inference(
         keep: number of (input, output) pairs to return.
         name: name of the dataset, for the progress bar.
         mapping: class of the dataset for each class of the model; None if they are the same.
+        precision: data type of autocast, see `clipdense.engine.device.run_model`.
 
     Returns:
         The evaluator's metrics (empty except in the main process), and the first pairs.
@@ -161,7 +166,7 @@ def run_inference(
     # not inference_mode: training may use what the model caches here (text embeddings, anchors)
     with torch.no_grad():
         for done, batch in enumerate(bar):
-            outputs = model(batch)
+            outputs = run_model(model, batch, precision)
             if mapping is not None:
                 outputs = [map_classes(output, mapping) for output in outputs]
             evaluator.process(batch, outputs)

@@ -11,6 +11,7 @@ from torch import nn
 from clipdense.data.checks import dataset_classes
 from clipdense.data.heads import HeadClasses
 from clipdense.data.trained_classes import class_mapping
+from clipdense.engine.device import prepare_model
 from clipdense.engine.options import ConfigError, TrainerOptions
 
 from detectron2.data import MetadataCatalog
@@ -61,6 +62,10 @@ class RunConfig(ABC):
         cudnn_benchmark: whether cuDNN chooses its algorithms by timing them.
         split_names: whether commas in class names separate synonyms.
         synonyms: whether classes of standard datasets have more names, see `add_synonyms`.
+        precision: data type of autocast in evaluation and prediction, see `clipdense.engine.device`.
+        channels_last: whether convolutions work in channels-last order.
+        compiled: names of the submodules to compile.
+        compile_mode: mode of `torch.compile`.
     """
 
     weights: Any
@@ -74,9 +79,17 @@ class RunConfig(ABC):
     cudnn_benchmark: Any
     split_names: Any
     synonyms: Any
+    precision: Any
+    channels_last: Any
+    compiled: Any
+    compile_mode: Any
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Set memory format and compilation of a model; see `clipdense.engine.device.prepare_model`."""
+        return prepare_model(model, self.channels_last, self.compiled, self.compile_mode)
 
     @property
     def language_kind(self) -> str:

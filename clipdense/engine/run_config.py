@@ -62,6 +62,10 @@ class YacsRunConfig(RunConfig):
     cudnn_benchmark = Key("CUDNN_BENCHMARK")
     split_names = Key("DATASETS.SPLIT_NAMES")
     synonyms = Key("DATASETS.SYNONYMS")
+    precision = Key("TEST.PRECISION")
+    channels_last = Key("MODEL.CHANNELS_LAST")
+    compiled = Key("MODEL.COMPILE.MODULES")
+    compile_mode = Key("MODEL.COMPILE.MODE")
 
     @property
     def dataset_names(self) -> list[str]:
@@ -122,7 +126,7 @@ class YacsRunConfig(RunConfig):
             model = build_model(cfg)
         except KeyError as error:
             raise _feature_error(self.cfg, error) from error
-        return convert_sync_batchnorm(model) if self.cfg.MODEL.SYNC_BN else model
+        return self.prepare(convert_sync_batchnorm(model) if self.cfg.MODEL.SYNC_BN else model)
 
     def build_test_mapper(self) -> Any:
         """See `RunConfig.build_test_mapper`."""

@@ -34,7 +34,8 @@ class LazyRunConfig(RunConfig):
 
     The ``train`` node takes Detectron2's names (output_dir, init_checkpoint, max_iter, amp.enabled,
     eval_period, log_period, checkpointer.{period,max_to_keep}, ddp.find_unused_parameters, device, seed),
-    ``sync_bn``, and every field of `TrainerOptions`.
+    ``sync_bn``, ``test_precision``, ``channels_last``, ``compile_modules`` and ``compile_mode`` as of
+    `RunConfig`, and every field of `TrainerOptions`.
     """
 
     weights_key = "train.init_checkpoint"
@@ -48,6 +49,10 @@ class LazyRunConfig(RunConfig):
     cudnn_benchmark = Key("train.cudnn_benchmark", False)
     split_names = True
     synonyms = False
+    precision = Key("train.test_precision", "float32")
+    channels_last = Key("train.channels_last", False)
+    compiled = Key("train.compile_modules", ())
+    compile_mode = Key("train.compile_mode", "default")
 
     @property
     def dataset_names(self) -> list[str]:
@@ -106,7 +111,7 @@ class LazyRunConfig(RunConfig):
     def build_model(self, fetch_weights: bool = True) -> nn.Module:
         """See `RunConfig.build_model`; a LazyConfig says itself with which weights its backbone starts."""
         model = instantiate(self.cfg.model).to(self.device)
-        return convert_sync_batchnorm(model) if self.cfg.train.get("sync_bn", False) else model
+        return self.prepare(convert_sync_batchnorm(model) if self.cfg.train.get("sync_bn", False) else model)
 
     def build_test_mapper(self) -> Any:
         """See `RunConfig.build_test_mapper`."""
@@ -119,7 +124,8 @@ class LazyRunConfig(RunConfig):
         """See `RunConfig.evaluate`; no pictures are drawn."""
         loader, evaluator = self.cfg.dataloader.test, self.cfg.dataloader.evaluator
         mapping = next(iter((mappings or {}).values()), None)  # the same for all datasets
-        return run_inference(model, instantiate(loader), instantiate(evaluator), mapping=mapping)[0]
+        data = instantiate(loader), instantiate(evaluator)
+        return run_inference(model, *data, mapping=mapping, precision=self.precision)[0]
 
     def options(self) -> TrainerOptions:
         """See `RunConfig.options`."""

@@ -15,6 +15,7 @@ from clipdense.checkpoint import Checkpoint, CheckpointError
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.clipping import build_clipper, gradient_norms
 from clipdense.engine.denormals import flush_denormals
+from clipdense.engine.device import images_to_device
 from clipdense.engine.distributed import preserved_random_state, set_random_state, share_rows
 from clipdense.engine.divergence import divergence, non_finite_values
 from clipdense.engine.ema import ModelEMA
@@ -238,7 +239,8 @@ class Trainer(TrainerBase):
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = self.schedule(self.iter, progress, base_lr)
         start = time.perf_counter()
-        batch = self.batch = next(self._batches)
+        self.batch = next(self._batches)
+        batch = images_to_device(self.batch, self.device)
         data_time = time.perf_counter() - start
 
         self._consistent = False

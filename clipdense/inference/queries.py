@@ -163,9 +163,9 @@ def panoptic_inference(
     """
     no_object = scores.shape[1] - 1
     top, labels = scores.max(dim=1)
-    kept = (labels != no_object) & (top > object_mask_threshold)
+    kept = ((labels != no_object) & (top > object_mask_threshold)).nonzero().squeeze(1)
     masks = LazyMaps.of(mask_logits)[kept].apply(torch.sigmoid)
-    top, labels, size = top[kept], labels[kept].cpu(), masks.shape[1:]
+    top, labels, size = top[kept], labels[kept], masks.shape[1:]
     if not len(labels):
         return torch.zeros(size, dtype=torch.int32, device=masks.device), []
     winner = torch.empty(size, dtype=torch.long, device=masks.device)
@@ -176,10 +176,31 @@ def panoptic_inference(
         winner[band] = (top[:, None, None] * probabilities).argmax(dim=0)
         confident[band] = probabilities.gather(0, winner[band][None])[0] >= pixel_threshold
         inside += (probabilities >= 0.5).sum(dim=(1, 2))
-    won = winner.flatten().bincount(minlength=len(labels)).cpu()
-    owned = winner[confident].bincount(minlength=len(labels)).cpu()
-    accepted = (owned > 0) & (inside.cpu() > 0) & (won.double() / inside.cpu() >= overlap_threshold)
+    pixels = winner.flatten()
+    won = torch.zeros_like(inside).scatter_add_(0, pixels, torch.ones_like(pixels))
+    owned = torch.zeros_like(inside).scatter_add_(0, pixels, confident.flatten().long())
+    # one copy to the host for all that is decided there
+    ids, segments = _segments(*torch.stack([labels, won, owned, inside]).cpu(), things, overlap_threshold)
+    return ids.to(winner.device, non_blocking=True)[winner].mul_(confident), segments
 
+
+def _segments(
+    labels: Tensor, won: Tensor, owned: Tensor, inside: Tensor, things: Collection[int], overlap: float
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Decide on the host which queries become segments, see `panoptic_inference`.
+
+    Args:
+        labels: class of each query (n,).
+        won: number of pixels (n,) at which the query has the greatest product.
+        owned: number of these (n,) whose mask probability suffices.
+        inside: number of pixels (n,) inside the query's mask.
+        things: classes whose queries stay separate.
+        overlap: least ratio of `won` to `inside`.
+
+    Returns:
+        Segment id (n,) int32 of each query, 0 if it is rejected; and the segments.
+    """
+    accepted = (owned > 0) & (inside > 0) & (won.double() / inside >= overlap)
     # The first accepted query of a stuff class opens the segment that later queries of the class join.
     is_thing = torch.isin(labels, torch.tensor(sorted(things), dtype=labels.dtype))
     joins = (labels[:, None] == labels) & ~is_thing & accepted
@@ -193,7 +214,7 @@ def panoptic_inference(
             ids[opens].tolist(), labels[opens].tolist(), is_thing[opens].tolist(), strict=True
         )
     ]
-    return ids.to(winner.device)[winner].mul_(confident), segments
+    return ids, segments
 
 
 def instance_inference(

@@ -207,7 +207,8 @@ class MaskFormer(nn.Module):
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalise images and pad them with zeros, right and below, to one size."""
         images = [
-            (sample["image"].to(self.device) - self.pixel_mean) / self.pixel_std for sample in batched_inputs
+            (sample["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+            for sample in batched_inputs
         ]
         return ImageList.from_tensors(images, self.size_divisibility)
 
@@ -233,4 +234,4 @@ class MaskFormer(nn.Module):
                 f"{self.criterion.num_classes} (MODEL.SEM_SEG_HEAD.NUM_CLASSES) and void is "
                 f"{self.ignore_label} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE)"
             )
-        return Targets(labels.to(self.device), masks.to(self.device))
+        return Targets(labels.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clipdense.data.datasets.own import FORMATS
+from clipdense.engine.device import COMPILE_MODES, PRECISIONS
 from clipdense.engine.loggers import LOGGERS
 from clipdense.run.config_checks import Check, choice, items, text, whole
 
@@ -22,6 +23,9 @@ RUN_CHECKS: dict[str, Check] = {
     "TEST.LOSS.DATASETS": _NAMES,
     "TEST.LOSS.MAX_BATCHES": whole(0),
     "TEST.EARLY_STOPPING.PATIENCE": whole(0),
+    "TEST.PRECISION": choice(*PRECISIONS),
+    "MODEL.COMPILE.MODULES": _NAMES,
+    "MODEL.COMPILE.MODE": choice(*COMPILE_MODES),
     "SOLVER.LOG_PERIOD": whole(1),
     "SOLVER.PARALLEL": choice("ddp", "fsdp"),
     "SOLVER.SHARD_PROCESSES": whole(0),

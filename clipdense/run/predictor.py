@@ -23,6 +23,7 @@ from clipdense.data.image import MAX_PIXELS, ImageSource, load_image
 from clipdense.data.mappers import map_image
 from clipdense.engine.checkpoint import TrainingCheckpointer
 from clipdense.engine.denormals import flush_denormals
+from clipdense.engine.device import run_model
 from clipdense.engine.options import ConfigError
 from clipdense.engine.run_config import RunConfig, run_config
 from clipdense.open_vocabulary import (
@@ -151,6 +152,7 @@ class Predictor:
         self._thresholds: torch.Tensor | None = None
         self._has_examples = False
         self.model: Any = run.build_model().eval()
+        self._precision: str = run.precision
         if output and isinstance(self.model, SwitchableOutputs) and output in self.model.output_keys:
             self.model.select_outputs([output])
         if requested is not None or background is not None:
@@ -425,7 +427,7 @@ class Predictor:
             return []
         # not inference_mode: callers may want to change the outputs in place
         with torch.no_grad(), flush_denormals():
-            outputs: list[Output] = self.model(samples)
+            outputs: list[Output] = run_model(self.model, samples, self._precision)
             if self._num_classes is not None:
                 outputs = [remove_background(output, self._num_classes) for output in outputs]
         if self.score_threshold is not None:

@@ -8,7 +8,17 @@ from typing import Any
 import benchmarks
 import pytest
 import torch
-from benchmarks import Row, flops, interleaved, load_suite, peak_memory, suites, table, wall
+from benchmarks import (
+    Row,
+    flops,
+    interleaved,
+    load_suite,
+    peak_memory,
+    suite_options,
+    suites,
+    table,
+    wall,
+)
 from benchmarks.evaluation import synthetic_coco
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,3 +252,49 @@ def test_synthetic_data_are_the_same_for_a_seed() -> None:
     assert 5 < sum(counts) / 60 < 10 and 30 < len(results) / 60 < 42
     assert len({r["score"] for r in results}) < len(results)  # ties occur
     assert any(a["iscrowd"] for a in dataset["annotations"])
+
+
+def test_all_names_every_suite(tool: Any, capsys: Any) -> None:
+    assert tool.main(["all", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in f"\n{printed}" for name in suites())
+    assert printed.count("full: ") == printed.count("reduced: ") == len(suites())
+    assert {"catseg", "denseclip_seg", "fcclip", "zero_shot"} <= set(suites())
+    parsed = [tool.parse_arguments([n, *suite_options(n, s)]) for n in suites() for s in ("full", "reduced")]
+    assert [args.suite for args in parsed] == [name for name in suites() for _ in range(2)]
+
+
+def test_all_runs_suites_and_reports_the_one_that_fails(
+    tool: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(args: Any) -> Any:
+        yield Row("evaluation/first", 1.0, 2.0, "s")
+        raise RuntimeError("no data")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(load_suite("evaluation"), "rows", fail)
+    path = tmp_path / "benchmark.json"
+    words = ["all", "--device", "cpu", "--suites", "evaluation", "clipself", "--json", str(path)]
+    monkeypatch.setattr(
+        load_suite("clipself"), "REDUCED", ("--clip", "shapes-vit", "--size", "64", "--pairs", "1")
+    )
+    assert tool.main(words) == 1
+    content = json.loads(path.read_text())
+    assert content["errors"] == {"evaluation": "RuntimeError: no data"} and content["scale"] == "reduced"
+    assert content["machine"]["device"] == "cpu" and content["machine"]["date"]
+    first, cost, time = content["rows"]
+    assert [row["name"] for row in (first, cost)] == ["evaluation/first", "clipself/step_flops"]
+    assert time["images_per_second"] == pytest.approx(1 / time["ours"]) and cost["images_per_second"] is None
+    # the memory of a step holds at least the gradients
+    assert 0.5 < time["peak_gb"]["ours"] / time["peak_gb"]["other"] < 2 and time["peak_gb"]["ours"] > 1e-3
+    printed = capsys.readouterr()
+    assert "images/s" in printed.out and "peak GB" in printed.out
+    assert "error: suite evaluation: RuntimeError: no data" in printed.err
+
+
+def test_devices_that_cannot_be_used_are_errors(tool: Any) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no GPU; use --device cpu"):
+            tool.main(["all", "--device", "cuda"])
+    with pytest.raises(ValueError, match="clipself has no rows without computing"):
+        tool.main(["clipself", "--device", "meta"])

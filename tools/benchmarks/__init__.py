@@ -1,7 +1,9 @@
 """Benchmarks: what clipdense costs beside the floor, or beside the library that it stands in for.
 
 A suite is a module of this package. It has ``rows(args)``, which yields a `Row` for each figure, and may have
-``add_arguments(parser)`` for options of its own; ``tools/benchmark.py SUITE`` runs it.
+``add_arguments(parser)`` for options of its own; ``tools/benchmark.py SUITE`` runs it. ``FULL`` and
+``REDUCED`` list the options of ``tools/benchmark.py all``. It computes on ``args.device``: "cpu", "cuda" or,
+if it has ``META = True``, "meta".
 """
 
 from __future__ import annotations
@@ -23,13 +25,26 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-__all__ = ["MIN_PAIRS", "Row", "flops", "interleaved", "load_suite", "peak_memory", "suites", "table", "wall"]
+__all__ = [
+    "MIN_PAIRS",
+    "Row",
+    "device_peak",
+    "flops",
+    "interleaved",
+    "load_suite",
+    "peak_memory",
+    "suite_options",
+    "suites",
+    "table",
+    "wall",
+]
 
 MIN_PAIRS = 7
 """Pairs of runs that a wall-clock ratio rests on. A pair of more than half a minute may do with fewer, and
 says so."""
 
 Kind = Literal["cost", "speedup"]
+Scale = Literal["full", "reduced"]
 
 
 @dataclass
@@ -45,6 +60,9 @@ class Row:
         raw: single times in seconds, ``{"ours": [...], "other": [...]}``; empty for exact quantities.
         notes: what else a reader must know; printed below the table.
         values: further numbers, such as metrics that both computed.
+        images: images of one run, for images per second; 0: a run is not about images.
+        peak_gb: GB that each side held at most beyond its weights and inputs,
+            ``{"ours": ..., "other": ...}``; of wall-clock rows with images.
     """
 
     name: str
@@ -56,6 +74,13 @@ class Row:
     raw: dict[str, list[float]] = field(default_factory=dict)
     notes: str = ""
     values: dict[str, Any] = field(default_factory=dict)
+    images: int = 0
+    peak_gb: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Images per second of ours, of a row of seconds; None of any other row."""
+        return self.images / self.ours if self.images and self.unit == "s" and self.ours else None
 
     @property
     def ratio(self) -> float:
@@ -64,14 +89,20 @@ class Row:
         return first / second if second else float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, the ratio, and how it is formed."""
+        """All fields, the ratio and how it is formed, and images per second."""
         formed = "ours / other" if self.kind == "cost" else "other / ours"
-        return {**asdict(self), "ratio": self.ratio, "ratio_is": formed}
+        rate = self.images_per_second
+        return {**asdict(self), "ratio": self.ratio, "ratio_is": formed, "images_per_second": rate}
 
 
 def suites() -> list[str]:
     """Names of all suites."""
     return sorted(module.name for module in iter_modules(__path__))
+
+
+def suite_options(name: str, scale: Scale) -> tuple[str, ...]:
+    """Options with which a suite runs among all: its defaults, or its ``FULL`` or ``REDUCED``."""
+    return tuple(getattr(load_suite(name), scale.upper(), ()))
 
 
 def load_suite(name: str) -> ModuleType:
@@ -101,6 +132,21 @@ def peak_memory(run: Callable[[], object]) -> int:
     with _Storages() as storages:
         run()
     return storages.peak
+
+
+def device_peak(run: Callable[[], object]) -> int:
+    """The most bytes that one call held at a time beyond what was there before.
+
+    On a GPU in use, the allocator's own count, with scratch memory; elsewhere `peak_memory`.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return peak_memory(run)
+    _synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    _synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 class _Storages(TorchDispatchMode):
@@ -158,19 +204,25 @@ def wall(
     kind: Kind = "cost",
     what: str = "",
     warm_up: bool = True,
+    images: int = 0,
     **fields: Any,
 ) -> Row:
-    """A `Row` of wall-clock time: the minimum of each over interleaved pairs."""
+    """A `Row` of wall-clock time: the minimum of each over interleaved pairs.
+
+    With ``images``, the number of images of one run, each side runs once more, for its peak memory.
+    """
     runs = interleaved(ours, other, pairs, warm_up=warm_up)
     times = list(tqdm(runs, name, total=pairs, unit="pair", leave=False, disable=None))
     raw = {"ours": [a for a, _ in times], "other": [b for _, b in times]}
     if pairs < MIN_PAIRS:
         fields["notes"] = f"{fields.get('notes', '')} {pairs} pairs instead of {MIN_PAIRS}.".strip()
-    return Row(name, min(raw["ours"]), min(raw["other"]), "s", kind, what, raw, **fields)
+    peaks = {"ours": device_peak(ours) / 1e9, "other": device_peak(other) / 1e9} if images else {}
+    best = min(raw["ours"]), min(raw["other"])
+    return Row(name, *best, "s", kind, what, raw, images=images, peak_gb=peaks, **fields)
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for the screen, notes below."""
+    """The rows for the screen, notes below. "Floor" is what ours is compared with, faster or slower."""
     cells = [
         [
             row.name,
@@ -179,12 +231,14 @@ def table(rows: list[Row]) -> str:
             row.unit,
             _number(row.ratio),
             _RATIO[row.kind],
+            "" if row.images_per_second is None else _number(row.images_per_second),
+            " | ".join(_number(row.peak_gb[side]) for side in ("ours", "other") if row.peak_gb),
             row.what,
         ]
         for row in rows
     ]
-    headers = ["row", "ours", "other", "unit", "ratio", "", "ours | other"]
-    right = ["left", "right", "right", "left", "right", "left", "left"]
+    headers = ["row", "ours", "floor", "unit", "ratio", "", "images/s", "peak GB", "ours | floor"]
+    right = ["left", "right", "right", "left", "right", "left", "right", "right", "left"]
     text = tabulate(cells, headers, "simple_outline", colalign=right, disable_numparse=True)
     notes = [f"{row.name}: {row.notes}" for row in rows if row.notes]
     return "\n".join([text, *notes])

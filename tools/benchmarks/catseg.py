@@ -22,7 +22,14 @@ from clipdense.systems.catseg import cost
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-__all__ = ["add_arguments", "rows"]
+__all__ = ["FULL", "REDUCED", "add_arguments", "rows"]
+
+META = True
+"""Whether device meta counts some rows without computing."""
+
+FULL = ("--config-file", "projects/CATSeg/configs/catseg_vitl_336.yaml")
+REDUCED = ("--config-file", "configs/shapes/catseg_vit.yaml", "--size", "128", "128", "--classes", "20")
+"""Options of this suite in a full and in a reduced run of all suites."""
 
 CLASSES = 847
 ROWS = ("k847", "rejection", "floor")
@@ -43,11 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
     parser.add_argument("--flops-only", action="store_true", help="skip the wall-clock rows")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help='"meta" counts memory and FLOPs without computing; use it with --flops-only',
-    )
     parser.add_argument(
         "--config-file",
         default="projects/CATSeg/configs/catseg_vitb_384.yaml",
@@ -171,7 +173,8 @@ def _rejection(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]
     )
     yield Row("catseg/early_rejection_flops", *counts, "GFLOP", what=what, notes=notes)
     if not args.flops_only:
-        yield wall("catseg/early_rejection", ours, other, pairs=args.pairs, what=what, warm_up=False)
+        name = "catseg/early_rejection"
+        yield wall(name, ours, other, pairs=args.pairs, what=what, warm_up=False, images=1)
 
 
 def _first_classes(count: int, scores: Tensor, topk: int) -> Tensor:
@@ -192,4 +195,4 @@ def _floor(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) ->
     what = f"CAT-Seg, {args.classes} classes | CLIP on its {len(views)} views"
     yield Row("catseg/inference_flops", flops(ours) / 1e9, flops(floor) / 1e9, "GFLOP", what=what)
     if not args.flops_only:
-        yield wall("catseg/inference", ours, floor, pairs=args.pairs, what=what, warm_up=False)
+        yield wall("catseg/inference", ours, floor, pairs=args.pairs, what=what, warm_up=False, images=1)

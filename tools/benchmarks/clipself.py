@@ -22,7 +22,11 @@ from clipdense.systems.clipself import CLIPSelf, CLIPSelfMapper
 
 from detectron2.config import get_cfg
 
-__all__ = ["add_arguments", "rows"]
+__all__ = ["FULL", "REDUCED", "add_arguments", "rows"]
+
+FULL = ("--size", "1024", "--batch", "2", "--workers", "4")
+REDUCED = ("--clip", "shapes-vit", "--size", "128")
+"""Options of this suite in a full and in a reduced run of all suites."""
 
 WHAT = "a training step | student forward and backward, teacher forward on the same crops"
 
@@ -44,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Measure FLOPs and wall time of a step on patches of 640 x 480 images, and the share of time that a run
     waits for data."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device
     torch.manual_seed(0)
     clip = load_clip(args.clip, "random")
     crop_size = clip.image_size[0]
@@ -71,7 +75,15 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         cost = flops(step) / 1e9, flops(floor) / 1e9
         yield Row("clipself/step_flops", *cost, "GFLOP", what=WHAT, notes=notes)
         if not args.flops_only:
-            row = wall("clipself/step_wall", step, floor, pairs=args.pairs, what=WHAT, warm_up=False)
+            row = wall(
+                "clipself/step_wall",
+                step,
+                floor,
+                pairs=args.pairs,
+                what=WHAT,
+                warm_up=False,
+                images=args.batch,
+            )
             share = _data_wait(images, mapper, args.batch, args.workers, row.ours)
             waiting = f"A run waits for data {share:.1%} of its time ({args.workers} workers)."
             row.notes = f"{row.notes} {waiting}".strip()

@@ -20,7 +20,10 @@ from detectron2.modeling import Backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-__all__ = ["FixedProposals", "add_arguments", "random_batch", "random_proposals", "rows"]
+__all__ = ["REDUCED", "FixedProposals", "add_arguments", "random_batch", "random_proposals", "rows"]
+
+REDUCED = ("--clip", "shapes-rn", "--size", "128", "--batch", "1", "--flops-only")
+"""Options of this suite in a reduced run of all suites."""
 
 WHAT = "DenseCLIP | Mask R-CNN on the same trunk and dense pool"
 
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Measure FLOPs and wall time of inference and of a training step."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device
     ours, floor = _denseclip(args.clip, device), _mask_rcnn(args.clip, device)
     batch = random_batch(args.size, args.batch, 80)
     proposals = random_proposals(args.size, args.batch, 1000, device)
@@ -51,7 +54,13 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         )
         if not args.flops_only:
             yield wall(
-                f"denseclip/{name}_wall", run_ours, run_floor, pairs=args.pairs, what=WHAT, warm_up=False
+                f"denseclip/{name}_wall",
+                run_ours,
+                run_floor,
+                pairs=args.pairs,
+                what=WHAT,
+                warm_up=False,
+                images=args.batch,
             )
 
 

@@ -20,7 +20,10 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_model
 
-__all__ = ["add_arguments", "rows"]
+__all__ = ["REDUCED", "add_arguments", "rows"]
+
+REDUCED = ("--clip", "shapes-rn", "--size", "64", "96", "--window", "64", "--stride", "32")
+"""Options of this suite in a reduced run of all suites."""
 
 WINDOWS = "sliding-window inference | one batched forward pass of the same windows"
 LANGUAGE = "DenseCLIP with cached text | CLIP's image encoder and Semantic FPN on its maps"
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Measure FLOPs and wall time of windows, and of inference on one window."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device
     cfg = _config(args, device)
     ours, plain = _denseclip(cfg), _semantic_fpn(cfg)
     what = "trained parameters of DenseCLIP | of Semantic FPN on the same trunk"
@@ -71,7 +74,7 @@ def _pair(
     name = f"denseclip_seg/{name}"
     yield Row(f"{name}_flops", flops(ours) / 1e9, flops(other) / 1e9, "GFLOP", what=what)
     if not args.flops_only:
-        yield wall(f"{name}_wall", ours, other, pairs=args.pairs, what=what, warm_up=False)
+        yield wall(f"{name}_wall", ours, other, pairs=args.pairs, what=what, warm_up=False, images=1)
 
 
 def _model(model: Any, image: Tensor) -> Callable[[], object]:

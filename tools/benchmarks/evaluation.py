@@ -24,7 +24,10 @@ from benchmarks import MIN_PAIRS, Row, wall
 from clipdense.evaluation.average_precision import PrecisionTable, average_precision_backend
 from clipdense.evaluation.detections import Detections
 
-__all__ = ["add_arguments", "hotcoco_metrics", "pycocotools_metrics", "rows", "synthetic_coco"]
+__all__ = ["REDUCED", "add_arguments", "hotcoco_metrics", "pycocotools_metrics", "rows", "synthetic_coco"]
+
+REDUCED = ("--images", "100")
+"""Options of this suite in a reduced run of all suites."""
 
 HEIGHT, WIDTH, CLASSES = 480, 640, 80
 OBJECTS, DETECTIONS = 7.3, 36

@@ -20,7 +20,10 @@ from clipdense.run.export.names import tower_graph
 from clipdense.run.export.write import compare_onnx, run_eager, write_onnx
 from clipdense.run.setup import load_config
 
-__all__ = ["add_arguments", "rows"]
+__all__ = ["REDUCED", "add_arguments", "rows"]
+
+REDUCED = ("--models", "shapes-rn", "shapes-vit", "--size", "64", "96")
+"""Options of this suite in a reduced run of all suites."""
 
 _MODELS: dict[str, tuple[str, list[str]]] = {
     "zero_shot_sclip": ("shapes/zero_shot_sclip_vit.yaml", []),

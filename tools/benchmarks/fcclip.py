@@ -23,7 +23,13 @@ from clipdense.systems.mask_pooling import meta_arch, queries
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-__all__ = ["add_arguments", "rows"]
+__all__ = ["REDUCED", "add_arguments", "rows"]
+
+META = True
+"""Whether device meta counts some rows without computing."""
+
+REDUCED = ("--config-file", "configs/shapes/fcclip_rn.yaml", "--size", "128", "160")
+"""Options of this suite in a reduced run of all suites."""
 
 WHAT = "FC-CLIP | its CLIP trunk, pixel decoder and decoder alone"
 WHAT_MEMORY = "classes and merging of 1,203 classes | of 20"
@@ -40,11 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(640, 853), help="height and width in pixels")
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
     parser.add_argument("--flops-only", action="store_true", help="leave the wall-clock rows out")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help='"meta" counts the FLOPs without computing; use it with --flops-only',
-    )
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
@@ -64,7 +65,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         name = _name(classes)
         yield Row(f"{name}_flops", flops(ours) / 1e9, least, "GFLOP", what=WHAT)
         if not args.flops_only:
-            yield wall(f"{name}_wall", ours, floor, pairs=args.pairs, what=WHAT, warm_up=False)
+            yield wall(f"{name}_wall", ours, floor, pairs=args.pairs, what=WHAT, warm_up=False, images=1)
     with torch.inference_mode():
         proposals = model.propose(batch)
     peaks = []

@@ -21,7 +21,10 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-__all__ = ["add_arguments", "rows"]
+__all__ = ["REDUCED", "add_arguments", "rows"]
+
+REDUCED = ("--config-file", "configs/shapes/fvlm_vit.yaml", "--size", "128")
+"""Options of this suite in a reduced run of all suites."""
 
 WHAT = "F-VLM | its trunk, pyramid, RPN and heads alone"
 WHAT_MEMORY = "a training step | the same on maps that are there"
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """FLOPs and wall time of inference with 80 and 1203 classes; peak memory of a training step."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device
     model = _model(args.config_file, device)
     proposals = random_proposals(args.size, args.batch, PROPOSALS, device)
     model.proposal_generator = FixedProposals(model.proposal_generator, proposals)
@@ -64,7 +67,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         yield Row(f"fvlm/k{classes}_flops", *cost, "GFLOP", what=WHAT)
         if not args.flops_only:
             name = f"fvlm/k{classes}_wall"
-            yield wall(name, ours, floor, pairs=args.pairs, what=WHAT, warm_up=False)
+            yield wall(name, ours, floor, pairs=args.pairs, what=WHAT, warm_up=False, images=args.batch)
     yield _train_memory(model, random_batch(args.size, args.batch, model.roi_heads.num_classes))
 
 

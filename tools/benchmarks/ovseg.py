@@ -24,7 +24,13 @@ from clipdense.run.config_file import merge_config_file
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-__all__ = ["add_arguments", "crop_loop", "random_masks", "rows"]
+__all__ = ["FULL", "REDUCED", "add_arguments", "crop_loop", "random_masks", "rows"]
+
+FULL = ("--config-file", "projects/OVSeg/configs/ovseg_swinb_vitl14.yaml", "--rows", "crop_stage", "k847")
+FULL += ("end_to_end", "bf16", "fp16", "compiled")
+REDUCED = ("--config-file", "configs/shapes/ovseg.yaml", "--size", "128", "160", "--masks", "8")
+REDUCED += ("--rows", "crop_stage", "k847", "end_to_end", "bf16", "pruned")
+"""Options of this suite in a full and in a reduced run of all suites."""
 
 CLASSES = 847
 CROP_SIZE = 224
@@ -60,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Measure wall time of crops, memory of labels of 847 classes, cost of a whole forward, and options."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device
     height, width = args.size
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, device=device)
     masks = random_masks(args.masks, height, width).to(device)
@@ -219,7 +225,7 @@ def _end_to_end(args: argparse.Namespace, model: Any, batch: list[dict[str, Any]
 
     yield Row("ovseg/end_to_end_flops", flops(ours) / 1e9, flops(floor) / 1e9, "GFLOP", what=WHAT)
     if not args.flops_only:
-        yield wall("ovseg/end_to_end", ours, floor, pairs=args.pairs, what=WHAT, warm_up=False)
+        yield wall("ovseg/end_to_end", ours, floor, pairs=args.pairs, what=WHAT, warm_up=False, images=1)
 
 
 def _option(option: str, args: argparse.Namespace, model: Any, batch: list[dict[str, Any]]) -> Row:
@@ -252,7 +258,7 @@ def _option(option: str, args: argparse.Namespace, model: Any, batch: list[dict[
     handle = model.encoder.register_forward_hook(record)
     ours()  # compiles and draws the masks
     name, what = f"ovseg/{option}", f"OVSeg, {option} | without"
-    row = wall(name, ours, other, pairs=args.pairs, kind="speedup", what=what, warm_up=False)
+    row = wall(name, ours, other, pairs=args.pairs, kind="speedup", what=what, warm_up=False, images=1)
     handle.remove()
     change = (found["logits"] - exact["logits"]).abs()
     seen = ~change.isnan().any(1)

@@ -20,7 +20,14 @@ from clipdense.run.config_file import merge_config_file
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-__all__ = ["add_arguments", "rows"]
+__all__ = ["REDUCED", "add_arguments", "rows"]
+
+META = True
+"""Whether device meta counts some rows without computing."""
+
+REDUCED = ("--config-file", "configs/shapes/zero_shot_sclip_vit.yaml", "--size", "64", "96")
+REDUCED += ("--large", "64", "96", "--methods", "sclip", "clearclip", "naclip")
+"""Options of this suite in a reduced run of all suites."""
 
 CLASSES, MANY = 150, 847
 ROWS = ("flops", "wall", "k847")
@@ -37,11 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="interleaved pairs of timed runs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
     parser.add_argument("--flops-only", action="store_true", help="the same as --rows flops")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help='"meta" counts the memory of the row k847 without computing',
-    )
     parser.add_argument(
         "--config-file",
         default="projects/ZeroShot/configs/ade20k.yaml",
@@ -62,7 +64,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             yield Row(f"zero_shot/{method}_windows_flops", *cost, "GFLOP", what=what)
         if "wall" in wanted:
             name = f"zero_shot/{method}_windows_wall"
-            yield wall(name, ours, floor, pairs=args.pairs, what=what, warm_up=False)
+            yield wall(name, ours, floor, pairs=args.pairs, what=what, warm_up=False, images=1)
     if "k847" in wanted:
         yield _memory(args)
 

@@ -76,7 +76,7 @@ class TextTower(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embed token ids (n, L) as (n, D), not L2-normalised.
+        """Embed token ids (n, L), best on the CPU, as (n, D), not L2-normalised.
 
         A causal tower whose texts end with their largest id skips the padding after the longest text.
 
@@ -84,7 +84,8 @@ class TextTower(nn.Module):
             ValueError: If L exceeds the context length, or differs from it for a bidirectional tower.
         """
         if self.pool_type == "argmax" and self.causal and len(tokens):
-            tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
+            tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]  # no wait for the device, on the CPU
+        tokens = tokens.to(self.positional_embedding.device, non_blocking=True)
         return self.encode(self.token_embedding(tokens), self.end(tokens))
 
     def unfinished(self, tokens: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ class CATSeg(OpenVocabularyModel, nn.Module):
 
     def preprocess_image(self, image: Tensor) -> Tensor:
         """Normalise an image (3, h, w) in 0..255 with the statistics of CLIP, RGB."""
-        image = image.to(self.clip.logit_scale.device)
+        image = image.to(self.clip.logit_scale.device, non_blocking=True)
         return self.clip.normalize(image.flip(0) if self.input_format == "BGR" else image)
 
     def losses(self, images: Sequence[Tensor], batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ class CATSeg(OpenVocabularyModel, nn.Module):
                 f"{sample.get('file_name', 'an image')} has no semantic label map, which CATSeg is trained "
                 "on: choose a dataset with sem_seg_file_name in DATASETS.TRAIN"
             )
-        labels: Tensor = sample["sem_seg"].to(self.clip.logit_scale.device, torch.long)
+        labels: Tensor = sample["sem_seg"]  # on the host, if it comes from a loader: no wait for the device
         known = labels[labels != self.ignore_label]
         count = 0 if self.label_vocabulary is None else len(self.label_vocabulary)
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < count:
@@ -326,7 +326,7 @@ class CATSeg(OpenVocabularyModel, nn.Module):
                 f"but DATASETS.TRAIN has {count} classes and void is {self.ignore_label} "
                 "(MODEL.SEM_SEG_HEAD.IGNORE_VALUE)"
             )
-        return labels
+        return labels.to(self.clip.logit_scale.device, torch.long, non_blocking=True)
 
     def _set_trainable(self, finetune: str) -> None:
         """Freeze the parameters of CLIP that do not learn, or that the loss does not depend on."""

@@ -63,11 +63,11 @@ class PromptEncoder:
         device = self.text.positional_embedding.device
         if device.type == "meta":
             return torch.empty(len(vocabulary), len(self), self.clip.embed_dim, device=device)
-        rows = self.embed(self.tokens(vocabulary).to(device))
-        counts = torch.tensor([len(names) for names in self._names(vocabulary)], device=device)
-        if (counts == 1).all():
+        rows = self.embed(self.tokens(vocabulary))
+        counts = [len(names) for names in self._names(vocabulary)]
+        if max(counts) == 1:
             return rows
-        classes = torch.arange(len(vocabulary), device=device).repeat_interleave(counts)
+        classes = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
         sums = rows.new_zeros(len(vocabulary), *rows.shape[1:]).index_add(0, classes, rows)
         return F.normalize(sums, dim=-1)
 

@@ -150,7 +150,7 @@ class DenseStudent(nn.Module):
                 f"{self.student.visual.stride} of {self.student.name}"
             )
         dense = dense_map(self.student.visual, x, self.mode, self.window)  # (B, D, h, w)
-        boxes = [sample["boxes"].to(self.device) for sample in batched_inputs]
+        boxes = [sample["boxes"].to(self.device, non_blocking=True) for sample in batched_inputs]
         return pool_boxes(dense, boxes, scale=(dense.shape[3], dense.shape[2]), pooling=pooling)
 
     @torch.no_grad()

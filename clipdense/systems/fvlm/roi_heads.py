@@ -135,12 +135,14 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
         Returns:
             ``pred_boxes``, ``scores`` and ``pred_classes``, by descending score.
         """
-        finite = boxes.isfinite().all(1) & scores.isfinite().all(1)
-        clipped = Boxes(boxes[finite])
+        # boxes that are not finite get scores below every threshold: to select the others would cost a wait
+        finite = (boxes.isfinite().all(1) & scores.isfinite().all(1))[:, None]
+        clipped = Boxes(boxes.where(finite, 0.0))
         clipped.clip(image_size)
+        scores = scores[:, :-1].where(finite, -torch.inf)
         index, classes = class_nms(
             clipped.tensor,
-            scores[finite, :-1],
+            scores,
             threshold=self.test_score_thresh,
             iou=self.test_nms_thresh,
             limit=self.test_topk_per_image,
@@ -148,7 +150,7 @@ class FVLMBoxPredictor(FastRCNNOutputLayers):
         return Instances(
             image_size,
             pred_boxes=clipped[index],
-            scores=scores[finite][index, classes],
+            scores=scores[index, classes],
             pred_classes=classes,
         )
 

@@ -299,7 +299,7 @@ class FCCLIP(OpenVocabularyMaskFormer):
         return F.cross_entropy(torch.cat(logits), found, reduction="sum") / max(len(found), 1)
 
     def _rgb(self, image: Tensor) -> Tensor:
-        image = image.to(self.device).float()
+        image = image.to(self.device, non_blocking=True).float()
         return image if self.input_format == "RGB" else image.flip(0)
 
     def _classify_layers(self, prediction: MaskPrediction, text: TextEmbeddings) -> MaskPrediction:

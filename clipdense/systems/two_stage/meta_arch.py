@@ -220,5 +220,5 @@ class OVSeg(OpenVocabularyMaskFormer):
         return proposals.masks(b).apply(torch.sigmoid)
 
     def _rgb(self, image: Tensor) -> Tensor:
-        image = image.to(self.device)
+        image = image.to(self.device, non_blocking=True)
         return image if self.input_format == "RGB" else image.flip(0)
