@@ -20,7 +20,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 SUITES = sorted(path.stem for path in Path(__file__).with_name("benchmarks").glob("[!_]*.py"))
 
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     parse_arguments()  # --help and wrong options end here, before the imports that take seconds
 
 import torch
-from benchmarks import Row, load_suite, suite_options, table
+from benchmarks import Row, Scale, load_suite, suite_options, table
 
 import clipdense
 from clipdense.files import json_text, write_text
@@ -72,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         for each in SUITES:
             print(f"{each:16}{(load_suite(each).__doc__ or '').strip().splitlines()[0]}")
-            for scale in ("full", "reduced") if args.suite == "all" else ():
-                print(f"{'':16}{scale}: {' '.join(suite_options(each, scale)) or '(defaults)'}")
+            if args.suite == "all":
+                for scale in get_args(Scale):
+                    print(f"{'':16}{scale}: {' '.join(suite_options(each, scale)) or '(defaults)'}")
         return 0
     args.device = checked_device(args.suite, args.device)
     content: dict[str, Any] = {"suite": args.suite, "machine": machine(args.device), "rows": []}
@@ -108,7 +109,7 @@ def run_all(args: argparse.Namespace, content: dict[str, Any]) -> int:
     Returns:
         Exit status: 1 if a suite has failed.
     """
-    scale = args.scale or ("full" if args.device == "cuda" else "reduced")
+    scale: Scale = args.scale or ("full" if args.device == "cuda" else "reduced")
     errors: dict[str, str] = {}
     options = {name: suite_options(name, scale) for name in args.suites}
     content |= {"scale": scale, "options": options, "errors": errors}
@@ -125,8 +126,8 @@ def run_all(args: argparse.Namespace, content: dict[str, Any]) -> int:
         if args.device == "cuda":
             torch.cuda.empty_cache()
     print(table(rows))
-    for name, error in errors.items():
-        print(f"error: suite {name}: {error}", file=sys.stderr)
+    for name, message in errors.items():
+        print(f"error: suite {name}: {message}", file=sys.stderr)
     return 1 if errors else 0
 
 

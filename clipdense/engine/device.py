@@ -44,7 +44,7 @@ def prepare_model(
         ConfigError: If the model has no submodule of that name; the message lists its submodules.
     """
     if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     for name in compiled:
         try:
             part = model.get_submodule(name)

@@ -180,7 +180,8 @@ def panoptic_inference(
     won = torch.zeros_like(inside).scatter_add_(0, pixels, torch.ones_like(pixels))
     owned = torch.zeros_like(inside).scatter_add_(0, pixels, confident.flatten().long())
     # one copy to the host for all that is decided there
-    ids, segments = _segments(*torch.stack([labels, won, owned, inside]).cpu(), things, overlap_threshold)
+    labels, won, owned, inside = torch.stack([labels, won, owned, inside]).cpu().unbind()
+    ids, segments = _segments(labels, won, owned, inside, things, overlap_threshold)
     return ids.to(winner.device, non_blocking=True)[winner].mul_(confident), segments
 
 

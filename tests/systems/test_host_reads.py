@@ -11,40 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from clipdense.clip.vocabulary import Vocabulary
-from clipdense.engine.build import build_model
 from clipdense.regions.crops import MaskCrops
-from clipdense.run.setup import load_config
 from tests.helpers.host_reads import HostReads
+from tests.helpers.nano_models import nano_model as model
+from tests.helpers.nano_models import noise_image as image
 
 Batch = list[dict[str, Any]]
 
-# Detectron2's own code: it selects the proposals of the RPN and pastes masks with several reads an image.
-DETECTRON2 = ("find_top_rpn_proposals", "paste_masks_in_image", "detector_postprocess")
+# Detectron2's own code: it selects the proposals of the RPN and pastes masks with several reads an image, and
+# computes the size of a batch on the host.
+DETECTRON2 = ("find_top_rpn_proposals", "paste_masks_in_image", "detector_postprocess", "from_tensors")
 # What `panoptic_inference` decides on the host, on one copy of its numbers.
 ON_HOST = ("_segments",)
-
-
-def image(height: int, width: int) -> dict[str, Any]:
-    pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    return {"image": pixels, "height": height, "width": width}
-
-
-def model(config: str, classes: int = 6, *overrides: Any) -> Any:
-    """Build a nano model with random heads."""
-    torch.manual_seed(0)
-    words = ["MODEL.DEVICE", "cpu", *map(str, overrides)]
-    built: Any = build_model(load_config(f"shapes/{config}.yaml", words))
-    if classes:
-        names = [f"{colour} {shape}" for colour in COLOURS for shape in ("cube", "ball", "ring")][:classes]
-        vocabulary = Vocabulary(
-            tuple((name,) for name in names), base=tuple(i % 2 == 0 for i in range(classes))
-        )
-        built.eval().set_vocabulary(vocabulary)
-    return built
-
-
-COLOURS = ("red", "green", "blue", "white", "black")
 
 
 def reads(run: Callable[[], object]) -> HostReads:

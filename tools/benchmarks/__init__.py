@@ -28,6 +28,7 @@ from tqdm import tqdm
 __all__ = [
     "MIN_PAIRS",
     "Row",
+    "Scale",
     "device_peak",
     "flops",
     "interleaved",

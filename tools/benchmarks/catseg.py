@@ -27,8 +27,16 @@ __all__ = ["FULL", "REDUCED", "add_arguments", "rows"]
 META = True
 """Whether device meta counts some rows without computing."""
 
-FULL = ("--config-file", "projects/CATSeg/configs/catseg_vitl_336.yaml")
-REDUCED = ("--config-file", "configs/shapes/catseg_vit.yaml", "--size", "128", "128", "--classes", "20")
+FULL: tuple[str, ...] = ("--config-file", "projects/CATSeg/configs/catseg_vitl_336.yaml")
+REDUCED: tuple[str, ...] = (
+    "--config-file",
+    "configs/shapes/catseg_vit.yaml",
+    "--size",
+    "128",
+    "128",
+    "--classes",
+    "20",
+)
 """Options of this suite in a full and in a reduced run of all suites."""
 
 CLASSES = 847

@@ -24,8 +24,8 @@ from detectron2.config import get_cfg
 
 __all__ = ["FULL", "REDUCED", "add_arguments", "rows"]
 
-FULL = ("--size", "1024", "--batch", "2", "--workers", "4")
-REDUCED = ("--clip", "shapes-vit", "--size", "128")
+FULL: tuple[str, ...] = ("--size", "1024", "--batch", "2", "--workers", "4")
+REDUCED: tuple[str, ...] = ("--clip", "shapes-vit", "--size", "128")
 """Options of this suite in a full and in a reduced run of all suites."""
 
 WHAT = "a training step | student forward and backward, teacher forward on the same crops"

@@ -22,7 +22,7 @@ from detectron2.utils.events import EventStorage
 
 __all__ = ["REDUCED", "FixedProposals", "add_arguments", "random_batch", "random_proposals", "rows"]
 
-REDUCED = ("--clip", "shapes-rn", "--size", "128", "--batch", "1", "--flops-only")
+REDUCED: tuple[str, ...] = ("--clip", "shapes-rn", "--size", "128", "--batch", "1", "--flops-only")
 """Options of this suite in a reduced run of all suites."""
 
 WHAT = "DenseCLIP | Mask R-CNN on the same trunk and dense pool"

@@ -22,7 +22,7 @@ from detectron2.modeling import Backbone, build_model
 
 __all__ = ["REDUCED", "add_arguments", "rows"]
 
-REDUCED = ("--clip", "shapes-rn", "--size", "64", "96", "--window", "64", "--stride", "32")
+REDUCED: tuple[str, ...] = ("--clip", "shapes-rn", "--size", "64", "96", "--window", "64", "--stride", "32")
 """Options of this suite in a reduced run of all suites."""
 
 WINDOWS = "sliding-window inference | one batched forward pass of the same windows"

@@ -26,7 +26,7 @@ from clipdense.evaluation.detections import Detections
 
 __all__ = ["REDUCED", "add_arguments", "hotcoco_metrics", "pycocotools_metrics", "rows", "synthetic_coco"]
 
-REDUCED = ("--images", "100")
+REDUCED: tuple[str, ...] = ("--images", "100")
 """Options of this suite in a reduced run of all suites."""
 
 HEIGHT, WIDTH, CLASSES = 480, 640, 80

@@ -22,7 +22,7 @@ from clipdense.run.setup import load_config
 
 __all__ = ["REDUCED", "add_arguments", "rows"]
 
-REDUCED = ("--models", "shapes-rn", "shapes-vit", "--size", "64", "96")
+REDUCED: tuple[str, ...] = ("--models", "shapes-rn", "shapes-vit", "--size", "64", "96")
 """Options of this suite in a reduced run of all suites."""
 
 _MODELS: dict[str, tuple[str, list[str]]] = {

@@ -23,7 +23,7 @@ from detectron2.utils.events import EventStorage
 
 __all__ = ["REDUCED", "add_arguments", "rows"]
 
-REDUCED = ("--config-file", "configs/shapes/fvlm_vit.yaml", "--size", "128")
+REDUCED: tuple[str, ...] = ("--config-file", "configs/shapes/fvlm_vit.yaml", "--size", "128")
 """Options of this suite in a reduced run of all suites."""
 
 WHAT = "F-VLM | its trunk, pyramid, RPN and heads alone"

@@ -26,9 +26,23 @@ from detectron2.modeling import build_model
 
 __all__ = ["FULL", "REDUCED", "add_arguments", "crop_loop", "random_masks", "rows"]
 
-FULL = ("--config-file", "projects/OVSeg/configs/ovseg_swinb_vitl14.yaml", "--rows", "crop_stage", "k847")
+FULL: tuple[str, ...] = (
+    "--config-file",
+    "projects/OVSeg/configs/ovseg_swinb_vitl14.yaml",
+    "--rows",
+    "crop_stage",
+    "k847",
+)
 FULL += ("end_to_end", "bf16", "fp16", "compiled")
-REDUCED = ("--config-file", "configs/shapes/ovseg.yaml", "--size", "128", "160", "--masks", "8")
+REDUCED: tuple[str, ...] = (
+    "--config-file",
+    "configs/shapes/ovseg.yaml",
+    "--size",
+    "128",
+    "160",
+    "--masks",
+    "8",
+)
 REDUCED += ("--rows", "crop_stage", "k847", "end_to_end", "bf16", "pruned")
 """Options of this suite in a full and in a reduced run of all suites."""
 

@@ -25,7 +25,7 @@ __all__ = ["REDUCED", "add_arguments", "rows"]
 META = True
 """Whether device meta counts some rows without computing."""
 
-REDUCED = ("--config-file", "configs/shapes/zero_shot_sclip_vit.yaml", "--size", "64", "96")
+REDUCED: tuple[str, ...] = ("--config-file", "configs/shapes/zero_shot_sclip_vit.yaml", "--size", "64", "96")
 REDUCED += ("--large", "64", "96", "--methods", "sclip", "clearclip", "naclip")
 """Options of this suite in a reduced run of all suites."""
 

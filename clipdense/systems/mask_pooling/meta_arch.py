@@ -252,9 +252,11 @@ class FCCLIP(OpenVocabularyMaskFormer):
         """Compute the logits of both classifiers for the masks of each image, before they are fused."""
         assert isinstance(proposals, DenseProposals)
         text, batch = self.text_embeddings(), len(proposals.mask_logits)
+        assert self.vocabulary is not None
+        rows, classes, num_classes = text["rows"], text["classes"], len(self.vocabulary)
         inside: Sequence[Tensor | None] = [None] * batch
         if proposals.query_embeddings is not None:
-            logits = self.classifier(proposals.query_embeddings, text["rows"], text["classes"]).float()
+            logits = self.classifier(proposals.query_embeddings, rows, classes, num_classes).float()
             if proposals.class_logits is not None:
                 logits = with_objectness(logits[..., :-1], proposals.class_logits.float())
             inside = logits.unbind()
@@ -263,7 +265,7 @@ class FCCLIP(OpenVocabularyMaskFormer):
         if self.region_head != "none":
             regions = self.embed_regions(proposals, batched_inputs)
             valid = regions.valid
-            outside = self._region_logits(regions.embeddings, text).unbind()
+            outside = self._region_logits(regions.embeddings, text, num_classes).unbind()
         return [ClassLogits(p, q, v) for p, q, v in zip(inside, outside, valid, strict=True)]
 
     def embed_regions(
@@ -277,9 +279,11 @@ class FCCLIP(OpenVocabularyMaskFormer):
         trunk, joint = find_frozen_clip(self.backbone), proposals.features[JOINT]
         return embed_dense_regions(trunk, joint, proposals.mask_logits, self.masks)
 
-    def _region_logits(self, embeddings: Tensor, text: TextEmbeddings) -> Tensor:
+    def _region_logits(
+        self, embeddings: Tensor, text: TextEmbeddings, num_classes: int | None = None
+    ) -> Tensor:
         """Compare region embeddings (..., D) with all names and return class logits (..., K)."""
-        return max_logits(self.region_name_logits(embeddings, text["rows"]), text["classes"])
+        return max_logits(self.region_name_logits(embeddings, text["rows"]), text["classes"], num_classes)
 
     def region_name_logits(self, embeddings: Tensor, rows: Tensor) -> Tensor:
         """Compare region embeddings (..., D) with unit text embeddings of names (N, D): logits (..., N)."""

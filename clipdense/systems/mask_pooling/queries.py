@@ -97,19 +97,22 @@ class SynonymClassifier(nn.Module):
         """Project text embeddings (N, D_text) to unit length in the space of the queries."""
         return F.normalize(text if self.text_proj is None else self.text_proj(text), dim=-1)
 
-    def forward(self, embeddings: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, rows: Tensor, classes: Tensor, num_classes: int | None = None
+    ) -> Tensor:
         """Classify query embeddings.
 
         Args:
             embeddings: (..., D).
             rows: (N, D_text), one text embedding per name.
             classes: (N,) int64, the class of each name, in order.
+            num_classes: K; None reads it from `classes`, which waits for the device.
 
         Returns:
             (..., K + 1) logits, void last.
         """
         logits = self.name_logits(embeddings, rows)
-        return torch.cat([max_logits(logits[..., :-1], classes), logits[..., -1:]], dim=-1)
+        return torch.cat([max_logits(logits[..., :-1], classes, num_classes), logits[..., -1:]], dim=-1)
 
     def name_logits(self, embeddings: Tensor, rows: Tensor) -> Tensor:
         """Compare query embeddings (..., D) with names (N, D_text): logits (..., N + 1), void last."""
@@ -117,14 +120,15 @@ class SynonymClassifier(nn.Module):
         return (self.scale * F.normalize(embeddings, dim=-1) @ text.T).float()
 
 
-def max_logits(logits: Tensor, classes: Tensor) -> Tensor:
+def max_logits(logits: Tensor, classes: Tensor, num_classes: int | None = None) -> Tensor:
     """Reduce the logits of names (..., N) to those of classes (..., K) by their maximum.
 
     Args:
         logits: (..., N).
         classes: (N,) int64, the class of each name, in order.
+        num_classes: K; None reads it from `classes`, which waits for the device.
     """
-    num_classes = int(classes[-1]) + 1
+    num_classes = int(classes[-1]) + 1 if num_classes is None else num_classes
     if len(classes) == num_classes:
         return logits
     return max_over_synonyms(logits.movedim(-1, 0), classes, num_classes).movedim(0, -1)
