@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda", "meta"),
-        help="default: cuda if there is a GPU; meta counts rows of catseg and zero_shot without computing",
+        help="default: cuda if there is a GPU; meta counts rows of some suites without computing",
     )
     parser.add_argument("--list", action="store_true", help="name the suites; of all, with their options")
     name = next((word for word in arguments if word in ("all", *SUITES)), None)
