@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ __all__ = [
     "WriteError",
     "atomic_path",
     "cache_dir",
+    "file_sha256",
     "json_text",
     "read_text",
     "remove_leftovers",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _LOW_SPACE = 2**30
+_CHUNK = 2**20
 # Errors of the disk itself; when they come from a write, they do not name the file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
@@ -175,6 +178,15 @@ def write_error(path: str | os.PathLike[str], error: BaseException) -> WriteErro
         if free < _LOW_SPACE or number in (errno.ENOSPC, errno.EDQUOT):
             reason += f" ({free / 2**20:.0f} MB free in {folder})"
     return WriteError(f"cannot write {Path(path)}: {reason}")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def cache_dir() -> Path:

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     outputs = OutputFolder(args.output, predictor.metadata, inputs=inputs.images)
     settings = PredictionSettings(args.show or "", score_maps=tuple(args.score_map))
     status = predict_inputs(predictor, inputs, outputs, settings)
-    if outputs.segments and len(classes) == 1 and args.background is None and args.vocabulary:
+    if outputs.num_segments and len(classes) == 1 and args.background is None and args.vocabulary:
         print('A single class wins everywhere; --background "others" adds a class for the rest.')
     return status
 

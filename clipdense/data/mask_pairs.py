@@ -18,6 +18,7 @@ import pycocotools.mask as mask_util
 from tqdm import tqdm
 
 from clipdense.data.image import read_labels
+from clipdense.data.parquet import require_pyarrow
 from clipdense.data.validation import rle_fault
 from clipdense.files import atomic_path
 
@@ -27,6 +28,7 @@ from detectron2.utils import comm
 __all__ = [
     "LabelledSegments",
     "Pair",
+    "check_pair_file",
     "ground_truth_pairs",
     "labelled_segments",
     "pair_fault",
@@ -87,6 +89,20 @@ def pair_fault(pair: Mapping[str, Any]) -> str | None:
     return rle_fault(pair["segmentation"], pair["height"], pair["width"])
 
 
+def check_pair_file(path: str | Path) -> None:
+    """Check the name of a pair file.
+
+    Raises:
+        ValueError: If the suffix is neither ``.jsonl`` nor ``.parquet``.
+        ImportError: If the suffix is ``.parquet`` and the package pyarrow is not installed.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path}: pair files end in .jsonl or .parquet")
+    if suffix == ".parquet":
+        require_pyarrow(path)
+
+
 def write_pairs(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a pair file for `read_pairs`, atomically.
 
@@ -95,14 +111,14 @@ def write_pairs(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
         ImportError: If the suffix is ``.parquet`` and the package pyarrow is not installed.
     """
     path = Path(path)
-    _check_suffix(path)
+    check_pair_file(path)
     with atomic_path(path) as partial_path:
         if path.suffix == ".jsonl":
             with partial_path.open("w", encoding="utf-8") as file:
                 for record in records:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:
-            arrow, parquet = _pyarrow(path)
+            arrow, parquet = require_pyarrow(path)
             rows = list(records)
             columns = list(dict.fromkeys(key for row in rows for key in row))  # the first may lack some
             table = arrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
@@ -110,9 +126,9 @@ def write_pairs(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _rows(path: Path) -> Iterator[Pair]:
-    _check_suffix(path)
+    check_pair_file(path)
     if path.suffix == ".parquet":
-        _, parquet = _pyarrow(path)
+        _, parquet = require_pyarrow(path)
         try:
             file = parquet.ParquetFile(path)
             for batch in file.iter_batches():
@@ -129,20 +145,6 @@ def _rows(path: Path) -> Iterator[Pair]:
             if not isinstance(pair, dict):
                 raise ValueError(f"{path}, line {number}: expected a pair as a JSON object")
             yield pair
-
-
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path}: pair files end in .jsonl or .parquet")
-
-
-def _pyarrow(path: Path) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"{path} needs the package pyarrow (pip install pyarrow), or use .jsonl") from error
-    return pyarrow, pyarrow.parquet
 
 
 def pair_mask(pair: Mapping[str, Any]) -> npt.NDArray[np.bool_]:

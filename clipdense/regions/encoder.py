@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from clipdense.clip import ClipModel
 from clipdense.clip.mask_prompts import MaskPrompts
 from clipdense.clip.model import PRECISIONS
 from clipdense.regions import CropRule, get_crop_rule
-from clipdense.regions.crops import crop_masks
+from clipdense.regions.crops import MaskCrops, crop_masks
 from clipdense.regions.lazy_maps import LazyMaps
 
 __all__ = ["RegionEncoder", "cosine_logits"]
@@ -95,9 +96,7 @@ class RegionEncoder(nn.Module):
     def forward(
         self, image: Tensor, masks: Tensor | LazyMaps, query_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Embed the masks of one image; equal masks share one CLIP forward.
-
-        Masks of large images are cropped a few at a time, and only equal masks among these share a forward.
+        """Embed the masks of one image; see `embed_images`.
 
         Args:
             image: (3, h, w) RGB, 0 .. 255.
@@ -109,15 +108,56 @@ class RegionEncoder(nn.Module):
             Embeddings (V, D) of the valid masks in their order, not L2-normalised; valid (Q,) bool, the masks
             that have a crop and are in `query_mask`.
         """
-        lazy = LazyMaps.of(masks)
-        chosen = lazy if query_mask is None else lazy[query_mask]
-        parts = [self._embed(image, chosen[part].compute()) for part in chosen.parts(part=_PART)]
-        embeddings, valid = (torch.cat(results) for results in zip(*parts, strict=True))
-        return embeddings, valid if query_mask is None else query_mask.masked_scatter(query_mask, valid)
+        return self.embed_images([image], [masks], [query_mask])[0]
 
-    def _embed(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed the valid ones of a few masks -> embeddings (V, D), valid (Q,)."""
-        crops = crop_masks(
+    def embed_images(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | LazyMaps],
+        query_masks: Sequence[Tensor | None] | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Embed the masks of several images, whose crops share the forwards of CLIP.
+
+        Equal masks of an image share one crop. Masks of large images are cropped a few at a time, and only
+        equal masks among these share a crop.
+
+        Args:
+            images: B images, each (3, h, w) RGB, 0 .. 255.
+            masks: (Q, H, W) of each image, see `forward`.
+            query_masks: (Q,) of each image, see `forward`; None: all masks.
+
+        Returns:
+            The results of `forward` for each image.
+        """
+        chosen = [None] * len(images) if query_masks is None else list(query_masks)
+        sources: list[int] = []  # image of each part
+        crops: list[tuple[Tensor, Tensor]] = []  # index and valid of each part
+
+        def parts() -> Iterator[MaskCrops]:
+            for b, (image, values, query_mask) in enumerate(zip(images, masks, chosen, strict=True)):
+                lazy = LazyMaps.of(values)
+                lazy = lazy if query_mask is None else lazy[query_mask]
+                for part in lazy.parts(part=_PART):
+                    found = self._crop(image, lazy[part].compute())
+                    sources.append(b)
+                    crops.append((found.index, found.valid))
+                    yield found
+
+        embeddings: list[list[Tensor]] = [[] for _ in images]
+        flags: list[list[Tensor]] = [[] for _ in images]
+        for b, (index, valid), rows in zip(sources, crops, self._encode_crops(parts()), strict=True):
+            embeddings[b].append(rows[index])
+            flags[b].append(valid)
+        results = []
+        for query_mask, rows, valid in zip(chosen, embeddings, flags, strict=True):
+            kept = torch.cat(valid)
+            results.append(
+                (torch.cat(rows), kept if query_mask is None else query_mask.masked_scatter(query_mask, kept))
+            )
+        return results
+
+    def _crop(self, image: Tensor, masks: Tensor) -> MaskCrops:
+        return crop_masks(
             image,
             masks,
             self.rule,
@@ -125,13 +165,35 @@ class RegionEncoder(nn.Module):
             pixel_mean=self.clip.pixel_mean,
             pixel_std=self.clip.pixel_std,
         )
-        embeddings = [image.new_zeros(0, self.clip.embed_dim, dtype=crops.image.dtype)]
-        for part in crops.parts(self.batch_size):
-            inside = crops.region_masks(part) if self.prompted else None
-            regions = crops.regions(part)
-            with self._autocast(regions.device.type):
-                embeddings.append(self._encode(regions, inside).float())
-        return torch.cat(embeddings)[crops.index], crops.valid
+
+    def _encode_crops(self, parts: Iterable[MaskCrops]) -> list[Tensor]:
+        """Embed crops in full batches, which may hold crops of several parts -> (n, D) of each part."""
+        counts, embeddings, waiting = [], [], []
+        space = self.batch_size
+        for crops in parts:
+            counts.append(len(crops))
+            start = 0
+            while start < len(crops):
+                part = slice(start, start + space)
+                regions = crops.regions(part)
+                waiting.append((regions, crops.region_masks(part) if self.prompted else None))
+                start, space = start + len(regions), space - len(regions)
+                if not space:
+                    embeddings.append(self._encode_batch(waiting))
+                    waiting, space = [], self.batch_size
+        if waiting:
+            embeddings.append(self._encode_batch(waiting))
+        if not embeddings:
+            device = self.clip.logit_scale.device
+            embeddings.append(torch.zeros(0, self.clip.embed_dim, device=device))
+        return list(torch.cat(embeddings).split(counts))
+
+    def _encode_batch(self, pieces: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Run CLIP on one batch -> (n, D) float32."""
+        regions = torch.cat([regions for regions, _ in pieces])
+        masks = [inside for _, inside in pieces if inside is not None]
+        with self._autocast(regions.device.type):
+            return self._encode(regions, torch.cat(masks) if masks else None).float()
 
     def _autocast(self, device: str) -> AbstractContextManager[object]:
         return (

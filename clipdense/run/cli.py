@@ -49,6 +49,11 @@ COMMANDS: dict[str, Command] = {
     "segment": Command(f"{_COMMANDS}.segment:segment", "Segment images into the classes of words.", _KEPT),
     "detect": Command(f"{_COMMANDS}.detect:detect", "Find the objects of words in images.", _KEPT),
     "panoptic": Command(f"{_COMMANDS}.panoptic:panoptic", "Segment objects and ground together.", _KEPT),
+    "predict": Command(
+        f"{_COMMANDS}.predict:predict",
+        "Predict on many images: resumable, on one machine or a Ray cluster.",
+        "interrupted; finished parts are kept, and the same command continues",
+    ),
     "train": Command(f"{_COMMANDS}.train:app", "Train a model from a config.", _TRAINING),
     "evaluate": Command(f"{_COMMANDS}.evaluate:app", "Evaluate a trained model on its test datasets."),
     "convert": Command(

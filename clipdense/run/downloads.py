@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import urllib.error
 import urllib.request
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clipdense.files import write_error
+from clipdense.files import file_sha256, write_error
 
 __all__ = ["check_sum", "download"]
 
@@ -91,20 +90,9 @@ def check_sum(path: Path, sha256: str | None) -> None:
     """
     if sha256 is None:
         return
-    with path.open("rb") as file:
-        found = (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(file)
-        )
+    found = file_sha256(path)
     if found != sha256.lower():
         raise ConnectionError(
             f"{path} has the checksum {found[:12]}..., not {sha256[:12]}...: the file is damaged or another "
             "one; remove it and try again"
         )
-
-
-def _sha(file: object) -> str:
-    """Return the checksum of an open file, for Python 3.10."""
-    digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):  # type: ignore[attr-defined]
-        digest.update(chunk)
-    return digest.hexdigest()

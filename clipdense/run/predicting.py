@@ -75,12 +75,12 @@ def predict_inputs(
             except OSError as error:
                 name = f"camera:{source}" if isinstance(source, int) else str(source)
                 outputs.failed[name] = str(error)
-    counts = [f"{len(outputs.images)} images"] if inputs.images or not frames else []
+    counts = [f"{outputs.num_images} images"] if inputs.images or not frames else []
     counts += [f"{frames} frames"] if frames else []
     if inputs.images:
-        counts.append(f"{len(outputs.annotations)} detections")
+        counts.append(f"{outputs.num_annotations} detections")
     if kind not in ("", "instances"):
-        counts.append(f"{len(outputs.segments)} segments")
+        counts.append(f"{outputs.num_segments} segments")
     counts += [f"{inputs.skipped} other files skipped"] if inputs.skipped else []
     earlier = f" (the files of an earlier run are in {outputs.retired})" if outputs.retired else ""
     print(f"{', '.join(counts)}, {time.perf_counter() - start:.1f} seconds: {outputs.path}{earlier}")

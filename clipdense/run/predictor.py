@@ -31,6 +31,7 @@ from clipdense.open_vocabulary import (
     OpenVocabularyModel,
     require_open_vocabulary,
 )
+from clipdense.run.buckets import AHEAD, predict_buckets
 from clipdense.run.config import add_clipdense_config
 from clipdense.run.keys import config_keys, config_value
 from clipdense.run.memory import (
@@ -283,22 +284,30 @@ class Predictor:
     ) -> Iterator[Prediction]:
         """Yield the prediction of each image; arguments as of `predict`. An image that fails is an error."""
         images = iter(images)
-        while part := [read_pixels(image, self.max_pixels) for image in islice(images, max(1, batch_size))]:
-            outputs = self.predict_pixels([pixels for pixels, _ in part], tile)
+        ahead = batch_size * AHEAD if batch_size > 1 else 1
+        while part := [read_pixels(image, self.max_pixels) for image in islice(images, ahead)]:
+            outputs = self.predict_pixels([pixels for pixels, _ in part], tile, batch_size)
             for (pixels, name), output in zip(part, outputs, strict=True):
                 if isinstance(output, Exception):
                     raise output
                 yield self.wrap(pixels, output, kind, name)
 
     def predict_pixels(
-        self, images: Sequence[npt.NDArray[np.uint8]], tile: int = 0
+        self, images: Sequence[npt.NDArray[np.uint8]], tile: int = 0, batch_size: int = 1
     ) -> list[Output | Exception]:
-        """Predict on images (H, W, 3) uint8 RGB as one batch; one that does not fit gets a MemoryError."""
-        if tile and (large := [image for image in images if max(image.shape[:2]) > tile]):
-            if len(images) > 1:
-                return [output for image in images for output in self.predict_pixels([image], tile)]
-            return [predict_tiles(self.__call__, large[0], tile)]
-        return self._predict_each([self._load_sample(image) for image in images])
+        """Predict on images (H, W, 3) uint8 RGB, in batches of one size; one that does not fit gets a
+        MemoryError."""
+        outputs: list[Output | Exception] = [{}] * len(images)
+        large = [i for i, image in enumerate(images) if tile and max(image.shape[:2]) > tile]
+        for i in large:
+            outputs[i] = predict_tiles(self.__call__, images[i], tile)
+        small = [i for i in range(len(images)) if i not in set(large)]
+        samples = [self._load_sample(images[i]) for i in small]
+        for i, output in zip(
+            small, predict_buckets(self.model, samples, batch_size, self._predict_each), strict=True
+        ):
+            outputs[i] = output
+        return outputs
 
     def wrap(
         self, pixels: npt.NDArray[np.uint8], output: Output, kind: str = "", source: str = ""
@@ -321,23 +330,25 @@ class Predictor:
         """Predict on many images with a progress bar, and yield the outputs in their order.
 
         An image that cannot be read does not stop the others: its error is yielded instead of an output.
-        Images of a batch are padded to one size, which changes their scores slightly. If the memory does not
-        suffice for a batch, its images are predicted one by one, and those that do not fit on a GPU on the
-        CPU; an image that does not fit either gets a MemoryError. On Linux, this holds for main memory too:
-        an image that needs more than is available does not end the process.
+        Images share a batch if the model pads them to one size; eight batches are read ahead for that. The
+        output of an image thus does not depend on the others. If the memory does not suffice for a batch, its
+        images are predicted one by one, and those that do not fit on a GPU on the CPU; an image that does not
+        fit either gets a MemoryError. On Linux, this holds for main memory too: an image that needs more than
+        is available does not end the process.
 
         Args:
-            images: read one batch at a time.
-            batch_size: number of images in a batch.
+            images: any number; not all are read at once.
+            batch_size: largest number of images in a batch.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         remaining = iter(images)
         total = len(images) if isinstance(images, Sized) else None
         with tqdm(total=total, desc="Predicting", unit="image", disable=None) as bar:
-            while part := list(islice(remaining, batch_size)):
+            while part := list(islice(remaining, batch_size * AHEAD if batch_size > 1 else 1)):
                 samples = [self._load_sample_or_error(image) for image in part]
-                outputs = iter(self._predict_each([s for s in samples if not isinstance(s, Exception)]))
+                readable = [sample for sample in samples if not isinstance(sample, Exception)]
+                outputs = iter(predict_buckets(self.model, readable, batch_size, self._predict_each))
                 for sample in samples:
                     yield sample if isinstance(sample, Exception) else next(outputs)
                     bar.update()

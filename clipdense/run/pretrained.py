@@ -18,7 +18,7 @@ from detectron2.config import get_cfg
 if TYPE_CHECKING:
     from clipdense.run.predictor import Predictor
 
-__all__ = ["load_pretrained"]
+__all__ = ["folder_files", "load_pretrained"]
 
 _CONFIGS = ("config.yaml", "config.yml")
 _WEIGHTS = ("model_best.pth", "model_final.pth", "export.safetensors")
@@ -30,7 +30,7 @@ def load_pretrained(kind: type[Predictor], name: str | os.PathLike[str], **optio
     text = os.fspath(name)
     path = Path(text).expanduser()
     if path.is_dir() and not (path / WEIGHTS).is_file():
-        return kind(*_files_of(path), **options)
+        return kind(*folder_files(path), **options)
     if text.endswith((".yaml", ".yml", ".py")):
         return kind(text, **options)
     model, colon, pretrained = text.partition(":")
@@ -66,8 +66,12 @@ def _is_clip(name: str) -> bool:
     )
 
 
-def _files_of(folder: Path) -> tuple[str, str]:
-    """Return the config and the weights in a folder."""
+def folder_files(folder: Path) -> tuple[str, str]:
+    """Return the config and the weights in the folder of a training or of a hub.
+
+    Raises:
+        FileNotFoundError: If one of them is missing.
+    """
     configs = [folder / name for name in _CONFIGS if (folder / name).is_file()]
     if not configs:
         raise FileNotFoundError(f"{folder} has no {_CONFIGS[0]}: it is not the folder of a trained model")

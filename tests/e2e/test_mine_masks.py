@@ -1,12 +1,13 @@
-"""tools/mine_masks.py on a few shapes: a killed run, several processes, other options in the same folder."""
+"""tools/mine_masks.py on a few shapes: a killed run, several processes, damaged images, other options."""
 
 import json
 import os
+import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import mine_masks
 import pytest
 import torch
 from filelock import FileLock
@@ -17,6 +18,7 @@ from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.mask_pairs import pair_mask, read_pairs
 from clipdense.data.shapes.make import annotation_file
 from clipdense.engine.options import ConfigError
+from clipdense.run import mining
 from clipdense.run.boundary import tool_errors
 from clipdense.systems.mining.pairs import Filters, MaskMiner
 from tests.helpers.small_models import small_ovseg_config
@@ -40,7 +42,7 @@ def arguments(small_shapes, small_shapes_root, tmp_path_factory):
     proposals.write_text(json.dumps(instances))
     captions = annotation_file(small_shapes_root, "captions", "train")
     return [
-        *("--config-file", str(ROOT / "configs/shapes/ovseg.yaml"), "--shard-size", "1"),
+        *("--config-file", str(ROOT / "configs/shapes/ovseg.yaml"), "--part-size", "1"),
         *("--data", str(captions), "--image-root", str(small_shapes_root / "train")),
         *("--proposals", str(proposals)),
     ]
@@ -73,7 +75,7 @@ def test_a_run(whole):
 def test_a_killed_run_loses_and_repeats_nothing(arguments, whole, tmp_path, capsys):
     folder = tmp_path / "killed"
     command = [*arguments, "--captions", "5", "--truth", "shapes_closed_train", "--output", str(folder)]
-    if (child := os.fork()) == 0:  # dies as by kill -9 in the middle of the third shard
+    if (child := os.fork()) == 0:  # dies as by kill -9 in the middle of the third part
         try:
             torch.set_num_threads(1)
             calls, call = iter(range(100)), MaskMiner.__call__
@@ -88,7 +90,7 @@ def test_a_killed_run_loses_and_repeats_nothing(arguments, whole, tmp_path, caps
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    first = sorted((folder / "shards").glob("*.json"))
+    first = sorted((folder / "parts").glob("*.json"))
     assert [path.name for path in first] == ["00000.json", "00001.json"]
     assert not (folder / "pairs.jsonl").exists()
     before = [path.stat().st_mtime_ns for path in first]
@@ -99,15 +101,49 @@ def test_a_killed_run_loses_and_repeats_nothing(arguments, whole, tmp_path, caps
     assert f"{folder}/pairs.jsonl" in capsys.readouterr().out
 
 
-def test_machines_share_a_folder(arguments, whole, tmp_path, capsys):
+def test_a_damaged_image_is_listed_and_can_be_tried_again(
+    arguments, whole, small_shapes_root, tmp_path, capsys
+):
+    images = shutil.copytree(small_shapes_root / "train", tmp_path / "images")
+    bad, missing = sorted(images.iterdir())[1:3]
+    content = {path: path.read_bytes() for path in (bad, missing)}
+    bad.write_bytes(content[bad][:100])
+    missing.unlink()
+    root = arguments.index("--image-root") + 1
+    command = [
+        *arguments[:root],
+        str(images),
+        *arguments[root + 1 :],
+        "--captions",
+        "5",
+        "--format",
+        "parquet",
+    ]
+    command += ["--output", str(tmp_path / "run")]
+    assert main(command) == 1
+    assert "failed: 2 of 4 images" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run/errors.jsonl").read_text().splitlines()]
+    assert {row["file_name"]: row["reason"] for row in rows} == {
+        str(bad): "cannot be decoded, the file is damaged or truncated (image file is truncated)",
+        str(missing): "No such file or directory",
+    }
+    assert len({pair["file_name"] for pair in read_pairs(tmp_path / "run/pairs.parquet")}) == 2
+
+    for path, data in content.items():
+        path.write_bytes(data)
+    assert main(command) == 1  # finished parts are kept
+    assert main([*command, "--retry-failed"]) == 0
+    assert not (tmp_path / "run/errors.jsonl").exists()
+    pairs = read_pairs(tmp_path / "run/pairs.parquet")
+    for pair in pairs:
+        pair["file_name"] = pair["file_name"].replace(str(images), str(small_shapes_root / "train"))
+    assert pairs == read_pairs(whole / "pairs.jsonl")
+
+
+def test_ground_truth_as_proposals(arguments, whole, tmp_path):
     truth = ["--proposals", "ground_truth:shapes_closed_train"]  # as in the file
-    command = [*arguments, *truth, "--captions", "5", "--output", str(tmp_path), "--format", "parquet"]
-    assert main([*command, "--shard", "2/2"]) == 0
-    assert "2 of 4 shards are done" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "shards").glob("*.json")) == ["00001.json", "00003.json"]
-    assert not list(tmp_path.glob("pairs.*"))
-    assert main([*command, "--shard", "1/2"]) == 0
-    assert read_pairs(tmp_path / "pairs.parquet") == read_pairs(whole / "pairs.jsonl")
+    assert main([*arguments, *truth, "--captions", "5", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "pairs.jsonl").read_bytes() == (whole / "pairs.jsonl").read_bytes()
 
 
 def test_the_models_masks_are_those_that_it_classifies(tmp_path):
@@ -124,7 +160,7 @@ def test_the_models_masks_are_those_that_it_classifies(tmp_path):
         given.append(masks)
         return torch.zeros(len(masks), model.encoder.clip.embed_dim), torch.ones(len(masks), dtype=torch.bool)
 
-    miner = mine_masks.build_miner(cfg, None, Filters(), "cpu")
+    miner = mining.build_miner(cfg, None, Filters(), "cpu")
     miner.encoder = embed_masks
     miner({"file_name": "/a.png", "image_id": 1}, image, {"red star": "a red star"})
     model.set_vocabulary(Vocabulary.from_names(["red star", "grass"]))
@@ -139,7 +175,7 @@ def test_other_models_are_refused():
     cfg = small_ovseg_config()
     cfg.MODEL.META_ARCHITECTURE = "MaskFormer"
     with pytest.raises(ConfigError, match="OVSeg, not MaskFormer"):
-        mine_masks.check_model(cfg, None)
+        mining.check_model(cfg, None)
 
 
 def test_what_is_wrong_is_said(arguments, whole, tmp_path, capsys):
@@ -155,8 +191,8 @@ def test_what_is_wrong_is_said(arguments, whole, tmp_path, capsys):
     assert "MODEL.TWO_STAGE.TEMPLATES was single, is vild_63" in error(
         "--captions", "5", "MODEL.TWO_STAGE.TEMPLATES", "vild_63"
     )
-    with FileLock(whole / ".part_1_of_1.lock"):
-        assert "another process is mining part 1 of 1" in error("--captions", "5")
+    with FileLock(whole / ".run.lock"):
+        assert "another process is working on the run" in error("--captions", "5")
     assert (whole / "pairs.jsonl").read_bytes() == bytes_before
     proposals = arguments.index("--proposals")
     arguments = [*arguments[:proposals], "--output", str(tmp_path)]
@@ -164,5 +200,20 @@ def test_what_is_wrong_is_said(arguments, whole, tmp_path, capsys):
         main(arguments)
     assert "set MODEL.WEIGHTS" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([*arguments, "--shard", "3/2"])
-    assert "--shard must be I/N" in capsys.readouterr().err
+        main([*arguments, "--part-size", "0"])
+    assert "--part-size must be at least 1" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_ray_is_said_before_anything_is_loaded(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(mining, "load_config", lambda *_: pytest.fail("the model is being loaded"))
+    command = [*arguments, "--output", str(tmp_path)]
+    with pytest.raises(ConfigError, match="use --actors with --ray"):
+        main([*command, "--ray", "auto", "--jobs", "2"])
+    with pytest.raises(ConfigError, match="name the cluster in --ray"):
+        main([*command, "--actors", "2"])
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        with pytest.raises(ConfigError, match=f"cluster at '{address}' .*refused.*ray start --head"):
+            main([*command, "--ray", address])
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'clipdense\[scale\]'"):
+        main([*command, "--ray", "auto"])

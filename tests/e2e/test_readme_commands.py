@@ -29,6 +29,7 @@ READMES = [
 NOT_RUN = {
     r"^make (test|env)": "it is what runs this test, or comes before it",
     r"^pip ": "installs packages; tests/test_install.py builds the wheel",
+    r"--ray ": "needs a cluster; tests/e2e/test_ray.py starts one",
     r"anna/": "needs the hub; tests/run/test_hub.py pushes and pulls with a stand-in",
     r"reproduce (?!--dry-run)": "needs full-size datasets; tests/run/test_reproduce.py runs a row",
     r"with_clipdense\.py|projects/PlugIn/": "tests/e2e/test_plug_in.py and test_detectron2_tools.py run it",

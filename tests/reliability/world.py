@@ -97,7 +97,7 @@ class World:
         return ["--config-file", CONFIG, *arguments, *self.training_options(output, **changes)]
 
     def mining_words(self, output: Path, jobs: int = 1) -> list[Any]:
-        """Return the words after ``tools/mine_masks.py``: masks of the ground truth, shards of two images."""
+        """Return the words after ``tools/mine_masks.py``: masks of the ground truth, parts of two images."""
         proposals = self.folder / "proposals.json"
         if not proposals.exists():
             content = json.loads((self.shapes24 / "annotations/instances_closed_val_24.json").read_text())
@@ -106,5 +106,5 @@ class World:
         return [
             *("--config-file", ROOT / "configs/shapes/ovseg.yaml", "--image-root", self.shapes24 / "val"),
             *("--data", self.shapes24 / "annotations/captions_val_24.json", "--captions", "3"),
-            *("--output", output, "--proposals", proposals, "--shard-size", "2", "--jobs", str(jobs)),
+            *("--output", output, "--proposals", proposals, "--part-size", "2", "--jobs", str(jobs)),
         ]

@@ -204,15 +204,15 @@ def test_a_batch_that_does_not_fit_is_predicted_in_pieces(
         sizes.append(len(samples))
         if len(samples) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        if samples[0]["height"] == 60:
+        if int(samples[0]["image"].max()) == 60:
             raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory")
         return forward(samples)
 
     monkeypatch.setattr(predictor.model, "forward", limited)
-    images = [np.full((side, 50, 3), 90, np.uint8) for side in (40, 60, 50)]
+    images = [np.full((40, 50, 3), value, np.uint8) for value in (40, 60, 50)]
     first, failed, last = predictor.batch(images, batch_size=3)
-    assert first["instances"].image_size == (40, 50) and last["instances"].image_size == (50, 50)
-    assert isinstance(failed, MemoryError) and "60 x 50 pixels" in str(failed)
+    assert first["instances"].image_size == (40, 50) == last["instances"].image_size
+    assert isinstance(failed, MemoryError) and "40 x 50 pixels" in str(failed)
     assert sizes == [3, 1, 1, 1]
 
 

@@ -17,7 +17,7 @@ from clipdense.data.mask_pairs import pair_mask
 from clipdense.data.proposals import FileProposals, GroundTruthProposals
 from clipdense.systems.mining.pairs import Filters, MaskMiner, NounEmbedder, assign
 from clipdense.systems.mining.report import ClassAgreement, MiningStatistics
-from clipdense.systems.mining.run import mine_shard
+from clipdense.systems.mining.worker import MiningWorker
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -177,28 +177,40 @@ def test_captioned_images(tmp_path):
         captioned_images("coco_2017_vall")
 
 
-def test_a_shard_counts_what_it_leaves_out(tmp_path):
-    Image.fromarray(stripes()).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_text("no image")
+def test_a_part_counts_what_it_leaves_out():
+    names = ["/a.png", "/b.png", "/c.png"]
     records = [
-        {"file_name": str(tmp_path / "a.png"), "image_id": 1, "captions": ["red", "green red walrus"]},
-        {"file_name": str(tmp_path / "b.png"), "image_id": 2, "captions": ["blue"]},
+        {"file_name": name, "image_id": i, "captions": captions}
+        for i, (name, captions) in enumerate(
+            zip(names, (["red", "green red walrus"], ["blue"], ["green"]), strict=True)
+        )
     ]
     miner = MaskMiner(FixedMasks(), MeanColor(), color_of)
-    done: list[int] = []
-    shard = mine_shard(miner, lambda captions: [c.split() for c in captions], records, lambda: done.append(1))
-    assert len(done) == 2
-    assert [(p["noun"], p["caption"]) for p in shard["pairs"]] == [
+    call = miner.proposals.propose_masks
+
+    def propose_masks(sample: dict[str, Any]) -> torch.Tensor:
+        if sample["file_name"] == "/c.png":
+            raise ValueError("/c.png has 4 x 18 pixels, its proposals have 3 x 18")
+        return call(sample)
+
+    miner.proposals.propose_masks = propose_masks
+    images = iter([stripes(), OSError("/b.png: cannot be decoded"), stripes()])
+    worker = MiningWorker(miner, lambda captions: [c.split() for c in captions])
+    part = worker(records, images)
+    assert [(p["noun"], p["caption"]) for p in part["pairs"]] == [
         ("red", "red"),
         ("green", "green red walrus"),
     ]
-    del shard["pairs"]
-    assert shard == {
-        "images": 2,
-        "captions": 3,
-        "nouns": 4,
+    del part["pairs"]
+    assert part == {
+        "images": 3,
+        "captions": 4,
+        "nouns": 5,
         "too_long": ["walrus"],
-        "unreadable": [str(tmp_path / "b.png")],
+        "failed": [
+            {"file_name": "/b.png", "reason": "cannot be decoded"},
+            {"file_name": "/c.png", "reason": "/c.png has 4 x 18 pixels, its proposals have 3 x 18"},
+        ],
     }
 
 
@@ -244,10 +256,10 @@ def test_agreement_with_classes():
 
 def test_statistics():
     statistics = MiningStatistics()
-    shard = {"images": 2, "captions": 4, "nouns": 5, "too_long": ["x"], "unreadable": ["/c.png"]}
+    part = {"images": 2, "captions": 4, "nouns": 5, "too_long": ["x"], "failed": [{"file_name": "/c.png"}]}
     pairs = [_pair("dog", box(0, 9), score=0.2), _pair("dog", box(0, 18), score=0.4)]
-    statistics.add({**shard, "pairs": pairs})
-    statistics.add({**shard, "pairs": [_pair("sky", box(0, 0), score=0.6, file_name="/b.png")]})
+    statistics.add({**part, "pairs": pairs})
+    statistics.add({**part, "pairs": [_pair("sky", box(0, 0), score=0.6, file_name="/b.png")]})
     result = statistics.result()
     assert (result["images"], result["images_with_pairs"], result["captions"]) == (4, 2, 8)
     assert (result["nouns_of_images"], result["pairs"], result["nouns"]) == (10, 3, 2)
@@ -261,5 +273,5 @@ def test_statistics():
         "95": 0.95,
         "100": 1.0,
     }
-    assert result["too_long"] == ["x"] and result["unreadable"] == ["/c.png", "/c.png"]
+    assert result["too_long"] == ["x"] and result["failed"] == part["failed"] * 2
     assert "classes" not in result

@@ -70,6 +70,33 @@ def test_compiled_embeddings_are_the_same(exact: RegionEncoder, data: tuple[Tens
     torch.testing.assert_close(encoder(compile=True)(*data)[0], exact(*data)[0], atol=1e-4, rtol=1e-4)
 
 
+def test_crops_of_several_images_share_batches(
+    exact: RegionEncoder, data: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third image has no crop; the last one skips masks, and is cropped one mask at a time."""
+    image, masks = data
+    wide = torch.cat([image, image.flip(2)], dim=2)[:, :40]
+    images = [image, wide, image, wide]
+    stacks = [masks, torch.cat([masks.flip(2), masks], dim=2)[:5, :40], torch.zeros(2, 48, 64)]
+    stacks.append(stacks[1])
+    chosen = [None, None, None, torch.tensor([True, False, True, False, True])]
+    alone = [exact(*inputs) for inputs in zip(images, stacks, chosen, strict=True)]
+    counts = [len(embeddings) for embeddings, _ in alone]
+    assert counts[2] == 0 and min(counts[0], counts[1], counts[3]) > 0 and sum(counts) % 4
+
+    sizes, encode = [], exact._encode
+    monkeypatch.setattr(
+        exact, "_encode", lambda regions, *rest: (sizes.append(len(regions)), encode(regions, *rest))[1]
+    )
+    monkeypatch.setattr("clipdense.regions.encoder._PART", 1)
+    found = exact.embed_images(images, stacks, chosen)
+    assert sizes == [4] * (sum(counts) // 4) + [sum(counts) % 4]
+    for (embeddings, valid), (expected, same) in zip(found, alone, strict=True):
+        assert torch.equal(valid, same)
+        torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+    assert [len(e) for e, _ in exact.embed_images(images[2:3], stacks[2:3])] == [0]
+
+
 @pytest.mark.parametrize("empty", ["neutral", "boost"])
 def test_queries_of_low_scores_are_skipped(
     exact: RegionEncoder, data: tuple[Tensor, Tensor], empty: str, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipdense.run.commands.predict import declare_prediction_arguments
+from clipdense.run.commands.prediction import declare_prediction_arguments
 
 panoptic = declare_prediction_arguments(
     "panoptic",

@@ -1,200 +1,150 @@
-"""What ``clipdense segment``, ``detect`` and ``panoptic`` share: their options and their run."""
+"""``clipdense predict``: many images, in parts that can be interrupted and spread over a cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-_MODEL, _WORDS, _FILES = "Model", "Words", "Files"
+from clipdense.run.commands.prediction import (
+    Background,
+    BatchSize,
+    ClassThresholds,
+    Config,
+    Device,
+    Examples,
+    ExampleWeight,
+    Method,
+    Model,
+    Overrides,
+    Pretrained,
+    Recursive,
+    Threshold,
+    Tile,
+    Weights,
+    Words,
+    split_formats,
+)
+
+_FILES, _RUN = "Files", "Run"
 
 
-def declare_prediction_arguments(kind: str, summary: str) -> Callable[..., int]:
-    """Declare the arguments of a command that predicts one kind of output, and return its function.
+def predict(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCES...",
+            help="Folders, files, quoted globs, lists of images (COCO's .json, .jsonl, .txt), or webdataset "
+            "shards (shards/{000..331}.tar).",
+        ),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="semantic, instances or panoptic. Default: the first of panoptic, instances and "
+            "semantic that the model has."
+        ),
+    ] = "",
+    words: Words = None,
+    background: Background = None,
+    example: Examples = None,
+    example_weight: ExampleWeight = 1.0,
+    threshold: Threshold = None,
+    class_threshold: ClassThresholds = None,
+    model: Model = "shapes-rn",
+    pretrained: Pretrained = "",
+    method: Method = "",
+    config: Config = "",
+    weights: Weights = "",
+    overrides: Overrides = None,
+    device: Device = "",
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", rich_help_panel=_FILES, help="Folder of the run."),
+    ] = Path("output/bulk"),
+    save: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMATS",
+            rich_help_panel=_FILES,
+            help="Comma-separated: coco (results.json), parquet (masks.parquet), labels (PNG label maps), "
+            "panoptic, yolo, yolo-seg, csv.",
+        ),
+    ] = "coco,parquet",
+    image_root: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", rich_help_panel=_FILES, help="Folder of the images of lists. Default: the list's."
+        ),
+    ] = "",
+    recursive: Recursive = True,
+    tile: Tile = 0,
+    batch_size: BatchSize = 1,
+    part_size: Annotated[
+        int,
+        typer.Option(
+            min=1, rich_help_panel=_RUN, help="Images in a part, which is done as a whole or again."
+        ),
+    ] = 64,
+    jobs: Annotated[int, typer.Option(min=1, rich_help_panel=_RUN, help="Processes on this machine.")] = 1,
+    ray: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS|auto",
+            rich_help_panel=_RUN,
+            help="Run on a Ray cluster: HOST:PORT of its head, auto (the cluster of this machine), or local.",
+        ),
+    ] = "",
+    actors: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            rich_help_panel=_RUN,
+            help="Largest number of models on the cluster. Default: one for each GPU, or for each CPU but "
+            "one.",
+        ),
+    ] = 0,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", rich_help_panel=_RUN, help="Try the images of errors.jsonl again."),
+    ] = False,
+) -> int:
+    """Predict on many images: resumable, on one machine or a Ray cluster.
 
-    Args:
-        kind: "semantic", "instances" or "panoptic".
-        summary: first line of its help.
+    The same command continues an interrupted run. An image that fails does not end it: errors.jsonl lists it
+    with its reason, and the exit status is 1.
+
+    clipdense predict photos --words "red star, blue ring" --output output/bulk
     """
+    from clipdense.run.boundary import announce_imports
 
-    def command(
-        images: Annotated[
-            list[str],
-            typer.Argument(
-                metavar="IMAGES...",
-                help="Files, folders, quoted globs, videos, camera:0, or URLs (with --allow-urls).",
-            ),
-        ],
-        words: Annotated[
-            str | None,
-            typer.Option(
-                "--words",
-                "-w",
-                rich_help_panel=_WORDS,
-                help='Classes: "cat|kitten, red car" (bars separate synonyms, double quotes protect commas), '
-                "or a class-list file (.txt, .json, .csv). Default: the classes of --config.",
-            ),
-        ] = None,
-        background: Annotated[
-            str | None,
-            typer.Option(
-                rich_help_panel=_WORDS,
-                help="Words for what is not wanted; it stays unlabelled. Default without --config: the usual "
-                'surroundings of things (sky, wall, floor ...). "": none.',
-            ),
-        ] = None,
-        example: Annotated[
-            list[str] | None,
-            typer.Option(
-                metavar="NAME=IMAGE:x0,y0,x1,y1",
-                rich_help_panel=_WORDS,
-                help="An object in a picture that stands for a class, in place of its words. Can be "
-                "repeated.",
-            ),
-        ] = None,
-        example_weight: Annotated[
-            float,
-            typer.Option(
-                min=0, max=1, rich_help_panel=_WORDS, help="Share of the examples; the rest is the words'."
-            ),
-        ] = 1.0,
-        threshold: Annotated[
-            float | None,
-            typer.Option(
-                min=0,
-                max=1,
-                rich_help_panel=_WORDS,
-                help="Leave out what scores less: none of these. Default: 0.5 for the detections of "
-                "--config, "
-                "else 0.",
-            ),
-        ] = None,
-        class_threshold: Annotated[
-            list[str] | None,
-            typer.Option(
-                metavar="NAME=SCORE", rich_help_panel=_WORDS, help="Threshold of one class. Can be repeated."
-            ),
-        ] = None,
-        model: Annotated[
-            str,
-            typer.Option(
-                rich_help_panel=_MODEL,
-                help="CLIP that segments without training: shapes-rn (in the package; knows the shapes "
-                "world), "
-                "a model of open_clip such as ViT-B-16, or a weight file.",
-            ),
-        ] = "shapes-rn",
-        pretrained: Annotated[
-            str,
-            typer.Option(
-                metavar="TAG|FILE", rich_help_panel=_MODEL, help="Weights of --model, such as openai."
-            ),
-        ] = "",
-        method: Annotated[
-            str,
-            typer.Option(
-                rich_help_panel=_MODEL,
-                help="Training-free method: maskclip, sclip, clearclip, naclip, proxyclip ... Default: sclip "
-                "for ViTs, maskclip for others.",
-            ),
-        ] = "",
-        config: Annotated[
-            str,
-            typer.Option(
-                metavar="FILE|DIR",
-                rich_help_panel=_MODEL,
-                help="A trained model instead of a CLIP: its config, or the output folder of its training.",
-            ),
-        ] = "",
-        weights: Annotated[
-            str, typer.Option(metavar="FILE", rich_help_panel=_MODEL, help="Weights of --config.")
-        ] = "",
-        overrides: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--set",
-                metavar="KEY=VALUE",
-                rich_help_panel=_MODEL,
-                help="Config key, such as MODEL.ZERO_SHOT.PAMR_STEPS=10. Can be repeated.",
-            ),
-        ] = None,
-        device: Annotated[
-            str, typer.Option(rich_help_panel=_MODEL, help="cpu, cuda ... Default: a GPU if there is one.")
-        ] = "",
-        output: Annotated[
-            Path,
-            typer.Option(
-                "--output",
-                "-o",
-                metavar="DIR",
-                rich_help_panel=_FILES,
-                help="Folder for the results; those of an earlier run are moved to old_1, old_2, ...",
-            ),
-        ] = Path("output/predictions"),
-        save: Annotated[
-            str,
-            typer.Option(
-                metavar="FORMATS",
-                rich_help_panel=_FILES,
-                help="Comma-separated: pictures, coco (results.json), labels (PNG label maps), panoptic, "
-                "yolo, "
-                "yolo-seg, csv.",
-            ),
-        ] = "pictures,coco",
-        recursive: Annotated[
-            bool, typer.Option(rich_help_panel=_FILES, help="Read the subfolders of folders.")
-        ] = True,
-        allow_urls: Annotated[
-            bool,
-            typer.Option("--allow-urls", rich_help_panel=_FILES, help="Download http and https inputs."),
-        ] = False,
-        tile: Annotated[
-            int,
-            typer.Option(
-                min=0,
-                rich_help_panel=_FILES,
-                help="Predict larger images by overlapping tiles of this side in pixels, at full resolution.",
-            ),
-        ] = 0,
-        batch_size: Annotated[
-            int, typer.Option(min=1, rich_help_panel=_FILES, help="Images in a batch.")
-        ] = 1,
-        max_frames: Annotated[
-            int, typer.Option(min=0, rich_help_panel=_FILES, help="Frames of each video or camera; 0: all.")
-        ] = 0,
-    ) -> int:
-        from clipdense.run.boundary import announce_imports
+    announce_imports()
+    from clipdense.run.bulk import BulkJob, run_bulk_job
+    from clipdense.run.execution import Execution
 
-        announce_imports()
-        from clipdense.run.file_jobs import FileJob, run_job
-
-        job = FileJob(
-            kind=kind,
-            images=images,
-            words=words,
-            background=background,
-            examples=tuple(example or ()),
-            example_weight=example_weight,
-            threshold=threshold,
-            class_thresholds=tuple(class_threshold or ()),
-            model=model,
-            pretrained=pretrained,
-            method=method,
-            config=config,
-            weights=weights,
-            overrides=tuple(overrides or ()),
-            device=device,
-            output=output,
-            formats=tuple(name.strip() for name in save.split(",") if name.strip()),
-            recursive=recursive,
-            allow_urls=allow_urls,
-            tile=tile,
-            batch_size=batch_size,
-            max_frames=max_frames,
-        )
-        return run_job(job)
-
-    command.__doc__ = summary
-    return command
+    job = BulkJob(
+        kind=kind,
+        sources=tuple(sources),
+        words=words,
+        background=background,
+        examples=tuple(example or ()),
+        example_weight=example_weight,
+        threshold=threshold,
+        class_thresholds=tuple(class_threshold or ()),
+        model=model,
+        pretrained=pretrained,
+        method=method,
+        config=config,
+        weights=weights,
+        overrides=tuple(overrides or ()),
+        device=device,
+        output=output,
+        formats=split_formats(save),
+        image_root=image_root,
+        recursive=recursive,
+        tile=tile,
+        batch_size=batch_size,
+        execution=Execution(jobs, ray, actors, part_size, retry_failed),
+    )
+    return run_bulk_job(job)

@@ -92,7 +92,7 @@ class ClassAgreement:
 
 
 class MiningStatistics:
-    """Statistics of a run, collected shard by shard.
+    """Statistics of a run, collected part by part.
 
     Args:
         agreement: compares the pairs with annotated classes; optional.
@@ -103,17 +103,17 @@ class MiningStatistics:
         self._totals: Counter[str] = Counter()
         self._nouns: Counter[str] = Counter()
         self._too_long: set[str] = set()
-        self._unreadable: list[str] = []
+        self._failed: list[dict[str, str]] = []
         self._images: set[Any] = set()
         self._scores: list[float] = []
         self._areas: list[float] = []
 
-    def add(self, shard: Mapping[str, Any]) -> None:
-        """Add a shard, see `clipdense.systems.mining.run.mine_shard`."""
-        self._totals.update({key: shard[key] for key in ("images", "captions", "nouns")})
-        self._too_long.update(shard["too_long"])
-        self._unreadable += shard["unreadable"]
-        for pair in shard["pairs"]:
+    def add(self, part: Mapping[str, Any]) -> None:
+        """Add a part, see `clipdense.systems.mining.worker.MiningWorker`."""
+        self._totals.update({key: part[key] for key in ("images", "captions", "nouns")})
+        self._too_long.update(part["too_long"])
+        self._failed += part["failed"]
+        for pair in part["pairs"]:
             self._nouns[pair["noun"]] += 1
             self._images.add(pair["file_name"])
             self._scores.append(pair["score"])
@@ -150,7 +150,7 @@ class MiningStatistics:
             "most_frequent": self._nouns.most_common(30),
             **quantiles,
             "too_long": sorted(self._too_long),
-            "unreadable": self._unreadable,
+            "failed": self._failed,
             **({} if self._agreement is None else {"classes": self._agreement.result()}),
         }
 
@@ -164,7 +164,7 @@ def statistics_table(statistics: Mapping[str, Any]) -> str:
             values = "  ".join(f"{percent}%: {value:.3f}" for percent, value in statistics[name].items())
             rows.append((f"quantiles of {name}", values))
     rows.append(("most frequent", ", ".join(f"{noun} {n}" for noun, n in statistics["most_frequent"][:12])))
-    for key in ("too_long", "unreadable"):
+    for key in ("too_long", "failed"):
         if statistics[key]:
             rows.append((f"skipped, {key.replace('_', ' ')}", len(statistics[key])))
     if "classes" in statistics:

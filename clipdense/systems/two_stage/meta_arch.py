@@ -175,13 +175,16 @@ class OVSeg(OpenVocabularyMaskFormer):
         if scoring.source == "proposals":
             return query_logits.softmax(-1).unbind()
         scale = self.crop_scale or self.encoder.clip.logit_scale.exp()
+        query_masks = [scoring.query_mask(logits) for logits in query_logits]
+        crops = self.encoder.embed_images(
+            [self._rgb(sample["image"]) for sample in batched_inputs],
+            [self._mask_values(proposals, b) for b in range(len(batched_inputs))],
+            query_masks,
+        )
         scores = []
-        for b, sample in enumerate(batched_inputs):
-            masks = self._mask_values(proposals, b)
-            query_mask = scoring.query_mask(query_logits[b])
-            embeddings, valid = self.encoder(self._rgb(sample["image"]), masks, query_mask)
+        for logits, query_mask, (embeddings, valid) in zip(query_logits, query_masks, crops, strict=True):
             crop_logits = cosine_logits(embeddings, text["crops"], scale)
-            scores.append(scoring(query_logits[b], crop_logits, valid, base, query_mask))
+            scores.append(scoring(logits, crop_logits, valid, base, query_mask))
         return scores
 
     def propose_masks(self, sample: dict[str, Any]) -> Tensor:
