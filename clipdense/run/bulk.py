@@ -73,14 +73,15 @@ def run_bulk_job(job: BulkJob) -> int:
     folder = job.output.absolute()
     if (folder / LISTING).is_file():
         raise ConfigError(f"{folder} holds the results of another command; use another --output")
-    device = job.device or run_config(cfg).device
+    chosen = bool(job.device) or any(text.startswith("MODEL.DEVICE=") for text in job.overrides)
+    device = job.execution.device(job.device or run_config(cfg).device, chosen)
     run = PartedRun(
         folder=folder,
         items=find_items(job.sources, job.image_root, recursive=job.recursive),
         build_worker=partial(build_worker, job, folder),
         settings={"formats": sorted(job.formats), **job.settings(cfg)},
         part_size=job.execution.part_size,
-        device=job.execution.device(device),
+        device=device,
         max_pixels=job.max_pixels(cfg),
         title="Predicting",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,9 +50,16 @@ class Execution:
         if self.ray:
             connect(self.ray)
 
-    def device(self, wanted: str) -> str:
-        """Return the device of models: on a cluster, its machines decide whether there is a GPU."""
-        return wanted if self.ray else available_device(wanted)
+    def device(self, configured: str, chosen: bool) -> str:
+        """Return the device of models; on a cluster these are its GPUs, if it has some.
+
+        Args:
+            configured: device of the config, by default what this machine has.
+            chosen: whether the user has set it.
+        """
+        if self.ray:
+            return configured if chosen or os.environ.get("CLIPDENSE_DEVICE") else "cuda"
+        return available_device(configured)
 
 
 def execute(run: PartedRun, execution: Execution, finish: Callable[[PartedRun], None]) -> int:

@@ -119,7 +119,7 @@ def mine(job: MiningJob) -> int:
             **model_settings(cfg),
         },
         part_size=job.execution.part_size,
-        device=job.execution.device(cfg.MODEL.DEVICE),
+        device=job.execution.device(cfg.MODEL.DEVICE, chosen="MODEL.DEVICE" in job.opts),
         max_pixels=cfg.INPUT.MAX_PIXELS,
         title="Mining",
     )
