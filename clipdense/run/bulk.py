@@ -15,11 +15,13 @@ from clipdense.data.datasets.images import register_images
 from clipdense.engine.options import ConfigError
 from clipdense.engine.parts import FailureList, Item, Loaded, PartedRun, PartWorker
 from clipdense.engine.run_config import run_config
+from clipdense.files import WriteError, write_error
 from clipdense.run.buckets import AHEAD
 from clipdense.run.execution import Execution, execute
 from clipdense.run.image_files import ImageFiles, ImageRows, UniqueNames
 from clipdense.run.inputs import find_inputs
 from clipdense.run.outputs import FORMATS, LISTING, check_formats
+from clipdense.run.prediction import Prediction
 from clipdense.run.predictor_options import PredictorOptions
 from clipdense.run.summary_files import write_summaries
 
@@ -144,7 +146,7 @@ class _PredictionWorker:
     """Predicts on the images of parts, and writes the files of single images."""
 
     def __init__(self, job: BulkJob, folder: Path, device: str) -> None:
-        self._job, self._predictor = job, job.build(device)
+        self._job, self._folder, self._predictor = job, folder, job.build(device)
         self._files = ImageFiles(partial(_new_file, folder), job.formats)
         metadata = self._predictor.metadata
         self._names = list(metadata.get("thing_classes") or metadata.get("stuff_classes") or ())
@@ -167,8 +169,17 @@ class _PredictionWorker:
                     if isinstance(output, Exception):
                         raise output
                     prediction = self._predictor.wrap(image, output, self._job.kind, item["file_name"])
-                    rows.append(self._files.write(prediction, item["stem"], item["image_id"]))
+                    rows.append(self._write(prediction, item))
         return {"names": self._names, "rows": rows, "failed": failures.entries}
+
+    def _write(self, prediction: Prediction, item: Item) -> ImageRows:
+        """Write the files of an image; an error of the disk is not the image's fault."""
+        try:
+            return self._files.write(prediction, item["stem"], item["image_id"])
+        except WriteError:
+            raise
+        except OSError as error:
+            raise write_error(self._folder, error) from error
 
     def _predict(self, images: Sequence[Any]) -> list[Any]:
         """Predict on images; one that the model cannot take gets its error, and the others are predicted."""

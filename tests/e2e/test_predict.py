@@ -154,8 +154,8 @@ def test_lists_and_shards(images: Path, whole: Path, tmp_path: Path) -> None:
         find_items([str(tmp_path / "none")])
 
 
-def test_one_bad_image_never_ends_a_run_and_a_broken_model_does(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_bad_image_never_ends_a_run_and_a_broken_model_or_disk_does(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = Predictor._predict
 
@@ -172,6 +172,13 @@ def test_one_bad_image_never_ends_a_run_and_a_broken_model_does(
     (error,) = [json.loads(line) for line in (tmp_path / "out/errors.jsonl").read_text().splitlines()]
     assert error["reason"] == "RuntimeError: kernel size greater than input"
     assert len(json.loads((tmp_path / "out/results.json").read_text())["images"]) == 1
+
+    def fail(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("clipdense.run.bulk.ImageFiles.write", fail)
+    assert run(images, *OPTIONS, "-o", tmp_path / "disk") == 1
+    assert "cannot write" in capsys.readouterr().err and not list((tmp_path / "disk").glob("parts/*"))
 
     failures = FailureList()
     with pytest.raises(RuntimeError, match="broken"):

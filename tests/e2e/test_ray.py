@@ -9,10 +9,11 @@ from pathlib import Path
 
 import mine_masks
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
 from clipdense.data.shapes.make import annotation_file
-from clipdense.run import mining
+from clipdense.run import bulk, cli, mining
 from clipdense.run.boundary import tool_errors
 from tests.helpers.failing_workers import build_killed_worker, fail_to_build
 
@@ -101,6 +102,33 @@ def test_mining_the_sample_of_photographs(data_dir, tmp_path):
         assert mine(tmp_path / output, *arguments, proposals, "--images", "8", *options) == 0
     assert files(tmp_path / "ray") == files(tmp_path / "local")
     assert json.loads((tmp_path / "ray/stats.json").read_text())["pairs"] > 20
+
+
+def test_prediction_survives_a_killed_actor_and_a_damaged_image(tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, path in enumerate(sorted((ROOT / "projects/ShapesWorld/scenes").glob("*.jpg"))[:4]):
+        with Image.open(path) as image:
+            image.resize((128, 96)).save(images / f"{i}.png")
+    bad = images / "1.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+
+    def predict(output: str, *more: str) -> int:
+        command = ["predict", str(images), "--words", "red heart, blue star", "--part-size", "1"]
+        command += ["--save", "coco,parquet,labels,panoptic", "--output", str(tmp_path / output)]
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, *more])
+        return int(end.value.code or 0)
+
+    assert predict("local") == 1
+    log = tmp_path / "log"
+    log.mkdir()
+    monkeypatch.setattr(bulk, "build_worker", partial(build_killed_worker, bulk.build_worker, log))
+    assert predict("ray", "--ray", "auto", "--actors", "1") == 1
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    assert len(files(tmp_path / "ray")) == 4 + 3 + 3 + 7  # parts, label maps, panoptic maps, and single files
+    assert sorted(path.suffix for path in log.iterdir()) == [".0", ".0", ".0", ".0", ".1"]
+    assert str(bad) in (tmp_path / "ray/errors.jsonl").read_text()
 
 
 def test_an_error_of_a_worker_ends_the_run_with_its_text(shapes, tmp_path, monkeypatch, capsys):
