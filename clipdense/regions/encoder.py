@@ -130,30 +130,25 @@ class RegionEncoder(nn.Module):
             The results of `forward` for each image.
         """
         chosen = [None] * len(images) if query_masks is None else list(query_masks)
-        sources: list[int] = []  # image of each part
-        crops: list[tuple[Tensor, Tensor]] = []  # index and valid of each part
+        crops: list[list[tuple[Tensor, Tensor]]] = [[] for _ in images]  # index and valid of the parts
 
         def parts() -> Iterator[MaskCrops]:
-            for b, (image, values, query_mask) in enumerate(zip(images, masks, chosen, strict=True)):
+            for b, (values, query_mask) in enumerate(zip(masks, chosen, strict=True)):
                 lazy = LazyMaps.of(values)
                 lazy = lazy if query_mask is None else lazy[query_mask]
                 for part in lazy.parts(part=_PART):
-                    found = self._crop(image, lazy[part].compute())
-                    sources.append(b)
-                    crops.append((found.index, found.valid))
+                    found = self._crop(images[b], lazy[part].compute())
+                    crops[b].append((found.index, found.valid))
                     yield found
 
-        embeddings: list[list[Tensor]] = [[] for _ in images]
-        flags: list[list[Tensor]] = [[] for _ in images]
-        for b, (index, valid), rows in zip(sources, crops, self._encode_crops(parts()), strict=True):
-            embeddings[b].append(rows[index])
-            flags[b].append(valid)
+        rows = iter(self._encode_crops(parts()))
         results = []
-        for query_mask, rows, valid in zip(chosen, embeddings, flags, strict=True):
-            kept = torch.cat(valid)
-            results.append(
-                (torch.cat(rows), kept if query_mask is None else query_mask.masked_scatter(query_mask, kept))
-            )
+        for query_mask, found in zip(chosen, crops, strict=True):
+            embeddings = torch.cat([next(rows)[index] for index, _ in found])
+            valid = torch.cat([valid for _, valid in found])
+            if query_mask is not None:
+                valid = query_mask.masked_scatter(query_mask, valid)
+            results.append((embeddings, valid))
         return results
 
     def _crop(self, image: Tensor, masks: Tensor) -> MaskCrops:
@@ -168,7 +163,9 @@ class RegionEncoder(nn.Module):
 
     def _encode_crops(self, parts: Iterable[MaskCrops]) -> list[Tensor]:
         """Embed crops in full batches, which may hold crops of several parts -> (n, D) of each part."""
-        counts, embeddings, waiting = [], [], []
+        counts: list[int] = []
+        embeddings: list[Tensor] = []
+        waiting: list[tuple[Tensor, Tensor | None]] = []
         space = self.batch_size
         for crops in parts:
             counts.append(len(crops))
@@ -186,7 +183,7 @@ class RegionEncoder(nn.Module):
         if not embeddings:
             device = self.clip.logit_scale.device
             embeddings.append(torch.zeros(0, self.clip.embed_dim, device=device))
-        return list(torch.cat(embeddings).split(counts))
+        return list(torch.split(torch.cat(embeddings), counts))
 
     def _encode_batch(self, pieces: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """Run CLIP on one batch -> (n, D) float32."""

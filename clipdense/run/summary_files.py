@@ -108,7 +108,7 @@ def _mask_groups(rows: Iterable[ImageRows]) -> Iterator[list[dict[str, Any]]]:
     for count, row in enumerate(rows, 1):
         image = row["image"]
         for kind in ("annotations", "segments"):
-            for entry in row[kind]:  # type: ignore[literal-required]
+            for entry in row[kind]:
                 columns = {key: entry.get(key) for key in _COLUMNS}
                 columns |= {"image_id": image["id"], "kind": kind.removesuffix("s")}
                 columns |= {key: image[key] for key in ("file_name", "height", "width")}

@@ -44,11 +44,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four scenes, small."""
-    folder = tmp_path_factory.mktemp("images")
-    for i, path in enumerate(sorted(SCENES.glob("*.jpg"))[:4]):
+    """Four small scenes, of two sizes; the last is the first turned."""
+    folder, scenes = tmp_path_factory.mktemp("images"), sorted(SCENES.glob("*.jpg"))
+    for i, path in enumerate([*scenes[:3], scenes[0]]):
         with Image.open(path) as image:
-            image.resize((128, 96 + 32 * (i % 2))).save(folder / f"{i}.png")
+            image.rotate(180 if i == 3 else 0).resize((128, 96 + 32 * (i % 2))).save(folder / f"{i}.png")
     return folder
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from clipdense.clip.vocabulary import Vocabulary
 from clipdense.run.buckets import predict_buckets, size_buckets
 from clipdense.run.predictor import Predictor
 from tests.helpers.small_models import small_ovseg_config
@@ -23,7 +24,7 @@ def test_images_of_one_padded_size_share_a_batch() -> None:
 def test_outputs_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = build_model(small_ovseg_config()).eval()
-    model.set_vocabulary("red star, grass")
+    model.set_vocabulary(Vocabulary.from_names(["red star", "grass"]))
     shapes = [(40, 60), (64, 64), (33, 64), (20, 30), (64, 40), (32, 32)]
     samples = [{"image": torch.randint(0, 256, (3, *shape), dtype=torch.uint8)} for shape in shapes]
     batches: list[int] = []
