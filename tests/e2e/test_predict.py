@@ -137,6 +137,12 @@ def test_lists_and_shards(images: Path, whole: Path, tmp_path: Path) -> None:
     items = find_items([str(tmp_path / "list.json")], str(images))
     assert [item["image_id"] for item in items] == [7, 17, 27, 37]
     assert [item["file_name"] for item in items] == [str(images / f"{i}.png") for i in range(4)]
+    (tmp_path / "list.txt").write_text("0.png\n3.png\n")
+    (tmp_path / "list.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "3.png", "image_id": "x"}\n')
+    for name in ("list.txt", "list.jsonl"):
+        items = find_items([str(tmp_path / name)], str(images))
+        assert [item["file_name"] for item in items] == [str(images / "0.png"), str(images / "3.png")]
+    assert items[1]["image_id"] == "x"
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as file:
             for i in (2 * shard, 2 * shard + 1):
