@@ -121,13 +121,17 @@ def find_items(sources: Iterable[str], image_root: str = "", *, recursive: bool 
             print(f"{source}: {len(found.videos)} videos are left out (clipdense segment takes them)")
         records += [{"file_name": str(path.absolute())} for path in found.images]
     names = UniqueNames()
+    single = len(sources) == 1
+    ids = [record.get("image_id", i) if single else i for i, record in enumerate(records)]
+    if any(isinstance(image_id, str) for image_id in ids):  # a table has one type a column
+        ids = [str(image_id) for image_id in ids]
     return [
         {
             "file_name": record["file_name"],
-            "image_id": record.get("image_id", i) if len(sources) == 1 else i,
+            "image_id": image_id,
             "stem": names(_stem(record["file_name"])),
         }
-        for i, record in enumerate(records)
+        for record, image_id in zip(records, ids, strict=True)
     ]
 
 
