@@ -13,7 +13,7 @@ from clipdense.clip import load_clip
 from clipdense.clip.attention import Block, History, TokenStream
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
-from clipdense.inference import Refinements, text_cosines
+from clipdense.inference import Refinements, RefineSettings, text_cosines
 from clipdense.run.setup import load_config
 from clipdense.systems.training_free import (
     METHODS,
@@ -174,6 +174,20 @@ def test_sam_gives_affinities_regions_and_masks(clip, features):
     assert weights.shape == (2, grid[0] * grid[1], grid[0] * grid[1])
     assert values.shape[:2] == weights.shape[:2]
     assert grid == (8, 6)  # 96 x 80 fills 128 x 107 of the frame
+
+
+def test_sam_of_any_input_size_refines_labels(clip, features):
+    sam, seen = sam_model(), []  # its input has 128 pixels, and its mask prompts 32
+    decode = sam.decode
+    sam.decode = lambda embeddings, prompts: seen.append(prompts.boxes) or decode(embeddings, prompts)
+    settings = RefineSettings(coarse_threshold=0.0, minimal_area=1, iou_threshold=-10.0)
+    maps = []
+    for refinement in (None, settings):
+        scores = ScoreSettings(logit_scale=1.0, sam_refinement=refinement)
+        model = segmentor(clip, "trident", scores, features=features["tokens"], sam=sam, windows=WINDOWS)
+        maps.append(predict(model)["sem_seg"])
+    assert not torch.allclose(*maps, atol=1e-5)
+    assert 64 < torch.cat(seen).max() <= 128  # boxes are in the frame of this SAM
 
 
 def test_missing_parts_are_named(clip):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         sam = self.encoder.sam
         assert sam is not None
+        settings = replace(settings, frame=sam.side)
         embeddings = sam.embed(pixels, self.encoder.statistics)
         labels, scores = refine_by_prompts(
             labels, scores, lambda prompts: sam.decode(embeddings, prompts), settings

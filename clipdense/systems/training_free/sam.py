@@ -109,13 +109,16 @@ class SamModel(nn.Module):
     @torch.no_grad()
     def decode(self, embeddings: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Predict one mask for each prompt; see `clipdense.inference.sam_refine.MaskDecoder`."""
-        count = len(prompts.boxes)
+        count, side = len(prompts.boxes), 4 * embeddings.shape[-1]  # 256 for an input of 1024 pixels
+        masks = prompts.mask_input
+        if masks.shape[-1] != side:
+            masks = F.interpolate(masks[None], (side, side), mode="bilinear", align_corners=False)[0]
         out = self.module(
             image_embeddings=embeddings,
             input_points=prompts.points[None],
             input_labels=prompts.point_labels[None].long(),
             input_boxes=prompts.boxes[None],
-            input_masks=prompts.mask_input[None],
+            input_masks=masks[None],
             multimask_output=False,
         )
         return out.pred_masks[0, :count, 0], out.iou_scores[0, :count, 0]
