@@ -74,6 +74,7 @@ from tqdm import tqdm
 import clipdense  # noqa: F401
 from clipdense.clip import ClipModel, load_clip
 from clipdense.data.classes import dataset_vocabulary
+from clipdense.data.datasets.own import register_from_config
 from clipdense.data.loader import build_test_loader
 from clipdense.evaluation.build import build_evaluator
 from clipdense.files import json_text, write_text
@@ -123,6 +124,7 @@ def evaluate(
     """Evaluate all methods on the datasets of one benchmark; methods with equal windows share forwards."""
     configs = {v.name: _config(args, sweep, v, benchmark, tower) for v in sweep.variants}
     first = next(iter(configs.values()))
+    register_from_config(first)
     device = available_device(first.MODEL.DEVICE)
     clip.to(device)
     memo = Memo()

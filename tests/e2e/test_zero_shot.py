@@ -64,6 +64,22 @@ def test_table_of_methods(tmp_path: Path, small_shapes: None, capsys: pytest.Cap
     assert "sclip" in capsys.readouterr().out
 
 
+def test_table_of_own_label_maps(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.zeros((64, 64, 3) if folder == "images" else (64, 64), np.uint8)).save(
+            tmp_path / folder / "a.png"
+        )
+    (tmp_path / "classes.txt").write_text("red square\nsand\n")
+    maps = f"['zero_shot_own_maps:{tmp_path}/images:{tmp_path}/labels:{tmp_path}/classes.txt']"
+    words = ["--config-file", str(ROOT / "configs/shapes/Base-ZeroShot.yaml"), "--towers", "shapes-vit"]
+    words += ["--methods", "maskclip", "--output", str(tmp_path / "out")]
+    opts = ["--opts", "DATASETS.LABEL_MAPS", maps, "DATASETS.TEST", "('zero_shot_own_maps',)"]
+    assert tool("run_zero_shot").main([*words, *opts]) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert row["dataset"] == "zero_shot_own_maps" and row["classes"] == 2 and row["images"] == 1
+
+
 def test_benchmark_counts_memory_of_many_classes(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     assert (
