@@ -141,7 +141,7 @@ class PartedRun:
         """Write ``errors.jsonl``: a line with ``file_name`` and ``reason`` for each image that failed.
 
         Returns:
-            The number of lines; without any, there is no file.
+            The number of lines. If it is 0, the file does not exist.
         """
         path, lines = self.folder / "errors.jsonl", [json_text(entry) + "\n" for entry in self.failures()]
         if lines:

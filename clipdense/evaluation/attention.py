@@ -15,11 +15,9 @@ from torch import Tensor
 from clipdense.clip import ClipModel
 from clipdense.clip.attention.correlation import ATTENTIONS, attend
 from clipdense.clip.towers import TransformerTower
-from clipdense.data.image import read_image, read_labels
-from clipdense.evaluation.base import Results, TaskEvaluator
-from clipdense.evaluation.patches import patch_labels
+from clipdense.evaluation.base import Results
+from clipdense.evaluation.patches import LabelledPatchEvaluator, patch_labels
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import create_small_table
 
 __all__ = ["AttentionEvaluator", "attention_shares"]
@@ -56,7 +54,7 @@ def attention_shares(tower: TransformerTower, images: Tensor, cells: Tensor) -> 
     return torch.stack([*shares, chance.to(shares[0])]).unflatten(2, cells.shape[1:])
 
 
-class AttentionEvaluator(TaskEvaluator):
+class AttentionEvaluator(LabelledPatchEvaluator):
     """Share of the attention that falls on the class of the patch, for each attention of the last block.
 
     Training-free methods choose among these attentions: SCLIP qq+kk, ClearCLIP qq, NACLIP kk+gauss. Results
@@ -86,27 +84,24 @@ class AttentionEvaluator(TaskEvaluator):
         min_share: float = 0.9,
         distributed: bool = True,
     ) -> None:
-        super().__init__(output_dir, distributed=distributed)
+        super().__init__(dataset_name, output_dir, distributed=distributed)
         if not isinstance(clip.visual, TransformerTower):
             raise ValueError(
                 f"the attention of a ViT is measured, and this CLIP has a {type(clip.visual).__name__}"
             )
         if window % clip.visual.stride:
             raise ValueError(f"window {window} is not a multiple of the patch size {clip.visual.stride}")
-        self._name, self._clip, self._tower = dataset_name, clip, clip.visual
+        self._clip, self._tower = clip, clip.visual
         self.window, self.min_share = window, min_share
-        self._ignore: int | None = MetadataCatalog.get(dataset_name).get("ignore_label")
-        self._files = {d["file_name"]: d["sem_seg_file_name"] for d in DatasetCatalog.get(dataset_name)}
 
     @torch.no_grad()
     def process_image(
         self, sample: Mapping[str, Any], output: Mapping[str, Any]
     ) -> tuple[npt.NDArray[np.int64], Tensor]:
         """Return the classes (n,) of the labelled patches of one image, and their shares (A + 1, n)."""
-        file_name, stride = sample["file_name"], self._tower.stride
-        labels = read_labels(self._files[file_name]).astype(np.int64)
-        image = read_image(file_name, "RGB", size=(labels.shape[0], labels.shape[1]))
-        pixels = self._clip.normalize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])
+        image, labels = self._read(sample)
+        pixels = self._clip.normalize(torch.from_numpy(image).permute(2, 0, 1)[None])
+        stride = self._tower.stride
         step = self.window or stride
         height, width = (max(1, round(length / step)) * step for length in labels.shape)
         pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)

@@ -23,6 +23,7 @@ from detectron2.utils.logger import create_small_table
 __all__ = [
     "CoherenceEvaluator",
     "GroupingEvaluator",
+    "LabelledPatchEvaluator",
     "Grouping",
     "coherence_curve",
     "group_patches",
@@ -146,23 +147,42 @@ def overlaps(groups: Labels, segments: Labels, ignore: int | None) -> npt.NDArra
     return joint / np.maximum(union, 1)
 
 
-class _PatchEvaluator(TaskEvaluator):
-    """Base: reads images and labels of a semantic dataset, and features from a probe."""
+class LabelledPatchEvaluator(TaskEvaluator):
+    """Base of evaluators that compare patches with the label maps of a semantic dataset.
+
+    Args:
+        dataset_name: registered dataset whose dicts have ``sem_seg_file_name``.
+        output_dir: see `TaskEvaluator`.
+        distributed: see `TaskEvaluator`.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None, *, distributed: bool = True) -> None:
+        super().__init__(output_dir, distributed=distributed)
+        self._name = dataset_name
+        self._ignore: int | None = MetadataCatalog.get(dataset_name).get("ignore_label")
+        self._files = {d["file_name"]: d["sem_seg_file_name"] for d in DatasetCatalog.get(dataset_name)}
+
+    def _read(self, sample: Mapping[str, Any]) -> tuple[npt.NDArray[np.uint8], Labels]:
+        """Return an image (H, W, 3), RGB, and its label map (H, W)."""
+        file_name = sample["file_name"]
+        labels = read_labels(self._files[file_name]).astype(np.int64)
+        image = read_image(file_name, "RGB", size=(labels.shape[0], labels.shape[1]))
+        return np.ascontiguousarray(image), labels
+
+
+class _PatchEvaluator(LabelledPatchEvaluator):
+    """Base: reads features from a probe, too."""
 
     def __init__(
         self, dataset_name: str, probe: PatchProbe, output_dir: str | None = None, *, distributed: bool = True
     ) -> None:
-        super().__init__(output_dir, distributed=distributed)
-        self._name, self._probe = dataset_name, probe
-        self._ignore: int | None = MetadataCatalog.get(dataset_name).get("ignore_label")
-        self._files = {d["file_name"]: d["sem_seg_file_name"] for d in DatasetCatalog.get(dataset_name)}
+        super().__init__(dataset_name, output_dir, distributed=distributed)
+        self._probe = probe
 
-    def _read(self, sample: Mapping[str, Any]) -> tuple[Tensor, Labels]:
+    def _features(self, sample: Mapping[str, Any]) -> tuple[Tensor, Labels]:
         """Return the features (C, h, w) and the label map (H, W) of an image."""
-        file_name = sample["file_name"]
-        labels = read_labels(self._files[file_name]).astype(np.int64)
-        image = read_image(file_name, "RGB", size=(labels.shape[0], labels.shape[1]))
-        return self._probe.patch_features(np.ascontiguousarray(image)), labels
+        image, labels = self._read(sample)
+        return self._probe.patch_features(image), labels
 
 
 class CoherenceEvaluator(_PatchEvaluator):
@@ -197,7 +217,7 @@ class CoherenceEvaluator(_PatchEvaluator):
 
     def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> tuple[str, Tensor, Labels]:
         """Draw labelled patches of one image: its name, features (n, C) and classes (n,)."""
-        features, labels = self._read(sample)
+        features, labels = self._features(sample)
         cells = patch_labels(labels, (features.shape[1], features.shape[2]), self._ignore, self.min_share)
         chosen = np.flatnonzero(cells.ravel() >= 0)
         random = np.random.default_rng(len(chosen))
@@ -256,7 +276,7 @@ class GroupingEvaluator(_PatchEvaluator):
 
     def process_image(self, sample: dict[str, Any], output: dict[str, Any]) -> tuple[float, float, int]:
         """Return the sum of the best IoUs, of the assigned IoUs, and the number of segments of one image."""
-        features, labels = self._read(sample)
+        features, labels = self._features(sample)
         maps = group_patches(features, self.groups, self.how)[None]
         maps = F.interpolate(maps, labels.shape, mode="bilinear", align_corners=False)
         found = overlaps(maps[0].argmax(0).numpy(), labels, self._ignore)

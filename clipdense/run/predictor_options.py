@@ -1,4 +1,4 @@
-"""What determines the predictions of a command: its model, words, thresholds and batches."""
+"""Options that all predicting commands share: model, words, thresholds and batches."""
 
 from __future__ import annotations
 
