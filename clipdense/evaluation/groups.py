@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["class_attributes", "class_groups"]
+__all__ = ["class_attributes", "class_groups", "thing_groups"]
 
 
 def class_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
@@ -47,6 +47,21 @@ def class_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
         if group in groups and other not in groups:
             groups[other] = [i for i in range(len(names)) if i not in set(groups[group])]
     return groups
+
+
+def thing_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
+    """Read which of ``names`` are things and which are stuff from a dataset's metadata.
+
+    Returns:
+        ``thing`` and ``stuff`` -> positions in ``names``. Empty if ``thing_dataset_id_to_contiguous_id`` is not
+        given or numbers another list of classes (Detectron2's separated panoptic datasets), or without stuff.
+    """
+    things = set((metadata.get("thing_dataset_id_to_contiguous_id") or {}).values())
+    numbered = metadata.get("thing_classes") or names
+    stuff = [i for i in range(len(names)) if i not in things]
+    if not things or not stuff or list(numbered) != list(names):
+        return {}
+    return {"thing": sorted(things), "stuff": stuff}
 
 
 def class_attributes(metadata: Any, names: Sequence[str]) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from clipdense.data.image import read_labels
 from clipdense.data.json_files import load_json
 from clipdense.evaluation.base import Results, TaskEvaluator, distinct_names
 from clipdense.evaluation.detections import RLE, encode_masks
-from clipdense.evaluation.groups import class_groups
+from clipdense.evaluation.groups import class_groups, thing_groups
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import create_small_table
@@ -41,8 +41,9 @@ class SemanticEvaluator(TaskEvaluator):
 
     Results are ``{"sem_seg": {"mIoU", "mIoU_d2", "fwIoU", "mACC", "pACC"}}`` in percent (see
     `segmentation_metrics`), Detectron2's keys. A pixel labelled -1 has no predicted class: it counts as
-    missed, and for no other class. Groups of classes in the metadata add ``mIoU_<group>`` and
-    ``mIoU_d2_<group>``; base and novel classes together add their harmonic means ``hIoU`` and ``hIoU_d2``.
+    missed, and for no other class. Groups of classes in the metadata, and things and stuff where it tells
+    them apart, add ``mIoU_<group>`` and ``mIoU_d2_<group>``; base and novel classes together add their
+    harmonic means ``hIoU`` and ``hIoU_d2``.
     `per_class` adds ``IoU-<class>`` and ``ACC-<class>``; `allowed_pairs` adds ``mIoU_relaxed``,
     ``mIoU_d2_relaxed`` and ``pACC_relaxed``. The predictions are written to ``sem_seg_predictions.json`` in
     COCO's format for stuff.
@@ -73,7 +74,7 @@ class SemanticEvaluator(TaskEvaluator):
         self._per_class = per_class
         self._classes = list(metadata.stuff_classes)
         self._ignore = metadata.get("ignore_label")
-        self._groups = class_groups(metadata, self._classes)
+        self._groups = class_groups(metadata, self._classes) | thing_groups(metadata, self._classes)
         self._allowed = None if allowed_pairs is None else load_allowed_pairs(allowed_pairs, self._classes)
         self._ground_truth = {
             d["file_name"]: d["sem_seg_file_name"] for d in DatasetCatalog.get(dataset_name)

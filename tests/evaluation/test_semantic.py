@@ -178,6 +178,17 @@ def test_wide_labels(make: Any) -> None:
     assert math.isnan(got["IoU-class 7"]) and got["mIoU"] == got["mIoU_d2"] == pytest.approx(200 / 3)
 
 
+def test_things_and_stuff(make: Any) -> None:
+    labels, predicted = np.array([[0, 0, 1, 2]], np.uint8), [np.array([[0, 1, 1, 2]], np.uint8)]
+    ids = {"thing_dataset_id_to_contiguous_id": {5: 0}}
+    got = evaluate(make([labels], ["cat", "sky", "sea"], **ids), predicted)
+    assert got["mIoU_thing"] == 50 and got["mIoU_stuff"] == 75
+
+    # The ids of a separated panoptic dataset number its things, not the classes of its label maps.
+    got = evaluate(make([labels], ["things", "sky", "sea"], thing_classes=["cat"], **ids), predicted)
+    assert "mIoU_thing" not in got
+
+
 def test_base_and_novel_classes_of_coco_stuff(make: Any) -> None:
     cow, tree, person = map(COCO_STUFF.index, ("cow", "tree", "person"))
     name = make(

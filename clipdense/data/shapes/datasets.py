@@ -123,6 +123,7 @@ def _register_views(root: Path, family: str, suffix: str, split: str, images: in
         partial(_load_semantic, load_segments),
         ensure,
         **{**maps, **novel, "evaluator_type": "sem_seg", "stuff_classes": everything},
+        thing_dataset_id_to_contiguous_id=things,
         stuff_dataset_id_to_contiguous_id=things | stuff,
     )
 
