@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipdense.backbone.prompting import build_visual_prompts
 from clipdense.backbone.trunk import NUM_STAGES, PixelConversion, Trunk, feature_name
 from clipdense.clip.attention import TokenStream
+from clipdense.clip.finetune import freeze_unused
 from clipdense.clip.model import ClipModel, build_clip, load_clip
 from clipdense.clip.sources import without_weights
 from clipdense.clip.towers import Tower, TowerOutput, TowerRequest, TransformerTower
@@ -161,6 +162,22 @@ class CLIPTrunk(Trunk):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             out = self._run(self.pixels(images), replace(self._request, pooled=pooled, dense=self.dense))
         return self._maps(out), out.pooled if pooled else None, out.dense
+
+    def freeze_global_feature(self, unread: Collection[str] = ()) -> None:
+        """Freeze what only the image embedding depends on, or maps that are not read.
+
+        Args:
+            unread: names of maps that the loss does not depend on.
+        """
+        if not any(p.requires_grad for p in self.tower.parameters()):
+            return
+        taps = zip(self._outputs, self._request.taps, strict=True)
+        read = tuple(tap for name, tap in taps if name not in unread)
+        modes = {module: module.training for module in self.tower.modules()}
+        self.tower.eval()  # the forward pass below must not change running statistics
+        freeze_unused(self.tower, replace(self._request, taps=read, dense=self.dense))
+        for module, training in modes.items():
+            module.training = training
 
     def _run(self, images: Tensor, request: TowerRequest) -> TowerOutput:
         found = chain_hooks(self._window if self.window_size else None, self.visual_prompts)

@@ -16,9 +16,7 @@ from clipdense.backbone.clip_trunk import CLIPTrunk, clip_from_config
 from clipdense.backbone.prompting import build_class_prompts
 from clipdense.backbone.trunk import SCORE
 from clipdense.clip.context_decoder import ContextDecoder
-from clipdense.clip.finetune import freeze_unused
 from clipdense.clip.position import resize_table
-from clipdense.clip.towers import TowerRequest
 from clipdense.clip.towers.base import to_map
 from clipdense.clip.towers.resnet import attention_pool, value_map
 from clipdense.data.classes import class_names
@@ -229,13 +227,7 @@ class LanguageTrunk(Backbone):
         if self.pool is not None:
             self.pool.freeze_global_feature()
         elif isinstance(self.trunk, CLIPTrunk) and self.trunk.dense != "plain":
-            tower = self.trunk.tower
-            if any(p.requires_grad for p in tower.parameters()):
-                modes = {module: module.training for module in tower.modules()}
-                tower.eval()  # the pass below must not change running statistics
-                freeze_unused(tower, TowerRequest(dense=self.trunk.dense))
-                for module, training in modes.items():
-                    module.training = training
+            self.trunk.freeze_global_feature(unread=(self.scored,) if self.dense_last else ())
 
 
 class DensePool(nn.Module):

@@ -144,16 +144,19 @@ def freeze_unused(tower: Tower, request: TowerRequest) -> None:
 
     Args:
         tower: the image tower; changed in place.
-        request: outputs among ``dense`` and ``pooled`` that the loss is computed from.
+        request: outputs among ``taps``, ``dense`` and ``pooled`` that the loss is computed from.
     """
     parameters = [p for p in tower.parameters() if p.requires_grad]
     side = tower.smallest_side
     image = torch.zeros(1, 3, side, side, device=parameters[0].device)
     with torch.enable_grad():
         output = tower(image, request)
-        total = output.pooled.sum() if request.pooled else image.new_zeros(())
+        used = [tap for tap, _ in output.taps]
         if request.dense is not None:
-            total = total + output.dense.sum()
+            used.append(output.dense)
+        if request.pooled:
+            used.append(output.pooled)
+        total = torch.stack([value.sum() for value in used]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)

@@ -53,8 +53,9 @@ def thing_groups(metadata: Any, names: Sequence[str]) -> dict[str, list[int]]:
     """Read which of ``names`` are things and which are stuff from a dataset's metadata.
 
     Returns:
-        ``thing`` and ``stuff`` -> positions in ``names``. Empty if ``thing_dataset_id_to_contiguous_id`` is not
-        given or numbers another list of classes (Detectron2's separated panoptic datasets), or without stuff.
+        ``thing`` and ``stuff`` -> positions in ``names``. Empty without stuff, or if
+        ``thing_dataset_id_to_contiguous_id`` is not given or numbers another list of classes, as in
+        Detectron2's separated panoptic datasets.
     """
     things = set((metadata.get("thing_dataset_id_to_contiguous_id") or {}).values())
     numbered = metadata.get("thing_classes") or names

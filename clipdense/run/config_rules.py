@@ -70,6 +70,7 @@ _DEPENDS_ON: dict[str, tuple[str, tuple[Any, ...]]] = {
     "INPUT.CROP.TYPE": ("INPUT.CROP.ENABLED", (True,)),
     "INPUT.CROP.SIZE": ("INPUT.CROP.ENABLED", (True,)),
     "INPUT.SCALE_JITTER.": ("INPUT.SCALE_JITTER.ENABLED", (True,)),
+    "INPUT.CLIPSELF.JITTER": ("INPUT.CLIPSELF.REGIONS", ("patches", "proposals")),
     "INPUT.CLIPSELF.": ("INPUT.MAPPER", ("CLIPSelfMapper",)),
     "MODEL.CLIPSELF.": ("MODEL.META_ARCHITECTURE", ("CLIPSelf", "RegionCLIPBaseline")),
     "MODEL.MASK_ADAPTED_CLIP.": ("MODEL.META_ARCHITECTURE", ("MaskAdaptedCLIP",)),
@@ -84,6 +85,10 @@ _DEPENDS_ON: dict[str, tuple[str, tuple[Any, ...]]] = {
     "MODEL.TEXT_RCNN.": ("MODEL.ROI_HEADS.NAME", ("TextROIHeads",)),
     "MODEL.PROMPT.INSTANCE_TOKENS": ("MODEL.PROMPT.METHOD", ("icpc",)),
     "MODEL.PROMPT.PRE_MODEL.": ("MODEL.PROMPT.METHOD", ("pre_model",)),
+    "MODEL.LANGUAGE.N_CONTEXTS": ("MODEL.PROMPT.METHOD", ("",)),
+    "MODEL.LANGUAGE.CONTEXT_STD": ("MODEL.PROMPT.METHOD", ("",)),
+    "MODEL.LANGUAGE.CONTEXT_WORDS": ("MODEL.PROMPT.METHOD", ("",)),
+    "MODEL.PIXEL_TEXT.LOSS": ("MODEL.PIXEL_TEXT.SOURCE", ("boxes", "masks")),
     "MODEL.LANGUAGE.TABLE_DIM": ("MODEL.LANGUAGE.TEXT", ("table",)),
     "MODEL.FVLM.TEXT_TABLE": ("MODEL.FVLM.TEXT_SOURCE", ("table",)),
     "INPUT.CAPTIONS": ("INPUT.MAPPER", ("CaptionedSegmentationMapper",)),
@@ -137,7 +142,7 @@ def config_remarks(cfg: CfgNode, explicit: Collection[str] = ()) -> list[str]:
             if key.startswith(start) and key != other and config_value(cfg, other) not in effective:
                 remarks.append(
                     f"{key} has no effect: {other} is {shown(config_value(cfg, other))}, not "
-                    f"{' or '.join(map(str, effective))}"
+                    f"{' or '.join(map(shown, effective))}"
                 )
     return remarks
 

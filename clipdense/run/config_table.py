@@ -40,7 +40,7 @@ from clipdense.run.config_table_runs import RUN_CHECKS
 from clipdense.run.config_zero_shot import ZERO_SHOT_CHECKS
 from clipdense.systems.catseg.loss import IgnoredPixels
 from clipdense.systems.catseg.meta_arch import FineTune
-from clipdense.systems.denseclip.loss import SOURCES, Average
+from clipdense.systems.denseclip.loss import LOSSES, SOURCES, Average
 from clipdense.systems.fvlm.text import TextSource
 from clipdense.systems.two_stage.scores import Empty, Source
 
@@ -100,6 +100,19 @@ def _param_groups(value: Any) -> str | None:
     return None
 
 
+def _crop_views(value: Any) -> str | None:
+    """Check INPUT.CROP_CAPTION.VIEWS."""
+    whole, share = _POSITIVE, _SHARE
+    ranges = {"SIZE": whole, "PER_IMAGE": whole, "SHARE": _AT_LEAST_0, "OBJECTS": share, "WINDOWS": share}
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(view, dict) for view in value):
+        return f"a list of one or more views, dicts with the keys {', '.join(ranges)}"
+    for view in value:
+        for key, check in ranges.items():
+            if key in view and (expected := check(view[key])) is not None:
+                return f"{expected} for {key} instead of {shown(view[key])}"
+    return None if any(view.get("SHARE") for view in value) else "a SHARE above 0 for at least one view"
+
+
 _TRAINING: dict[str, Check] = {
     "SEED": whole(),
     "OUTPUT_DIR": text(r"(?s)\s*\S.*", "the path of a folder"),
@@ -156,11 +169,13 @@ _DATA: dict[str, Check] = {
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": number(above=0, most=1),
     "INPUT.SCALE_JITTER.SIZE": _POSITIVE,
     "INPUT.SCALE_JITTER.RANGE": _RANGE,
+    "INPUT.CROP_CAPTION.VIEWS": _crop_views,
     "INPUT.CLIPSELF.REGIONS": choice("patches", "proposals", "concepts"),
     "INPUT.CLIPSELF.IMAGE_SIZE": _POSITIVE,
     "INPUT.CLIPSELF.CROP_SIZE": _POSITIVE,
     "INPUT.CLIPSELF.MAX_BOXES": _POSITIVE,
     "INPUT.CLIPSELF.MAX_SPLIT": _POSITIVE,
+    "INPUT.CLIPSELF.JITTER": _COUNT,
     "INPUT.CLIPSELF.CROP_SCALE": _AT_LEAST_0,
     "INPUT.OBJECT_CROP.SIZE": _POSITIVE,
     "INPUT.OBJECT_CROP.CONTEXT": _ABOVE_0,
@@ -309,6 +324,7 @@ _CLIP: dict[str, Check] = {
     "MODEL.LANGUAGE.TEXT": choice("tower", "table"),
     "MODEL.LANGUAGE.TABLE_DIM": _COUNT,
     "MODEL.LANGUAGE.N_CONTEXTS": _COUNT,
+    "MODEL.LANGUAGE.CONTEXT_STD": _AT_LEAST_0,
     "MODEL.LANGUAGE.CONTEXT_DECODER.WIDTH": _POSITIVE,
     "MODEL.LANGUAGE.CONTEXT_DECODER.HEADS": _POSITIVE,
     "MODEL.LANGUAGE.CONTEXT_DECODER.LAYERS": _COUNT,
@@ -328,6 +344,7 @@ _CLIP: dict[str, Check] = {
     "MODEL.PROMPT.VISUAL.N_TOKENS": _COUNT,
     "MODEL.PROMPT.VISUAL.PROJECT": _COUNT,
     "MODEL.PROMPT.VISUAL.DROPOUT": number(0, below=1),
+    "MODEL.CONTRASTIVE_CLIP.CENTRING_WEIGHT": _AT_LEAST_0,
     "MODEL.CONTRASTIVE_CLIP.INIT_LOGIT_SCALE": _AT_LEAST_0,
     "MODEL.CONTRASTIVE_CLIP.MAX_LOGIT_SCALE": number(1),
 }
@@ -407,6 +424,7 @@ _SYSTEMS: dict[str, Check] = {
     "MODEL.CLIPSELF.WEIGHT": _AT_LEAST_0,
     "MODEL.CLIPSELF.MULTISCALE": items(_POSITIVE),
     "MODEL.CLIPSELF.EMBEDDING_WEIGHT": _AT_LEAST_0,
+    "MODEL.CLIPSELF.WINDOW": _COUNT,
     "MODEL.CLIPSELF.NUM_CONCEPTS": _POSITIVE,
     "MODEL.SEMANTIC_SEGMENTOR.WINDOW": items(_POSITIVE),
     "MODEL.SEMANTIC_SEGMENTOR.STRIDE": items(_POSITIVE),
@@ -415,6 +433,7 @@ _SYSTEMS: dict[str, Check] = {
     "MODEL.SEMANTIC_SEGMENTOR.SCALES": items(_ABOVE_0, least=1),
     "MODEL.PIXEL_TEXT.BASE": _entries(META_ARCH_REGISTRY),
     "MODEL.PIXEL_TEXT.SOURCE": choice(*SOURCES),
+    "MODEL.PIXEL_TEXT.LOSS": choice(*LOSSES),
     "MODEL.PIXEL_TEXT.WEIGHT": _AT_LEAST_0,
     "MODEL.PIXEL_TEXT.ALIGNMENT_WEIGHT": _AT_LEAST_0,
     "MODEL.FVLM.TEXT_SOURCE": choice(*get_args(TextSource)),

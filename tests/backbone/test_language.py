@@ -302,6 +302,22 @@ def test_the_dense_map_may_be_any_mode_of_the_tower(name: str, decoder: bool) ->
         CLIPTrunk(clip(name).visual, joint=True, dense="nothing")
 
 
+@pytest.mark.parametrize("mode", ["value", "clearclip"])
+@pytest.mark.parametrize("last_map", ["trunk", "dense"])
+def test_what_no_map_depends_on_is_frozen_and_nothing_else(mode: str, last_map: str) -> None:
+    model = clip("shapes-eva")
+    trainable = {n for n, p in model.visual.named_parameters() if p.requires_grad}
+    tower = CLIPTrunk(model.visual, joint=True, dense=mode)
+    trunk = LanguageTrunk(tower, ClassText(model, CLASSES, n_ctx=0), last_map=last_map).train()
+    trained = {n for n, p in model.visual.named_parameters() if p.requires_grad}
+    model.visual.requires_grad_(True)
+    sum(x.square().mean() for x in trunk(torch.randn(1, 3, 64, 64)).values()).backward()
+    reached = {n for n, p in model.visual.named_parameters() if p.grad is not None}
+    assert trained == reached & trainable
+    # The trunk's own map is the last block with its queries and keys; these modes leave keys or both out.
+    assert any("blocks.3.attn.k_proj" in n for n in reached) == (last_map == "trunk")
+
+
 def test_the_dense_mode_comes_from_the_config() -> None:
     cfg = config(MODEL__LANGUAGE__DENSE="value", MODEL__BACKBONE__NAME="LanguageTrunk")
     assert build_backbone(cfg).trunk.dense == "value"

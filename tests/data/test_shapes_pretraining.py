@@ -261,7 +261,8 @@ def record(tmp_path):
 def test_mapper_reads_scenes_from_disk(record):
     cfg = get_cfg()
     clipdense.add_clipdense_config(cfg)
-    whole = {"SIZE": 128, "PER_IMAGE": 1, "SHARE": 1.0, "OBJECTS": 0.0, "WINDOWS": 1.0}
+    whole = {"SIZE": 128, "PER_IMAGE": 1, "SHARE": 1, "OBJECTS": 0.0, "WINDOWS": 1.0}
+    cfg.INPUT.CROP_CAPTION.VIEWS[0]["SHARE"] = 1  # whole numbers are shares, too
     cfg.INPUT.CROP_CAPTION.VIEWS.append(whole)
     test = CropCaptionMapper(cfg, is_train=False)
     first, again = test(record), test(record)

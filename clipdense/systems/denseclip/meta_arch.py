@@ -182,7 +182,11 @@ def export_without_text_tower(model: Any) -> Export:
                 "MODEL.LANGUAGE.CLASSES": list(module.classes),
             }
     if "pixel_text_loss.bias" in state:
-        options["MODEL.PIXEL_TEXT.LEARN_BIAS"] = True
+        loss = model.pixel_text_loss
+        options |= {
+            f"MODEL.PIXEL_TEXT.{key}": value
+            for key, value in (("LEARN_BIAS", True), ("LOSS", loss.loss), ("SOURCE", loss.source))
+        }
     return state, {"layout": "clipdense", "options": {"config": options}}
 
 

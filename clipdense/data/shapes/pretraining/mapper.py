@@ -71,7 +71,7 @@ class CropCaptionMapper:
     @configurable
     def __init__(self, *, views: Sequence[CropView], is_train: bool) -> None:
         self.views, self.is_train = list(views), is_train
-        self._shares = torch.tensor([view.share for view in self.views])
+        self._shares = torch.tensor([view.share for view in self.views], dtype=torch.float32)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
