@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     mapper = build_mapper(cfg, False)
     pixels, labels, texts = [], [], []
     for record in tqdm(DatasetCatalog.get(dataset)[: arguments.images], unit="image"):
+        if "sem_seg_file_name" not in record:
+            raise ValueError(f"--dataset: {dataset} has no semantic maps; name a dataset that has them")
         sample = map_image(mapper, read_image(record["file_name"], cfg.INPUT.FORMAT))
         features, text = joint_features(model, sample)
         truth = torch.from_numpy(read_labels(record["sem_seg_file_name"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ class BesideTrunk(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Divisor of the padded images' height and width: the larger of the two encoders'."""
-        return max(self.trunk.size_divisibility, self.language.size_divisibility)
+        """Divisor of the padded images' height and width, for both encoders."""
+        return math.lcm(max(self.trunk.size_divisibility, 1), max(self.language.size_divisibility, 1))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Return channels and stride of every map, by name, "score" last."""

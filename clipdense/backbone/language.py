@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from clipdense.backbone.class_text import ClassTable, ClassText
 from clipdense.backbone.clip_blocks import CLIPBlockTrunk
 from clipdense.backbone.clip_trunk import CLIPTrunk, clip_from_config
-from clipdense.backbone.prompting import build_class_prompts
+from clipdense.backbone.frozen_clip import FrozenCLIPTrunk
+from clipdense.backbone.prompting import build_class_prompts, image_dependent_key
 from clipdense.backbone.trunk import SCORE
 from clipdense.clip.context_decoder import ContextDecoder
 from clipdense.clip.position import resize_table
@@ -86,6 +87,11 @@ class LanguageTrunk(Backbone):
         self.trunk = trunk
         self.pool: DensePool | None = None
         if isinstance(trunk, CLIPTrunk):
+            if not trunk.joint or isinstance(trunk, FrozenCLIPTrunk):
+                raise ValueError(
+                    f"MODEL.LANGUAGE.TRUNK: a {type(trunk).__name__} gives no dense map for a score map: use "
+                    "CLIPTrunk, with MODEL.BACKBONE.FREEZE_AT 5 to freeze it"
+                )
             dim, stride = trunk.tower.embed_dim, trunk.tower.stride
         else:
             last = list(shapes.values())[-1]
@@ -284,10 +290,10 @@ def build_class_text(cfg: CN) -> ClassText | ClassTable:
     """
     keys = cfg.MODEL.LANGUAGE
     classes: Sequence[str] = keys.CLASSES or class_names(cfg, keys.CLASSES_FROM)
-    if keys.TEXT == "table" and cfg.MODEL.PROMPT.METHOD in ("cocoop", "pre_model", "icpc"):
+    if keys.TEXT == "table" and (key := image_dependent_key(cfg)):
         raise ValueError(
-            f"MODEL.LANGUAGE.TEXT table: with MODEL.PROMPT.METHOD {cfg.MODEL.PROMPT.METHOD}, class "
-            "embeddings depend on the image, so that no table can hold them; set TEXT tower"
+            f"MODEL.LANGUAGE.TEXT table: with MODEL.PROMPT.{key} {cfg.MODEL.PROMPT[key]}, class embeddings "
+            "depend on the image, so that no table can hold them; set TEXT tower"
         )
     if keys.TEXT == "table":
         return ClassTable(classes, keys.TABLE_DIM)

@@ -1,4 +1,4 @@
-"""Learned prompts that MODEL.PROMPT describes, for every system with text or a CLIP image tower."""
+"""Learned prompts that MODEL.PROMPT describes, for systems with text or a CLIP image tower."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from clipdense.clip.visual_prompts import VisualPrompts
 
 from detectron2.config import CfgNode as CN
 
-__all__ = ["METHODS", "build_class_prompts", "build_fixed_prompts", "build_visual_prompts"]
+__all__ = [
+    "METHODS",
+    "build_class_prompts",
+    "build_fixed_prompts",
+    "build_visual_prompts",
+    "image_dependent_key",
+]
 
 METHODS = ("", "contexts", "cocoop", "pre_model", "icpc")
 
@@ -128,6 +134,14 @@ def build_visual_prompts(cfg: CN, tower: Tower) -> VisualPrompts | None:
     return VisualPrompts.of(tower, keys.N_TOKENS, deep=keys.DEEP, project=keys.PROJECT, dropout=keys.DROPOUT)
 
 
+def image_dependent_key(cfg: CN) -> str:
+    """Return which key of MODEL.PROMPT asks for contexts that depend on the image: METHOD, WEIGHTS or ""."""
+    stored = _stored(cfg)
+    if stored is not None and stored.text is not None:
+        return "WEIGHTS" if stored.text.image_dependent else ""
+    return "METHOD" if cfg.MODEL.PROMPT.METHOD in ("cocoop", "pre_model", "icpc") else ""
+
+
 def _stored(cfg: CN, classes: Sequence[str] = ()) -> PromptFile | None:
     keys = cfg.MODEL.PROMPT
     if not keys.WEIGHTS:
@@ -138,10 +152,13 @@ def _stored(cfg: CN, classes: Sequence[str] = ()) -> PromptFile | None:
 
 
 def _check_file(prompts: ClassPrompts, clip: ClipModel, path: str) -> None:
-    width = next(p.shape[-1] for name, p in prompts.named_parameters() if name in ("contexts", "queries"))
-    expected = clip.embed_dim if isinstance(prompts, PreModelPrompts) else require_text_tower(clip).width
-    if width != expected:
-        raise ValueError(
-            f"MODEL.PROMPT.WEIGHTS {path}: its vectors have {width} channels, those of '{clip.name}' have "
-            f"{expected}: use the CLIP that the prompts were trained with"
-        )
+    """Raise ValueError if the sizes of a file's learner are not those of a new one for this CLIP."""
+    for what, found, expected in (
+        ("contexts", prompts.width, require_text_tower(clip).width),
+        ("image embeddings", prompts.embed_dim, clip.embed_dim),
+    ):
+        if found not in (0, expected):
+            raise ValueError(
+                f"MODEL.PROMPT.WEIGHTS {path}: its {what} have {found} channels, those of '{clip.name}' have "
+                f"{expected}: use the CLIP that the prompts were trained with"
+            )

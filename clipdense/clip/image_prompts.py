@@ -47,6 +47,7 @@ class ConditionalPrompts(ContextPrompts):
             hidden: hidden width of the network; 0: D / 16, at least 1 (published).
         """
         super().__init__(n_ctx, width, std, position=position, full_stop=full_stop)
+        self.embed_dim = embed_dim
         hidden = hidden or max(1, embed_dim // 16)
         layers = {
             "linear1": nn.Linear(embed_dim, hidden),
@@ -100,6 +101,7 @@ class PreModelPrompts(ClassPrompts):
             decoder_width, heads, layers, dropout: sizes of the decoder, see `ContextDecoder`.
         """
         super().__init__(n_ctx, position=position, full_stop=full_stop)
+        self.width, self.embed_dim = width, embed_dim
         self.queries = nn.Parameter(torch.zeros(n_ctx, embed_dim))
         nn.init.trunc_normal_(self.queries, std=1.0)
         self.decoder = ContextDecoder(
@@ -145,6 +147,7 @@ class InstancePrompts(ContextPrompts):
             instance_tokens: number of tokens I.
         """
         super().__init__(n_ctx, width, std, position=position, full_stop=full_stop)
+        self.embed_dim = embed_dim
         self.length = n_ctx + instance_tokens
         self.projection = nn.Linear(embed_dim, instance_tokens * width)
 
@@ -154,7 +157,7 @@ class InstancePrompts(ContextPrompts):
         return torch.cat([self.contexts.expand(len(instance), -1, -1), instance], dim=1)
 
 
-def alignment_loss(scores: Tensor, labels: Tensor, ignore_label: int = 255) -> Tensor:
+def alignment_loss(scores: Tensor, labels: Tensor, ignore_label: int = -1) -> Tensor:
     """Compute a contrastive loss from texts to pixels (or images), experimental.
 
     For every image and class that occurs in it, the loss is -log of the share of exp(score) that lies on the

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipdense.checkpoint import CheckpointError, load_strict, read_checkpoint, save_checkpoint
 from clipdense.clip.image_prompts import ConditionalPrompts, InstancePrompts, PreModelPrompts
@@ -18,6 +18,7 @@ __all__ = [
     "LAYOUT",
     "PromptFile",
     "convert_coop",
+    "find_prompts",
     "load_prompts",
     "load_visual_prompts",
     "prompt_state",
@@ -85,6 +86,23 @@ def save_prompts(
         WriteError: If the file cannot be written.
     """
     save_checkpoint(path, *prompt_state(text, visual, clip))
+
+
+def find_prompts(model: nn.Module) -> PromptFile:
+    """Find the learned prompts inside a model, such as one on a language backbone.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    text = next((m for m in model.modules() if isinstance(m, ClassPrompts)), None)
+    visual = next((m for m in model.modules() if isinstance(m, VisualPrompts)), None)
+    if text is None and visual is None:
+        raise ValueError(
+            f"this {type(model).__name__} has no learned prompts: name the config and the checkpoint "
+            "(export.safetensors has class embeddings instead) of a training with MODEL.LANGUAGE.N_CONTEXTS, "
+            "MODEL.PROMPT.METHOD or MODEL.PROMPT.VISUAL.N_TOKENS"
+        )
+    return PromptFile(text, visual)
 
 
 def load_prompts(

@@ -144,7 +144,12 @@ class ClassPrompts(LearnedPrompts):
     Attributes:
         position: place of the name: "end", "middle" or "front".
         tail: number of tokens between the name and the end token.
+        width: C, channels of the contexts, those of the text tower's tokens.
+        embed_dim: D, channels of the image embeddings that the contexts depend on; 0: none.
     """
+
+    width: int
+    embed_dim: int = 0
 
     def __init__(self, n_ctx: int, *, position: str = "end", full_stop: bool = False) -> None:
         """
@@ -237,7 +242,7 @@ class ContextPrompts(ClassPrompts):
             ValueError: If the position is unknown.
         """
         super().__init__(n_ctx, position=position, full_stop=full_stop)
-        self.classes = tuple(classes)
+        self.width, self.classes = width, tuple(classes)
         self.contexts = nn.Parameter(torch.zeros(len(self.classes) or 1, n_ctx, width))
         if std:  # the truncated normal distribution is undefined for 0
             nn.init.trunc_normal_(self.contexts, std=std)

@@ -39,17 +39,25 @@ def average_views(
         raise ValueError(f"scales must be factors above 0, not {tuple(scales)}")
     height, width = images.shape[-2:]
     size = size or (height, width)
-    total: Tensor | float = 0.0
+    total: Tensor | None = None
     for scale in scales:
         scaled = images
         if scale != 1:
             sides = max(1, round(height * scale)), max(1, round(width * scale))
             scaled = F.interpolate(images, sides, mode="bilinear", align_corners=False)
-        total = total + _resize(function(scaled), size)
+        total = _add(total, _resize(function(scaled), size))
         if flip:
-            total = total + _resize(function(scaled.flip(-1)).flip(-1), size)
-    assert isinstance(total, Tensor)
+            total = _add(total, _resize(function(scaled.flip(-1)).flip(-1), size))
+    assert total is not None
     return total / (len(scales) * (1 + flip))
+
+
+def _add(total: Tensor | None, maps: Tensor) -> Tensor:
+    """Add maps, on the CPU if either is there: a function may keep large maps in main memory."""
+    if total is None:
+        return maps
+    device = maps.device if maps.device.type == "cpu" else total.device
+    return total.to(device) + maps.to(device)
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -5,6 +5,7 @@ It imports nothing heavy, so that it also covers the imports that a tool makes i
 
 from __future__ import annotations
 
+import ast
 import dis
 import errno
 import logging
@@ -25,7 +26,7 @@ __all__ = ["announce_imports", "describe_error", "tool_errors"]
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OWN_CODE = (_PACKAGE, *(_PACKAGE.parent / folder for folder in ("tools", "datasets", "projects")))
 # Types that our code raises for what a user can cause, besides its own exception classes.
-_RAISED_FOR_USERS = ("ValueError", "FloatingPointError", "ImportError", "NotImplementedError")
+_RAISED_FOR_USERS = ("ValueError", "KeyError", "FloatingPointError", "ImportError", "NotImplementedError")
 _REPORT = (
     "This is an unexpected error, probably a fault of clipdense. Please report it with the text above, the "
     "command, and the output of: python -m detectron2.utils.collect_env"
@@ -89,7 +90,8 @@ def describe_error(error: BaseException) -> str | None:
     if (original := _from_process(error)) is not None:
         kind, text, own = original
     if kind.startswith("clipdense.") or (own and kind in _RAISED_FOR_USERS):
-        return text
+        # The text of a KeyError is the repr of its message.
+        return str(ast.literal_eval(text)) if kind == "KeyError" else text
     if kind.rpartition(".")[2] in ("MemoryError", "OutOfMemoryError") or "can't allocate mem" in text:
         return f"not enough memory ({text.splitlines()[0] if text else 'out of memory'}); " + (
             "use smaller images (INPUT.MIN_SIZE_TEST, INPUT.MIN_SIZE_TRAIN) or a smaller SOLVER.IMS_PER_BATCH"

@@ -56,6 +56,17 @@ _CLIP_NAMES = (
     "MODEL.MASK_POOLING.OUT_OF_VOCABULARY.NAME",
     "MODEL.TWO_STAGE.CROP_CLIP.NAME",
 )
+# Meta-architectures without a place for learned contexts.
+_WITHOUT_PROMPTS = (
+    "CATSeg",
+    "SED",
+    "SegCLIP",
+    "CLIPpy",
+    "MaskAdaptedCLIP",
+    "ContrastiveCLIP",
+    "CLIPSelf",
+    "RegionCLIPBaseline",
+)
 # Start of a key -> the key that it depends on, and the values of that key with which it has an effect.
 _DEPENDS_ON: dict[str, tuple[str, tuple[Any, ...]]] = {
     "SOLVER.AMP.DTYPE": ("SOLVER.AMP.ENABLED", (True,)),
@@ -84,6 +95,7 @@ _DEPENDS_ON: dict[str, tuple[str, tuple[Any, ...]]] = {
     "INPUT.OBJECT_CROP.": ("INPUT.MAPPER", ("ObjectCropMapper",)),
     "MODEL.TEXT_RCNN.": ("MODEL.ROI_HEADS.NAME", ("TextROIHeads",)),
     "MODEL.PROMPT.INSTANCE_TOKENS": ("MODEL.PROMPT.METHOD", ("icpc",)),
+    "MODEL.PROMPT.CONTEXT_WORDS": ("MODEL.PROMPT.METHOD", ("contexts", "cocoop", "icpc")),
     "MODEL.PROMPT.PRE_MODEL.": ("MODEL.PROMPT.METHOD", ("pre_model",)),
     "MODEL.LANGUAGE.N_CONTEXTS": ("MODEL.PROMPT.METHOD", ("",)),
     "MODEL.LANGUAGE.CONTEXT_STD": ("MODEL.PROMPT.METHOD", ("",)),
@@ -242,6 +254,12 @@ def _check_together(cfg: CfgNode) -> None:
         )
     if list(cfg.SOLVER.STEPS) != sorted(set(cfg.SOLVER.STEPS)):
         raise ConfigError(f"SOLVER.STEPS is {shown(cfg.SOLVER.STEPS)}; expected ascending iterations")
+    for key in ("METHOD", "WEIGHTS"):
+        if cfg.MODEL.PROMPT[key] and cfg.MODEL.META_ARCHITECTURE in _WITHOUT_PROMPTS:
+            raise ConfigError(
+                f"MODEL.PROMPT.{key} is {shown(cfg.MODEL.PROMPT[key])}, but {cfg.MODEL.META_ARCHITECTURE} "
+                "takes no learned prompts; leave it empty"
+            )
     if not cfg.MODEL.CLIP.CONFIG:
         names = {key: config_value(cfg, key) for key in _CLIP_NAMES}
         check_values(names, dict.fromkeys(_CLIP_NAMES, _clip_name))

@@ -11,11 +11,19 @@ from clipdense.backbone import CLIPTrunk
 from clipdense.backbone.class_text import ClassText
 from clipdense.backbone.clip_trunk import clip_from_config
 from clipdense.backbone.prompting import build_class_prompts, build_fixed_prompts, build_visual_prompts
-from clipdense.clip.image_prompts import alignment_loss
+from clipdense.clip.image_prompts import (
+    ConditionalPrompts,
+    InstancePrompts,
+    PreModelPrompts,
+    alignment_loss,
+)
 from clipdense.clip.model import build_clip
-from clipdense.clip.prompt_files import save_prompts
+from clipdense.clip.prompt_files import find_prompts, save_prompts
 from clipdense.clip.prompts import ContextPrompts
+from clipdense.clip.vocabulary import Vocabulary
+from clipdense.engine.options import ConfigError
 from clipdense.run.config import add_clipdense_config
+from clipdense.run.setup import load_config
 from clipdense.systems.denseclip.loss import PixelTextLoss
 from clipdense.systems.denseclip.meta_arch import export_without_text_tower
 from clipdense.systems.fvlm.text import build_text_embedder
@@ -24,7 +32,7 @@ from clipdense.systems.text_rcnn.predictor import class_embeddings
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 
 CLASSES = ["red star", "blue ring", "green hourglass"]
 IMAGE_DEPENDENT = ["cocoop", "pre_model", "icpc"]
@@ -67,7 +75,7 @@ def test_a_language_backbone_trains_every_method(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", IMAGE_DEPENDENT)
-def test_image_dependent_prompts_refuse_tables(method: str) -> None:
+def test_image_dependent_prompts_refuse_tables(method: str, tmp_path: Path) -> None:
     model = build_backbone(config("MODEL.PROMPT.METHOD", method), ShapeSpec(channels=3))
     with pytest.raises(ValueError, match="depend on the image"):
         model.text.table()
@@ -76,6 +84,10 @@ def test_image_dependent_prompts_refuse_tables(method: str) -> None:
     keys = ["MODEL.PROMPT.METHOD", method, "MODEL.LANGUAGE.TEXT", "table", "MODEL.LANGUAGE.TABLE_DIM", 128]
     with pytest.raises(ValueError, match=f"TEXT table: with MODEL.PROMPT.METHOD {method}"):
         build_backbone(config(*keys), ShapeSpec(channels=3))
+    path = str(tmp_path / "p.safetensors")
+    save_prompts(path, model.text.prompts)
+    with pytest.raises(ValueError, match=f"TEXT table: with MODEL.PROMPT.WEIGHTS {path}"):
+        build_backbone(config("MODEL.PROMPT.WEIGHTS", path, *keys[2:]), ShapeSpec(channels=3))
 
 
 def test_contexts_of_the_config() -> None:
@@ -146,8 +158,13 @@ def test_prompts_that_a_system_cannot_use_are_refused(file: str, tmp_path: Path)
         build_fixed_prompts(cfg, clip)
     save_prompts(tmp_path / "wide.safetensors", ContextPrompts(3, 7))
     cfg = config("MODEL.PROMPT.WEIGHTS", str(tmp_path / "wide.safetensors"))
-    with pytest.raises(ValueError, match="have 7 channels"):
+    with pytest.raises(ValueError, match="its contexts have 7 channels"):
         build_fixed_prompts(cfg, clip)
+    width = clip.text.width
+    for learner in (ConditionalPrompts, PreModelPrompts, InstancePrompts):  # of the images of another CLIP
+        save_prompts(tmp_path / "wide.safetensors", learner(3, width, clip.embed_dim + 1))
+        with pytest.raises(ValueError, match=f"image embeddings have {clip.embed_dim + 1} channels"):
+            build_class_prompts(cfg, clip, CLASSES)
     cfg = config("MODEL.PROMPT.WEIGHTS", file, "MODEL.FVLM.TEXT_SOURCE", "table")
     with pytest.raises(ValueError, match="MODEL.PROMPT.WEIGHTS has no effect with MODEL.FVLM.TEXT_SOURCE"):
         build_text_embedder(cfg)
@@ -211,3 +228,51 @@ def test_visual_prompts_that_nobody_trains_are_refused() -> None:
     cfg = config("MODEL.PROMPT.VISUAL.N_TOKENS", 4)
     with pytest.raises(ValueError, match="only ViTs have tokens"):
         build_visual_prompts(cfg, clip_from_config(cfg).visual)
+
+
+# What reads contexts, by config: where its text embeddings are.
+SYSTEMS = {
+    "fcclip_rn": lambda model: model.bank,
+    "pacl_vit": lambda model: model.bank,
+    "zero_shot_maskclip_rn": lambda model: model.bank,
+    "maskclip_plus_rn": lambda model: model.bank,
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_open_vocabulary_systems_read_trained_contexts(name: str, file: str) -> None:
+    config_file = f"configs/shapes/{name}.yaml"
+    keys = ["MODEL.CLIP.PRETRAINED", "random", "MODEL.DEVICE", "cpu"]
+    model = build_model(load_config(config_file, [*keys, "MODEL.PROMPT.WEIGHTS", file]))
+    bank, vocabulary = SYSTEMS[name](model), Vocabulary.from_names(CLASSES)
+    prompted = bank(vocabulary)
+    tokens = bank.clip.tokenize([f"{c}." for c in CLASSES], bank.clip.text.context_length - 3)
+    with torch.no_grad():
+        expected = F.normalize(bank.prompts(bank.clip, tokens), dim=-1)
+    torch.testing.assert_close(prompted, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="does not train contexts of class names"):
+        build_model(load_config(config_file, [*keys, "MODEL.PROMPT.METHOD", "contexts"]))
+
+
+def test_systems_without_a_place_for_contexts_refuse_them(file: str) -> None:
+    for name in ("catseg_rn", "clippy_vit", "clipself_vit_patches"):
+        with pytest.raises(ConfigError, match=r"MODEL.PROMPT.WEIGHTS is .*takes no learned prompts"):
+            load_config(f"configs/shapes/{name}.yaml", ["MODEL.PROMPT.WEIGHTS", file])
+
+
+def test_contexts_of_a_language_backbone_become_a_file(tmp_path: Path) -> None:
+    model = build_backbone(config("MODEL.LANGUAGE.N_CONTEXTS", 5), ShapeSpec(channels=3))
+    found = find_prompts(model)
+    save_prompts(tmp_path / "p.safetensors", found.text, found.visual)
+    cfg = config("MODEL.PROMPT.WEIGHTS", str(tmp_path / "p.safetensors"))
+    again = build_fixed_prompts(cfg, clip_from_config(cfg))
+    assert torch.equal(again.contexts, model.text.prompts.contexts) and again.tail == 0
+    with pytest.raises(ValueError, match="has no learned prompts"):
+        find_prompts(build_backbone(config("MODEL.LANGUAGE.N_CONTEXTS", 0), ShapeSpec(channels=3)))
+
+
+def test_a_frozen_trunk_has_no_score_map() -> None:
+    with pytest.raises(
+        ValueError, match="a FrozenCLIPTrunk gives no dense map for a score map: use CLIPTrunk"
+    ):
+        build_backbone(config("MODEL.LANGUAGE.TRUNK", "FrozenCLIPTrunk"), ShapeSpec(channels=3))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from clipdense.checkpoint import save_checkpoint
 from clipdense.clip import load_clip
+from clipdense.clip.prompt_files import load_prompts
 from clipdense.engine.build import build_model
 from clipdense.run.boundary import tool_errors
 from clipdense.run.setup import load_config
@@ -115,6 +116,14 @@ def test_neighbours_of_class_names(tool, tmp_path, capsys):
     assert tool("draw_neighbours")([str(tmp_path / "n.png"), "--config-file", config, *words]) == 0
     with Image.open(tmp_path / "n.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 300
+    prompts = tmp_path / "prompts.safetensors"
+    words = ["--config-file", config, "--weights", str(weights), "--opts", "MODEL.DEVICE", "cpu"]
+    assert tool("export_prompts")([str(prompts), *words]) == 0
+    assert load_prompts(prompts).text.contexts.shape[1] == 8
+    detector = ["--dataset", "shapes_closed_mini_val", *words]
+    with pytest.raises(SystemExit, match="1"), tool_errors():
+        tool("draw_neighbours")([str(tmp_path / "n.png"), *detector])
+    assert "shapes_closed_mini_val has no semantic maps" in capsys.readouterr().err
     words = ["--config-file", "configs/shapes/semantic_fpn_clip_rn.yaml", "--weights", str(weights)]
     with pytest.raises(SystemExit, match="1"), tool_errors():
         tool("draw_neighbours")([str(tmp_path / "n.png"), *words])

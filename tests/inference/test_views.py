@@ -50,3 +50,14 @@ def test_scales_are_averaged_at_the_size_of_the_result() -> None:
 def test_scales_must_be_above_zero(scales: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="above 0"):
         average_views(torch.square, image(), scales=scales)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside main memory")
+def test_maps_that_a_function_leaves_in_main_memory_join_the_others() -> None:
+    def large_maps_in_main_memory(x: Tensor) -> Tensor:
+        return x.cpu() if x.shape[-1] > 20 else x
+
+    found = average_views(large_maps_in_main_memory, image().cuda(), scales=(0.5, 2.0, 1.0))
+    expected = average_views(lambda x: x, image(), scales=(0.5, 2.0, 1.0))
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, expected)

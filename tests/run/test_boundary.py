@@ -112,6 +112,14 @@ def test_a_value_error_counts_only_if_our_code_raised_it():
     assert describe_error(caught(torch.zeros(2).view, 3)) is None
 
 
+def test_a_key_error_of_ours_is_its_message():
+    from clipdense.data.object_crops import ObjectCropMapper
+
+    mapper = ObjectCropMapper.__new__(ObjectCropMapper)
+    text = describe_error(caught(mapper, {"file_name": "a.jpg"}))
+    assert text is not None and text.startswith("a.jpg: INPUT.MAPPER ObjectCropMapper reads objects")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_data_loading_processes_are_those_of_this_one(tmp_path, workers):
     path = tmp_path / "broken.png"

@@ -1,5 +1,6 @@
 """Semantic segmentation: decoders, losses, sliding windows and views, limits, export, and what is refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -391,3 +392,19 @@ def test_score_maps_of_encoders_without_text(
         maps = trunk(torch.randn(1, 3, 96, 160))
     assert maps[SCORE].shape == (1, 3, *grid) and maps[SCORE].std() > 0
     assert maps[SCORE].abs().max() <= 1 / trunk.tau + 1e-4
+
+
+# All but the baselines without text.
+RECIPES = [
+    path
+    for path in sorted(Path("projects/DenseCLIP/configs").glob("*.yaml"))
+    if not re.search(r"^Base-SemanticFPN$|_(clip|in1k|in21k)$", path.stem)
+]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_no_recipe_trains_the_text_tower_at_full_rate(path: Path) -> None:
+    """With FREEZE_TEXT False the published schedule's smallest rate alone moves it."""
+    rules = load_config(str(path)).SOLVER.PARAM_GROUPS
+    name = "backbone.bottom_up.text.tower.ln_final.weight"
+    assert [rule["LR"] for rule in rules if "LR" in rule and re.search(rule["MATCH"], name)] == [0.0]

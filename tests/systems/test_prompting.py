@@ -117,6 +117,11 @@ def test_class_specific_contexts_know_their_classes() -> None:
     assert built(batch())[0]["class_scores"].shape == (80,)
     with pytest.raises(ValueError, match="know the 80 classes"):
         built.set_vocabulary(Vocabulary.from_names(["zebra"]))
+    cfg.DATASETS.TEST = ("shapes_closed_mini_val",)
+    build_model(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("shapes_ov_mini_train",), ("shapes_ov_mini_val",)
+    with pytest.raises(ValueError, match="know the 60 classes that they were trained on, not 'red star'"):
+        build_model(cfg)  # not after the training
 
 
 def test_alignment_adds_a_loss() -> None:

@@ -45,8 +45,18 @@ class DeepLabHead(DeepLabV3PlusHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        keys = cfg.MODEL.SEM_SEG_HEAD
+        if len(keys.PROJECT_CHANNELS) != len(keys.IN_FEATURES) - 1:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS {list(keys.PROJECT_CHANNELS)}: expected a number for "
+                f"each of IN_FEATURES {list(keys.IN_FEATURES)} but the coarsest"
+            )
+        if cfg.INPUT.CROP.ENABLED:  # Detectron2 reads its size, which this head does not need
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.INPUT.CROP.ENABLED = False
         arguments: dict[str, Any] = super().from_config(cfg, input_shape)
-        return arguments | {"train_size": None, "loss_average": cfg.MODEL.SEM_SEG_HEAD.LOSS_AVERAGE}
+        return arguments | {"train_size": None, "loss_average": keys.LOSS_AVERAGE}
 
     def losses(self, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Compute "loss_sem_seg" of logits (B, K, h, w) for labels (B, H, W)."""

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipdense.backbone import JOINT, find_frozen_clip
+from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip.model import ClipModel
+from clipdense.clip.prompts import ClassPrompts
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.maskformer import (
@@ -108,6 +110,7 @@ class FCCLIP(OpenVocabularyMaskFormer):
         masks: MaskPolicy = "fcclip",
         grounding: GroundingLoss | None = None,
         templates: str = "ovseg_14",
+        prompts: ClassPrompts | None = None,
         out_loss_weight: float = 0.0,
         vocabulary: Vocabulary | None = None,
         mask_source: Proposals | None = None,
@@ -123,6 +126,7 @@ class FCCLIP(OpenVocabularyMaskFormer):
             masks: How a mask becomes a region of CLIP's map.
             grounding: Supervision by captions; None: by class labels.
             templates: Prompt templates of class names.
+            prompts: Trained contexts of class names, instead of templates; see `build_fixed_prompts`.
             out_loss_weight: Weight of the cross-entropy of ground-truth masks in the out-of-vocabulary
                 classifier; 0: none.
             vocabulary: Classes of the training data; None if there are none.
@@ -145,7 +149,7 @@ class FCCLIP(OpenVocabularyMaskFormer):
         self.classifier = classifier
         self.ensemble = ensemble
         self.masks: MaskPolicy = masks
-        self.bank = TextBank(clip, templates)
+        self.bank = TextBank(clip, templates, prompts=prompts)
         self.init_vocabulary(vocabulary)
 
     def _check_regions(self, clip: ClipModel) -> None:
@@ -194,6 +198,7 @@ class FCCLIP(OpenVocabularyMaskFormer):
             "masks": keys.OUT_OF_VOCABULARY.MASKS,
             "grounding": grounding,
             "templates": keys.TEMPLATES,
+            "prompts": build_fixed_prompts(cfg, clip),
             "out_loss_weight": keys.OUT_OF_VOCABULARY.LOSS_WEIGHT,
             "vocabulary": label_vocabulary(cfg),
             "mask_source": mask_source_from_config(cfg),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary, canonical
 from clipdense.data.classes import class_names
@@ -89,7 +90,8 @@ class TextClassifier(nn.Module):
         if clip.logit_scale.is_meta:
             return cls(torch.zeros(len(names), clip.embed_dim), learned)
         vocabulary = Vocabulary.from_names(names, separator=None)
-        return cls(TextBank(clip, keys.TEMPLATES)(vocabulary).cpu(), learned)
+        bank = TextBank(clip, keys.TEMPLATES, prompts=build_fixed_prompts(cfg, clip))
+        return cls(bank(vocabulary).cpu(), learned)
 
 
 def _hard_pixels(cfg: CfgNode) -> HardPixels:

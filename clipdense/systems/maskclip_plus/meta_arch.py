@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip import ClipModel
+from clipdense.clip.prompts import ClassPrompts
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.data.classes import class_names
@@ -100,6 +102,7 @@ class MaskCLIPPlus(nn.Module):
         classes: Sequence[str],
         rules: LabelRules | None = None,
         templates: str = "maskclip_85",
+        prompts: ClassPrompts | None = None,
         mode: str = "value",
         refinements: Refinements | None = None,
         distillation: float = 0.0,
@@ -113,6 +116,7 @@ class MaskCLIPPlus(nn.Module):
             classes: K class names, in the order of the labels.
             rules: of the labels.
             templates: prompt templates, see `TextBank`.
+            prompts: trained contexts of class names, instead of templates; see `build_fixed_prompts`.
             mode: last-block mode of the teacher's dense map.
             refinements: of the teacher's cosines.
             distillation: weight of "loss_distillation", see `feature_distance`; 0: none.
@@ -140,7 +144,7 @@ class MaskCLIPPlus(nn.Module):
                 "MODEL.MASKCLIP_PLUS.DISTILLATION needs features in CLIP's space: set "
                 "MODEL.SEM_SEG_HEAD.NAME DeepLabV2TextHead or DeepLabV3PlusTextHead"
             )
-        self.bank = TextBank(clip, templates)
+        self.bank = TextBank(clip, templates, prompts=prompts)
         self.train()
 
     @classmethod
@@ -151,9 +155,10 @@ class MaskCLIPPlus(nn.Module):
             ValueError: If an unseen class is none of the datasets'; see also `class_names`.
         """
         keys, names = cfg.MODEL.MASKCLIP_PLUS, class_names(cfg, "stuff_classes")
+        clip = clip_from_config(cfg)
         return {
             "segmentor": META_ARCH_REGISTRY.get(keys.SEGMENTOR)(cfg),
-            "clip": clip_from_config(cfg),
+            "clip": clip,
             "classes": names,
             "rules": LabelRules(
                 setting=keys.SETTING,
@@ -164,6 +169,7 @@ class MaskCLIPPlus(nn.Module):
                 ignore_value=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
             ),
             "templates": keys.TEMPLATES,
+            "prompts": build_fixed_prompts(cfg, clip),
             "mode": keys.MODE,
             "refinements": Refinements(keys.PROMPT_DENOISING, keys.KEY_SMOOTHING, keys.KEY_NORM == "tokens"),
             "distillation": keys.DISTILLATION,

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip import ClipModel, TowerRequest
 from clipdense.clip.patch_embedder import PatchEmbedder, patch_channels
-from clipdense.clip.prompts import require_text_tower
+from clipdense.clip.prompts import ClassPrompts, require_text_tower
 from clipdense.clip.text import TextBank
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.evaluation.probes import MapProbe, PatchProbe
@@ -53,6 +54,7 @@ class PACL(OpenVocabularyModel, nn.Module):
         logit_scale: float = 0.0,
         max_logit_scale: float = 100.0,
         templates: str | Sequence[str] = "single",
+        prompts: ClassPrompts | None = None,
         windows: PatchWindows | None = None,
         max_dense_classes: int = 256,
         input_format: str = "RGB",
@@ -66,6 +68,7 @@ class PACL(OpenVocabularyModel, nn.Module):
             logit_scale: initial inverse temperature of the loss; 0: that of the CLIP.
             max_logit_scale: upper bound of it.
             templates: prompt templates of class names, see `TextBank`.
+            prompts: trained contexts of class names, instead of templates; see `build_fixed_prompts`.
             windows: sliding windows of evaluation; None: the whole image, padded to whole patches.
             max_dense_classes: with more classes, evaluation gives only labels and no class maps; 0: no limit.
             input_format: order of the channels of images in evaluation, "RGB" or "BGR".
@@ -88,7 +91,7 @@ class PACL(OpenVocabularyModel, nn.Module):
         self.windows = windows or PatchWindows(multiple=tower.stride)
         self.max_dense_classes = max_dense_classes
         self.input_format = input_format
-        self.bank = TextBank(clip, templates)
+        self.bank = TextBank(clip, templates, prompts=prompts)
         self.init_vocabulary(vocabulary)
 
     @classmethod
@@ -105,6 +108,7 @@ class PACL(OpenVocabularyModel, nn.Module):
             "logit_scale": keys.LOGIT_SCALE,
             "max_logit_scale": keys.MAX_LOGIT_SCALE,
             "templates": keys.TEMPLATES,
+            "prompts": build_fixed_prompts(cfg, clip),
             "windows": PatchWindows(keys.WINDOW, keys.STRIDE, keys.BATCH_SIZE, clip.visual.stride),
             "max_dense_classes": cfg.TEST.MAX_DENSE_CLASSES,
             "input_format": cfg.INPUT.FORMAT,

@@ -19,6 +19,7 @@ from clipdense.clip.templates import NAME_RULES
 from clipdense.clip.text import TextBank
 from clipdense.clip.visual_prompts import VisualPrompts
 from clipdense.clip.vocabulary import Vocabulary
+from clipdense.data.classes import dataset_vocabulary
 from clipdense.open_vocabulary import OpenVocabularyModel, TextEmbeddings
 from clipdense.open_vocabulary.build import label_vocabulary
 
@@ -86,9 +87,13 @@ class PromptedCLIP(OpenVocabularyModel, nn.Module):
         """Build the arguments from ``MODEL.CLIP``, ``MODEL.PROMPT`` and ``MODEL.PROMPTED_CLIP``."""
         clip, vocabulary, keys = clip_from_config(cfg), label_vocabulary(cfg), cfg.MODEL.PROMPTED_CLIP
         classes = () if vocabulary is None else vocabulary.names
+        prompts = build_class_prompts(cfg, clip, classes)
+        if prompts is not None and prompts.classes:
+            for name in cfg.DATASETS.TEST:  # else evaluation would fail, after the training
+                prompts.contexts_of(dataset_vocabulary(cfg, name).names, None, None)
         return {
             "clip": clip,
-            "prompts": build_class_prompts(cfg, clip, classes),
+            "prompts": prompts,
             "visual_prompts": build_visual_prompts(cfg, clip.visual),
             "templates": keys.TEMPLATES,
             "dense": keys.DENSE,

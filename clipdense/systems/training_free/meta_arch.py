@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.backbone.clip_trunk import clip_from_config
+from clipdense.backbone.prompting import build_fixed_prompts
 from clipdense.clip import ClipModel
 from clipdense.clip.patch_embedder import load_patch_embedder
+from clipdense.clip.prompts import ClassPrompts
 from clipdense.clip.tables import TextTable, find_table
 from clipdense.clip.text import TextBank, TextEmbedder
 from clipdense.clip.vocabulary import Vocabulary, canonical
@@ -106,6 +108,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
         encoder: DenseEncoder,
         scores: ScoreSettings | None = None,
         templates: str | Sequence[str] = "clip_80",
+        prompts: ClassPrompts | None = None,
         background: str = "",
         text_table: Path | None = None,
         names: Mapping[tuple[tuple[str, ...], ...], Vocabulary] | None = None,
@@ -118,6 +121,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
             encoder: CLIP with a method.
             scores: from cosines to labels.
             templates: prompt templates (`clipdense.clip.templates.get`).
+            prompts: trained contexts of class names, instead of templates; see `build_fixed_prompts`.
             background: names, separated by bars, that replace those of a class called "background".
             text_table: file with precomputed embeddings of the class names, see `TextTable.load`; the CLIP
                 then needs no text tower.
@@ -139,7 +143,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
         self.input_format = input_format
         self.max_dense_classes = max_dense_classes
         self.text_table = text_table
-        self.bank = None if text_table is not None else TextBank(encoder.clip, templates)
+        self.bank = None if text_table is not None else TextBank(encoder.clip, templates, prompts=prompts)
         if encoder.sam is None and (regions == "sam" or self.scores.sam_refinement is not None):
             raise ValueError("SAM is asked for, but there is none: set MODEL.ZERO_SHOT.SAM.NAME")
         if encoder.method.kind == "corrclip" and not regions:
@@ -202,6 +206,7 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
                 refine if keys.SAM.REFINE else None,
             ),
             "templates": keys.TEMPLATES,
+            "prompts": None if table is not None else build_fixed_prompts(cfg, clip),
             "background": keys.BACKGROUND,
             "text_table": table,
             "names": protocol_names(cfg),
