@@ -37,6 +37,12 @@ def build(*overrides: str) -> nn.Module:
     return build_model(load_config(CONFIG, ["MODEL.BACKBONE.FREEZE_AT", "0", *overrides]))
 
 
+def forget(trunk: Any) -> None:
+    """Give the projection to the joint space random weights."""
+    for layer in (trunk.trunk.tower.attnpool.v_proj, trunk.trunk.tower.attnpool.c_proj):
+        layer.reset_parameters()
+
+
 def pixel_accuracy(trunk: nn.Module, images: Tensor, batch: list[dict[str, Any]]) -> float:
     """Compute the share of the masks' pixels whose highest score is that of their class."""
     targets, _ = mask_targets([x["instances"] for x in batch], 80, images.shape[-2:], images.device)
@@ -52,13 +58,15 @@ LOSSES["bce with bias"] = ["MODEL.PIXEL_TEXT.LOSS", "bce", "MODEL.PIXEL_TEXT.BIA
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_four_images_are_learned_by_heart(loss: str) -> None:
-    """The auxiliary loss alone, whole trunk; the published form stays at 0.4 % on these images."""
+    """The auxiliary loss alone, whole trunk, from a projection to the joint space that tells nothing."""
     batch = [sample(draw_scene("train", i)) for i in range(4)]
     model = build(*LOSSES[loss]).train()
     images, trunk = model.preprocess_image(batch).tensor, model.backbone.bottom_up
+    forget(trunk)
+    assert pixel_accuracy(trunk, images, batch) < 0.1
     optimizer = torch.optim.AdamW([p for p in trunk.parameters() if p.requires_grad], lr=1e-3)
     with flush_denormals():
-        for _ in range(40):
+        for _ in range(30):
             optimizer.zero_grad()
             model.pixel_text_loss(trunk(images)[SCORE], batch, images.shape[-2:]).backward()
             optimizer.step()
@@ -77,17 +85,14 @@ def ranked_first(model: nn.Module, batch: list[dict[str, Any]]) -> float:
 
 
 def test_training_a_detector_teaches_its_score_map_the_classes() -> None:
-    """The whole detector, 15 iterations; images of the validation split.
+    """The whole detector, 45 iterations; images of the validation split.
 
-    The projection to the joint space starts from random weights, so that the map tells nothing at first. Of
-    80 classes, chance ranks the right one first in 1 % of the boxes.
+    The map tells nothing at first. Of 80 classes, chance ranks the right one first in 1 % of the boxes.
     """
-    train = [sample(draw_scene("train", i)) for i in range(40)]
-    val = [sample(draw_scene("val", i)) for i in range(8)]
+    train = [sample(draw_scene("train", i)) for i in range(180)]
+    val = [sample(draw_scene("val", i)) for i in range(16)]
     model = build("MODEL.BACKBONE.FREEZE_AT", "4")
-    pool = model.backbone.bottom_up.trunk.tower.attnpool
-    for layer in (pool.v_proj, pool.c_proj):
-        layer.reset_parameters()
+    forget(model.backbone.bottom_up)
     assert ranked_first(model.eval(), val) < 0.1
     trunk = {id(p) for p in model.backbone.bottom_up.parameters()}
     groups = [{"params": [p for p in model.parameters() if p.requires_grad and id(p) not in trunk]}]
@@ -95,12 +100,12 @@ def test_training_a_detector_teaches_its_score_map_the_classes() -> None:
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     model.train()
     with flush_denormals(), EventStorage():
-        for i in range(15):
+        for i in range(45):
             optimizer.zero_grad()
             first = 4 * i % len(train)
             sum(model(train[first : first + 4]).values()).backward()
             optimizer.step()
-        assert ranked_first(model.eval(), val) > 0.25
+        assert ranked_first(model.eval(), val) > 0.5
 
 
 def test_the_boxes_are_those_of_the_masks() -> None:
