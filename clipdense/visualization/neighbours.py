@@ -101,6 +101,7 @@ def draw_neighbours(
     ax.scatter(texts[:, 0], texts[:, 1], s=160, marker="*", c=colors, edgecolors="black", zorder=3)
     for (x, y), name in zip(texts, names, strict=True):
         ax.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
+    ax.margins(x=0.15)  # room for the names
     ax.set_xticks([])
     ax.set_yticks([])
     with atomic_path(os.fspath(path)) as part:
