@@ -20,6 +20,7 @@ from clipdense.clip.roi_align import roi_align
 __all__ = [
     "RecordedScore",
     "WholeImageModel",
+    "find_language_trunk",
     "has_score_map",
     "joint_features",
     "record_scores",
@@ -82,9 +83,16 @@ def record_scores(backbone: nn.Module) -> Iterator[list[RecordedScore]]:
         handle.remove()
 
 
+def find_language_trunk(model: nn.Module) -> LanguageTrunk | None:
+    """Return the language trunk of a model's backbone; None if it has none."""
+    backbone: Any = getattr(model, "backbone", None)
+    modules = backbone.modules() if isinstance(backbone, nn.Module) else ()
+    return next((module for module in modules if isinstance(module, LanguageTrunk)), None)
+
+
 def has_score_map(model: nn.Module) -> bool:
     """Return whether the model's backbone has a score map."""
-    return _language_trunk(model) is not None
+    return find_language_trunk(model) is not None
 
 
 def score_classes(model: nn.Module) -> tuple[str, ...]:
@@ -93,7 +101,7 @@ def score_classes(model: nn.Module) -> tuple[str, ...]:
     Raises:
         ValueError: If its backbone has no score map.
     """
-    trunk = _language_trunk(model)
+    trunk = find_language_trunk(model)
     if trunk is None:
         raise ValueError(
             f"{type(model).__name__} has no score map: its backbone contains no LanguageTrunk "
@@ -146,7 +154,7 @@ def joint_features(model: Any, sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
         ValueError: If the model's backbone has no score map.
     """
     score_classes(model)
-    trunk = _language_trunk(model)
+    trunk = find_language_trunk(model)
     assert trunk is not None
     inputs: list[Tensor] = []
     handle = trunk.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -179,9 +187,3 @@ def without_padding(score: Tensor, padded: Sequence[int], size: Sequence[int]) -
     box = score.new_tensor([[0.0, 0.0, width, height]])
     cells = (max(1, round(height)), max(1, round(width)))
     return roi_align(score, [box] * len(score), cells, sampling_ratio=1)
-
-
-def _language_trunk(model: nn.Module) -> LanguageTrunk | None:
-    backbone: Any = getattr(model, "backbone", None)
-    modules = backbone.modules() if isinstance(backbone, nn.Module) else ()
-    return next((module for module in modules if isinstance(module, LanguageTrunk)), None)

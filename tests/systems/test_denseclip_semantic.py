@@ -225,13 +225,14 @@ def test_losses_of_the_model() -> None:
     torch.testing.assert_close(losses["loss_pixel_text"], auxiliary)
 
 
-def test_export_without_text_tower(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [CONFIG, "configs/shapes/denseclip_score_map_rn.yaml"])
+def test_export_without_text_tower(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = build_model(load_config(CONFIG)).eval()
+    model = build_model(load_config(name)).eval()
     state, metadata = model.export_state()
     assert not any(".text.tower." in key for key in state)
     save_checkpoint(tmp_path / "export.safetensors", state, metadata)
-    cfg = load_config(CONFIG, ["MODEL.WEIGHTS", str(tmp_path / "export.safetensors")])
+    cfg = load_config(name, ["MODEL.WEIGHTS", str(tmp_path / "export.safetensors")])
     other = build_model(cfg).eval()
     TrainingCheckpointer(other).load_weights(cfg.MODEL.WEIGHTS, complete=True)
     x = [sample()]

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdense.backbone import JOINT
+from clipdense.backbone.score_map import find_language_trunk
 from clipdense.regions import TextClassifier
 from clipdense.run.export.file_metadata import FileMetadata
 from clipdense.run.export.graph import ExportError, Graph, Inputs
-from clipdense.run.export.language import find_language_trunk, without_text_tower
+from clipdense.run.export.language import without_text_tower
 from clipdense.run.export.masks import base_names
 from clipdense.run.export.proposals import clip_boxes, pool_rows, propose, select_detections
 from clipdense.systems.fvlm import FVLM
@@ -33,7 +34,7 @@ class Detector(nn.Module):
     def __init__(self, model: GeneralizedRCNN, select: bool) -> None:
         super().__init__()
         self.backbone: Any = model.backbone
-        if find_language_trunk(model.backbone) is not None:
+        if find_language_trunk(model) is not None:
             self.backbone, _ = without_text_tower(model.backbone)
         self.proposal_generator: Any = model.proposal_generator
         self.heads: Any = model.roi_heads

@@ -12,12 +12,7 @@ from clipdense.backbone.class_text import ClassTable
 from clipdense.backbone.language import LanguageTrunk
 from clipdense.run.export.graph import ExportError
 
-__all__ = ["class_embeddings", "find_language_trunk", "without_text_tower"]
-
-
-def find_language_trunk(backbone: nn.Module) -> LanguageTrunk | None:
-    """Return the language trunk in a backbone, or None."""
-    return next((module for module in backbone.modules() if isinstance(module, LanguageTrunk)), None)
+__all__ = ["class_embeddings", "without_text_tower"]
 
 
 def class_embeddings(trunk: LanguageTrunk) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clipdense.backbone.score_map import find_language_trunk
 from clipdense.run.export.file_metadata import FileMetadata
 from clipdense.run.export.graph import ExportError, Graph, Inputs
-from clipdense.run.export.language import find_language_trunk, without_text_tower
+from clipdense.run.export.language import without_text_tower
 from clipdense.systems.denseclip import ScoreMapSegmentor, WindowedSemanticSegmentor
 
 __all__ = ["semantic_graph"]
@@ -79,7 +80,7 @@ def semantic_graph(
             f"windows of {list(settings.window)} px: an exported file has square windows; set "
             "MODEL.SEMANTIC_SEGMENTOR.WINDOW and STRIDE to two equal numbers each"
         )
-    language = find_language_trunk(model.backbone)
+    language = find_language_trunk(model)
     dim = 0 if language is None else language.text.embed_dim
     head: Any = model.sem_seg_head
     module: nn.Module

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipdense.backbone.score_map import find_language_trunk
 from clipdense.clip.vocabulary import Vocabulary
 from clipdense.files import atomic_path
 from clipdense.regions import TextClassifier
 from clipdense.run.export.file_metadata import FileMetadata
 from clipdense.run.export.graph import ExportError
-from clipdense.run.export.language import class_embeddings, find_language_trunk
+from clipdense.run.export.language import class_embeddings
 from clipdense.run.export.text_input import FORMAT_KEY
 
 __all__ = ["save_text_input", "synonym_table", "text_inputs"]
@@ -41,8 +42,7 @@ def text_inputs(model: Any) -> dict[str, Tensor]:
     Raises:
         ExportError: If its classes are constants.
     """
-    backbone = getattr(model, "backbone", None)
-    trunk = None if backbone is None else find_language_trunk(backbone)
+    trunk = find_language_trunk(model)
     if trunk is not None:
         return {"text": class_embeddings(trunk)}
     if hasattr(model, "text_embeddings"):

@@ -14,7 +14,12 @@ from clipdense.data.heads import register_head_classes
 from clipdense.inference import average_views, semantic_output, slide_windows
 from clipdense.regions.lazy_maps import LazyMaps
 from clipdense.systems.denseclip.heads import ScoreMapHead
-from clipdense.systems.denseclip.meta_arch import LOSS, PixelTextModel
+from clipdense.systems.denseclip.meta_arch import (
+    LOSS,
+    Export,
+    PixelTextModel,
+    export_without_text_tower,
+)
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
@@ -279,6 +284,10 @@ class ScoreMapSegmentor(WindowedSemanticSegmentor):
                 "ScoreMapSegmentor has no decoder: set MODEL.SEM_SEG_HEAD.NAME ScoreMapHead, or "
                 "MODEL.META_ARCHITECTURE DenseCLIPSemanticSegmentor"
             )
+
+    def export_state(self) -> Export:
+        """See `export_without_text_tower`; the exported model has the classes of this one."""
+        return export_without_text_tower(self)
 
 
 register_head_classes("WindowedSemanticSegmentor", base="SemanticSegmentor")
