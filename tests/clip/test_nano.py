@@ -1,17 +1,22 @@
 """The nano CLIPs: configs in the package, weights beside them."""
 
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import save_file
 
-from clipdense.checkpoint import CheckpointMismatch
+from clipdense.checkpoint import CheckpointMismatch, save_checkpoint
 from clipdense.clip import TowerRequest, load_clip, nano
 from clipdense.clip.nano import NANO_MODELS, nano_config
 from clipdense.clip.text import TextBank
 from clipdense.data.shapes.world import CLASSES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -90,3 +95,23 @@ def test_weights_in_the_package_load(name):
     clip = load_clip(name)
     assert clip.encode_text(clip.tokenize(["a red star"])).isfinite().all()
     assert sum(nano.nano_path(n).stat().st_size for n in NANO_MODELS if nano.nano_path(n).is_file()) < 25e6
+
+
+def test_exports_are_packed_into_the_room(room, tmp_path_factory, monkeypatch):
+    torch.manual_seed(0)
+    clip, export = load_clip("shapes-rn", "random"), tmp_path_factory.mktemp("run") / "export.safetensors"
+    save_checkpoint(export, clip.state_dict(), {"layout": "open_clip", "options": {"name": "shapes-rn"}})
+    for words in ([], ["--text"]):
+        monkeypatch.setattr(sys, "argv", ["pack_nano.py", str(export), *words])
+        runpy.run_path(str(ROOT / "tools/pack_nano.py"), run_name="__main__")
+    assert {path.name for path in room.glob("*.safetensors")} == {
+        "shapes-rn.safetensors",
+        "shapes-text.safetensors",
+    }
+    packed, state = load_clip("shapes-rn").state_dict(), clip.state_dict()
+    assert packed.keys() == state.keys() and all(torch.equal(packed[k], state[k]) for k in state)
+
+    save_checkpoint(export, clip.state_dict(), {"layout": "open_clip", "options": {"name": "RN50"}})
+    monkeypatch.setattr(sys, "argv", ["pack_nano.py", str(export)])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(str(ROOT / "tools/pack_nano.py"), run_name="__main__")

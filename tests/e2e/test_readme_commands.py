@@ -44,6 +44,7 @@ NOT_RUN = {
     r"benchmark\.py": "takes minutes; tests/e2e/test_benchmark.py runs the tool",
     r"^torchrun": "starts further processes; tests/engine/test_processes.py does so",
     r"pack_nano": "replaces the weights of the package; tests/clip/test_nano.py packs into another folder",
+    r"draw_neighbours": "needs a model of a table; tests/e2e/test_dense_tools.py runs the tool",
     r"\$": "is part of a loop over seeds",
 }
 # Options that change nothing but the time that a command takes.
