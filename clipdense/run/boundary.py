@@ -5,7 +5,6 @@ It imports nothing heavy, so that it also covers the imports that a tool makes i
 
 from __future__ import annotations
 
-import ast
 import dis
 import errno
 import logging
@@ -90,8 +89,7 @@ def describe_error(error: BaseException) -> str | None:
     if (original := _from_process(error)) is not None:
         kind, text, own = original
     if kind.startswith("clipdense.") or (own and kind in _RAISED_FOR_USERS):
-        # The text of a KeyError is the repr of its message.
-        return str(ast.literal_eval(text)) if kind == "KeyError" else text
+        return text[1:-1] if kind == "KeyError" else text  # its text is its message in quotes
     if kind.rpartition(".")[2] in ("MemoryError", "OutOfMemoryError") or "can't allocate mem" in text:
         return f"not enough memory ({text.splitlines()[0] if text else 'out of memory'}); " + (
             "use smaller images (INPUT.MIN_SIZE_TEST, INPUT.MIN_SIZE_TRAIN) or a smaller SOLVER.IMS_PER_BATCH"

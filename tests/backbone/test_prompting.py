@@ -255,6 +255,9 @@ def test_open_vocabulary_systems_read_trained_contexts(name: str, file: str) -> 
 
 
 def test_systems_without_a_place_for_contexts_refuse_them(file: str) -> None:
+    table = ["MODEL.PROMPT.WEIGHTS", file, "MODEL.ZERO_SHOT.TEXT_TABLE", "x.npz", "MODEL.DEVICE", "cpu"]
+    with pytest.raises(ValueError, match="has no effect with MODEL.ZERO_SHOT.TEXT_TABLE"):
+        build_model(load_config("configs/shapes/zero_shot_maskclip_rn.yaml", table))
     for name in ("catseg_rn", "clippy_vit", "clipself_vit_patches"):
         with pytest.raises(ConfigError, match=r"MODEL.PROMPT.WEIGHTS is .*takes no learned prompts"):
             load_config(f"configs/shapes/{name}.yaml", ["MODEL.PROMPT.WEIGHTS", file])

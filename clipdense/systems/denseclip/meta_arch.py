@@ -182,11 +182,9 @@ def export_without_text_tower(model: Any) -> Export:
                 "MODEL.LANGUAGE.CLASSES": list(module.classes),
             }
     if "pixel_text_loss.bias" in state:
-        loss = model.pixel_text_loss
-        options |= {
-            f"MODEL.PIXEL_TEXT.{key}": value
-            for key, value in (("LEARN_BIAS", True), ("LOSS", loss.loss), ("SOURCE", loss.source))
-        }
+        options["MODEL.PIXEL_TEXT.LEARN_BIAS"] = True
+        options["MODEL.PIXEL_TEXT.LOSS"] = model.pixel_text_loss.loss
+        options["MODEL.PIXEL_TEXT.SOURCE"] = model.pixel_text_loss.source
     return state, {"layout": "clipdense", "options": {"config": options}}
 
 

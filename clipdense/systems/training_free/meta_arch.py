@@ -166,6 +166,10 @@ class ZeroShotSegmentor(OpenVocabularyModel, nn.Module):
         """
         keys = cfg.MODEL.ZERO_SHOT
         table = None
+        if keys.TEXT_TABLE and cfg.MODEL.PROMPT.WEIGHTS:
+            raise ValueError(
+                "MODEL.PROMPT.WEIGHTS has no effect with MODEL.ZERO_SHOT.TEXT_TABLE: set one of them"
+            )
         if keys.TEXT_TABLE:
             table = find_table(keys.TEXT_TABLE, datasets_root(), key="MODEL.ZERO_SHOT.TEXT_TABLE")
         clip = clip_from_config(cfg, text=table is None) if clip is None else clip
