@@ -1,4 +1,4 @@
-"""Contrastive loss over all processes, with a bounded number of logits in memory."""
+"""Contrastive losses over all processes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["contrastive_loss", "gather_rows", "inner_products"]
+__all__ = ["contrastive_loss", "gather_rows", "inner_products", "sigmoid_loss"]
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 """(n images, m texts) -> (n, m)."""
@@ -124,6 +125,35 @@ def contrastive_loss(
     with torch.autocast(image.device.type, enabled=False):
         losses = [_cross_entropy(part, own, len(images), chunk_size) for part in (to_text, to_image)]
         return 0.5 * (losses[0] + losses[1])
+
+
+def sigmoid_loss(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, labels: Tensor, matches: Similarity
+) -> Tensor:
+    """Compute the sigmoid loss of images and texts over the batches of all processes.
+
+    Each pair is a binary classification, whether image and text match. A process compares its B images with
+    all texts.
+
+    Args:
+        image: (B, D) unit embeddings of this process's images. B is equal in all processes.
+        text: (B, D) unit embeddings of this process's texts.
+        scale: factor of the inner products, exp(logit_scale).
+        bias: added to the scaled inner products.
+        labels: (B, ...) descriptions of this process's pairs, for ``matches``.
+        matches: (labels of n images, labels of m texts) -> (n, m), 1 where an image and a text match, else 0.
+
+    Returns:
+        Scalar: the sum over texts, averaged over images. Its mean over processes is the loss of the global
+        batch.
+
+    Source: Zhai et al., SigLIP, ICCV 2023, section 3.2.
+    """
+    targets = matches(labels, gather_rows(labels))
+    with torch.autocast(image.device.type, enabled=False):
+        logits = scale.float() * image.float() @ gather_rows(text.float()).T + bias.float()
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return losses.sum(1).mean()
 
 
 def _cross_entropy(logits: LogitChunk, own: Tensor, count: int, chunk_size: int) -> Tensor:

@@ -194,10 +194,10 @@ def load_clip(
     """Load a CLIP with any ResNet, ViT, EVA, SigLIP or ConvNeXt tower of open_clip, in eval mode.
 
     Args:
-        model: open_clip model name, "shapes-rn" | "shapes-vit" | "shapes-eva", "hf-hub:organisation/name",
-            "local-dir:folder", a weight file, or "" with a weight file as ``pretrained``; a text-aligned DINO
-            (`clipdense.clip.aligned_configs`), with the folder of its published files as ``pretrained``; or
-            an open_clip module, whose parameters the result shares.
+        model: open_clip model name, nano CLIP (`clipdense.clip.nano.NANO_MODELS`: "shapes-rn", ...),
+            "hf-hub:organisation/name", "local-dir:folder", a weight file, or "" with a weight file as
+            ``pretrained``; a text-aligned DINO (`clipdense.clip.aligned_configs`), with the folder of its
+            published files as ``pretrained``; or an open_clip module, whose parameters the result shares.
         pretrained: tag, "hf-hub:organisation/name", weight file in the layout of OpenAI (also TorchScript),
             EVA-CLIP (also CLIPSelf), open_clip or clipdense, "random", or "random:" and a tag (random weights
             in the model of that tag). None or "": the weights that come with a nano, hub or local-dir model.

@@ -57,7 +57,7 @@ def _add_clip_keys(cfg: CN) -> None:
     cfg.register_renamed_key("MODEL.TIMM.ALLOW_PICKLE", "MODEL.ALLOW_PICKLE")
 
     cfg.MODEL.CLIP = CN()
-    # Model name: any open_clip model, or a CLIP of this package ("shapes-rn", "shapes-vit", "shapes-eva").
+    # Model name: any open_clip model, or a CLIP of this package ("shapes-rn", "shapes-vit", ...).
     cfg.MODEL.CLIP.NAME = "shapes-rn"
     # Weights of the model: an open_clip tag, a hub id, a local file or "random"; "" uses the weights shipped
     # with the package.

@@ -91,6 +91,7 @@ ZOO: tuple[Entry, ...] = (
     Entry("shapes-rn", _WORDS, "ShapesWorld", "ResNet", "", "Apache-2.0", "package", 13),
     Entry("shapes-vit", _WORDS, "ShapesWorld", "ViT, patch 8", "", "Apache-2.0", "package", 8),
     Entry("shapes-eva", _WORDS, "ShapesWorld", "EVA02, patch 8", "", "Apache-2.0", "package", 8),
+    Entry("shapes-siglip", _WORDS, "ShapesWorld", "SigLIP, patch 8", "", "Apache-2.0", "package", 9),
     *(
         Entry(
             f"{name}:openai",

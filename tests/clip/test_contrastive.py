@@ -1,4 +1,4 @@
-"""The contrastive loss in chunks and over processes equals the plain loss."""
+"""The contrastive losses, in chunks and over processes, equal their definitions."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipdense.clip.contrastive import contrastive_loss
+from clipdense.clip.contrastive import contrastive_loss, sigmoid_loss
 from tests.helpers.processes import run_processes
 
 B, D = 12, 16
+BIAS = torch.tensor(-8.0)
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,6 +36,12 @@ def plain(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None = No
     return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
 
 
+def plain_sigmoid(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
+    """The sigmoid loss by its definition: the signs of pairs are 1 or -1."""
+    signs = 2 * same(labels, labels) - 1
+    return -F.logsigmoid(signs * (scale * image @ text.T + BIAS)).sum() / len(image)
+
+
 def patch_similarity(patches: Tensor, texts: Tensor) -> Tensor:
     """(n, P, D), (m, D) -> (n, m): the best patch."""
     return torch.einsum("npd,md->nmp", patches, texts).amax(2)
@@ -47,22 +54,32 @@ def with_gradients(loss: Any, image: Tensor, text: Tensor, scale: Tensor, *args:
     return [value.detach(), *(x.grad for x in leaves)]
 
 
-def share(several: bool, chunk_size: int) -> list[Tensor]:
-    """Loss and gradients of this process's share, summed as data parallelism does."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    image, text, scale, labels = data()
-    own = slice(rank * B // world, (rank + 1) * B // world)
-    options = {"labels": labels[own], "matches": same} if several else {}
-    loss, du, dv, ds = with_gradients(
-        contrastive_loss, image[own], text[own], scale, chunk_size=chunk_size, **options
-    )
-    for value in (loss, ds):
-        dist.all_reduce(value)
+def averaged(loss: Any, own: slice, *args: Any, **options: Any) -> list[Tensor]:
+    """Loss and gradients of this process's share of the data, averaged as data parallelism does."""
+    image, text, scale, _ = data()
+    value, du, dv, ds = with_gradients(loss, image[own], text[own], scale, *args, **options)
     whole = [torch.zeros(B, D), torch.zeros(B, D)]
     whole[0][own], whole[1][own] = du, dv
-    for gradient in whole:
-        dist.all_reduce(gradient)
-    return [x / world for x in (loss, *whole, ds)]
+    results = [value, *whole, ds]
+    for result in results:
+        dist.all_reduce(result)
+    return [result / dist.get_world_size() for result in results]
+
+
+def own_share() -> slice:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return slice(rank * B // world, (rank + 1) * B // world)
+
+
+def share(several: bool, chunk_size: int) -> list[Tensor]:
+    own = own_share()
+    options = {"labels": data()[3][own], "matches": same} if several else {}
+    return averaged(contrastive_loss, own, chunk_size=chunk_size, **options)
+
+
+def sigmoid_share() -> list[Tensor]:
+    own = own_share()
+    return averaged(sigmoid_loss, own, BIAS, labels=data()[3][own], matches=same)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -86,6 +103,15 @@ def test_processes_equal_the_plain_loss(tmp_path: Path, size: int, several: bool
     for rank in run_processes(share, size, tmp_path / "run", several, 5):
         for a, b in zip(rank, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sigmoid_loss_over_processes_equals_its_definition(tmp_path: Path, size: int) -> None:
+    image, text, scale, labels = data()
+    expected = with_gradients(plain_sigmoid, image, text, scale, labels)
+    for rank in run_processes(sigmoid_share, size, tmp_path / "run"):
+        for a, b in zip(rank, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_any_similarity_can_be_used() -> None:

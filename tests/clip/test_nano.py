@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from open_clip.model import CustomTextCLIP
@@ -14,6 +15,9 @@ from clipdense.checkpoint import CheckpointMismatch, save_checkpoint
 from clipdense.clip import TowerRequest, load_clip, nano
 from clipdense.clip.nano import NANO_MODELS, nano_config
 from clipdense.clip.text import TextBank
+from clipdense.data.shapes import world
+from clipdense.data.shapes.draw import Rng
+from clipdense.data.shapes.pretraining.crops import AnnotatedThing, CropSampler
 from clipdense.data.shapes.world import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +41,8 @@ def test_random_model(name):
     assert not clip.training and all(p.requires_grad for p in clip.parameters())
     images, tokens = torch.randn(2, 3, side, side), clip.tokenize(["a red star", "blue rings on sand"])
     logits = clip.logit_scale.exp() * clip.encode_image(images) @ clip.encode_text(tokens).T
+    assert (clip.logit_bias is not None) == (name == "shapes-siglip")
+    logits = logits if clip.logit_bias is None else logits + clip.logit_bias
     logits.square().mean().backward()
     still = [n for n, p in clip.named_parameters() if p.grad is None]
     assert still == []
@@ -54,8 +60,8 @@ def test_the_state_dict_is_open_clips(name):
 
 
 def test_the_text_towers_are_equal():
-    configs = [nano_config(name)["model_cfg"] for name in NANO_MODELS]
-    assert configs[0]["text_cfg"] == configs[1]["text_cfg"] == configs[2]["text_cfg"]
+    first, *others = (nano_config(name)["model_cfg"]["text_cfg"] for name in NANO_MODELS)
+    assert all(other == first for other in others)
 
 
 @pytest.mark.parametrize("pretrained", [None, ""])
@@ -95,6 +101,22 @@ def test_weights_in_the_package_load(name):
     clip = load_clip(name)
     assert clip.encode_text(clip.tokenize(["a red star"])).isfinite().all()
     assert sum(nano.nano_path(n).stat().st_size for n in NANO_MODELS if nano.nano_path(n).is_file()) < 25e6
+
+
+@pytest.mark.parametrize("name", NANO_MODELS)
+def test_weights_in_the_package_classify_things(name):
+    clip = load_clip(name)
+    sampler, rng = CropSampler(clip.image_size[0], 1.0, 0.0), Rng(0, 0)
+    crops = []
+    for i in range(40):
+        scene = world.render(7, i)
+        things = [AnnotatedThing(t.category, t.box, t.visible) for t in scene.things]
+        crops.append(sampler(scene.image, scene.ground, things, rng))
+    pixels = torch.from_numpy(np.stack([c.image for c in crops])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        scores = clip.encode_image(pixels) @ TextBank(clip, cache_dir=None)(list(CLASSES)).T
+    found, true = scores.argmax(1), torch.tensor([c.content[: len(CLASSES)].argmax() for c in crops])
+    assert (found == true).float().mean() > 0.6
 
 
 def test_exports_are_packed_into_the_room(room, tmp_path_factory, monkeypatch):

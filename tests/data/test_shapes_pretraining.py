@@ -125,6 +125,26 @@ def test_locked_text_gets_no_gradient(locked):
     assert model.clip.logit_scale.grad is not None
 
 
+def test_a_clip_with_a_bias_learns_pairs_alone():
+    """The loss is the sum of binary cross-entropies of all pairs; the bias learns, too."""
+    torch.manual_seed(0)
+    model = ContrastiveCLIP(clip=load_clip("shapes-siglip", "random"), locked_text=True).train()
+    clip, inputs = model.clip, batch()
+    loss = model(inputs)["loss_contrastive"]
+    loss.backward()
+    with torch.no_grad():
+        u = torch.nn.functional.normalize(model.encode_crops([x["crops"] for x in inputs]), dim=-1)
+        v = torch.nn.functional.normalize(model.encode_captions([x["captions"][0] for x in inputs]), dim=-1)
+        contents = torch.cat([x["contents"] for x in inputs])
+        signs = 2 * positive_pairs(contents, contents) - 1
+        logits = clip.logit_scale.exp() * u @ v.T + clip.logit_bias
+        expected = torch.nn.functional.softplus(-signs * logits).sum() / len(inputs)
+        softmax = contrastive_loss(u, v, clip.logit_scale.exp(), labels=contents, matches=positive_pairs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() != pytest.approx(softmax.item(), rel=0.1)
+    assert clip.logit_bias.grad.abs() > 0
+
+
 def test_text_alone_learns_from_paraphrases():
     torch.manual_seed(0)
     model = ContrastiveCLIP(clip=load_clip("shapes-vit", "random"), text_only=True).train()

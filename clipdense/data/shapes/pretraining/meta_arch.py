@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipdense.checkpoint import read_checkpoint
 from clipdense.clip import ClipModel, load_clip
-from clipdense.clip.contrastive import contrastive_loss, gather_rows
+from clipdense.clip.contrastive import contrastive_loss, gather_rows, sigmoid_loss
 from clipdense.clip.nano import nano_path
 from clipdense.data.shapes.pretraining.local_pool import localize_pool
 from clipdense.data.shapes.world import CLASSES, GROUNDS
@@ -25,7 +25,7 @@ class ContrastiveCLIP(nn.Module):
     With unit embeddings u_i of crops and v_j of captions, logit scale s and the positives P_i of crop i, the
     loss is the cross-entropy of softmax_j(s u_i.v_j) against the uniform distribution over P_i, averaged with
     its transpose. A caption is a positive of a crop if it names the same things and only grounds that the
-    crop shows.
+    crop shows. A CLIP with a logit bias (SigLIP) is trained with the `sigmoid_loss` of the same pairs.
 
     Args:
         clip: the model to train.
@@ -129,7 +129,12 @@ class ContrastiveCLIP(nn.Module):
             ]
         content = torch.cat([x["contents"] for x in batched_inputs]).to(self.device)
         scale = self.clip.logit_scale.clamp(max=self.max_logit_scale).exp()
-        losses = {"loss_contrastive": contrastive_loss(u, v, scale, labels=content, matches=positive_pairs)}
+        pairs: dict[str, Any] = {"labels": content, "matches": positive_pairs}
+        if self.clip.logit_bias is None:
+            loss = contrastive_loss(u, v, scale, **pairs)
+        else:
+            loss = sigmoid_loss(u, v, scale, self.clip.logit_bias, **pairs)
+        losses = {"loss_contrastive": loss}
         if self.centring_weight:
             losses["loss_centring"] = self.centring_weight * (centring_loss(u) + centring_loss(v))
         return losses
