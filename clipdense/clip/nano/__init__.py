@@ -19,17 +19,14 @@ __all__ = ["NANO_MODELS", "nano_config", "nano_files", "nano_path"]
 
 NANO_MODELS = ("shapes-rn", "shapes-vit", "shapes-eva", "shapes-siglip")
 _ROOM = Path(__file__).parent
+_SIZE = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
 
 
 @register_model  # type: ignore[untyped-decorator]  # open_clip builds an EVA tower by its timm name
 def shapes_eva02_patch8_clip_64(pretrained: bool = False, **kwargs: Any) -> Eva:
     """EVA02-CLIP (RoPE, SwiGLU, sub-norms) at 64 px: 4 blocks of width 128, patch 8."""
     settings: dict[str, Any] = {
-        "img_size": 64,
-        "patch_size": 8,
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
+        **_SIZE,
         "qkv_fused": False,
         "mlp_ratio": 4 * 2 / 3,
         "swiglu_mlp": True,
@@ -47,11 +44,7 @@ def shapes_eva02_patch8_clip_64(pretrained: bool = False, **kwargs: Any) -> Eva:
 def shapes_vit_patch8_siglip_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """SigLIP (no class token, attention-pooling head) at 64 px: 4 blocks of width 128, patch 8."""
     settings: dict[str, Any] = {
-        "img_size": 64,
-        "patch_size": 8,
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
+        **_SIZE,
         "class_token": False,
         "global_pool": "map",
         "weight_init": "jax",  # timm's deviation of 0.02 is for wider models
